@@ -1,0 +1,1 @@
+"""What every room shares: one robot, one clock, the values that cross borders, manifests, seeds."""

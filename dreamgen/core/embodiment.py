@@ -1,0 +1,187 @@
+"""One robot: its cameras and their tiling, its state and action parts, its rate.
+
+An embodiment is a YAML file in `conf/embodiment`; adding a robot needs no Python.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from typing import Literal
+
+Kind = Literal["absolute", "delta", "binary"]
+KINDS = ("absolute", "delta", "binary")
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One camera: its LeRobot feature key and the size, in pixels, at which the models see it."""
+
+    name: str
+    key: str
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.height <= 0 or self.width <= 0:
+            raise ValueError(f"view '{self.name}' is {self.height}x{self.width} pixels; both must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A named slice of the state or action vector.
+
+    kind: `absolute` (a position; interpolated in time), `delta` (a displacement for one robot step; composed in
+        time), `binary` (an open / close command; voted in time).
+    unit: of one entry, e.g. "m", "rad", "1"; `scale` converts an action entry into the unit of the state part that
+        it moves.
+    moves: for an action part, the state part that it changes (delta: adds to; absolute, binary: sets); None if none.
+    limits: lowest and highest value of any entry, if known.
+    """
+
+    name: str
+    start: int
+    stop: int
+    kind: Kind = "absolute"
+    unit: str = "1"
+    frame: str = "base"
+    moves: str | None = None
+    scale: float = 1.0
+    limits: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"part '{self.name}' has kind '{self.kind}'; expected one of {', '.join(KINDS)}")
+        if not 0 <= self.start < self.stop:
+            raise ValueError(f"part '{self.name}' covers [{self.start}, {self.stop}); expected 0 <= start < stop")
+        if self.limits is not None:
+            object.__setattr__(self, "limits", (float(self.limits[0]), float(self.limits[1])))
+
+    @property
+    def width(self) -> int:
+        """Number of entries."""
+        return self.stop - self.start
+
+    @property
+    def slice(self) -> slice:
+        """Where the part lies in its vector."""
+        return slice(self.start, self.stop)
+
+
+def _cover(kind: str, parts: Sequence[Part]) -> int:
+    """Total width of `parts`; they must cover [0, width) in order, without a gap."""
+    at = 0
+    for part in parts:
+        if part.start != at:
+            raise ValueError(f"{kind} part '{part.name}' starts at {part.start}; expected {at}: parts must follow on")
+        at = part.stop
+    return at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embodiment:
+    """One robot.
+
+    robot_hz: rows of state and action a second ("30", "20", "50/3").
+    views: the cameras the models see; `grid` lays them out on one canvas, row by row, by name (None is black).
+        Without a grid the views stand side by side. All views of a grid have one size.
+    state, action: the parts of `state_key` and `action_key`, in order and without gaps.
+    """
+
+    name: str
+    robot_hz: str | int
+    views: tuple[View, ...]
+    action: tuple[Part, ...]
+    state: tuple[Part, ...] = ()
+    grid: tuple[tuple[str | None, ...], ...] = ()
+    state_key: str = "observation.state"
+    action_key: str = "action"
+    description: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for key in ("views", "action", "state"):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+        object.__setattr__(self, "robot_hz", str(self.robot_hz))
+        if not self.views:
+            raise ValueError(f"embodiment '{self.name}' has no views; name at least one camera")
+        grid = tuple(tuple(row) for row in self.grid) or (tuple(view.name for view in self.views),)
+        object.__setattr__(self, "grid", grid)
+        if len({len(row) for row in grid}) != 1:
+            raise ValueError(f"embodiment '{self.name}': the rows of its grid differ in length: {grid}")
+        placed = [name for row in grid for name in row if name is not None]
+        if sorted(placed) != sorted(view.name for view in self.views):
+            raise ValueError(f"embodiment '{self.name}': its grid places {placed}, its views are "
+                             f"{[view.name for view in self.views]}; each view must be placed once")  # fmt: skip
+        if len({(view.height, view.width) for view in self.views}) != 1:
+            raise ValueError(f"embodiment '{self.name}': the views of a grid must have one size")
+        _cover("state", self.state)
+        _cover("action", self.action)
+        if not self.action:
+            raise ValueError(f"embodiment '{self.name}' has no action parts")
+        names = {part.name: part for part in self.state}
+        for part in self.action:
+            if part.moves is not None and part.moves not in names:
+                raise ValueError(f"action part '{part.name}' moves '{part.moves}', which is no state part of "
+                                 f"'{self.name}'; it has {sorted(names)}")  # fmt: skip
+            if part.moves is not None and names[part.moves].width != part.width:
+                raise ValueError(f"action part '{part.name}' is {part.width} wide and moves '{part.moves}', which is "
+                                 f"{names[part.moves].width} wide; they must agree")  # fmt: skip
+
+    @property
+    def rate(self) -> Fraction:
+        """Robot steps a second."""
+        return Fraction(self.robot_hz)
+
+    @property
+    def action_dim(self) -> int:
+        return self.action[-1].stop
+
+    @property
+    def state_dim(self) -> int:
+        return self.state[-1].stop if self.state else 0
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Height and width in pixels of the tiled picture that the models see."""
+        view = self.views[0]
+        return view.height * len(self.grid), view.width * len(self.grid[0])
+
+    def view(self, name: str) -> View:
+        for view in self.views:
+            if view.name == name:
+                return view
+        raise ValueError(f"embodiment '{self.name}' has no view '{name}'; it has {[v.name for v in self.views]}")
+
+    def contract(self) -> dict:
+        """All that data and its users must agree on, as plain JSON: saved with every dataset and checkpoint."""
+        contract = asdict(self)
+        contract.pop("description")
+        return contract
+
+    def mismatches(self, contract: dict) -> list[str]:
+        """What differs between this robot and a saved `contract`, one sentence each."""
+        import json
+
+        mine = json.loads(json.dumps(self.contract()))
+        theirs = json.loads(json.dumps(contract))
+        found = []
+        for key in sorted(mine.keys() | theirs.keys()):
+            left, right = mine.get(key), theirs.get(key)
+            if left == right:
+                continue
+            if key in ("views", "state", "action"):
+                a, b = {p["name"]: p for p in left or ()}, {p["name"]: p for p in right or ()}
+                for name in list(a) + [n for n in b if n not in a]:
+                    if a.get(name) != b.get(name):
+                        found.append(f"{key} '{name}': here {a.get(name)}, saved {b.get(name)}")
+                if list(a) != list(b) and sorted(a) == sorted(b):
+                    found.append(f"{key}: order here {list(a)}, saved {list(b)}")
+            else:
+                found.append(f"{key}: here {left}, saved {right}")
+        return found
+
+    def require(self, contract: dict, where: str) -> None:
+        """Raise ValueError that names each difference between this robot and the `contract` saved at `where`."""
+        found = self.mismatches(contract)
+        if found:
+            raise ValueError(f"{where} was made for another robot than embodiment '{self.name}':\n  "
+                             + "\n  ".join(found) + "\nChoose the embodiment it was made with, or make it again.")  # fmt: skip

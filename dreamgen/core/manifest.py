@@ -1,0 +1,186 @@
+"""What a stage read, wrote and ran with. A directory without a complete manifest is unfinished.
+
+A stage writes `run.json` first (what it is about to do), its items under temporary names that it renames, and
+`manifest.json` last. So it can be killed at any point and called again; a call with another configuration on the same
+directory is an error, never a mixture.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "manifest.json"
+RUN = "run.json"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to `path` when the block ends well and removed when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_file():
+            temporary.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one piece: the file is whole or absent."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; ValueError names the file if it is missing or broken."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+
+
+def digest(value: Any) -> str:
+    """16 hex digits that name a JSON value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits that name a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+
+
+def tree_digest(path: Path) -> str:
+    """16 hex digits that name a file, or a directory's file names and bytes."""
+    if path.is_file():
+        return file_digest(path)
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (FILE, RUN) and p.suffix != ".log")
+    return digest([[str(p.relative_to(path)), file_digest(p)] for p in files])
+
+
+def fingerprint(path: Path) -> str:
+    """Names a stage's input: its manifest's hash where it has one (cheap), else its bytes."""
+    manifest = Path(path) / FILE
+    if manifest.is_file():
+        return read_json(manifest)["id"]
+    if not Path(path).exists():
+        raise ValueError(f"{path} does not exist; run the stage that makes it first, or mend the path")
+    return tree_digest(Path(path))
+
+
+def is_complete(path: Path) -> bool:
+    return (Path(path) / FILE).is_file()
+
+
+def require_complete(path: Path, what: str) -> dict:
+    """The manifest of a finished stage; ValueError says that `what` at `path` is missing or unfinished."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{what} {path} does not exist; run the stage that makes it, or mend the path")
+    if not is_complete(path):
+        raise ValueError(f"{what} {path} is unfinished (no {FILE}); run its stage again, it continues where it stopped")
+    return read_json(path / FILE)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}{key}.").items()}
+    return {prefix[:-1]: value}
+
+
+def differences(old: Any, new: Any) -> str:
+    """The keys in which two configurations differ, in words."""
+    a, b = _flatten(old), _flatten(new)
+    rows = [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    return "; ".join(rows[:8]) + (f"; and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change a result; only packages that are already imported are named."""
+    names = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "mujoco", "metaworld", "decord", "av")
+    found = {name: str(getattr(sys.modules.get(name), "__version__", "")) for name in names}
+    return {"python": platform.python_version()} | {k: v for k, v in found.items() if v}
+
+
+@dataclass
+class Stage:
+    """One run of one stage on one directory. Use as `with Stage(...) as run: if run.complete: return ...`.
+
+    config: the resolved configuration, plain JSON, free of paths; parents: name to input path. Together they name
+    the result: `run.id`.
+
+    Raises ValueError if `out` holds the output of another configuration or of another stage.
+    """
+
+    out: Path
+    name: str
+    config: Mapping[str, Any]
+    parents: Mapping[str, Path | str] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.out)
+        self.started = time.time()
+        spec = {
+            "stage": self.name,
+            "config": json.loads(json.dumps(self.config, default=str)),
+            "parents": {name: fingerprint(Path(path)) for name, path in self.parents.items()},
+            "seed": self.seed,
+        }
+        self.spec, self.id = spec, digest(spec)
+        for file in (FILE, RUN):
+            path = self.out / file
+            if not path.is_file():
+                continue
+            old = read_json(path)
+            if old.get("id") != self.id:
+                was = {key: old.get(key) for key in spec}
+                raise ValueError(f"{self.out} holds the output of another configuration ({differences(was, spec)}). "
+                                 f"Choose another `out`, or delete {self.out} to make it again.")  # fmt: skip
+        self.complete = (self.out / FILE).is_file()
+        if not self.complete:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not (self.out / RUN).is_file():
+                write_json(self.out / RUN, {"id": self.id, "seconds": 0.0, **spec})
+            self.before = float(read_json(self.out / RUN).get("seconds", 0.0))
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        # time spent by a run that was interrupted in an orderly way counts; that of a killed one is lost
+        if not self.complete and (self.out / RUN).is_file():
+            write_json(self.out / RUN, {"id": self.id, "seconds": self.before + time.time() - self.started, **self.spec})
+
+    def manifest(self) -> dict:
+        """The finished stage's manifest."""
+        return read_json(self.out / FILE)
+
+    def finish(self, **results: Any) -> dict:
+        """Write the manifest, last of all: counts and scores of the run as plain JSON."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        manifest = {
+            "id": self.id,
+            **self.spec,
+            "results": results,
+            "seconds": round(self.before + time.time() - self.started, 2),
+            "peak_mb": round(peak / 1024, 1),
+            "versions": versions(),
+        }
+        write_json(self.out / FILE, manifest)
+        (self.out / RUN).unlink(missing_ok=True)
+        self.complete = True
+        return manifest
