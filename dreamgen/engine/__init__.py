@@ -1,0 +1,1 @@
+"""The one training loop, its precision and its progress bars."""

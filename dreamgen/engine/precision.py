@@ -1,0 +1,32 @@
+"""Which number format pays on this machine."""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def resolve(precision: str, device: torch.device | str = "cpu") -> str:
+    """ "auto" is bf16 where matrix units speak it (CUDA, CPUs with AMX), else fp32."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is '{precision}'; expected one of {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    if torch.device(device).type == "cuda":
+        return "bf16"
+    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def autocast(precision: str, device: torch.device | str = "cpu") -> AbstractContextManager:
+    """Context in which matrix products run in `precision`; weights stay as they are."""
+    kind = torch.device(device).type
+    if resolve(precision, device) == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(kind, dtype=torch.bfloat16)
+
+
+def best_device() -> torch.device:
+    """The accelerator if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,1 @@
+"""World models over diffusers: one file per image-conditioning family."""
