@@ -1,0 +1,1 @@
+"""Recorded and dreamed trajectories: LeRobot datasets in and out, clips, windows, normalisation, mixtures."""

@@ -1,0 +1,178 @@
+"""Where the parts of each episode lie on disk, for LeRobot v2.0, v2.1 and v3.0.
+
+Nothing is judged here but the dataset's own index; what is dirty but harmless is noted in `mended`.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from dreamgen.core.manifest import read_json
+
+INFO = "meta/info.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One episode: `first` is its first row in the parquet file `data`; videos: key to (file, first frame, frames).
+
+    frames of a video is None where the whole file is the episode.
+    """
+
+    index: int
+    length: int
+    tasks: list
+    data: Path
+    first: int | None
+    videos: dict[str, tuple[Path, int, int | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A dataset's index. tasks: task index to text (as found); fps: as found, may be a float."""
+
+    root: Path
+    version: str
+    info: dict
+    tasks: dict[int, object]
+    entries: list[Entry]
+    mended: list[str] = field(default_factory=list)
+
+
+def locate(root: str | Path, revision: str | None = None) -> Path:
+    """A local folder, or a dataset of the Hugging Face hub ("org/name"), downloaded. ValueError if it is neither."""
+    path = Path(root)
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)):
+        raise ValueError(f"dataset {root} does not exist; mend the path, or run the job that makes it")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(root), repo_type="dataset", revision=revision))
+    except Exception as error:  # the hub's and the network's errors have no common class; all are named and re-raised
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"dataset {root} is no local folder, and it cannot be downloaded from the Hugging Face hub as "
+                         f"'{root}': {reason}. Mend the path, or download it where there is a network.") from error  # fmt: skip
+
+
+def read_layout(root: Path) -> Layout:
+    """The index of the dataset at `root`. ValueError if it is unfinished, broken or of an unknown version."""
+    if not (root / INFO).is_file():
+        raise ValueError(f"{root} is no finished LeRobot dataset ({INFO} is missing); mend the path, or run the job "
+                         f"that makes it again")  # fmt: skip
+    info = read_json(root / INFO)
+    version = str(info.get("codebase_version"))
+    missing = [key for key in ("fps", "features", "data_path") if key not in info]
+    if missing:
+        raise ValueError(f"{root / INFO} lacks {', '.join(missing)}")
+    if version.startswith("v2."):
+        return _read_v2(root, version, info)
+    if version.startswith("v3."):
+        return _read_v3(root, version, info)
+    raise ValueError(f"{root / INFO} has codebase_version '{version}'; expected v2.0, v2.1 or v3.0")
+
+
+def cameras(info: dict) -> list[str]:
+    """Keys of all video features."""
+    return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """One JSON value per line. ValueError names the file and the line."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} line {number} is not valid JSON: {error}") from None
+    return rows
+
+
+def _read_v2(root: Path, version: str, info: dict) -> Layout:
+    tasks = {int(row["task_index"]): row["task"] for row in read_jsonl(root / "meta/tasks.jsonl")}
+    entries, size = [], int(info.get("chunks_size", 1000))
+    for row in read_jsonl(root / "meta/episodes.jsonl"):
+        index = int(row["episode_index"])
+        place = {"episode_chunk": index // size, "episode_index": index}
+        videos = {
+            key: (root / info["video_path"].format(video_key=key, **place), 0, None) for key in cameras(info)
+        }
+        data = root / info["data_path"].format(**place)
+        entries.append(Entry(index=index, length=int(row["length"]), tasks=row.get("tasks", []), data=data, first=None,
+                             videos=videos))  # fmt: skip
+    mended = _check_totals(info, entries, tasks)
+    return Layout(root=root, version=version, info=info, tasks=tasks, entries=entries, mended=mended)
+
+
+def _read_v3(root: Path, version: str, info: dict) -> Layout:
+    tasks = _read_tasks(root / "meta/tasks.parquet")
+    keys, fps = cameras(info), float(info["fps"])
+    files = sorted((root / "meta/episodes").glob("*/*.parquet"))
+    if not files:
+        raise ValueError(f"{root}/meta/episodes holds no parquet file; the dataset is incomplete, make or copy it again")
+    rows = []
+    for file in files:
+        names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
+        rows += pq.read_table(file, columns=names).to_pylist()
+    rows.sort(key=lambda row: row["episode_index"])
+    starts: dict[tuple[int, int], int] = {}
+    for row in rows:
+        file = row["data/chunk_index"], row["data/file_index"]
+        starts[file] = min(starts.get(file, row["dataset_from_index"]), row["dataset_from_index"])
+    entries = []
+    for row in rows:
+        chunk, file = row["data/chunk_index"], row["data/file_index"]
+        length = row["dataset_to_index"] - row["dataset_from_index"]
+        videos = {}
+        for key in keys:
+            head = f"videos/{key}/"
+            if row.get(head + "file_index") is None:
+                continue
+            path = info["video_path"].format(
+                video_key=key, chunk_index=row[head + "chunk_index"], file_index=row[head + "file_index"]
+            )
+            first, stop = (round(row[head + edge] * fps) for edge in ("from_timestamp", "to_timestamp"))
+            videos[key] = (root / path, first, stop - first)
+        entries.append(
+            Entry(index=int(row["episode_index"]), length=int(row.get("length", length)), tasks=row.get("tasks") or [],
+                  data=root / info["data_path"].format(chunk_index=chunk, file_index=file),
+                  first=row["dataset_from_index"] - starts[chunk, file], videos=videos)
+        )  # fmt: skip
+    mended = _check_totals(info, entries, tasks)
+    return Layout(root=root, version=version, info=info, tasks=tasks, entries=entries, mended=mended)
+
+
+def _read_tasks(path: Path) -> dict[int, object]:
+    """Task texts are the pandas index; it is the only other column of the file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the dataset is incomplete, make or copy it again")
+    table = pq.read_table(path)
+    texts = [name for name in table.column_names if name != "task_index"]
+    if "task_index" not in table.column_names or len(texts) != 1:
+        raise ValueError(f"{path} has columns {table.column_names}; expected task_index and the texts as index")
+    return dict(zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist(), strict=True))
+
+
+def _check_totals(info: dict, entries: list[Entry], tasks: dict) -> list[str]:
+    found = {
+        "total_episodes": len(entries),
+        "total_frames": sum(entry.length for entry in entries),
+        "total_tasks": len(tasks),
+    }
+    mended = [
+        f"info.json says {key} {info[key]}, found {value}; used what was found"
+        for key, value in found.items()
+        if key in info and info[key] != value
+    ]
+    for name, text in (info.get("splits") or {}).items():
+        last = str(text).partition(":")[2]
+        if last.isdigit() and int(last) > len(entries):
+            mended.append(f"split '{name}' is {text}, found {len(entries)} episodes; used what was found")
+    return mended

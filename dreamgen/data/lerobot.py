@@ -1,0 +1,334 @@
+"""A LeRobot dataset (v2.0, v2.1, v3.0) seen through one robot: what is harmless is mended and said, the rest raises.
+
+State and action of all episodes are held in memory; pictures are decoded when asked for, at the embodiment's size.
+"""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import UInt8
+
+from dreamgen.core.clip import Episode
+from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.manifest import read_json
+from dreamgen.data.layout import Entry, cameras, locate, read_jsonl, read_layout
+from dreamgen.video.mp4 import count_frames, open_mp4, read_frames
+from dreamgen.video.tiling import resize, tile
+
+CONTRACT = "meta/dreamgen.json"
+PROVENANCE = "meta/provenance.jsonl"
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+REMEDY = "mend the episode, or set skip_bad=true to leave it out"
+OPEN_FILES = 16
+
+
+class Dataset:
+    """Episodes of `robot` at `root`, a folder or a hub id ("org/name"). Index i counts the episodes that are kept.
+
+    mended: what was dirty and how it was taken; skipped: episode index to reason, with `skip_bad`.
+    cache_mb: if all pictures of the dataset fit into this at the size of the views, an episode is decoded once.
+
+    Raises ValueError: no finished dataset; made for another robot; rate, widths or cameras that do not match the
+    embodiment; and, without `skip_bad`, the first bad episode: rows and frames that disagree, NaN, wrong widths, a
+    missing or truncated video, an empty instruction, no rows.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        robot: Embodiment,
+        *,
+        skip_bad: bool = False,
+        cache_mb: int = 512,
+        revision: str | None = None,
+    ) -> None:
+        self.root, self.robot = locate(root, revision), robot
+        layout = read_layout(self.root)
+        self.info, self.version, self.mended = layout.info, layout.version, list(layout.mended)
+        self.tasks = layout.tasks
+        self.skipped: dict[int, str] = {}
+        self._require_robot()
+        self._note_cameras(layout.entries)
+        self._extra = [
+            key for key, feature in self.info["features"].items()
+            if key not in (*BOOKKEEPING, robot.state_key, robot.action_key)
+            and not key.startswith(("annotation.", "next.")) and feature.get("dtype") not in ("video", "image", "string")
+        ]  # fmt: skip
+        metas = {}
+        if (self.root / PROVENANCE).is_file():
+            metas = {row.pop("episode_index"): row for row in read_jsonl(self.root / PROVENANCE)}
+        self._entries: list[Entry] = []
+        self._episodes: list[Episode] = []
+        self._notes: dict[str, int] = {}
+        self._counts: dict[Path, int] = {}
+        table = (None, None)
+        for entry in layout.entries:
+            try:
+                if table[0] != entry.data:
+                    table = (entry.data, self._read_table(entry.data))
+                episode = self._load(entry, table[1], metas.get(entry.index, {}))
+            except ValueError as error:
+                if not skip_bad:
+                    raise ValueError(f"episode {entry.index} of {self.root}: {error}; {REMEDY}") from error
+                self.skipped[entry.index] = str(error)
+                continue
+            self._entries.append(entry)
+            self._episodes.append(episode)
+        self.mended += [note if n == len(layout.entries) else f"{note} ({n} episodes)" for note, n in self._notes.items()]
+        if not self._episodes:
+            reasons = "; ".join(f"episode {i}: {why}" for i, why in list(self.skipped.items())[:3])
+            raise ValueError(f"{self.root} holds no usable episode ({reasons or 'it lists none'})")
+        size = sum(self.length(i) for i in range(len(self))) * len(robot.views) * 3
+        size *= robot.views[0].height * robot.views[0].width
+        self._cached: dict[int, dict[str, np.ndarray]] | None = {} if size <= cache_mb * 2**20 else None
+        self._forget()
+
+    def __len__(self) -> int:
+        return len(self._episodes)
+
+    @property
+    def rate(self) -> Fraction:
+        """Rows a second."""
+        return self.robot.rate
+
+    def index(self, i: int) -> int:
+        """The dataset's own number of episode i (they differ after skipped episodes)."""
+        return self._entries[i].index
+
+    def length(self, i: int) -> int:
+        """Rows of episode i."""
+        return len(self._episodes[i].action)
+
+    def instruction(self, i: int) -> str:
+        return self._episodes[i].instruction
+
+    def episode(self, i: int) -> Episode:
+        """State, action, extra columns and meta of episode i; its video is empty, see `views`."""
+        return self._episodes[i]
+
+    def views(self, i: int, rows: Sequence[int] | np.ndarray | None = None) -> dict[str, UInt8[np.ndarray, "t h w 3"]]:
+        """Pictures of episode i at `rows` (default all), {view: (t h w 3)}, at the size of the embodiment's views.
+
+        Raises ValueError for a row out of range and for a video that cannot be decoded.
+        """
+        rows = np.arange(self.length(i)) if rows is None else np.asarray(rows, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.length(i)):
+            raise ValueError(f"episode {self.index(i)} of {self.root} has {self.length(i)} rows; rows "
+                             f"{rows.min()} to {rows.max()} were asked for")  # fmt: skip
+        if self._cached is None:
+            return self._decode(i, rows)
+        if i not in self._cached:
+            self._cached[i] = self._decode(i, np.arange(self.length(i)))
+        return {name: frames[rows] for name, frames in self._cached[i].items()}
+
+    def canvas(self, i: int, rows: Sequence[int] | np.ndarray | None = None) -> UInt8[np.ndarray, "t h w 3"]:
+        """Pictures of episode i at `rows` (default all), tiled on the embodiment's canvas."""
+        return tile(self.robot, self.views(i, rows))
+
+    def actions(self) -> np.ndarray:
+        """Actions of all episodes (n a), for statistics."""
+        return np.concatenate([episode.action for episode in self._episodes])
+
+    def states(self) -> np.ndarray:
+        """States of all episodes (n d), for statistics."""
+        return np.concatenate([episode.state for episode in self._episodes])
+
+    def _require_robot(self) -> None:
+        """The dataset as a whole must fit the embodiment."""
+        robot, features = self.robot, self.info["features"]
+        if (self.root / CONTRACT).is_file():
+            robot.require(read_json(self.root / CONTRACT)["contract"], str(self.root))
+        fps = Fraction(str(self.info["fps"]))
+        if abs(fps / robot.rate - 1) > Fraction(1, 1000):
+            raise ValueError(f"{self.root} was recorded at {float(fps):g} Hz, embodiment '{robot.name}' says robot_hz "
+                             f"{robot.robot_hz}; set robot_hz to the rate of the recording")  # fmt: skip
+        for key, parts in ((robot.state_key, robot.state), (robot.action_key, robot.action)):
+            if not parts:
+                continue
+            if key not in features:
+                raise ValueError(f"{self.root} has no feature '{key}', which embodiment '{robot.name}' reads; it has "
+                                 f"{sorted(features)}")  # fmt: skip
+            shape = list(features[key].get("shape", []))
+            if shape != [parts[-1].stop]:
+                raise ValueError(f"'{key}' of {self.root} is {shape}, embodiment '{robot.name}' expects "
+                                 f"[{parts[-1].stop}] ({_widths(parts)}); choose the embodiment it was made with")  # fmt: skip
+        for view in robot.views:
+            if view.key not in cameras(self.info):
+                raise ValueError(f"{self.root} has no video '{view.key}' for view '{view.name}' of embodiment "
+                                 f"'{robot.name}'; it has {cameras(self.info)}")  # fmt: skip
+
+    def _note_cameras(self, entries: list[Entry]) -> None:
+        used = {view.key: view for view in self.robot.views}
+        for key in cameras(self.info):
+            if any(key in entry.videos and entry.videos[key][0].exists() for entry in entries):
+                continue
+            if key in used and entries:
+                raise ValueError(f"{self.root}: camera '{key}' (view '{used[key].name}' of embodiment "
+                                 f"'{self.robot.name}') is listed and no video of it is on disk")  # fmt: skip
+            self.mended.append(f"camera '{key}' is listed and not on disk; left out")
+
+    def _read_table(self, path: Path) -> pa.Table:
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        try:
+            return pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+
+    def _load(self, entry: Entry, table: pa.Table, meta: dict) -> Episode:
+        """Check one episode and take its columns."""
+        robot = self.robot
+        if entry.first is not None:
+            table = table.slice(entry.first, entry.length)
+        rows = table.num_rows
+        if rows == 0:
+            raise ValueError("it has zero length")
+        self._check_videos(entry, rows)
+        if rows != entry.length:
+            self._note("the length in the episode list disagrees with rows and frames; used the rows")
+        state = _matrix(table, robot.state_key, robot.state) if robot.state else np.zeros((rows, 0), np.float32)
+        action = _matrix(table, robot.action_key, robot.action)
+        self._check_time(table)
+        extra = {}
+        for key in self._extra:
+            if key in table.column_names:
+                extra[key] = _array(table, key)
+            else:
+                self._note(f"feature '{key}' is listed and has no column; left out")
+        return Episode(
+            instruction=self._instruction(entry, table), state=state, action=action, extra=extra, meta=meta
+        )
+
+    def _check_videos(self, entry: Entry, rows: int) -> None:
+        for view in self.robot.views:
+            if view.key not in entry.videos:
+                raise ValueError(f"it lists no video '{view.key}'")
+            path, first, frames = entry.videos[view.key]
+            if path not in self._counts:
+                self._counts[path] = count_frames(path)
+            if frames is None:
+                frames = self._counts[path]
+            if first + frames > self._counts[path]:
+                raise ValueError(f"video {path} has {self._counts[path]} frames, the episode ends at {first + frames}")
+            if frames != rows:
+                raise ValueError(f"it has {rows} rows and {frames} frames in {path}; they must agree")
+
+    def _check_time(self, table: pa.Table) -> None:
+        """Row k is at k / rate whatever the columns say; say so where they say something else."""
+        rows = np.arange(table.num_rows)
+        if "frame_index" not in table.column_names:
+            self._note("there is no frame_index; counted the rows")
+        elif not np.array_equal(table["frame_index"].to_numpy(), rows):
+            self._note("frame_index does not count from 0; counted the rows")
+        if "timestamp" not in table.column_names:
+            self._note("there is no timestamp; used row / rate")
+            return
+        late = table["timestamp"].to_numpy().astype(np.float64) * float(self.rate) - rows
+        if np.abs(late).max() <= 0.01:
+            return
+        if np.abs(late - 1).max() <= 0.01:
+            self._note("timestamps start one period late; used row / rate")
+        else:
+            self._note("timestamps are not row / rate; used row / rate")
+
+    def _instruction(self, entry: Entry, table: pa.Table) -> str:
+        """The task that an annotation of the description names, else task_index, else the episode's first task."""
+        keys = [k for k in table.column_names if k.startswith("annotation.") and k.endswith(("task_description", "task"))]
+        text = None
+        for key in [*keys, "task_index"]:
+            if key in table.column_names:
+                found = table[key].unique().to_pylist()
+                text = self.tasks.get(found[0])
+                if len(found) > 1:
+                    self._note(f"'{key}' names several instructions in one episode; took the first")
+                if text is not None:
+                    break
+        if text is None and entry.tasks:
+            text = entry.tasks[0]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"its instruction is {text!r}; expected text that is not empty")
+        others = sorted({str(task) for task in entry.tasks} - {text})
+        if others:
+            self._note(f"the episode list also names {', '.join(map(repr, others))} as a task; it is no instruction")
+        return text.strip()
+
+    def _note(self, text: str) -> None:
+        self._notes[text] = self._notes.get(text, 0) + 1
+
+    def _decode(self, i: int, rows: np.ndarray) -> dict[str, np.ndarray]:
+        out = {}
+        with self._lock:
+            for view in self.robot.views:
+                path, first, _ = self._entries[i].videos[view.key]
+                frames = read_frames(self._reader(path), rows + first, path)
+                out[view.name] = resize(frames, view.height, view.width)
+        return out
+
+    def _reader(self, path: Path):  # noqa: ANN202 (decord is imported where it is used)
+        """An open decoder; the last few are kept, and none is shared with a forked process."""
+        if self._owner != os.getpid():
+            self._forget()
+        if path in self._readers:
+            self._readers.move_to_end(path)
+        else:
+            self._readers[path] = open_mp4(path)
+            if len(self._readers) > OPEN_FILES:
+                self._readers.popitem(last=False)
+        return self._readers[path]
+
+    def _forget(self) -> None:
+        self._readers: OrderedDict = OrderedDict()
+        self._owner = os.getpid()
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock", "_owner")}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+
+def _widths(parts: Sequence[Part]) -> str:
+    return ", ".join(f"{part.name} {part.width}" for part in parts)
+
+
+def _array(table: pa.Table, key: str) -> np.ndarray:
+    """A column as (s k); ValueError if its rows differ in width or hold nothing."""
+    column = table[key].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = pa.concat_arrays(column.chunks)
+    rows = len(column)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
+        widths = set(column.value_lengths().to_pylist())
+        if len(widths) != 1 or None in widths:
+            raise ValueError(f"'{key}' has rows of different widths: {sorted(map(str, widths))}")
+        column = column.flatten()
+    values = column.to_numpy(zero_copy_only=False)
+    if values.dtype == np.float64:
+        values = values.astype(np.float32)
+    return values.reshape(rows, -1)
+
+
+def _matrix(table: pa.Table, key: str, parts: Sequence[Part]) -> np.ndarray:
+    """State or action (s d) float32, finite and as wide as the parts say."""
+    if key not in table.column_names:
+        raise ValueError(f"it has no column '{key}'")
+    values = _array(table, key).astype(np.float32)
+    if values.shape[1] != parts[-1].stop:
+        raise ValueError(f"'{key}' is {values.shape[1]} wide, expected {parts[-1].stop} ({_widths(parts)})")
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, entry = (int(v) for v in bad[0])
+        part = next(part.name for part in parts if part.start <= entry < part.stop)
+        raise ValueError(f"'{key}' holds {values[row, entry]} at row {row}, entry {entry} (part '{part}')")
+    return values
+
+

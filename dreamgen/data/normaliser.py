@@ -1,0 +1,87 @@
+"""Numbers of unit size for networks, and back: z = (x - offset) / scale, x = z * scale + offset, per entry.
+
+    standard   offset = mean, scale = standard deviation
+    quantile   offset = (q99 + q01) / 2, scale = (q99 - q01) / 2: most values land in [-1, 1], nothing is cut off
+
+Entries of binary parts, and entries that do not vary, keep their scale (1); the former also keep their offset (0).
+The two vectors are buffers, so they lie inside the checkpoint.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from dreamgen.core.embodiment import Part
+
+Values = TypeVar("Values", np.ndarray, torch.Tensor)
+
+
+class Normaliser(nn.Module):
+    """The identity on vectors of `width` entries until fitted or loaded. All arrays are (... width)."""
+
+    offset: Float[torch.Tensor, " d"]
+    scale: Float[torch.Tensor, " d"]
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    @classmethod
+    def fit(
+        cls,
+        values: Float[np.ndarray, "n d"],
+        parts: Sequence[Part] = (),
+        *,
+        rule: Literal["standard", "quantile"] = "standard",
+        floor: float = 1e-5,
+    ) -> "Normaliser":
+        """The normaliser of `values`; an entry whose scale is below `floor` counts as constant.
+
+        Raises ValueError for an unknown rule, for no values, for values that are not finite, and for a width that
+        is not that of the parts.
+        """
+        if rule not in ("standard", "quantile"):
+            raise ValueError(f"rule is '{rule}'; expected 'standard' or 'quantile'")
+        values = np.asarray(values, dtype=np.float64)
+        if values.ndim != 2 or not len(values) or not np.isfinite(values).all():
+            raise ValueError(f"cannot normalise by values of shape {values.shape}; expected (n d), n > 0, all finite")
+        if parts and parts[-1].stop != values.shape[1]:
+            raise ValueError(f"values are {values.shape[1]} wide, the parts of the embodiment {parts[-1].stop}")
+        if rule == "standard":
+            offset, scale = values.mean(0), values.std(0)
+        else:
+            low, high = np.quantile(values, (0.01, 0.99), axis=0)
+            offset, scale = (high + low) / 2, (high - low) / 2
+            # mostly at rest: the quantiles coincide though the entry moves
+            scale = np.where(scale < floor, values.std(0), scale)
+        scale = np.where(scale < floor, 1.0, scale)
+        for part in parts:
+            if part.kind == "binary":
+                offset[part.slice], scale[part.slice] = 0.0, 1.0
+        self = cls(values.shape[1])
+        self.offset.copy_(torch.from_numpy(offset))
+        self.scale.copy_(torch.from_numpy(scale))
+        return self
+
+    def normalise(self, values: Values) -> Values:
+        """Units of the embodiment to unit size; numpy to numpy, torch to torch."""
+        offset, scale = self._like(values)
+        return (values - offset) / scale
+
+    def denormalise(self, values: Values) -> Values:
+        """Unit size to units of the embodiment; numpy to numpy, torch to torch."""
+        offset, scale = self._like(values)
+        return values * scale + offset
+
+    def _like(self, values: Values) -> tuple[Values, Values]:
+        width = self.offset.shape[0]
+        if values.shape[-1] != width:
+            raise ValueError(f"values are {values.shape[-1]} wide; this normaliser is for {width}")
+        if isinstance(values, np.ndarray):
+            return self.offset.cpu().numpy(), self.scale.cpu().numpy()
+        return self.offset.to(values), self.scale.to(values)

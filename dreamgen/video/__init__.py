@@ -1,0 +1,1 @@
+"""Pictures over time: mp4 in and out, views and canvas, scores of pictures."""
