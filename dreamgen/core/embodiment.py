@@ -157,6 +157,12 @@ class Embodiment:
         contract.pop("description")
         return contract
 
+    @classmethod
+    def from_contract(cls, contract: dict) -> "Embodiment":
+        """The robot that `contract()` describes."""
+        parts = {key: tuple(Part(**part) for part in contract[key]) for key in ("state", "action")}
+        return cls(**{**contract, **parts, "views": tuple(View(**view) for view in contract["views"])})
+
     def mismatches(self, contract: dict) -> list[str]:
         """What differs between this robot and a saved `contract`, one sentence each."""
         import json
