@@ -1,0 +1,40 @@
+# `make demo` and `make test` need CPython 3.11 or newer, git and make; they set up all the rest in .venv.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+ARGS   ?=
+
+export MUJOCO_GL ?= egl
+
+.PHONY: demo test lint setup check clean-venv
+
+demo: check
+	$(BIN)/python -m jobs.pipeline experiment=demo $(ARGS)
+
+test: check
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/ty check
+
+setup: $(STAMP)
+
+# what pip cannot bring: Python itself and a library that draws without a screen
+check: $(STAMP)
+	@$(BIN)/python tests/tooling/system.py
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: dreamgen needs Python 3.11 or newer; '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Install one and call make PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[sim,dev]'
+	@touch $@
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,26 @@
+"""The console command: `dreamgen finetune a=b` is `python -m jobs.finetune a=b`."""
+
+import importlib
+import pkgutil
+import sys
+
+import jobs
+
+APART = {"cli", "recipe", "running", "steps"}  # modules that are no commands
+
+
+def commands() -> list[str]:
+    """The names of all jobs."""
+    return sorted(module.name for module in pkgutil.iter_modules(jobs.__path__) if module.name not in APART)
+
+
+def main() -> None:
+    """Hand over to the job that the first word names."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in commands():
+        wanted = name in ("-h", "--help")
+        text = f"usage: dreamgen COMMAND [key=value ...]\ncommands: {', '.join(commands())}\n"
+        (sys.stdout if wanted else sys.stderr).write(text if wanted else f"error: no command '{name}'\n{text}")
+        raise SystemExit(0 if wanted else 2)
+    sys.argv = [f"dreamgen {name}", *sys.argv[2:]]
+    importlib.import_module(f"jobs.{name}").main()

@@ -1,0 +1,79 @@
+"""The root of every configuration, and how a command line becomes one.
+
+The root is a dataclass, so an unknown top-level key does not compose; below it the constructors are the schema. An
+experiment names its steps: `steps.demos: "collect stage.episodes=280"` is the job `collect` with these overrides, so
+`python -m jobs.collect experiment=demo step=demos` does the same as that step of `python -m jobs.pipeline`.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+
+@dataclass
+class Recipe:
+    """All top-level keys. The groups are filled by `conf/<group>/<option>.yaml`."""
+
+    name: str = "default"  # of the recipe; names the folder that `out` proposes
+    out: str = "runs/default"  # everything is written below it, one folder a step
+    step: str = ""  # which of `steps` a job runs; the job's own name where empty
+    steps: dict[str, str] = field(default_factory=dict)  # name: "job override override ...", in order
+    instructions: Any = None  # what the target robot is shown; null is all that the simulator knows
+    seed: int = 0
+    workers: int = 1  # processes; never changes a result
+    shard: int = 0
+    num_shards: int = 1  # machines or processes that share one dream step; never changes a result
+    skip_bad: bool = False  # leave out bad episodes, and count them, instead of stopping at the first
+    debug: bool = False  # tracebacks instead of one line
+    embodiment: Any = None
+    data: Any = None
+    sim: Any = None
+    world_model: Any = None
+    labeler: Any = None
+    policy: Any = None
+    stage: Any = None
+    launcher: Any = None
+    experiment: Any = None
+
+
+def register() -> None:
+    """Make the schema known to Hydra, as `schema` in the defaults list of `conf/recipe.yaml`."""
+    ConfigStore.instance().store(name="schema", node=Recipe)
+
+
+def load(job: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, list[str]]:
+    """The configuration of a job, or of one of its steps, and the overrides that compose it.
+
+    Raises ValueError for keys that no recipe has and for steps that are none of this job's; Hydra's own exceptions
+    for what it refuses itself.
+    """
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("conf", version_base="1.3"):
+        every = with_step(compose(job, overrides=list(overrides)), job, overrides)
+        cfg = compose(job, overrides=every)
+    GlobalHydra.instance().clear()
+    unknown = sorted(set(cfg) - {f.name for f in fields(Recipe)})
+    if unknown:  # `+foo=1` slips past Hydra
+        known = ", ".join(f.name for f in fields(Recipe))
+        raise ValueError(f"no recipe has the key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; it has {known}")
+    return cfg, every
+
+
+def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
+    """The step's own overrides, then the command line's, which therefore win."""
+    name = cfg.step or job
+    if name not in cfg.steps:
+        if cfg.step and cfg.steps:
+            raise ValueError(f"recipe '{cfg.name}' has no step '{name}'; it has {', '.join(cfg.steps)}")
+        return [*overrides, f"step={name}"]
+    owner, *own = shlex.split(cfg.steps[name])
+    if owner != job:
+        raise ValueError(f"step '{name}' of recipe '{cfg.name}' is run by jobs.{owner}, not by jobs.{job}")
+    return [*own, *overrides, f"step={name}"]

@@ -1,0 +1,91 @@
+"""A recipe's steps in order. Each is the command that `steps` spells out, in a process of its own.
+
+A process a step keeps the peak memory of one step out of the next, and a step killed at any point leaves only what it
+finished. A complete step is skipped if its configuration and its inputs are those that the recipe asks for.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from dreamgen.core.manifest import FILE, fingerprint, is_complete, read_json
+from jobs.recipe import load
+from jobs.running import PLACES, record, walk
+
+log = logging.getLogger("jobs")
+
+
+def run_steps(cfg: DictConfig) -> None:
+    """Run every step of `cfg.steps`; ends the process with the status of the first that fails."""
+    if not cfg.steps:
+        raise ValueError("this recipe has no steps; choose one with experiment=... (see conf/experiment)")
+    overrides = list(HydraConfig.get().overrides.task)
+    overrides = [word for word in overrides if not word.startswith("step=")]
+    command = shlex.join(["python", "-m", "jobs.pipeline", *overrides])
+    names = list(cfg.steps)
+    done: set[str] = set()
+    for number, name in enumerate(names, 1):
+        job = shlex.split(cfg.steps[name])[0]
+        mine = [*overrides, f"step={name}"]
+        stage = load(job, mine)[0].stage
+        if complete(stage):
+            log.info("step %d/%d %s: complete", number, len(names), name)
+            continue
+        log.info("step %d/%d %s: jobs.%s", number, len(names), name, job)
+        status = run_job(job, mine, command)
+        if status != 0:
+            again = f"step '{name}' ended with status {status}; mend it, then give the same command again"
+            sys.stderr.write(f"error: {again}\n")
+            raise SystemExit(status if status > 0 else 128 - status)
+    finish(cfg)
+
+
+def run_job(job: str, overrides: list[str], command: str) -> int:
+    """One job in a process that does not outlive this one; its exit status (negative: killed by that signal)."""
+    environment = os.environ | {"DREAMGEN_COMMAND": command}
+    line = [sys.executable, "-m", f"jobs.{job}", *overrides]
+    process = subprocess.Popen(line, env=environment, preexec_fn=die_with_parent if sys.platform == "linux" else None)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this process when its parent ends, however that happens."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def complete(stage: DictConfig) -> bool:
+    """Whether a step's folder holds exactly what its configuration asks for. The stage itself has the last word:
+    False only means that it is started, and finds out."""
+    out = Path(stage.out)
+    if not is_complete(out):
+        return False
+    manifest = read_json(out / FILE)
+    asked = json.loads(json.dumps(record(stage), default=str))
+    parents = set(manifest["parents"].values())
+    plain = walk(OmegaConf.to_container(stage, resolve=True))
+    inputs = [Path(text) for key, text in plain if key in PLACES and Path(text) != out]
+    return manifest["config"] == asked and all(path.exists() and fingerprint(path) in parents for path in inputs)
+
+
+def finish(cfg: DictConfig) -> None:
+    """Print the table of the last report and where it lies."""
+    for name in reversed(cfg.steps):
+        folder = Path(cfg.out) / name
+        if shlex.split(cfg.steps[name])[0] == "report" and (folder / "results.json").is_file():
+            from dreamgen.report.table import table
+
+            sys.stdout.write(f"\n{table(read_json(folder / 'results.json'))}\n\nreport: {folder / 'report.html'}\n")
+            return
