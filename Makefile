@@ -7,8 +7,6 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ARGS   ?=
 
-export MUJOCO_GL ?= egl
-
 .PHONY: demo test lint setup check clean-venv
 
 demo: check
@@ -24,7 +22,7 @@ setup: $(STAMP)
 
 # what pip cannot bring: Python itself and a library that draws without a screen
 check: $(STAMP)
-	@$(BIN)/python tests/tooling/system.py
+	@$(BIN)/python -m jobs.check
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

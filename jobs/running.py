@@ -27,7 +27,7 @@ ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # where and how a stage runs, which never changes its result: not part of what a manifest remembers. The inputs of a
 # stage are remembered by what they hold (their fingerprints), not by where they lie.
 PLACES = frozenset("out root path folder clips dreams demos heldout world labels label_scores".split())
-MANNER = frozenset("workers shard num_shards command cache_mb".split())
+MANNER = frozenset("workers shard num_shards command cache_mb memory_gb checkpoint_every".split())
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 log = logging.getLogger("jobs")

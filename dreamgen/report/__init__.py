@@ -1,0 +1,1 @@
+"""What a run showed: one HTML file that opens without a server, and the figures as `results.json`."""
