@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from dreamgen.core.manifest import read_json
 
 INFO = "meta/info.json"
+CONTRACT = "meta/dreamgen.json"
+PROVENANCE = "meta/provenance.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ def locate(root: str | Path, revision: str | None = None) -> Path:
     path = Path(root)
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(root)):
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(root)) or path.parent.is_dir():
         raise ValueError(f"dataset {root} does not exist; mend the path, or run the job that makes it")
     from huggingface_hub import snapshot_download
 
@@ -55,8 +57,10 @@ def locate(root: str | Path, revision: str | None = None) -> Path:
         return Path(snapshot_download(str(root), repo_type="dataset", revision=revision))
     except Exception as error:  # the hub's and the network's errors have no common class; all are named and re-raised
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"dataset {root} is no local folder, and it cannot be downloaded from the Hugging Face hub as "
-                         f"'{root}': {reason}. Mend the path, or download it where there is a network.") from error  # fmt: skip
+        raise ValueError(
+            f"dataset {root} is no local folder, and the Hugging Face hub does not give a dataset of that name "
+            f"({reason}). Mend the path, or download it where there is a network."
+        ) from error
 
 
 def read_layout(root: Path) -> Layout:
@@ -81,29 +85,32 @@ def cameras(info: dict) -> list[str]:
     return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """One JSON value per line. ValueError names the file and the line."""
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """One JSON object per line, each with `keys`. ValueError names the file and the line."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} line {number} is not valid JSON: {error}") from None
+            missing = [key for key in keys if key not in row]
+            if missing:
+                raise ValueError(f"{path} line {number} lacks {', '.join(missing)}")
+            rows.append(row)
     return rows
 
 
 def _read_v2(root: Path, version: str, info: dict) -> Layout:
-    tasks = {int(row["task_index"]): row["task"] for row in read_jsonl(root / "meta/tasks.jsonl")}
+    rows = read_jsonl(root / "meta/tasks.jsonl", "task_index", "task")
+    tasks = {int(row["task_index"]): row["task"] for row in rows}
     entries, size = [], int(info.get("chunks_size", 1000))
-    for row in read_jsonl(root / "meta/episodes.jsonl"):
+    for row in read_jsonl(root / "meta/episodes.jsonl", "episode_index", "length"):
         index = int(row["episode_index"])
         place = {"episode_chunk": index // size, "episode_index": index}
-        videos = {
-            key: (root / info["video_path"].format(video_key=key, **place), 0, None) for key in cameras(info)
-        }
+        videos = {key: (root / info["video_path"].format(video_key=key, **place), 0, None) for key in cameras(info)}
         data = root / info["data_path"].format(**place)
         entries.append(Entry(index=index, length=int(row["length"]), tasks=row.get("tasks", []), data=data, first=None,
                              videos=videos))  # fmt: skip
@@ -116,7 +123,7 @@ def _read_v3(root: Path, version: str, info: dict) -> Layout:
     keys, fps = cameras(info), float(info["fps"])
     files = sorted((root / "meta/episodes").glob("*/*.parquet"))
     if not files:
-        raise ValueError(f"{root}/meta/episodes holds no parquet file; the dataset is incomplete, make or copy it again")
+        raise ValueError(f"{root}/meta/episodes holds no parquet file; the dataset is incomplete; make or copy it")
     rows = []
     for file in files:
         names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]

@@ -18,14 +18,11 @@ from jaxtyping import UInt8
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.core.manifest import read_json
-from dreamgen.data.layout import Entry, cameras, locate, read_jsonl, read_layout
+from dreamgen.data.columns import BOOKKEEPING, REMEDY, check_instruction, check_numbers, read_column
+from dreamgen.data.layout import CONTRACT, PROVENANCE, Entry, cameras, locate, read_jsonl, read_layout
 from dreamgen.video.mp4 import count_frames, open_mp4, read_frames
 from dreamgen.video.tiling import resize, tile
 
-CONTRACT = "meta/dreamgen.json"
-PROVENANCE = "meta/provenance.jsonl"
-BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
-REMEDY = "mend the episode, or set skip_bad=true to leave it out"
 OPEN_FILES = 16
 
 
@@ -57,10 +54,12 @@ class Dataset:
         self._require_robot()
         self._note_cameras(layout.entries)
         self._extra = [
-            key for key, feature in self.info["features"].items()
+            key
+            for key, feature in self.info["features"].items()
             if key not in (*BOOKKEEPING, robot.state_key, robot.action_key)
-            and not key.startswith(("annotation.", "next.")) and feature.get("dtype") not in ("video", "image", "string")
-        ]  # fmt: skip
+            and not key.startswith(("annotation.", "next."))
+            and feature.get("dtype") not in ("video", "image", "string")
+        ]
         metas = {}
         if (self.root / PROVENANCE).is_file():
             metas = {row.pop("episode_index"): row for row in read_jsonl(self.root / PROVENANCE)}
@@ -81,7 +80,8 @@ class Dataset:
                 continue
             self._entries.append(entry)
             self._episodes.append(episode)
-        self.mended += [note if n == len(layout.entries) else f"{note} ({n} episodes)" for note, n in self._notes.items()]
+        everywhere = len(layout.entries)
+        self.mended += [note if n == everywhere else f"{note} ({n} episodes)" for note, n in self._notes.items()]
         if not self._episodes:
             reasons = "; ".join(f"episode {i}: {why}" for i, why in list(self.skipped.items())[:3])
             raise ValueError(f"{self.root} holds no usable episode ({reasons or 'it lists none'})")
@@ -157,8 +157,10 @@ class Dataset:
                                  f"{sorted(features)}")  # fmt: skip
             shape = list(features[key].get("shape", []))
             if shape != [parts[-1].stop]:
-                raise ValueError(f"'{key}' of {self.root} is {shape}, embodiment '{robot.name}' expects "
-                                 f"[{parts[-1].stop}] ({_widths(parts)}); choose the embodiment it was made with")  # fmt: skip
+                raise ValueError(
+                    f"'{key}' of {self.root} is {shape}, embodiment '{robot.name}' expects [{parts[-1].stop}] "
+                    f"({_widths(parts)}); choose the embodiment it was made with"
+                )
         for view in robot.views:
             if view.key not in cameras(self.info):
                 raise ValueError(f"{self.root} has no video '{view.key}' for view '{view.name}' of embodiment "
@@ -193,18 +195,23 @@ class Dataset:
         self._check_videos(entry, rows)
         if rows != entry.length:
             self._note("the length in the episode list disagrees with rows and frames; used the rows")
-        state = _matrix(table, robot.state_key, robot.state) if robot.state else np.zeros((rows, 0), np.float32)
-        action = _matrix(table, robot.action_key, robot.action)
+        state = self._numbers(table, robot.state_key, robot.state) if robot.state else np.zeros((rows, 0), np.float32)
+        action = self._numbers(table, robot.action_key, robot.action)
         self._check_time(table)
         extra = {}
         for key in self._extra:
             if key in table.column_names:
-                extra[key] = _array(table, key)
+                extra[key] = read_column(table, key)
             else:
                 self._note(f"feature '{key}' is listed and has no column; left out")
         return Episode(
             instruction=self._instruction(entry, table), state=state, action=action, extra=extra, meta=meta
         )
+
+    def _numbers(self, table: pa.Table, key: str, parts: Sequence[Part]) -> np.ndarray:
+        values = read_column(table, key).astype(np.float32)
+        check_numbers(key, values, parts, table.num_rows)
+        return values
 
     def _check_videos(self, entry: Entry, rows: int) -> None:
         for view in self.robot.views:
@@ -240,7 +247,7 @@ class Dataset:
 
     def _instruction(self, entry: Entry, table: pa.Table) -> str:
         """The task that an annotation of the description names, else task_index, else the episode's first task."""
-        keys = [k for k in table.column_names if k.startswith("annotation.") and k.endswith(("task_description", "task"))]
+        keys = [k for k in table.column_names if k.startswith("annotation.") and k.endswith("task_description")]
         text = None
         for key in [*keys, "task_index"]:
             if key in table.column_names:
@@ -252,8 +259,7 @@ class Dataset:
                     break
         if text is None and entry.tasks:
             text = entry.tasks[0]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"its instruction is {text!r}; expected text that is not empty")
+        check_instruction(text)
         others = sorted({str(task) for task in entry.tasks} - {text})
         if others:
             self._note(f"the episode list also names {', '.join(map(repr, others))} as a task; it is no instruction")
@@ -298,37 +304,3 @@ class Dataset:
 
 def _widths(parts: Sequence[Part]) -> str:
     return ", ".join(f"{part.name} {part.width}" for part in parts)
-
-
-def _array(table: pa.Table, key: str) -> np.ndarray:
-    """A column as (s k); ValueError if its rows differ in width or hold nothing."""
-    column = table[key].combine_chunks()
-    if isinstance(column, pa.ChunkedArray):
-        column = pa.concat_arrays(column.chunks)
-    rows = len(column)
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type) or pa.types.is_fixed_size_list(column.type):
-        widths = set(column.value_lengths().to_pylist())
-        if len(widths) != 1 or None in widths:
-            raise ValueError(f"'{key}' has rows of different widths: {sorted(map(str, widths))}")
-        column = column.flatten()
-    values = column.to_numpy(zero_copy_only=False)
-    if values.dtype == np.float64:
-        values = values.astype(np.float32)
-    return values.reshape(rows, -1)
-
-
-def _matrix(table: pa.Table, key: str, parts: Sequence[Part]) -> np.ndarray:
-    """State or action (s d) float32, finite and as wide as the parts say."""
-    if key not in table.column_names:
-        raise ValueError(f"it has no column '{key}'")
-    values = _array(table, key).astype(np.float32)
-    if values.shape[1] != parts[-1].stop:
-        raise ValueError(f"'{key}' is {values.shape[1]} wide, expected {parts[-1].stop} ({_widths(parts)})")
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row, entry = (int(v) for v in bad[0])
-        part = next(part.name for part in parts if part.start <= entry < part.stop)
-        raise ValueError(f"'{key}' holds {values[row, entry]} at row {row}, entry {entry} (part '{part}')")
-    return values
-
-

@@ -20,42 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dreamgen.core.clip import Episode
-from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import write_json
 from dreamgen.data import statistics
-from dreamgen.data.layout import INFO
-from dreamgen.data.lerobot import BOOKKEEPING, CONTRACT, PROVENANCE, REMEDY
+from dreamgen.data.columns import REMEDY, Column, check_episode, extra_columns, robot_columns
+from dreamgen.data.layout import CONTRACT, INFO, PROVENANCE
 from dreamgen.video.mp4 import Joined, encode
 
 log = logging.getLogger(__name__)
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
-TYPES = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A numeric feature of k entries; k = 1 is stored as a scalar."""
-
-    dtype: str
-    width: int
-    names: list[str] | None = None
-
-    @property
-    def type(self) -> pa.DataType:
-        return TYPES[self.dtype] if self.width == 1 else pa.list_(TYPES[self.dtype], self.width)
-
-    def feature(self) -> dict:
-        return {"dtype": self.dtype, "shape": [self.width], "names": self.names}
-
-    def hugging_face(self) -> dict:
-        value = {"dtype": self.dtype, "_type": "Value"}
-        return value if self.width == 1 else {"feature": value, "length": self.width, "_type": "Sequence"}
-
-    def array(self, values: np.ndarray) -> pa.Array:
-        flat = pa.array(np.ascontiguousarray(values, dtype=self.dtype).reshape(-1), TYPES[self.dtype])
-        return flat if self.width == 1 else pa.FixedSizeListArray.from_arrays(flat, self.width)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,46 +136,12 @@ class _Files:
 
     def check(self, episode: Episode) -> None:
         """ValueError for an episode that must not be written. The first good one settles the extra columns."""
-        robot, rows = self.robot, len(episode.action)
-        if rows == 0:
-            raise ValueError("it has zero length")
-        if not isinstance(episode.instruction, str) or not episode.instruction.strip():
-            raise ValueError(f"its instruction is {episode.instruction!r}; expected text that is not empty")
-        for name, values, parts in (("state", episode.state, robot.state), ("action", episode.action, robot.action)):
-            _check_numbers(name, values, parts, rows)
-        for view in robot.views:
-            if view.name not in episode.video:
-                raise ValueError(f"view '{view.name}' is missing; it has {sorted(episode.video)}")
-            frames, size = episode.video[view.name], (view.height, view.width, 3)
-            if frames.ndim != 4 or frames.shape[1:] != size or frames.dtype != np.uint8:
-                raise ValueError(f"view '{view.name}' is {frames.dtype} {frames.shape}; expected uint8 (rows, "
-                                 f"{view.height}, {view.width}, 3)")  # fmt: skip
-            if len(frames) != rows:
-                raise ValueError(f"it has {rows} rows and {len(frames)} frames of view '{view.name}'; they must agree")
-        taken = {*BOOKKEEPING, robot.state_key, robot.action_key, *self.histograms}
-        extra = {}
-        for name, values in episode.extra.items():
-            if name in taken:
-                raise ValueError(f"extra column '{name}' has the name of a standard one; choose another")
-            if values.ndim != 2 or len(values) != rows or not values.shape[1]:
-                raise ValueError(f"extra column '{name}' is {values.shape}; expected ({rows}, k)")
-            kind = {"f": "float32", "i": "int64", "u": "int64", "b": "bool"}.get(values.dtype.kind)
-            if kind is None:
-                raise ValueError(f"extra column '{name}' is {values.dtype}; expected numbers or booleans")
-            extra[name] = Column(dtype=kind, width=values.shape[1])
+        check_episode(episode, self.robot)
+        extra = extra_columns(episode, self.robot)
         if self.extra is None:
-            self._settle(extra)
+            self.extra, self.columns = extra, robot_columns(self.robot) | extra
         elif extra != self.extra:
             raise ValueError(f"its extra columns are {_words(extra)}; the first episode has {_words(self.extra)}")
-
-    def _settle(self, extra: dict[str, Column]) -> None:
-        robot, integer = self.robot, Column(dtype="int64", width=1)
-        self.extra = extra
-        self.columns = {"timestamp": Column(dtype="float32", width=1)} | dict.fromkeys(BOOKKEEPING[1:], integer)
-        for key, parts in ((robot.state_key, robot.state), (robot.action_key, robot.action)):
-            if parts:
-                self.columns[key] = Column(dtype="float32", width=parts[-1].stop, names=_names(parts))
-        self.columns |= extra
 
     def add(self, item: _Encoded) -> None:
         """Append one episode to the data file and to each video file."""
@@ -332,21 +273,6 @@ class _Files:
             "splits": {"train": f"0:{len(self.episodes)}"}, "data_path": DATA, "video_path": VIDEO,
             "features": features,
         }  # fmt: skip
-
-
-def _check_numbers(name: str, values: np.ndarray, parts: tuple[Part, ...], rows: int) -> None:
-    width = parts[-1].stop if parts else 0
-    if values.shape != (rows, width):
-        raise ValueError(f"{name} is {values.shape}; expected ({rows}, {width}): {rows} rows of "
-                         + ", ".join(f"{part.name} {part.width}" for part in parts))  # fmt: skip
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        row, entry = (int(v) for v in bad[0])
-        raise ValueError(f"{name} holds {values[row, entry]} at row {row}, entry {entry}")
-
-
-def _names(parts: tuple[Part, ...]) -> list[str]:
-    return [part.name if part.width == 1 else f"{part.name}_{i}" for part in parts for i in range(part.width)]
 
 
 def _words(columns: dict[str, Column]) -> str:

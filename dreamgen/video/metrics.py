@@ -23,4 +23,5 @@ def ssim(a: UInt8[np.ndarray, "t h w 3"], b: UInt8[np.ndarray, "t h w 3"]) -> fl
 
 def _require_alike(a: np.ndarray, b: np.ndarray) -> None:
     if a.shape != b.shape or a.dtype != np.uint8 or b.dtype != np.uint8 or a.ndim != 4:
-        raise ValueError(f"videos are {a.dtype} {a.shape} and {b.dtype} {b.shape}; expected two uint8 (t h w 3) of one size")
+        raise ValueError(f"videos are {a.dtype} {a.shape} and {b.dtype} {b.shape}; expected two uint8 "
+                         f"(t h w 3) of one size")  # fmt: skip

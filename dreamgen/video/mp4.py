@@ -91,7 +91,7 @@ def enlarge(frames: UInt8[np.ndarray, "t h w 3"], factor: int = 2) -> UInt8[np.n
 
 
 def require_whole(path: Path) -> None:
-    """Raise ValueError if `path` is missing or is no whole mp4 file: its boxes must fill it exactly. Decodes nothing."""
+    """Raise ValueError if `path` is missing or is no whole mp4 file: its boxes fill it exactly. Decodes nothing."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"video {path} is missing")
@@ -149,7 +149,31 @@ def read_frames(reader: "decord.VideoReader", rows: Sequence[int] | np.ndarray, 
     try:
         return reader.get_batch(unique.tolist()).asnumpy()[back]
     except (RuntimeError, decord.DECORDError) as error:
+        if "size must exactly match" in str(error):
+            return _decode(path, unique)[back]
         raise ValueError(f"video {path} cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Frames `rows` (ascending) by PyAV, for widths (16, 24, 32, 48, 96, 144) at which decord takes the padding of a
+    line for a fourth channel (dmlc/decord issues 93 and 336)."""
+    import av
+
+    found = {}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        start, period = stream.start_time or 0, 1 / (stream.average_rate * stream.time_base)
+        at = -1
+        for row in rows.tolist():
+            if row > at + 1:
+                container.seek(start + round(row * period), stream=stream)
+            while row > at or row not in found:
+                frame = next(container.decode(stream), None)
+                if frame is None:
+                    raise ValueError(f"video {path} cannot be decoded: it ends before frame {row}")
+                at = round((frame.pts - start) / period)
+                found[at] = frame.to_ndarray(format="rgb24") if at in rows else None
+    return np.stack([found[row] for row in rows.tolist()])
 
 
 def read_mp4(path: Path, rows: Sequence[int] | np.ndarray | None = None) -> UInt8[np.ndarray, "t h w 3"]:

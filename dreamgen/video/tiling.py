@@ -29,7 +29,8 @@ def untile(robot: Embodiment, canvas: np.ndarray) -> dict[str, np.ndarray]:
     Raises ValueError if the canvas is not of the embodiment's size.
     """
     if canvas.shape[-3:] != (*robot.canvas, 3):
-        raise ValueError(f"canvas is {tuple(canvas.shape[-3:])}; embodiment '{robot.name}' expects {(*robot.canvas, 3)}")
+        raise ValueError(f"canvas is {tuple(canvas.shape[-3:])}; embodiment '{robot.name}' expects "
+                         f"{(*robot.canvas, 3)}")  # fmt: skip
     h, w = robot.views[0].height, robot.views[0].width
     cells = {n: (i, j) for i, row in enumerate(robot.grid) for j, n in enumerate(row) if n}
     return {
