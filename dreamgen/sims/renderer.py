@@ -44,6 +44,9 @@ class Renderer:
         blocks = big.reshape(self.height, SUPERSAMPLING, self.width, SUPERSAMPLING, 3)
         return (blocks.sum((1, 3), dtype=np.uint16) // SUPERSAMPLING**2).astype(np.uint8)
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Free the drawing context; EGL complains at interpreter exit otherwise."""
         if getattr(self, "_renderer", None) is not None:
