@@ -69,15 +69,14 @@ def die_with_parent() -> None:
 def complete(stage: DictConfig) -> bool:
     """Whether a step's folder holds exactly what its configuration asks for. The stage itself has the last word:
     False only means that it is started, and finds out."""
-    out = Path(stage.out)
-    if not is_complete(out):
+    if not is_complete(Path(stage.out)):
         return False
-    manifest = read_json(out / FILE)
+    manifest = read_json(Path(stage.out) / FILE)
     asked = json.loads(json.dumps(record(stage), default=str))
     parents = set(manifest["parents"].values())
     plain = walk(OmegaConf.to_container(stage, resolve=True))
-    inputs = [Path(text) for key, text in plain if key in PLACES and Path(text) != out]
-    return manifest["config"] == asked and all(path.exists() and fingerprint(path) in parents for path in inputs)
+    inputs = [Path(text) for key, text in plain if key in PLACES - {"out", "folder"}]
+    return manifest["config"] == asked and all(fingerprint(path) in parents for path in inputs if path.exists())
 
 
 def finish(cfg: DictConfig) -> None:

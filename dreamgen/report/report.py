@@ -1,0 +1,113 @@
+"""A run's folders -> `report.html`, one file with its videos inside, and `results.json`."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import Stage, replacing, write_json
+from dreamgen.engine.train import read_losses
+from dreamgen.report import plots, scenes
+from dreamgen.report.results import gather, manifests
+from dreamgen.report.table import errors, successes, table
+
+STYLES = "abcd"
+
+
+def report(
+    robot: Embodiment,
+    *,
+    out: Path,
+    folder: Path,
+    steps: Sequence[str],
+    demos: Path | None = None,
+    heldout: Path | None = None,
+    dreams: Path | None = None,
+    labels: Path | None = None,
+    policies: Mapping[str, str] | None = None,
+    title: str = "",
+    command: str = "",
+    clips: int = 8,
+    groups: int = 2,
+    record: dict,
+) -> dict:
+    """Write the report of the run in `folder`.
+
+    steps: the run's steps, in order; those that are not there are left out. demos, heldout: recordings (LeRobot);
+    dreams: output of `dream`; labels: output of `label`. policies: key in results.json to the step that evaluated the
+    policy. clips, groups: how many pairs of clips and how many first frames are shown.
+    """
+    found = manifests({name: Path(folder) / name for name in steps if Path(folder) / name != out})
+    parents = {name: Path(folder) / name for name in found}
+    parents |= {"data": demos} if demos is not None and Path(demos).exists() and demos not in parents.values() else {}
+    with Stage(out, "report", config=record, parents=parents) as run:
+        if run.complete:
+            return run.manifest()
+        results = gather(found, policies or {})
+        recordings = scenes.Recordings([scenes.open_dataset(heldout, robot), scenes.open_dataset(demos, robot)])
+        dreamed, labelled = scenes.clips_of(dreams), scenes.open_dataset(labels, robot)
+        page = {
+            "title": title or "dreamgen",
+            "robot": robot,
+            "command": command,
+            "results": results,
+            "successes": [(name, s, plots.interval(s["rate"], s["low"], s["high"])) for name, s in successes(results)],
+            "errors": errors(results),
+            "pipeline": [(name, m["stage"], counts(m["results"])) for name, m in found.items()],
+            "pairs": scenes.pairs(dreamed, recordings, clips) if dreamed else [],
+            "counterfactuals": scenes.counterfactuals(dreamed, groups, 8) if dreamed else [],
+            "curves": scenes.recovered(labelled, recordings, 3) if labelled else [],
+            "losses": [(name, loss_plot(Path(folder) / name)) for name in found if loss_plot(Path(folder) / name)],
+            "instructions": by_instruction(found, policies or {}),
+            "bad": bad_episodes(found),
+            "versions": next(reversed(found.values()))["versions"] if found else {},
+            "duration": plots.duration,
+            "total": sum(stage["seconds"] for stage in results["stages"].values()),
+        }
+        write_json(out / "results.json", results)
+        with replacing(out / "report.html") as temporary:
+            temporary.write_text(render(page), encoding="utf-8")
+        return run.finish(table=table(results), results=results)
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The page as HTML. Values are escaped; plots are SVG of our own."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")).render(page)
+
+
+def counts(results: Mapping) -> str:
+    """The whole numbers among a step's results: "280 episodes, 10080 rows"."""
+    whole = [f"{value} {key.replace('_', ' ')}" for key, value in results.items() if type(value) is int]
+    return ", ".join(whole[:3])
+
+
+def loss_plot(step: Path) -> str:
+    """Training and validation loss of a step that trained, "" for others."""
+    rows = read_losses(step)
+    keys = [key for key in (rows[-1] if rows else {}) if key == "loss" or key.startswith("val_")][: len(STYLES)]
+    curves = [plots.Line(key.replace("_", " "), [r["step"] for r in rows if key in r], [r[key] for r in rows if key in r],
+                         style) for key, style in zip(keys, STYLES, strict=False)]  # fmt: skip
+    return plots.lines(curves, title="loss", x_name="steps", log=True) if curves else ""
+
+
+def by_instruction(found: Mapping[str, Mapping], policies: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Success by instruction: {instruction: {policy key: {successes, n, ...}}}."""
+    rows: dict[str, dict[str, Any]] = {}
+    for key, step in policies.items():
+        for text, success in found.get(step, {}).get("results", {}).get("by_instruction", {}).items():
+            rows.setdefault(text, {})[key] = success
+    return rows
+
+
+def bad_episodes(found: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
+    """(step, episode, reason) of every bad episode that was left out, by choice."""
+    rows = []
+    for name, manifest in found.items():
+        skipped = manifest["results"].get("skipped")
+        if isinstance(skipped, Mapping):
+            rows += [(name, str(episode), str(reason)) for episode, reason in skipped.items()]
+    return rows
