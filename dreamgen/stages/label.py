@@ -1,0 +1,118 @@
+"""Dreams -> a LeRobot dataset with pseudo-actions, their spread, pseudo-states and provenance.
+
+Rows are robot steps: a dream's frame stands at the row that shows it and is repeated until the next one. The column
+`frame_fresh` marks the rows whose picture is new (`meta["frame_rows"]` lists them): only these are observations.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dreamgen.core.clip import Clip, Episode, Labels
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import Stage, require_complete
+from dreamgen.core.protocols import Labeler
+from dreamgen.data.clips import ClipFolder
+from dreamgen.data.writer import write_dataset
+from dreamgen.engine.progress import progress
+from dreamgen.video.tiling import untile
+
+
+def integrated(robot: Embodiment, first: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pseudo-states (s d) from the first state (d,) and actions (s a), and which entries they know (d,) bool.
+
+    By the embodiment's rule: a delta adds `scale` times itself to the part it moves, an absolute part sets it for the
+    next row. Parts that no such action moves (grippers under binary commands too) keep their first value, unknown.
+    """
+    state, known = np.repeat(first[None], len(action), axis=0).astype(np.float32), np.zeros(robot.state_dim, bool)
+    where = {part.name: part.slice for part in robot.state}
+    for part in robot.action:
+        if part.moves is None or part.kind == "binary":
+            continue
+        moved = part.scale * action[:-1, part.slice]
+        state[1:, where[part.moves]] = first[where[part.moves]] + moved.cumsum(0) if part.kind == "delta" else moved
+        known[where[part.moves]] = True
+    return state, known
+
+
+def pseudo_states(labeler: Labeler, clips: Sequence[Clip], labels: Sequence[Labels]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Per clip the states (s d) and which entries are known (s d) float32.
+
+    The first state is known where the clip brings it. Later ones are what the labeler reads from the frames, if it has
+    `states`, else the integrated actions; without either they are zero and unknown.
+    """
+    robot = labeler.robot
+    read = labeler.states(clips, labels) if hasattr(labeler, "states") else [None] * len(clips)
+    found = []
+    for clip, label, seen in zip(clips, labels, read, strict=True):
+        steps = len(label.value)
+        first_known = clip.state.size == robot.state_dim and robot.state_dim > 0
+        if seen is not None:
+            state, known = seen[:steps].astype(np.float32), np.ones((steps, robot.state_dim), np.float32)
+        elif first_known:
+            state, sure = integrated(robot, clip.state, label.value)
+            known = np.repeat(sure[None], steps, axis=0).astype(np.float32)
+        else:
+            state = np.zeros((steps, robot.state_dim), np.float32)
+            known = np.zeros_like(state)
+        if first_known:
+            state[0], known[0] = clip.state, 1.0
+        found.append((state, known))
+    return found
+
+
+def labelled_episode(robot: Embodiment, clip: Clip, label: Labels, state: np.ndarray, known: np.ndarray,
+                     source: dict) -> Episode:  # fmt: skip
+    """One row per robot step; the last frame only ends the last step and has no row."""
+    clock = Clock(robot_hz=robot.robot_hz, video_hz=clip.video_hz, frames=len(clip.video))
+    steps = np.arange(len(label.value))
+    frame = np.searchsorted(clock.rows, steps, side="right") - 1
+    fresh = np.isin(steps, clock.rows)
+    views = {name: frames[frame] for name, frames in untile(robot, clip.video).items()}
+    extra = {"label_spread": label.spread, "state_known": known, "frame_fresh": fresh[:, None].astype(np.float32)}
+    if not robot.state_dim:
+        extra.pop("state_known")
+    meta = {"source": "dream", "prompt": clip.id, "seed": clip.seed, "pair": clip.pair, "origin": clip.origin,
+            "scores": {**clip.scores, "label_spread": float(label.spread.mean())},
+            "frame_rows": np.flatnonzero(fresh).tolist(), "video_hz": clip.video_hz, **source}  # fmt: skip
+    return Episode(instruction=clip.instruction, state=state, action=label.value, video=views, extra=extra, meta=meta)
+
+
+def label(labeler: Labeler, clips: Path, *, out: Path, robot: Embodiment, batch_size: int = 16, codec: str = "h264",
+          crf: int | None = None, workers: int = 1, seed: int = 0, record: dict) -> dict:  # fmt: skip
+    """Label the dreams of the finished stage `clips` and write them as a LeRobot dataset to `out`, in order of id.
+
+    Raises ValueError for unfinished dreams, no dreams, a labeler of another robot, and clips that it cannot label
+    (rate, size or length; names the clip).
+    """
+    clips = Path(clips)
+    made = require_complete(clips, "dreams")
+    labeler.robot.require(robot.contract(), "the dreams' robot")
+    parents = {"dreams": clips} | ({"labeler": labeler.path} if getattr(labeler, "path", None) else {})
+    with Stage(out, "label", config=record, parents=parents, seed=seed) as run:
+        if run.complete:
+            return run.manifest()
+        folder = ClipFolder(clips / "clips")
+        ids = folder.ids()
+        if not ids:
+            raise ValueError(f"{clips} holds no dreams; give its stage at least one prompt")
+        source = {"dreams": made["id"], "world_model": made.get("parents", {}).get("world_model", ""),
+                  "labeler": run.spec["parents"].get("labeler", "")}  # fmt: skip
+        spreads: list[np.ndarray] = []
+
+        def episodes() -> Iterator[Episode]:
+            batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
+            for batch in progress(batches, len(batches), "label", out, unit="batch"):
+                read = [folder.read(id) for id in batch]
+                labels = labeler.label(read)
+                states = pseudo_states(labeler, read, labels)
+                for clip, found, (state, known) in zip(read, labels, states, strict=True):
+                    spreads.append(found.spread.mean(0))
+                    yield labelled_episode(robot, clip, found, state, known, source)
+
+        counts = write_dataset(out, episodes(), robot, codec=codec, crf=crf, workers=workers)
+        spread = np.mean(spreads, axis=0)
+        return run.finish(episodes=counts["episodes"], rows=counts["frames"],
+                          spread={part.name: float(spread[part.slice].mean()) for part in robot.action})  # fmt: skip

@@ -1,0 +1,91 @@
+"""How good are labels? Predicted against recorded actions, part by part; no labeler is run here."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dreamgen.core.clip import Labels
+from dreamgen.core.embodiment import Embodiment, Part
+
+
+def r2(predicted: np.ndarray, true: np.ndarray) -> float:
+    """Explained variance, pooled over the entries of (n k); nan where the truth never changes."""
+    varies = ((true - true.mean(0)) ** 2).sum()
+    return float(1 - ((predicted - true) ** 2).sum() / varies) if varies > 1e-12 else float("nan")
+
+
+def auroc(score: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive scores above a negative, ties counting half; nan without both kinds."""
+    from scipy.stats import rankdata
+
+    n, m = int(positive.sum()), int((~positive).sum())
+    if not n or not m:
+        return float("nan")
+    return float((rankdata(score)[positive].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def votes(labels: Labels, part: Part) -> np.ndarray:
+    """Share of the votes for the higher command (s k), recovered from the merged command and its spread."""
+    low, high = part.limits or (0.0, 1.0)
+    margin = np.sqrt(np.clip(0.25 - (labels.spread[:, part.slice] / (high - low)) ** 2, 0, None))
+    return np.where(labels.value[:, part.slice] > (low + high) / 2, 0.5 + margin, 0.5 - margin)
+
+
+def lag(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], reach: int = 4) -> int:
+    """Robot steps by which labels (s k) come late: the shift with the highest correlation, 0 where nothing moves."""
+    best = {}
+    for shift in range(-reach, reach + 1):
+        pairs = [(p[max(0, shift) : len(p) + min(0, shift)], t[max(0, -shift) : len(t) - max(0, shift)])
+                 for p, t in zip(predicted, true, strict=True) if len(p) > 2 * reach]  # fmt: skip
+        if pairs:
+            p, t = (np.concatenate(side).ravel() for side in zip(*pairs, strict=True))
+            scale = p.std() * t.std()
+            best[shift] = float(((p - p.mean()) * (t - t.mean())).mean() / scale) if scale > 1e-12 else 0.0
+    return max(best, key=lambda shift: (round(best[shift], 6), -abs(shift))) if best else 0
+
+
+def drift(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], part: Part) -> dict[str, float]:
+    """Mean distance between the integrals of labels and actions, in units of the state, early, midway and at the end."""
+    gaps = [np.linalg.norm(np.cumsum(p - t, axis=0) * part.scale, axis=1) for p, t in zip(predicted, true, strict=True)]
+    at = {"quarter": 0.25, "half": 0.5, "end": 1.0}
+    return {name: float(np.mean([gap[max(0, int(share * len(gap)) - 1)] for gap in gaps])) for name, share in at.items()}
+
+
+def calibration(spread: np.ndarray, error: np.ndarray, bins: int = 5) -> dict:
+    """Does spread foretell error? Both (n,): rank correlation, and per fifth of the spread its mean and the error's RMS."""
+    from scipy.stats import spearmanr
+
+    if len(spread) < bins or spread.std() < 1e-12 or error.std() < 1e-12:
+        return {"spearman": float("nan"), "spread": [], "error": []}
+    parts = np.array_split(np.argsort(spread, kind="stable"), bins)
+    return {"spearman": float(spearmanr(spread, error).statistic),
+            "spread": [float(spread[part].mean()) for part in parts],
+            "error": [float(np.sqrt((error[part] ** 2).mean())) for part in parts]}  # fmt: skip
+
+
+def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot: Embodiment) -> dict:
+    """All scores of labels (s a) against recorded actions (s a), by name and part; plain JSON.
+
+    r2, mae, control_mae (the mean action instead), lag (robot steps) for every part; drift for deltas that move a
+    state part; auroc and accuracy for binary parts; calibration of the spread.
+    """
+    predicted, true = [label.value for label in labels], list(actions)
+    found: dict[str, dict] = {key: {} for key in ("r2", "mae", "control_mae", "lag", "drift", "auroc", "accuracy",
+                                                  "calibration")}  # fmt: skip
+    for part in robot.action:
+        p, t = ([a[:, part.slice] for a in side] for side in (predicted, true))
+        flat_p, flat_t = np.concatenate(p), np.concatenate(t)
+        found["r2"][part.name] = r2(flat_p, flat_t)
+        found["mae"][part.name] = float(np.abs(flat_p - flat_t).mean())
+        found["control_mae"][part.name] = float(np.abs(flat_t.mean(0) - flat_t).mean())
+        found["lag"][part.name] = lag(p, t)
+        spread = np.concatenate([label.spread[:, part.slice] for label in labels])
+        found["calibration"][part.name] = calibration(spread.ravel(), np.abs(flat_p - flat_t).ravel())
+        if part.kind == "binary":
+            middle = sum(part.limits or (0.0, 1.0)) / 2
+            share = np.concatenate([votes(label, part) for label in labels])
+            found["auroc"][part.name] = auroc(share.ravel(), flat_t.ravel() > middle)
+            found["accuracy"][part.name] = float(((flat_p > middle) == (flat_t > middle)).mean())
+        elif part.kind == "delta" and part.moves:
+            found["drift"][part.name] = drift(p, t, part)
+    return found

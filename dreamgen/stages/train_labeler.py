@@ -1,0 +1,95 @@
+"""Recorded episodes -> a labeler, saved in `out` itself."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamgen.core.clip import Clip
+from dreamgen.core.clock import Clock
+from dreamgen.core.manifest import Stage
+from dreamgen.core.seeding import rng_for
+from dreamgen.data.lerobot import Dataset
+from dreamgen.engine.train import clear_state, train
+from dreamgen.stages.label_scores import score_labels
+
+
+def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Episode numbers for training and held out, drawn from the seed; at least one of each where there are two."""
+    order = rng_for(seed, "labeler split").permutation(count).tolist()
+    apart = min(count - 1, max(1, round(share * count)))
+    return sorted(order[apart:]), sorted(order[:apart])
+
+
+def recorded_clip(dataset: Dataset, index: int, clock: Clock) -> tuple[Clip, np.ndarray]:
+    """All of episode `index` at the video rate of `clock`, and the actions (s a) that the clip spans."""
+    episode = dataset.episode(index)
+    whole = clock.with_frames(max(2, clock.frames_in(dataset.length(index))))
+    if whole.steps >= dataset.length(index):
+        raise ValueError(f"episode {index} of {dataset.root} has {dataset.length(index)} rows; two frames at "
+                         f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or choose a higher video rate.")  # fmt: skip
+    clip = Clip(id=f"episode_{index:06d}", video=dataset.canvas(index, whole.rows), video_hz=whole.video_hz,
+                instruction=episode.instruction, state=episode.state[0])  # fmt: skip
+    return clip, episode.action[: whole.steps]
+
+
+def train_labeler(
+    labeler: Any,
+    dataset: Dataset,
+    *,
+    out: Path,
+    steps: int = 400,
+    batch_size: int = 8,
+    lr: float = 1e-3,
+    warmup: int = 30,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.99),
+    clip: float = 1.0,
+    ema: float | None = 0.99,
+    precision: str = "auto",
+    held_out_share: float = 0.1,
+    degrade: Callable[[np.ndarray], np.ndarray] | None = None,
+    degraded: float = 0.5,
+    degraded_clips: int = 64,
+    checkpoint_every: int = 100,
+    log_every: int = 20,
+    validate_every: int = 0,
+    seed: int = 0,
+    record: dict,
+) -> dict:
+    """Train `labeler` on `dataset`, a share of its episodes held out for scores during training and for calibration.
+
+    labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`. degrade: a world model's
+    autoencoder, uint8 (t H W 3) to the same, which a clip passes with probability `degraded`, so that the labeler
+    knows how dreams look; `degraded_clips` are passed once, before training.
+
+    Results: scores on the held-out episodes (r2, mae, ... by part), the last loss, the calibration.
+    Raises ValueError for a dataset of another robot, too few or too short episodes, a loss that is not finite.
+    """
+    with Stage(out, "train_labeler", config=record, parents={"dataset": dataset.root}, seed=seed) as run:
+        if run.complete:
+            return run.manifest()
+        if len(dataset) < 2:
+            raise ValueError(f"{dataset.root} has {len(dataset)} episode; a labeler needs at least 2, one to train on "
+                             f"and one to be scored on")  # fmt: skip
+        training, apart = held_out(len(dataset), held_out_share, seed)
+        labeler.fit(dataset, training)
+        batches = labeler.batches(dataset, training, batch_size=batch_size, seed=seed, degrade=degrade,
+                                  degraded=degraded, degraded_clips=degraded_clips)  # fmt: skip
+        clips, actions = zip(*(recorded_clip(dataset, index, labeler.clock) for index in apart), strict=True)
+
+        def scores(model: Any, step: int = 0) -> dict[str, float]:
+            found = score_labels(model.label(clips), actions, labeler.robot)
+            return {f"{key}_{part}": found[key][part] for key in ("r2", "mae") for part in found[key]}
+
+        done = train(labeler, batches, out=out, steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay,
+                     betas=betas, clip=clip, ema=ema, precision=precision, seed=seed, validate=scores,
+                     validate_every=validate_every, checkpoint_every=checkpoint_every, log_every=log_every,
+                     name="train_labeler")  # fmt: skip
+        calibration = labeler.calibrate(dataset, apart)
+        labeler.save(out)
+        found = score_labels(labeler.label(clips), actions, labeler.robot)
+        clear_state(out)
+        return run.finish(episodes=len(training), held_out=len(apart), steps=steps, loss=done["loss"],
+                          precision=done["precision"], calibration=calibration, held_out_scores=found)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Inverse dynamics: which actions lie between the frames of a video."""

@@ -1,0 +1,109 @@
+"""Training clips, addressed by step: batch `step` is a pure function of (seed, step)."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dreamgen.core.clip import Episode
+from dreamgen.core.clock import Clock
+from dreamgen.core.seeding import rng_for
+
+Degrade = Callable[[np.ndarray], np.ndarray]
+
+
+class Recorded(Protocol):
+    """What is needed of a dataset; `dreamgen.data.lerobot.Dataset` is one."""
+
+    def __len__(self) -> int: ...
+
+    def length(self, index: int) -> int: ...
+
+    def episode(self, index: int) -> Episode: ...
+
+    def canvas(self, index: int, rows: Sequence[int]) -> np.ndarray: ...
+
+
+class Batches:
+    """Batches of `batch_size` clips of `frames` frames at the rates of `clocks`, from `episodes` of a dataset.
+
+    rest: share of the clips drawn uniformly; the others are drawn by how much moves in them, as robots often wait.
+    degrade: a world model's autoencoder, uint8 (t H W 3) to the same; a clip passes it with probability `degraded`.
+    It runs once on each of at most `degraded_clips` clips, of `degrade_frames` frames, whose results are kept.
+
+    Calling gives a dict: video (b f H W 3) uint8, action (b s a), state (b f d), rows (f,), spacing (): robot steps a
+    gap. All clips of one batch share one clock.
+
+    Raises ValueError for episodes that are all shorter than a clip.
+    """
+
+    def __init__(self, dataset: Recorded, episodes: Sequence[int], clocks: Sequence[Clock], *, batch_size: int,
+                 seed: int, rest: float = 0.4, degrade: Degrade | None = None, degraded: float = 0.5, degraded_clips: int = 64,
+                 degrade_frames: int = 17) -> None:  # fmt: skip
+        self.dataset, self.clocks, self.seed, self.batch_size = dataset, list(clocks), seed, batch_size
+        longest = max(clock.steps for clock in self.clocks)
+        self.episodes = [i for i in episodes if dataset.length(i) > longest]
+        if not self.episodes:
+            raise ValueError(f"none of {len(list(episodes))} episodes has the {longest + 1} rows that a training clip "
+                             f"spans; lower the labeler's `train_frames`, or record longer episodes")  # fmt: skip
+        self.rows = {i: dataset.episode(i) for i in self.episodes}
+        self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
+        self.degraded = degraded if degrade else 0.0
+        self.dreamlike = self._degrade(degrade, degraded_clips, degrade_frames) if self.degraded else []
+
+    def _starts(self, clock: Clock, rest: float) -> tuple[np.ndarray, np.ndarray]:
+        """All (episode, first row) of clips on `clock` (n 2), and the probability of each."""
+        scale = np.concatenate([e.action for e in self.rows.values()]).std(0) + 1e-6
+        found, weight = [], []
+        for index, episode in self.rows.items():
+            motion = np.abs(episode.action / scale)
+            motion = (motion - np.median(motion, axis=0)).clip(0).mean(1)
+            for start in range(len(motion) - clock.steps):
+                found.append((index, start))
+                weight.append(motion[start : start + clock.steps].mean())
+        weight = np.array(weight)
+        weight = weight / max(weight.mean(), 1e-6) * (1 - rest) + rest
+        return np.array(found), weight / weight.sum()
+
+    def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
+        """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
+        made = []
+        for n in range(count):
+            rng = rng_for(self.seed, "degrade", n)
+            index = self.episodes[(n * max(1, len(self.episodes) // count)) % len(self.episodes)]
+            clock = self.clocks[n % len(self.clocks)]
+            long = clock.with_frames(frames)
+            if len(self.rows[index].action) <= long.steps:
+                continue
+            rows = long.rows + rng.integers(len(self.rows[index].action) - long.steps)
+            made.append((index, rows, degrade(self.dataset.canvas(index, rows)), clock))
+        return made
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        rng = rng_for(self.seed, "labeler batch", step)
+        clock = self.clocks[int(rng.integers(len(self.clocks)))]
+        starts, share = self.starts[clock]
+        pool = [item for item in self.dreamlike if item[3] == clock]
+        video, action, state = [], [], []
+        for _ in range(self.batch_size):
+            if pool and rng.random() < self.degraded:
+                index, rows, pictures, _ = pool[int(rng.integers(len(pool)))]
+                # a clip within the degraded one begins where its rows repeat the clock's pattern
+                firsts = [k for k in range(len(rows) - clock.frames + 1)
+                          if np.array_equal(rows[k : k + clock.frames] - rows[k], clock.rows)]  # fmt: skip
+                k = firsts[int(rng.integers(len(firsts)))]
+                video.append(pictures[k : k + clock.frames])
+                start = int(rows[k])
+            else:
+                index, start = map(int, starts[rng.choice(len(starts), p=share)])
+                video.append(self.dataset.canvas(index, start + clock.rows))
+            action.append(self.rows[index].action[start : start + clock.steps])
+            state.append(self.rows[index].state[start + clock.rows])
+        return {
+            "video": torch.from_numpy(np.stack(video)),
+            "action": torch.from_numpy(np.stack(action)).float(),
+            "state": torch.from_numpy(np.stack(state)).float(),
+            "rows": torch.from_numpy(clock.rows),
+            "spacing": torch.tensor(float(clock.stride)),
+        }

@@ -1,0 +1,265 @@
+"""Flow-matching inverse dynamics: the actions between the frames of a window.
+
+Frames are encoded once each; a DiT denoises the window's action chunk from their tokens. Training minimises
+`|v(x_t, t) - (x - noise)|^2` with `x_t = (1 - t) * noise + t * x` on windows of recorded episodes, plus the error of
+the state read from each frame. Labels merge all windows of a clip (`idm.merge`), and the deltas are corrected by the
+positions read from the frames (`idm.smooth`).
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dreamgen.core.clip import Clip, Labels
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import read_json, write_json
+from dreamgen.core.seeding import torch_rng_for
+from dreamgen.engine.precision import autocast
+from idm.augment import Augment
+from idm.batches import Batches, Recorded
+from idm.flow import Denoiser
+from idm.heads import Heads
+from idm.merge import RULES, Windows, horizon, merge
+from idm.vision import ConvVision, PretrainedVision, with_motion
+
+
+class FlowIDM(nn.Module):
+    """Inverse dynamics model, a Labeler.
+
+    robot, clock: whose actions it predicts, and the rates of the videos it labels.
+    frames: frames of a window. spacings: robot steps per frame gap that it is trained for and accepts ("2", "3/2");
+        the clock's own by default.
+    train_frames: frames of a training clip, all of whose windows share one encoding.
+    vision: keyword arguments of ConvVision, or of PretrainedVision if they name a `path`.
+    width, layers, heads: of the denoiser. draws: noise draws per window and training step.
+    time_shape: noise level 1 - t ~ Beta(*time_shape) * 0.999, as published: most draws are noisy.
+    state_weight: of the state error in the loss. augment: keyword arguments of `Augment`.
+    flow_steps: Euler steps. samples: per window. rule: merge rule. correct: strength of the drift correction, the
+        ratio of the precisions given to positions and deltas over the calibrated one; 0 switches it off.
+    """
+
+    def __init__(self, *, robot: Embodiment, clock: Clock, frames: int = 5, spacings: Sequence[str] = (),
+                 train_frames: int = 13, vision: dict | None = None, width: int = 128, layers: int = 4, heads: int = 4,
+                 draws: int = 2, time_shape: Sequence[float] = (1.5, 1.0), state_weight: float = 1.0,
+                 augment: dict | None = None, flow_steps: int = 8, samples: int = 2, rule: str = "centre",
+                 correct: float = 1.0, precision: str = "auto", seed: int = 0, label_batch: int = 16) -> None:  # fmt: skip
+        super().__init__()
+        if not 2 <= frames <= train_frames:
+            raise ValueError(f"a window of {frames} frames in training clips of {train_frames}; expected "
+                             f"2 <= frames <= train_frames")  # fmt: skip
+        if rule not in RULES:
+            raise ValueError(f"merge rule is '{rule}'; expected one of {', '.join(RULES)}")
+        self.robot, self.clock, self.path = robot, clock, None
+        self.frames, self.train_frames = frames, train_frames
+        self.spacings = [str(s) for s in spacings] or [str(clock.stride)]
+        self.draws, self.time_shape, self.state_weight = draws, tuple(time_shape), state_weight
+        self.flow_steps, self.samples, self.rule, self.correct = flow_steps, samples, rule, correct
+        self.precision, self.seed, self.label_batch = precision, seed, label_batch
+        self.config = {
+            "clock": clock.spec(), "frames": frames, "spacings": self.spacings, "train_frames": train_frames,
+            "vision": dict(vision or {}), "width": width, "layers": layers, "heads": heads, "draws": draws,
+            "time_shape": list(time_shape), "state_weight": state_weight, "augment": dict(augment or {}),
+            "flow_steps": flow_steps, "samples": samples, "rule": rule, "correct": correct, "precision": precision,
+            "seed": seed, "label_batch": label_batch,
+        }  # fmt: skip
+        self.augment = Augment(**(augment or {}))
+        generator = torch.random.get_rng_state()
+        torch.manual_seed(seed)
+        tower = PretrainedVision if "path" in (vision or {}) else ConvVision
+        self.vision = tower(size=robot.canvas, width=width, **(vision or {}))
+        self.denoiser = Denoiser(width=width, layers=layers, heads=heads)
+        self.heads = nn.ModuleDict({robot.name: Heads(robot, width)})
+        torch.random.set_rng_state(generator)
+
+    @property
+    def head(self) -> Heads:
+        """Encoders, decoders and statistics of the current robot."""
+        return self.heads[self.robot.name]
+
+    @property
+    def clocks(self) -> list[Clock]:
+        """One clock of a training clip per spacing."""
+        rate = self.robot.rate
+        return [Clock(robot_hz=str(rate), video_hz=str(rate / Fraction(s)), frames=self.train_frames)
+                for s in self.spacings]  # fmt: skip
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video (b c 3 h w) in [-1, 1] -> tokens (b c l width), each frame once."""
+        b, c = video.shape[:2]
+        return self.vision(with_motion(video).flatten(0, 1)).unflatten(0, (b, c))
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Velocity error plus state error, on a batch of `idm.batches.Batches`."""
+        video = batch["video"].float().div(127.5).sub(1).permute(0, 1, 4, 2, 3)
+        b, c = video.shape[:2]
+        windows, device = self._windows(float(batch["spacing"]), c), video.device
+        tokens = self.encode(self.augment(video))
+        metrics = {}
+        total = torch.zeros((), device=device)
+        if self.robot.state_dim and self.state_weight:
+            metrics["state"] = (self.head.read_state(tokens[:, :, 0]) - self.head.state.normalise(batch["state"])).square().mean()
+            total = total + self.state_weight * metrics["state"]
+        mask = torch.from_numpy(windows.mask).to(device).repeat(b, 1)
+        x = self.head.action.normalise(batch["action"])[:, torch.from_numpy(windows.steps).to(device)].flatten(0, 1)
+        x = x[:, None].expand(-1, self.draws, -1, -1)
+        noise = torch.randn_like(x)
+        level = torch.distributions.Beta(*(torch.tensor(float(s), device=device) for s in self.time_shape))
+        t = 1 - 0.999 * level.sample(x.shape[:2])
+        x_t = torch.lerp(noise, x, t[..., None, None])
+        v = self._velocity(x_t, t, self._conditions(tokens, windows, float(batch["spacing"])), mask)
+        error = (v - (x - noise)).square().mean(-1) * mask[:, None]
+        metrics["flow"] = error.sum() / (mask.sum() * self.draws)
+        return total + metrics["flow"], metrics
+
+    def _windows(self, spacing: float, frames: int) -> Windows:
+        clock = min(self.clocks, key=lambda clock: abs(float(clock.stride) - spacing))
+        return Windows.of(clock.with_frames(frames), self.frames)
+
+    def _conditions(self, tokens: Tensor, windows: Windows, spacing: float) -> tuple[list, Tensor]:
+        """What all denoising steps share: keys and values of the frames, and the spacing."""
+        at = torch.from_numpy(windows.at).to(tokens.device)
+        count = len(tokens) * len(at)
+        return self.denoiser.memories(tokens, at), torch.full((count,), spacing, device=tokens.device)
+
+    def _velocity(self, x_t: Tensor, t: Tensor, conditions: tuple[list, Tensor], mask: Tensor) -> Tensor:
+        """x_t (n m h a), t (n m) -> velocity of the same shape as x_t."""
+        memories, spacing = conditions
+        hidden = self.denoiser(self.head.embed(x_t), t, spacing, memories, mask)
+        return self.head.decode(hidden)
+
+    @torch.no_grad()
+    def predict(self, video: Tensor, noise: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
+        """Chunks (b k m h a) of all windows of video (b c 3 h w) in [-1, 1] from noise (b k m h a), and the states
+        (b c d) read from the frames; in the units of the robot."""
+        windows = self._windows(spacing, video.shape[1])
+        tokens = self.encode(video)
+        conditions = self._conditions(tokens, windows, spacing)
+        mask = torch.from_numpy(windows.mask).to(video.device).repeat(len(video), 1)
+        x = noise.flatten(0, 1)
+        for step in range(self.flow_steps):
+            t = torch.full(x.shape[:2], step / self.flow_steps, device=x.device)
+            x = x + self._velocity(x, t, conditions, mask) / self.flow_steps
+        states = self.head.state.denormalise(self.head.read_state(tokens[:, :, 0]))
+        return self.head.action.denormalise(x.view_as(noise)), states
+
+    def chunks(self, clips: Sequence[Clip]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Per clip: samples of all windows' chunks (m k h a) and the states (c d) read from its frames."""
+        device = next(self.parameters()).device
+        done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        groups: dict[tuple, list[int]] = {}
+        for index, clip in enumerate(clips):
+            self.check(clip)
+            groups.setdefault((clip.video.shape, clip.video_hz), []).append(index)
+        for members in groups.values():
+            for begin in range(0, len(members), self.label_batch):
+                part = members[begin : begin + self.label_batch]
+                clock = self.clock_of(clips[part[0]])
+                k, h = Windows.of(clock, self.frames).mask.shape
+                shape = (k, self.samples, h, self.robot.action_dim)
+                noise = torch.stack([torch.randn(shape, generator=torch_rng_for(self.seed, "label", clips[i].id))
+                                     for i in part]).to(device)  # fmt: skip
+                video = torch.from_numpy(np.stack([clips[i].video for i in part])).to(device)
+                video = video.float().div(127.5).sub(1).permute(0, 1, 4, 2, 3)
+                with autocast(self.precision, device):
+                    found, states = self.predict(video, noise, float(clock.stride))
+                for i, chunk, state in zip(part, found.float().cpu().numpy(), states.float().cpu().numpy(), strict=True):
+                    done[i] = chunk.swapaxes(0, 1), state
+        return [done[i] for i in range(len(clips))]
+
+    def label(self, clips: Sequence[Clip]) -> list[Labels]:
+        """One Labels (s a) per clip, in order; the noise of a clip is drawn from its id."""
+        self.eval()
+        found = []
+        for clip, (chunk, states) in zip(clips, self.chunks(clips), strict=True):
+            clock = self.clock_of(clip)
+            labels = merge(chunk, Windows.of(clock, self.frames), self.robot, self.rule)
+            found.append(self.head.corrected(labels, states, clock, self.correct))
+        return found
+
+    def states(self, clips: Sequence[Clip], labels: Sequence[Labels] = ()) -> list[np.ndarray]:
+        """States (s + 1, d) read from the frames, interpolated to the robot steps between them."""
+        self.eval()
+        found = []
+        for clip, (_, read) in zip(clips, self.chunks(clips), strict=True):
+            clock = self.clock_of(clip)
+            steps = np.arange(clock.steps + 1)
+            found.append(np.stack([np.interp(steps, clock.rows, column) for column in read.T], axis=1).astype(np.float32))
+        return found
+
+    def fit(self, dataset: Recorded, episodes: Sequence[int]) -> None:
+        """Statistics of the robot from recorded `episodes`; before training."""
+        self.robot.require(dataset.robot.contract(), f"the dataset {getattr(dataset, 'root', '')}")
+        recorded = [dataset.episode(i) for i in episodes]
+        self.head.fit([e.action for e in recorded], [e.state for e in recorded])
+
+    def batches(self, dataset: Recorded, episodes: Sequence[int], **options: Any) -> Batches:
+        """Training batches by step; options: see `Batches`."""
+        return Batches(dataset, episodes, self.clocks, degrade_frames=self.clock.frames, **options)
+
+    def calibrate(self, dataset: Recorded, episodes: Sequence[int]) -> dict[str, float]:
+        """Measure the errors of deltas and of positions read from frames on episodes held out; after training."""
+        clips, actions, states = [], [], []
+        for index in episodes:
+            clock = self.clock.with_frames(self.clock.frames_in(dataset.length(index)))
+            if clock.frames < self.frames:
+                continue
+            episode = dataset.episode(index)
+            clips.append(Clip(id=f"calibrate_{index}", video=dataset.canvas(index, clock.rows), video_hz=clock.video_hz,
+                              instruction=episode.instruction))  # fmt: skip
+            actions.append(episode.action[: clock.steps])
+            states.append(episode.state[clock.rows])
+        self.eval()
+        found = self.chunks(clips)
+        windows = [Windows.of(self.clock_of(clip), self.frames) for clip in clips]
+        labels = [merge(chunk, w, self.robot, self.rule).value for (chunk, _), w in zip(found, windows, strict=True)]
+        return self.head.calibrate(labels, actions, [read for _, read in found], states)
+
+    def clock_of(self, clip: Clip) -> Clock:
+        return Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=len(clip.video))
+
+    def check(self, clip: Clip) -> None:
+        """Raise ValueError if the clip's rate, length or size is not what the labeler was trained for."""
+        clock = self.clock_of(clip)
+        if str(clock.stride) not in self.spacings:
+            raise ValueError(f"clip '{clip.id}' has {clock.stride} robot steps a frame ({clip.video_hz} of "
+                             f"{self.robot.robot_hz} Hz); this labeler was trained for {', '.join(self.spacings)}. Train "
+                             f"one with spacings including {clock.stride}, or dream at another rate.")  # fmt: skip
+        if len(clip.video) < self.frames:
+            raise ValueError(f"clip '{clip.id}' has {len(clip.video)} frames; a window of this labeler has {self.frames}")
+        if clip.video.shape[1:] != (*self.robot.canvas, 3):
+            raise ValueError(f"clip '{clip.id}' is {clip.video.shape[1]}x{clip.video.shape[2]}x{clip.video.shape[3]}; the "
+                             f"canvas of robot '{self.robot.name}' is {self.robot.canvas} with 3 channels")  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """config.json, contract.json, model.safetensors (weights, statistics) in the directory `path`."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", self.config)
+        write_json(path / "contract.json", self.robot.contract())
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path / "model.safetensors")
+
+    @classmethod
+    def load(cls, path: Path, robot: Embodiment | None = None, **changes: object) -> "FlowIDM":
+        """From a directory written by `save`. changes: inference settings to replace, e.g. flow_steps, rule.
+
+        Raises ValueError if `robot` is not the one it was trained for, or a file is missing.
+        """
+        path = Path(path)
+        contract = read_json(path / "contract.json")
+        if robot is not None:
+            robot.require(contract, f"labeler {path}")
+        robot = robot or Embodiment.from_contract(contract)
+        config = {**read_json(path / "config.json"), **changes}
+        config["clock"] = Clock(**config["clock"])
+        model = cls(robot=robot, **config)
+        model.load_state_dict(load_file(path / "model.safetensors"))
+        model.path = path
+        return model.eval()

@@ -1,0 +1,108 @@
+"""Merging: the law of the clock, and the rules against slow loops."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment, Part, View
+from idm.merge import RULES, Windows, horizon, merge
+
+CONF = Path(__file__).parents[2] / "conf" / "embodiment"
+STRIDES = {"1": "6", "2": "3", "4": "3/2", "3/2": "4"}  # robot at 6 Hz: video rate of each stride
+A = 5
+ROBOT = Embodiment(
+    name="arm", robot_hz="6", views=(View(name="a", key="a", height=8, width=8),),
+    action=(Part(name="move", start=0, stop=3, kind="delta", scale=0.1), Part(name="grip", start=3, stop=4, kind="binary",
+            limits=(-1, 1)), Part(name="angle", start=4, stop=5, kind="absolute")),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def robots() -> list[Embodiment]:
+    found = [ROBOT]
+    with initialize_config_module("conf", version_base="1.3"):
+        for path in sorted(CONF.glob("*.yaml")):
+            found.append(instantiate(compose(f"embodiment/{path.stem}").embodiment, _convert_="all"))
+    return found
+
+
+def recorded(robot: Embodiment, steps: int) -> np.ndarray:
+    rng = np.random.default_rng(steps)
+    action = rng.normal(size=(steps, robot.action_dim)).astype(np.float32)
+    for part in robot.action:
+        if part.kind == "binary":
+            low, high = part.limits or (0, 1)
+            action[:, part.slice] = np.where(action[:, part.slice] > 0, high, low)
+    return action
+
+
+def oracle(action: np.ndarray, windows: Windows, samples: int) -> np.ndarray:
+    """A perfect labeler: what was recorded in each window, garbage where the window sees nothing."""
+    chunks = np.where(windows.mask[..., None], action[windows.steps], 1e6)
+    return np.repeat(chunks[None], samples, axis=0).astype(np.float32)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("stride", STRIDES)
+@pytest.mark.parametrize("frames", [2, 5])
+def test_law_a_perfect_labeler_returns_the_recorded_actions(robots, rule, stride, frames):
+    for robot in robots:
+        rate = robot.rate / Fraction(stride)
+        clock = Clock(robot_hz=robot.robot_hz, video_hz=str(rate), frames=11)
+        action = recorded(robot, clock.steps)
+        windows = Windows.of(clock, frames)
+        labels = merge(oracle(action, windows, 3), windows, robot, rule)
+        np.testing.assert_array_equal(labels.value, action)
+        assert labels.spread.max() < 1e-6
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_each_step_is_seen_by_the_windows_that_hold_it(stride):
+    clock = Clock(robot_hz="6", video_hz=STRIDES[stride], frames=9)
+    windows = Windows.of(clock, 4)
+    for k in range(6):
+        held = [int(s) for s, m in zip(windows.steps[k], windows.mask[k], strict=True) if m]
+        assert held == list(range(clock.rows[k], clock.rows[k + 3]))
+    assert windows.mask.shape[1] == horizon(clock, 4) == max(windows.mask.sum(1).max(), horizon(clock, 4))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rules_against_loops(rule):
+    clock = Clock(robot_hz="6", video_hz="4", frames=7)
+    windows = Windows.of(clock, 3)
+    rng = np.random.default_rng(4)
+    chunks = rng.normal(size=(2, *windows.mask.shape, A)).astype(np.float32)
+    labels = merge(chunks, windows, ROBOT, rule)
+    rows = clock.rows
+    for step in range(clock.steps):
+        values, weights = [], []
+        for k in range(5):
+            begin, end, gap = rows[k], rows[k + 2], rows[k + 1]
+            if not begin <= step < end or (rule == "first" and step >= gap and k < 4):
+                continue
+            values += [chunks[n, k, step - begin] for n in range(2)]
+            weights += [min(step - begin + 1, end - step) ** 2 if rule == "centre" else 1] * 2
+        values, weights = np.array(values, np.float64), np.array(weights, np.float64)
+        votes = np.where(values[:, 3] > 0, 1.0, -1.0)
+        mean = (weights[:, None] * values).sum(0) / weights.sum()
+        middle = np.median(values, axis=0) if rule == "median" else mean
+        np.testing.assert_allclose(labels.value[step, [0, 1, 2, 4]], middle[[0, 1, 2, 4]], atol=1e-6)
+        assert labels.value[step, 3] == (1 if (weights * votes).sum() > 0 else -1)
+        spread = np.sqrt((weights[:, None] * (values - mean) ** 2).sum(0) / weights.sum())
+        np.testing.assert_allclose(labels.spread[step, [0, 1, 2, 4]], spread[[0, 1, 2, 4]], atol=1e-6)
+
+
+def test_errors_say_what_was_expected():
+    clock = Clock(robot_hz="6", video_hz="3", frames=4)
+    with pytest.raises(ValueError, match="clip of 4 frames is shorter than a window of 5"):
+        Windows.of(clock, 5)
+    windows = Windows.of(clock, 3)
+    with pytest.raises(ValueError, match="expected one of mean, centre, median, first"):
+        windows.weights("best")
+    with pytest.raises(ValueError, match="chunks are"):
+        merge(np.zeros((1, 2, 3, A), np.float32), windows, ROBOT)
