@@ -29,6 +29,7 @@ OPEN_FILES = 16
 class Dataset:
     """Episodes of `robot` at `root`, a folder or a hub id ("org/name"). Index i counts the episodes that are kept.
 
+    episodes: only these, by the dataset's own numbers (to hold some out).
     mended: what was dirty and how it was taken; skipped: episode index to reason, with `skip_bad`.
     cache_mb: if all pictures of the dataset fit into this at the size of the views, an episode is decoded once.
 
@@ -43,6 +44,7 @@ class Dataset:
         robot: Embodiment,
         *,
         skip_bad: bool = False,
+        episodes: Sequence[int] | None = None,
         cache_mb: int = 512,
         revision: str | None = None,
     ) -> None:
@@ -68,7 +70,11 @@ class Dataset:
         self._notes: dict[str, int] = {}
         self._counts: dict[Path, int] = {}
         table = (None, None)
-        for entry in layout.entries:
+        chosen = [entry for entry in layout.entries if episodes is None or entry.index in episodes]
+        if absent := sorted(set(episodes or ()) - {entry.index for entry in chosen}):
+            raise ValueError(f"{self.root} has no episode {', '.join(map(str, absent))}; it lists "
+                             f"{len(layout.entries)} episodes")  # fmt: skip
+        for entry in chosen:
             try:
                 if table[0] != entry.data:
                     table = (entry.data, self._read_table(entry.data))
@@ -80,7 +86,7 @@ class Dataset:
                 continue
             self._entries.append(entry)
             self._episodes.append(episode)
-        everywhere = len(layout.entries)
+        everywhere = len(chosen)
         self.mended += [note if n == everywhere else f"{note} ({n} episodes)" for note, n in self._notes.items()]
         if not self._episodes:
             reasons = "; ".join(f"episode {i}: {why}" for i, why in list(self.skipped.items())[:3])
