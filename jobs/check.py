@@ -1,6 +1,6 @@
 """Check what pip cannot bring: a system library with which MuJoCo draws without a screen."""
 
-from jobs.running import speaking
+from jobs.errors import speaking
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ class Recipe:
     shard: int = 0
     num_shards: int = 1  # machines or processes that share one dream step; never changes a result
     skip_bad: bool = False  # leave out bad episodes, and count them, instead of stopping at the first
-    debug: bool = False  # tracebacks instead of one line
+    apart: bool = True  # each step of a pipeline in a process of its own, for its memory's sake
+    debug: bool = False  # a traceback before the line that tells the error
     embodiment: Any = None
     data: Any = None
     sim: Any = None

@@ -1,25 +1,20 @@
-"""How a job runs: compose, check, build, call the stage, and say clearly what went wrong.
+"""How a job runs: compose, check, build the parts, call the stage.
 
 `instantiate(node, _partial_=True, _convert_="all")(**runtime)` is the one way from a configuration to an object.
 """
 
-import errno
 import inspect
 import logging
-import os
-import re
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
-from hydra.errors import HydraException, InstantiationException
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from jobs.errors import speaking
 from jobs.recipe import load, register
 
 # a `_target_` is code: only these may be named by a configuration, also by one that came with a download
@@ -27,7 +22,7 @@ ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # where and how a stage runs, which never changes its result: not part of what a manifest remembers. The inputs of a
 # stage are remembered by what they hold (their fingerprints), not by where they lie.
 PLACES = frozenset("out root path folder clips dreams demos heldout world labels label_scores".split())
-MANNER = frozenset("workers shard num_shards command cache_mb memory_gb checkpoint_every".split())
+MANNER = frozenset("workers shard num_shards command cache_mb memory_gb checkpoint_every description".split())
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 log = logging.getLogger("jobs")
@@ -38,20 +33,20 @@ def job(name: str) -> Callable[[], None]:
     return entry(name, run_stage)
 
 
-def entry(name: str, run: Callable[[DictConfig], None]) -> Callable[[], None]:
+def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """A command: `run` is called with the composed configuration; errors end it with one line and status 2."""
 
     def main() -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        logging.captureWarnings(True)
         overrides = [word for word in sys.argv[1:] if "=" in word.lstrip("-") or word.startswith("~")]
-        debug = "debug=true" in (word.lower() for word in overrides)
-        with speaking(debug):
+        with speaking(debug="debug=true" in overrides):
             _, every = load(name, overrides)
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word not in overrides), *HYDRA, *every]
         register()
 
         def task(cfg: DictConfig) -> None:
-            with speaking(cfg.debug):
+            with speaking(debug=cfg.debug):
                 run(cfg)
 
         hydra.main(config_path="pkg://conf", config_name=name, version_base="1.3")(task)()
@@ -61,22 +56,26 @@ def entry(name: str, run: Callable[[DictConfig], None]) -> Callable[[], None]:
 
 def run_stage(cfg: DictConfig) -> dict:
     """Build the parts that `cfg.stage` names and call its stage function; returns the manifest."""
-    for key, target in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
-        if key == "_target_" and not target.startswith(ALLOWED):
-            raise ValueError(
-                f"the configuration names '{target}'; only {', '.join(f'{a}*' for a in ALLOWED)} may be run"
-            )
-    function = get_method(cfg.stage._target_)
-    arguments = set(inspect.signature(function).parameters)
-    unknown = sorted(key for key in cfg.stage if not key.startswith("_") and key not in arguments)
-    if unknown:
-        known = ", ".join(sorted(arguments - {"record"}))
-        raise ValueError(f"stage '{function.__name__}' has no setting {', '.join(unknown)}; it has {known}")
+    function = check(cfg.stage)
     log.info("%s -> %s", cfg.step, cfg.stage.out)
     partial = instantiate(cfg.stage, _partial_=True, _convert_="all")
     hints = get_type_hints(function)
     paths = {key: Path(value) for key, value in partial.keywords.items() if is_path(hints.get(key)) and value}
     return partial(**paths, record=record(cfg.stage))
+
+
+def check(stage: DictConfig) -> Callable[..., dict]:
+    """The stage function; ValueError if a configuration names code that is not ours, or settings that it has not."""
+    for key, target in walk(OmegaConf.to_container(stage, resolve=True)):
+        if key == "_target_" and not target.startswith(ALLOWED):
+            raise ValueError(f"the configuration names '{target}'; only {'*, '.join(ALLOWED)}* may be run")
+    function = get_method(stage._target_)
+    arguments = set(inspect.signature(function).parameters)
+    unknown = sorted(key for key in stage if not key.startswith("_") and key not in arguments)
+    if unknown:
+        known = ", ".join(sorted(arguments - {"record"}))
+        raise ValueError(f"stage '{function.__name__}' has no setting {', '.join(unknown)}; it has {known}")
+    return function
 
 
 def record(stage: DictConfig) -> dict:
@@ -102,51 +101,3 @@ def walk(node: Any) -> Iterator[tuple[str, str]]:
 def is_path(hint: Any) -> bool:
     """True for the annotations `Path` and `Path | None`."""
     return hint is Path or hint == (Path | None)
-
-
-class speaking:
-    """A context in which an error that the user can mend ends the process with one line on stderr and status 2."""
-
-    def __init__(self, debug: bool) -> None:
-        self.debug = debug
-
-    def __enter__(self) -> "speaking":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        message = explain(error) if error is not None else None
-        if message is None:
-            return
-        if self.debug:
-            traceback.print_exception(error)
-        sys.stderr.write(f"error: {message}\n")
-        sys.stderr.flush()
-        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2)
-
-
-def explain(error: BaseException) -> str | None:
-    """The sentence for the user; None for a fault of ours, whose traceback is wanted."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    for link in chain:
-        full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or os.strerror(errno.ENOSPC) in str(link):
-            where = getattr(link, "filename", None) or "the output folder"
-            return (f"the disk is full ({where}). Free some space and give the same command again: "
-                    f"it continues where it stopped")  # fmt: skip
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command continues where it stopped"
-    cause = chain[-1]
-    if isinstance(error, InstantiationException):  # Hydra's wrapper repeats the cause and adds the key
-        where = str(error).partition("full_key: ")[2].strip()
-        known = isinstance(cause, ValueError | FileNotFoundError | TypeError | ImportError)
-        if known or cause is error:
-            return f"{cause if cause is not error else str(error)}" + (f" (at {where})" if where else "")
-        return None
-    if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
-        # Hydra proposes `+key=value` for an unknown key, which we refuse
-        text = re.sub(r"\.?\nTo append to your config use .*", ": no such setting; `--cfg job` lists all", str(error))
-        why = f": {str(cause).splitlines()[0]}" if cause is not error and str(cause) else ""
-        return text.partition("\nConfig search path:")[0].strip() + why
-    return None

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dreamgen.core.manifest import FILE, fingerprint, is_complete, read_json
 from jobs.recipe import load
-from jobs.running import PLACES, record, walk
+from jobs.running import PLACES, record, run_stage, walk
 
 log = logging.getLogger("jobs")
 
@@ -28,32 +28,31 @@ def run_steps(cfg: DictConfig) -> None:
     """Run every step of `cfg.steps`; ends the process with the status of the first that fails."""
     if not cfg.steps:
         raise ValueError("this recipe has no steps; choose one with experiment=... (see conf/experiment)")
-    overrides = list(HydraConfig.get().overrides.task)
-    overrides = [word for word in overrides if not word.startswith("step=")]
+    overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("step=")]
     command = shlex.join(["python", "-m", "jobs.pipeline", *overrides])
+    os.environ["DREAMGEN_COMMAND"] = command
     names = list(cfg.steps)
-    done: set[str] = set()
     for number, name in enumerate(names, 1):
         job = shlex.split(cfg.steps[name])[0]
         mine = [*overrides, f"step={name}"]
-        stage = load(job, mine)[0].stage
-        if complete(stage):
+        step = load(job, mine)[0]
+        if complete(step.stage):
             log.info("step %d/%d %s: complete", number, len(names), name)
             continue
         log.info("step %d/%d %s: jobs.%s", number, len(names), name, job)
-        status = run_job(job, mine, command)
-        if status != 0:
+        if not cfg.apart:
+            run_stage(step)
+        elif status := run_job(job, mine):
             again = f"step '{name}' ended with status {status}; mend it, then give the same command again"
             sys.stderr.write(f"error: {again}\n")
             raise SystemExit(status if status > 0 else 128 - status)
     finish(cfg)
 
 
-def run_job(job: str, overrides: list[str], command: str) -> int:
+def run_job(job: str, overrides: list[str]) -> int:
     """One job in a process that does not outlive this one; its exit status (negative: killed by that signal)."""
-    environment = os.environ | {"DREAMGEN_COMMAND": command}
     line = [sys.executable, "-m", f"jobs.{job}", *overrides]
-    process = subprocess.Popen(line, env=environment, preexec_fn=die_with_parent if sys.platform == "linux" else None)
+    process = subprocess.Popen(line, preexec_fn=die_with_parent if sys.platform == "linux" else None)
     try:
         return process.wait()
     except KeyboardInterrupt:

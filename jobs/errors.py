@@ -1,0 +1,58 @@
+"""What the user is told when a job cannot go on: one line on stderr and status 2, a traceback only for our faults."""
+
+import errno
+import os
+import re
+import sys
+import traceback
+
+from hydra.errors import HydraException, InstantiationException
+from omegaconf.errors import OmegaConfBaseException
+
+MENDABLE = (ValueError, FileNotFoundError, TypeError, ImportError)  # what building a part from a configuration raises
+
+
+class speaking:
+    """A context in which an error that the user can mend ends the process with one line and status 2."""
+
+    def __init__(self, *, debug: bool) -> None:
+        self.debug = debug
+
+    def __enter__(self) -> "speaking":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        message = explain(error) if error is not None else None
+        if message is None:
+            return
+        if self.debug:
+            traceback.print_exception(error)
+        sys.stderr.write(f"error: {message}\n")
+        sys.stderr.flush()
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2)
+
+
+def explain(error: BaseException) -> str | None:
+    """The sentence for the user; None for a fault of ours, whose traceback is wanted."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    cause = chain[-1]
+    for link in chain:
+        full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or os.strerror(errno.ENOSPC) in str(link):
+            where = getattr(link, "filename", None) or "below `out`"
+            return f"the disk is full ({where}). Free some space and give the same command again: it continues"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command continues where it stopped"
+    if isinstance(error, InstantiationException):  # its text repeats the cause and adds the key
+        where = str(error).partition("full_key: ")[2].strip()
+        if cause is error:
+            return str(error)
+        return f"{cause}" + (f" (at {where})" if where else "") if isinstance(cause, MENDABLE) else None
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        # Hydra proposes `+key=value` for an unknown key, which we refuse
+        text = re.sub(r"\.?\nTo append to your config use .*", ": no such setting; `--cfg job` lists all", str(error))
+        why = f": {str(cause).splitlines()[0]}" if cause is not error and str(cause) else ""
+        return text.partition("\nConfig search path:")[0].strip() + why
+    return str(error).strip() if isinstance(error, ValueError) else None
