@@ -46,7 +46,7 @@ class Part:
     frame: str = "base"
     moves: str | None = None
     scale: float = 1.0
-    limits: tuple[float, float] | None = None
+    limits: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -89,10 +89,10 @@ class Embodiment:
 
     name: str
     robot_hz: str | int
-    views: tuple[View, ...]
-    action: tuple[Part, ...]
-    state: tuple[Part, ...] = ()
-    grid: tuple[tuple[str | None, ...], ...] = ()
+    views: Sequence[View]
+    action: Sequence[Part]
+    state: Sequence[Part] = ()
+    grid: Sequence[Sequence[str | None]] = ()
     state_key: str = "observation.state"
     action_key: str = "action"
     description: str = field(default="", compare=False)

@@ -17,7 +17,7 @@ class ClipFolder:
     """
 
     def __init__(self, root: Path, *, codec: str = "h264", crf: int | None = None) -> None:
-        self.root, self._options = Path(root), {"codec": codec, "crf": crf}
+        self.root, self.codec, self.crf = Path(root), codec, crf
 
     def __len__(self) -> int:
         return len(self.ids())
@@ -38,7 +38,7 @@ class ClipFolder:
         if not re.fullmatch(r"\w[\w.=+-]*", clip.id):
             raise ValueError(f"clip id '{clip.id}' is not fit for a file name; use letters, digits, '_', '-', '.'")
         (self.root / f"{clip.id}.json").unlink(missing_ok=True)
-        write_mp4(self.video(clip.id), clip.video, clip.video_hz, **self._options)
+        write_mp4(self.video(clip.id), clip.video, clip.video_hz, codec=self.codec, crf=self.crf)
         write_json(self.root / f"{clip.id}.json", {
             "id": clip.id, "instruction": clip.instruction, "seed": clip.seed, "pair": clip.pair,
             "origin": clip.origin, "state": np.asarray(clip.state).tolist(), "video_hz": clip.video_hz,

@@ -83,10 +83,11 @@ def check_episode(episode: Episode, robot: Embodiment) -> None:
             raise ValueError(f"it has {rows} rows and {len(frames)} frames of view '{view.name}'; they must agree")
 
 
-def check_instruction(text: object) -> None:
-    """Raise ValueError unless `text` is text that is not empty."""
+def check_instruction(text: object) -> str:
+    """`text` without space around it. ValueError unless it is text that is not empty."""
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"its instruction is {text!r}; expected text that is not empty")
+    return text.strip()
 
 
 def check_numbers(name: str, values: np.ndarray, parts: Sequence[Part], rows: int) -> None:

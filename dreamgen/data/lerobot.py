@@ -210,9 +210,7 @@ class Dataset:
                 extra[key] = read_column(table, key)
             else:
                 self._note(f"feature '{key}' is listed and has no column; left out")
-        return Episode(
-            instruction=self._instruction(entry, table), state=state, action=action, extra=extra, meta=meta
-        )
+        return Episode(instruction=self._instruction(entry, table), state=state, action=action, extra=extra, meta=meta)
 
     def _numbers(self, table: pa.Table, key: str, parts: Sequence[Part]) -> np.ndarray:
         values = read_column(table, key).astype(np.float32)
@@ -265,11 +263,11 @@ class Dataset:
                     break
         if text is None and entry.tasks:
             text = entry.tasks[0]
-        check_instruction(text)
-        others = sorted({str(task) for task in entry.tasks} - {text})
+        text = check_instruction(text)
+        others = sorted({str(task).strip() for task in entry.tasks} - {text})
         if others:
             self._note(f"the episode list also names {', '.join(map(repr, others))} as a task; it is no instruction")
-        return text.strip()
+        return text
 
     def _note(self, text: str) -> None:
         self._notes[text] = self._notes.get(text, 0) + 1

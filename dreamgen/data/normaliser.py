@@ -8,7 +8,7 @@ The two vectors are buffers, so they lie inside the checkpoint.
 """
 
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Normaliser(nn.Module):
         offset, scale = self._like(values)
         return values * scale + offset
 
-    def _like(self, values: Values) -> tuple[Values, Values]:
+    def _like(self, values: np.ndarray | torch.Tensor) -> tuple[Any, Any]:
         width = self.offset.shape[0]
         if values.shape[-1] != width:
             raise ValueError(f"values are {values.shape[-1]} wide; this normaliser is for {width}")

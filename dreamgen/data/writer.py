@@ -88,10 +88,13 @@ def write_dataset(
 
     def encoded(episode: Episode) -> _Encoded:
         views = {view.key: episode.video[view.name] for view in robot.views}
-        options = {"codec": codec, "crf": crf, "gop": gop, "pix_fmt": pix_fmt}
+        videos = {
+            key: encode(frames, robot.rate, codec=codec, crf=crf, gop=gop, pix_fmt=pix_fmt)
+            for key, frames in views.items()
+        }
         return _Encoded(
             episode=episode,
-            videos={key: encode(frames, robot.rate, **options) for key, frames in views.items()},
+            videos=videos,
             histograms={key: statistics.histogram(frames) for key, frames in views.items()},
         )
 
@@ -160,7 +163,7 @@ class _Files:
         }
         table = pa.table([column.array(values[name]) for name, column in self.columns.items()], self._schema())
         if self._data is None or self._sink.tell() + table.nbytes > self.limits[0] * 2**20:
-            self._open_data()
+            self._data = self._open_data()
         self._data.write_table(table, row_group_size=rows)
         entry = {
             "episode_index": index, "tasks": [episode.instruction.strip()], "length": rows,
@@ -205,13 +208,13 @@ class _Files:
         meta = {"huggingface": json.dumps({"info": {"features": features}})}
         return pa.schema([(name, column.type) for name, column in self.columns.items()], metadata=meta)
 
-    def _open_data(self) -> None:
+    def _open_data(self) -> pq.ParquetWriter:
         self._close_data()
         self._data_at += 1
         path = self.out / DATA.format(**self._indices(self._data_at))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._sink = pa.OSFile(str(path), "wb")
-        self._data = pq.ParquetWriter(self._sink, self._schema(), compression="snappy")
+        return pq.ParquetWriter(self._sink, self._schema(), compression="snappy")
 
     def _close_data(self) -> None:
         if self._data is not None:
@@ -257,7 +260,7 @@ class _Files:
     def _info(self) -> dict:
         robot, rate = self.robot, self.robot.rate
         fps = int(rate) if rate.denominator == 1 else float(rate)
-        pixels = _stream_info(self.out / VIDEO.format(video_key=robot.views[0].key, **self._indices(0)))
+        pixels = _pixel_format(self.out / VIDEO.format(video_key=robot.views[0].key, **self._indices(0)))
         features = {}
         for view in robot.views:
             info = {"video.height": view.height, "video.width": view.width, "video.codec": self.codec,
@@ -279,8 +282,8 @@ def _words(columns: dict[str, Column]) -> str:
     return ", ".join(f"{name} {column.dtype} ({column.width},)" for name, column in sorted(columns.items())) or "none"
 
 
-def _stream_info(path: Path) -> str:
+def _pixel_format(path: Path) -> str:
     import av
 
     with av.open(str(path)) as container:
-        return container.streams.video[0].codec_context.pix_fmt
+        return str(container.streams.video[0].codec_context.pix_fmt)

@@ -18,7 +18,7 @@ def ssim(a: UInt8[np.ndarray, "t h w 3"], b: UInt8[np.ndarray, "t h w 3"]) -> fl
 
     _require_alike(a, b)
     x, y = (torch.from_numpy(np.ascontiguousarray(v)).permute(0, 3, 1, 2).float() / 255 for v in (a, b))
-    return float(structural_similarity_index_measure(x, y, data_range=1.0))
+    return float(torch.as_tensor(structural_similarity_index_measure(x, y, data_range=1.0)))
 
 
 def _require_alike(a: np.ndarray, b: np.ndarray) -> None:

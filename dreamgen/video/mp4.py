@@ -8,10 +8,10 @@ bytes. decord, ffmpeg and torchcodec read 4:4:4; many browsers do not: for a pag
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -21,7 +21,6 @@ from dreamgen.core.manifest import replacing
 if TYPE_CHECKING:
     import decord
 
-Codec = Literal["h264", "av1"]
 # encoder, default quality, default pixel format, and options: no B-frames, so that stored order is shown order;
 # "veryfast" takes 28 ms for 36 frames of 64 pixels where the default takes 71, in as many bytes at 1 dB less
 ENCODERS = {
@@ -35,15 +34,15 @@ def encode(
     frames: UInt8[np.ndarray, "t h w 3"],
     fps: str | int | float | Fraction,
     *,
-    codec: Codec = "h264",
+    codec: str = "h264",
     crf: int | None = None,
     gop: int = 10,
     pix_fmt: str | None = None,
 ) -> bytes:
     """An mp4 file of RGB frames, near-lossless by default, encoded by one thread (deterministic).
 
-    crf: quality, lower is better (default 10 for h264, 20 for av1); gop: frames from one key frame to the next;
-    pix_fmt: "yuv444p" (default for h264) or "yuv420p" (needs even sizes; all that av1 has).
+    codec: "h264" or "av1"; crf: quality, lower is better (default 10 for h264, 20 for av1); gop: frames from one key
+    frame to the next; pix_fmt: "yuv444p" (default for h264) or "yuv420p" (needs even sizes; all that av1 has).
 
     Raises ValueError for frames that are no (t h w 3) uint8 with t > 0, and for odd sizes where they do not fit.
     """
@@ -62,7 +61,8 @@ def encode(
     os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder writes its settings to stderr otherwise
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(100000), options=options)
+        rate = Fraction(fps).limit_denominator(100000)
+        stream = cast(av.VideoStream, container.add_stream(encoder, rate=rate, options=options))
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         context = stream.codec_context
         context.thread_count, context.gop_size = 1, gop
@@ -79,7 +79,7 @@ def write_mp4(
     frames: UInt8[np.ndarray, "t h w 3"],
     fps: str | int | float | Fraction,
     *,
-    codec: Codec = "h264",
+    codec: str = "h264",
     crf: int | None = None,
     gop: int = 10,
     pix_fmt: str | None = None,
@@ -164,10 +164,10 @@ def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
     line for a fourth channel (dmlc/decord issues 93 and 336)."""
     import av
 
-    found = {}
+    found: dict[int, Any] = {}
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        start, period = stream.start_time or 0, 1 / (stream.average_rate * stream.time_base)
+        start, period = stream.start_time or 0, 1 / (_rate(stream) * Fraction(stream.time_base or 1))
         at = -1
         for row in rows.tolist():
             if row > at + 1:
@@ -176,9 +176,14 @@ def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
                 frame = next(container.decode(stream), None)
                 if frame is None:
                     raise ValueError(f"video {path} cannot be decoded: it ends before frame {row}")
-                at = round((frame.pts - start) / period)
+                at = round(((frame.pts or 0) - start) / period)
                 found[at] = frame.to_ndarray(format="rgb24") if at in rows else None
     return np.stack([found[row] for row in rows.tolist()])
+
+
+def _rate(stream: Any) -> Fraction:
+    """Frames a second of an av stream that has a constant rate."""
+    return Fraction(stream.average_rate or 1)
 
 
 def read_mp4(path: Path, rows: Sequence[int] | np.ndarray | None = None) -> UInt8[np.ndarray, "t h w 3"]:
@@ -198,34 +203,34 @@ class Joined:
 
     def __init__(self, path: Path) -> None:
         self.path, self.frames, self.bytes = Path(path), 0, 0
-        self._container = self._stream = self._head = None
+        self._container: Any = None
+        self._stream: Any = None
+        self._head: tuple | None = None
 
     def add(self, data: bytes) -> tuple[int, int]:
         """Append one encoded piece; returns its first frame and one past its last in this file."""
         import av
 
         first = self.frames
-        with av.open(io.BytesIO(data)) as piece:
+        with av.open(io.BytesIO(data), "r") as piece:
             stream = piece.streams.video[0]
             if self._container is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._container = av.open(str(self.path), "w", format="mp4")
                 self._stream = self._container.add_stream_from_template(stream, opaque=True)
-                self._head = (stream.codec_context.extradata, stream.average_rate)
-            if self._head != (stream.codec_context.extradata, stream.average_rate):
+                self._head = (stream.codec_context.extradata, _rate(stream))
+            if self._head != (stream.codec_context.extradata, _rate(stream)):
                 raise ValueError(f"a piece for {self.path} was encoded with another size, rate or option")
-            for packet in self._packets(piece):
-                packet.stream, packet.time_base = self._stream, 1 / stream.average_rate
+            for packet in piece.demux(video=0):
+                if not packet.size:
+                    continue
+                packet.stream, packet.time_base = self._stream, 1 / _rate(stream)
                 packet.pts = packet.dts = self.frames
                 packet.duration = 1
                 self._container.mux(packet)
                 self.frames += 1
         self.bytes += len(data)
         return first, self.frames
-
-    @staticmethod
-    def _packets(piece: object) -> Iterator:
-        return (packet for packet in piece.demux(video=0) if packet.size)
 
     def close(self) -> None:
         if self._container is not None:

@@ -1,5 +1,6 @@
 from collections.abc import Callable, Iterator
 
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -22,6 +23,14 @@ def robot() -> Embodiment:
             Part(name="close", start=3, stop=4, kind="binary"),
         ),
     )
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Wrong types go in on purpose: the errors that users see are tested, not those of the type checker."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

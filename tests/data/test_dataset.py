@@ -120,7 +120,8 @@ def test_statistics_are_those_of_the_data(tmp_path, robot, make_episodes):
         total = len(values)
         assert stats[name]["count"] == [total]
         assert np.allclose(stats[name]["mean"], values.sum(0) / total, atol=1e-6)
-        assert np.allclose(stats[name]["std"], np.sqrt((values.astype(float) ** 2).mean(0) - values.mean(0) ** 2), atol=1e-5)
+        variance = (values.astype(float) ** 2).mean(0) - values.astype(float).mean(0) ** 2
+        assert np.allclose(stats[name]["std"], np.sqrt(variance), atol=1e-5)
         assert np.allclose(stats[name]["min"], np.sort(values, axis=0)[0])
         for q, level in {"q01": 1, "q50": 50, "q90": 90}.items():
             assert np.allclose(stats[name][q], np.percentile(values, level, axis=0), atol=1e-6)
@@ -168,6 +169,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("words", BAD)
+@pytest.mark.usefixtures("untyped")
 def test_bad_episode(tmp_path, robot, make_episode, words):
     bad = make_episode(2)
     bad = make_episode(2, **BAD[words](bad))

@@ -102,6 +102,7 @@ def test_errors_name_the_file(tmp_path):
         read_mp4(path)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_bad_frames():
     frames, _ = moving_blocks(2)
     for bad in (frames[:0], frames.astype(float), frames[0], frames[..., :2]):
@@ -120,6 +121,7 @@ def test_write_leaves_nothing_half_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["b.mp4"]
 
 
+@pytest.mark.usefixtures("untyped")
 def test_metrics():
     rng = np.random.default_rng(0)
     a = rng.integers(0, 200, (3, 20, 24, 3), dtype=np.uint8)

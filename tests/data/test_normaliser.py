@@ -1,0 +1,69 @@
+import numpy as np
+import pytest
+import torch
+
+from dreamgen.core.embodiment import Part
+from dreamgen.data.normaliser import Normaliser
+
+PARTS = (
+    Part(name="move", start=0, stop=3, kind="delta"),
+    Part(name="close", start=3, stop=4, kind="binary"),
+    Part(name="still", start=4, stop=5),
+)
+
+
+def data(n: int = 400) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(n, 5)) * [1e-3, 2, 50, 1, 0] + [0, -1, 300, 0, -2.1]
+    values[:, 3] = np.sign(values[:, 3])
+    return values.astype(np.float32)
+
+
+@pytest.mark.parametrize("rule", ["standard", "quantile"])
+def test_normalise_and_denormalise_are_inverse(rule):
+    values = data()
+    n = Normaliser.fit(values, PARTS, rule=rule)
+    z = n.normalise(values)
+    assert z.dtype == np.float32
+    assert np.allclose(n.denormalise(z), values, rtol=1e-5, atol=1e-6)
+    tensor = torch.from_numpy(values).reshape(4, 100, 5)
+    assert np.allclose(n.normalise(tensor).numpy().reshape(-1, 5), z, atol=1e-6)
+    assert torch.allclose(n.denormalise(n.normalise(tensor)), tensor, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(z[:, 3], values[:, 3])
+    assert np.abs(z[:, 4]).max() < 1e-5
+    if rule == "standard":
+        assert np.allclose(z[:, :3].mean(0), 0, atol=1e-3) and np.allclose(z[:, :3].std(0), 1, atol=1e-3)
+    else:
+        assert np.allclose(np.percentile(z[:, :3], [1, 99], axis=0), [[-1] * 3, [1] * 3], atol=1e-3)
+
+
+def test_constant_entries_are_safe():
+    n = Normaliser.fit(np.full((6, 2), -2.1, np.float32))
+    assert np.allclose(n.normalise(np.array([-2.1, -1.1])), [0, 1], atol=1e-6)
+
+
+def test_quantiles_of_an_entry_mostly_at_rest():
+    values = np.zeros((1000, 1))
+    values[:3] = 5
+    z = Normaliser.fit(values, rule="quantile").normalise(values)
+    assert np.isfinite(z).all() and z.max() < 50
+
+
+def test_lies_in_the_checkpoint():
+    n = Normaliser.fit(data(), PARTS)
+    other = Normaliser(5)
+    assert np.array_equal(other.normalise(data()), data())
+    other.load_state_dict(n.state_dict(), strict=True)
+    assert np.array_equal(other.normalise(data()), n.normalise(data()))
+
+
+@pytest.mark.usefixtures("untyped")
+def test_errors():
+    with pytest.raises(ValueError, match="rule"):
+        Normaliser.fit(data(), rule="minmax")
+    with pytest.raises(ValueError, match="finite"):
+        Normaliser.fit(np.full((3, 2), np.nan))
+    with pytest.raises(ValueError, match="4 wide.*5"):
+        Normaliser.fit(data()[:, :4], PARTS)
+    with pytest.raises(ValueError, match="4 wide.*for 5"):
+        Normaliser(5).normalise(np.zeros((2, 4)))
