@@ -5,6 +5,8 @@ the number of workers. Beside the standard files lie `meta/dreamgen.json` (the r
 `meta/provenance.jsonl` (`Episode.meta`, one line per episode); lerobot ignores both.
 """
 
+import contextlib
+import errno
 import itertools
 import json
 import logging
@@ -63,6 +65,7 @@ def write_dataset(
 
     Raises ValueError if `out` holds a finished dataset, if there is no good episode, and, without `skip_bad`, for the
     first bad episode: frames and rows that disagree, no rows, wrong widths or sizes, NaN, an empty instruction.
+    Raises OSError if the disk is full. After any error the dataset is unfinished, and is written anew by the next call.
     """
     out = Path(out)
     if (out / INFO).exists():
@@ -99,14 +102,18 @@ def write_dataset(
         )
 
     try:
-        for item in _in_order(encoded, good(), workers):
-            files.add(item)
+        with contextlib.closing(files):
+            for item in _in_order(encoded, good(), workers):
+                files.add(item)
         if not files.episodes:
             reasons = "; ".join(f"episode {i}: {why}" for i, why in list(skipped.items())[:3])
             raise ValueError(f"no episode to write to {out} ({reasons or 'none was given'})")
-    finally:
-        files.close()
-    files.finish()
+        files.finish()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        words = "the disk is full and the dataset unfinished; make room and run it again"
+        raise OSError(errno.ENOSPC, words, str(out)) from error
     return {"episodes": len(files.episodes), "frames": files.rows, "skipped": skipped}
 
 

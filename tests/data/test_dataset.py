@@ -1,5 +1,6 @@
 """Writer and reader against each other, and the files against the format as written down."""
 
+import errno
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import tree_digest
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
-from dreamgen.video.mp4 import read_mp4
+from dreamgen.video.mp4 import Joined, read_mp4
 
 N = 5
 
@@ -151,6 +152,16 @@ def test_interrupted_write_is_unfinished_and_is_written_anew(tmp_path, robot, ma
     assert tree_digest(tmp_path / "d") == tree_digest(tmp_path / "e")
     with pytest.raises(ValueError, match="already holds a dataset"):
         write_dataset(tmp_path / "d", make_episodes(2), robot)
+
+
+def test_full_disk(tmp_path, robot, make_episodes, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Joined, "add", full)
+    with pytest.raises(OSError, match="disk is full.*run it again.*there") as caught:
+        write_dataset(tmp_path / "there", make_episodes(2), robot)
+    assert caught.value.errno == errno.ENOSPC and not (tmp_path / "there/meta/info.json").exists()
 
 
 BAD = {
