@@ -86,7 +86,7 @@ def _save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimiser:
     buffers = {k: b.detach().contiguous().cpu().clone() for k, b in model.named_buffers()}
     save_file(buffers, path / "buffers.safetensors")
     if ema:
-        save_file({k: v.cpu() for k, v in ema.shadow.items()}, path / "ema.safetensors")
+        save_file({k: v.contiguous().cpu() for k, v in ema.shadow.items()}, path / "ema.safetensors")
     torch.save(optimiser.state_dict(), path / "optimiser.pt")
     write_json(folder / "latest.json", {"step": step})
     for old in folder.glob("step_*"):

@@ -1,0 +1,1 @@
+"""One pure function per stage: reads directories, writes one directory."""

@@ -1,0 +1,178 @@
+"""Train a tiny base from scratch on video without actions: first its VAE, then its transformer and text encoder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import Stage, fingerprint
+from dreamgen.core.seeding import rng_for
+from dreamgen.data.cache import Cache
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.windows import Windows
+from dreamgen.engine.precision import autocast
+from dreamgen.engine.progress import progress
+from dreamgen.engine.train import clear_state, train
+from dreamgen.video.metrics import psnr
+from dreamgen.worlds.autoencoder import Autoencoding
+from dreamgen.worlds.prefix import PrefixWorld
+from dreamgen.worlds.tiny import TinyLayout, build
+
+
+class Pool:
+    """Windows of several datasets as one list."""
+
+    def __init__(self, datasets: Sequence[Dataset], span: Clock, *, hop: int) -> None:
+        self.datasets = datasets
+        self.windows = [Windows(dataset, span, hop=hop, short="drop") for dataset in datasets]
+        self.ends = np.cumsum([len(w) for w in self.windows])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _at(self, k: int) -> tuple[int, int, int]:
+        source = int(np.searchsorted(self.ends, k, side="right"))
+        episode, row = self.windows[source].at(int(k) - (int(self.ends[source - 1]) if source else 0))
+        return source, episode, row
+
+    def frames(self, k: int) -> np.ndarray:
+        """Canvas frames (t h w 3) of window k."""
+        source, episode, row = self._at(k)
+        return self.datasets[source].canvas(episode, self.windows[source].rows(episode, row))
+
+    def instruction(self, k: int) -> str:
+        source, episode, _ = self._at(k)
+        return self.datasets[source].instruction(episode)
+
+    def batch(self, indices: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.stack([self.frames(int(k)) for k in indices]))
+
+
+def pretrain(
+    datasets: Sequence[Dataset],
+    heldout: Dataset,
+    *,
+    out: Path,
+    robot: Embodiment,
+    layout: TinyLayout,
+    video_hz: str = "10",
+    frames: int = 17,
+    text_length: int = 32,
+    vae_frames: int = 9,
+    vae_batch: int = 4,
+    vae_steps: int = 4000,
+    vae_lr: float = 1e-3,
+    steps: int = 6000,
+    batch_size: int = 32,
+    lr: float = 5e-4,
+    text_dropout: float = 0.1,
+    precision: str = "auto",
+    seed: int = 0,
+    record: dict,
+) -> dict:
+    """Train on `datasets` (their actions are not read); `heldout` only measures, and looks unlike all of them.
+
+    out: a world model (`PrefixWorld.load`), bf16. Returns the manifest: PSNR of the VAE and validation losses.
+    """
+    parents = {f"dataset_{i}": d.root for i, d in enumerate(datasets)} | {"heldout": heldout.root}
+    with Stage(out, "pretrain", config=record, parents=parents, seed=seed) as run:
+        if run.complete:
+            return run.manifest()
+        clock = Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames)
+        words = sorted({d.instruction(i) for d in datasets for i in range(len(d))})
+        world = PrefixWorld(robot=robot, video_hz=video_hz, frames=frames, text_length=text_length,
+                            precision=precision, pipeline=build(layout, words, seed=seed))  # fmt: skip
+        vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), batch=vae_batch,
+                         steps=vae_steps, lr=vae_lr, precision=precision, seed=seed)  # fmt: skip
+        pool = Pool(datasets, clock, hop=2)
+        key = {"vae": world.cache_key(), "data": [fingerprint(d.root) for d in datasets]}
+        cache = Cache(out / "cache", key, count=len(pool))
+        build_cache = cache.build(lambda items: world.encode(pool.batch(np.array(items))).cpu().numpy())
+        for _ in progress(build_cache, len(cache.missing()), "encode", out, unit="shard"):
+            pass
+        mean, std = _moments(cache)
+        world.pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
+        world.mean, world.std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+        losses = _train_transformer(world, pool, cache, heldout, out / "transformer", batch=batch_size, steps=steps,
+                                    lr=lr, dropout=text_dropout, precision=precision, seed=seed)  # fmt: skip
+        world.save(out, dtype=torch.bfloat16)
+        for part in ("vae", "transformer"):
+            clear_state(out / part)
+        return run.finish(vae=vae, transformer=losses, windows=len(pool), episodes=sum(len(d) for d in datasets))
+
+
+def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset, out: Path, clock: Clock, *,
+               batch: int, steps: int, lr: float, precision: str, seed: int) -> dict:  # fmt: skip
+    pool, held = Pool(datasets, clock, hop=1), Pool([heldout], clock, hop=clock.steps)
+    model = Autoencoding(world.pipe.vae.requires_grad_(True))
+    fixed = held.batch(np.linspace(0, len(held) - 1, 24).astype(int))
+
+    def batch_at(step: int) -> dict[str, Tensor]:
+        return {"video": pool.batch(rng_for(seed, "vae", step).integers(0, len(pool), batch))}
+
+    def validate(model: Autoencoding, step: int) -> dict[str, float]:
+        again = torch.cat([model.reconstruct(part) for part in fixed.split(8)])
+        _write_pair(out / "heldout.png", fixed[:6, ::4], again[:6, ::4])
+        return {"psnr": float(np.mean([psnr(a.numpy(), b.numpy()) for a, b in zip(fixed, again, strict=True)]))}
+
+    result = train(model, batch_at, out=out, steps=steps, lr=lr, warmup=100, weight_decay=0.0, ema=0.998,
+                   precision=precision, seed=seed, checkpoint_every=250, validate=validate, validate_every=250,
+                   name="vae")  # fmt: skip
+    model.release()
+    return result
+
+
+def _write_pair(path: Path, real: Tensor, again: Tensor) -> None:
+    """Clips above, their reconstructions below: to be looked at, since a PSNR hides a vanished block."""
+    from PIL import Image
+
+    def sheet(x: Tensor) -> np.ndarray:
+        return np.concatenate([np.concatenate(list(clip), 1) for clip in x.numpy()], 0)
+
+    picture = Image.fromarray(np.concatenate([sheet(real), sheet(again)], 1))
+    picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(path)
+
+
+def _moments(cache: Cache) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel."""
+    z = torch.from_numpy(cache.take(np.arange(len(cache)))).double().transpose(0, 1).flatten(1)
+    return z.mean(1).float(), z.std(1).float()
+
+
+def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Dataset, out: Path, *, batch: int,
+                       steps: int, lr: float, dropout: float, precision: str, seed: int) -> dict:  # fmt: skip
+    texts = sorted({pool.instruction(k) for k in range(len(pool))})
+    number = {text: i for i, text in enumerate(texts)}
+    which = np.array([number[pool.instruction(k)] for k in range(len(pool))])
+    tokens = world.tokens([*texts, ""])
+    latents = torch.from_numpy(cache.take(np.arange(len(cache))))
+    latents = (latents - world.mean) / world.std
+    world.train_full()
+    world.pipe.text_encoder.requires_grad_(True)
+    world.text_encoder = world.pipe.text_encoder  # as a submodule, so that the loop sees its weights
+    held = Pool([heldout], world.clock, hop=world.clock.steps)
+    chosen = np.linspace(0, len(held) - 1, min(64, len(held))).astype(int)
+    with autocast(precision):
+        fixed = {"latents": world.encode(held.batch(chosen)), "noise": None, "sigma": None}
+    words = world.tokens([held.instruction(int(k)) for k in chosen])
+    generator = torch.Generator().manual_seed(seed)
+    fixed |= {"noise": torch.randn(fixed["latents"].shape, generator=generator), **words,
+              "sigma": torch.linspace(0.05, 0.95, len(chosen))}  # fmt: skip
+
+    def batch_at(step: int) -> dict[str, Tensor]:
+        rng = rng_for(seed, "transformer", step)
+        rows = rng.integers(0, len(cache), batch)
+        text = np.where(rng.random(batch) < dropout, len(texts), which[rows])
+        return {"latents": latents[rows], "ids": tokens["ids"][text], "mask": tokens["mask"][text]}
+
+    result = train(world, batch_at, out=out, steps=steps, lr=lr, warmup=200, ema=0.999, precision=precision, seed=seed,
+                   checkpoint_every=500, validate=lambda model, step: {"loss": float(model.loss(fixed)[0])},
+                   validate_every=500, name="transformer")  # fmt: skip
+    del world.text_encoder
+    world.requires_grad_(False)
+    world.pipe.text_encoder.requires_grad_(False)
+    return result
