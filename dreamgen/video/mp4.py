@@ -27,6 +27,7 @@ ENCODERS = {
     "h264": ("libx264", 10, "yuv444p", {"bf": "0", "preset": "veryfast"}),
     "av1": ("libsvtav1", 20, "yuv420p", {"svtav1-params": "lp=1"}),
 }
+DENSE = 4
 BT601, LIMITED = 6, 1  # what the colour conversion below computes; said in the file so that no player guesses
 
 
@@ -151,6 +152,9 @@ def read_frames(reader: "decord.VideoReader", rows: Sequence[int] | np.ndarray, 
         raise ValueError(f"video {path} has {len(reader)} frames; frame {rows.min() if rows.min() < 0 else rows.max()} "
                          f"was asked for")  # fmt: skip
     unique, back = np.unique(rows, return_inverse=True)
+    if unique[-1] - unique[0] < DENSE * len(unique):
+        # in one run without gaps: each gap costs decord a seek
+        unique, back = np.arange(unique[0], unique[-1] + 1), rows - unique[0]
     try:
         return reader.get_batch(unique.tolist()).asnumpy()[back]
     except (RuntimeError, decord.DECORDError) as error:
