@@ -36,6 +36,7 @@ class Recipe:
     data: Any = None
     sim: Any = None
     world_model: Any = None
+    prompts: Any = None
     labeler: Any = None
     policy: Any = None
     stage: Any = None

@@ -14,6 +14,7 @@ import hydra
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from dreamgen.core.manifest import require_complete
 from jobs.errors import speaking
 from jobs.recipe import load, register
 
@@ -21,7 +22,7 @@ from jobs.recipe import load, register
 ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # where and how a stage runs, which never changes its result: not part of what a manifest remembers. The inputs of a
 # stage are remembered by what they hold (their fingerprints), not by where they lie.
-PLACES = frozenset("out root path folder clips dreams demos heldout world labels label_scores".split())
+PLACES = frozenset("out root path folder parent clips dreams counterfactuals demos heldout labels".split())
 MANNER = frozenset("workers shard num_shards command cache_mb memory_gb checkpoint_every description".split())
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
@@ -57,6 +58,9 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
 def run_stage(cfg: DictConfig) -> dict:
     """Build the parts that `cfg.stage` names and call its stage function; returns the manifest."""
     function = check(cfg.stage)
+    for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
+        if key in ("root", "path") and Path(text).is_relative_to(cfg.out):
+            require_complete(Path(text), "the input")  # made by an earlier step, which must have ended
     log.info("%s -> %s", cfg.step, cfg.stage.out)
     partial = instantiate(cfg.stage, _partial_=True, _convert_="all")
     hints = get_type_hints(function)
@@ -66,7 +70,7 @@ def run_stage(cfg: DictConfig) -> dict:
 
 def check(stage: DictConfig) -> Callable[..., dict]:
     """The stage function; ValueError if a configuration names code that is not ours, or settings that it has not."""
-    for key, target in walk(OmegaConf.to_container(stage, resolve=True)):
+    for key, target in walk(OmegaConf.to_container(stage, resolve=True, throw_on_missing=True)):
         if key == "_target_" and not target.startswith(ALLOWED):
             raise ValueError(f"the configuration names '{target}'; only {'*, '.join(ALLOWED)}* may be run")
     function = get_method(stage._target_)

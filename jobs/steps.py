@@ -75,7 +75,8 @@ def complete(stage: DictConfig) -> bool:
     parents = set(manifest["parents"].values())
     plain = walk(OmegaConf.to_container(stage, resolve=True))
     inputs = [Path(text) for key, text in plain if key in PLACES - {"out", "folder"}]
-    return manifest["config"] == asked and all(fingerprint(path) in parents for path in inputs if path.exists())
+    same = all(manifest["config"].get(key) == value for key, value in asked.items())  # a stage may add to it
+    return same and all(fingerprint(path) in parents for path in inputs if path.exists())
 
 
 def finish(cfg: DictConfig) -> None:

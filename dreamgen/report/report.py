@@ -24,6 +24,7 @@ def report(
     demos: Path | None = None,
     heldout: Path | None = None,
     dreams: Path | None = None,
+    counterfactuals: Path | None = None,
     labels: Path | None = None,
     policies: Mapping[str, str] | None = None,
     title: str = "",
@@ -35,7 +36,8 @@ def report(
     """Write the report of the run in `folder`.
 
     steps: the run's steps, in order; those that are not there are left out. demos, heldout: recordings (LeRobot);
-    dreams: output of `dream`; labels: output of `label`. policies: key in results.json to the step that evaluated the
+    dreams: output of `dream`; counterfactuals: the same, from which one first frame under many instructions is shown
+    (default: `dreams`); labels: output of `label`. policies: key in results.json to the step that evaluated the
     policy. clips, groups: how many pairs of clips and how many first frames are shown.
     """
     found = manifests({name: Path(folder) / name for name in steps if Path(folder) / name != out})
@@ -46,6 +48,7 @@ def report(
             return run.manifest()
         results = gather(found, policies or {})
         recordings = scenes.Recordings([scenes.open_dataset(heldout, robot), scenes.open_dataset(demos, robot)])
+        many = scenes.clips_of(counterfactuals) or scenes.clips_of(dreams)
         dreamed, labelled = scenes.clips_of(dreams), scenes.open_dataset(labels, robot)
         page = {
             "title": title or "dreamgen",
@@ -56,7 +59,7 @@ def report(
             "errors": errors(results),
             "pipeline": [(name, m["stage"], counts(m["results"])) for name, m in found.items()],
             "pairs": scenes.pairs(dreamed, recordings, clips) if dreamed else [],
-            "counterfactuals": scenes.counterfactuals(dreamed, groups, 8) if dreamed else [],
+            "counterfactuals": scenes.counterfactuals(many, groups, 8) if many else [],
             "curves": scenes.recovered(labelled, recordings, 3) if labelled else [],
             "losses": [(name, loss_plot(Path(folder) / name)) for name in found if loss_plot(Path(folder) / name)],
             "instructions": by_instruction(found, policies or {}),

@@ -55,15 +55,13 @@ class Recordings:
 
     def find(self, instruction: str, origin: Mapping) -> tuple[Dataset, int, int, bool] | None:
         """(dataset, episode, first row, whether it is the same scene); one of the same instruction if not."""
-        if "episode" in origin:
-            for dataset in self.datasets:
-                if str(origin.get("dataset", dataset.root.name)) in (dataset.root.name, str(dataset.root)):
-                    for i in range(len(dataset)):
-                        same = dataset.index(i) == origin["episode"] and dataset.instruction(i) == instruction
-                        if same:
-                            return dataset, i, int(origin.get("row", 0)), True
         if "seed" in origin and (instruction, str(origin["seed"])) in self.by_seed:
             return *self.by_seed[instruction, str(origin["seed"])], 0, True
+        if "episode" in origin:
+            for dataset in self.datasets:
+                for i in range(len(dataset)):
+                    if dataset.index(i) == origin["episode"] and dataset.instruction(i) == instruction:
+                        return dataset, i, int(origin.get("row", 0)), True
         if self.by_instruction[instruction]:
             return *self.by_instruction[instruction][0], 0, False
         return None
@@ -91,7 +89,9 @@ def pairs(folder: ClipFolder, recordings: Recordings, count: int) -> list[Shown]
         gap = np.full((1, dream.video.shape[1], 2, 3), 128, np.uint8)
         note = "same first frame" if found[3] else "another scene of the same instruction"
         if real.shape[1:] == dream.video.shape[1:]:
-            shown.append(Shown(uri=clip_uri(beside(real, gap, dream.video), dream.video_hz), title=instruction, note=note))
+            shown.append(
+                Shown(uri=clip_uri(beside(real, gap, dream.video), dream.video_hz), title=instruction, note=note)
+            )
     return shown
 
 

@@ -46,6 +46,9 @@ def table(results: Mapping) -> str:
         lines += ["", *(f"{name:<{width}}  {value:8.3f}" for name, value in rows)]
     if stages := results.get("stages", {}):
         width = max(len(name) for name in stages)
-        lines += ["", *(f"{name:<{width}}  {s['seconds']:8.1f} s  {s['peak_mb']:7.0f} MB" for name, s in stages.items())]
+        lines += [
+            "",
+            *(f"{name:<{width}}  {s['seconds']:8.1f} s  {s['peak_mb']:7.0f} MB" for name, s in stages.items()),
+        ]
         lines.append(f"{'all':<{width}}  {sum(s['seconds'] for s in stages.values()):8.1f} s")
     return "\n".join(lines)

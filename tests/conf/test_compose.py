@@ -1,0 +1,98 @@
+"""Every option of every group and every step of every experiment composes, and names only what is there."""
+
+import inspect
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import _locate, instantiate
+from omegaconf import OmegaConf
+
+import conf
+from jobs.cli import commands
+from jobs.recipe import Recipe, load
+from jobs.running import ALLOWED, check
+
+CONF = Path(conf.__file__).parent
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
+STAGES = [option for group, option in OPTIONS if group == "stage"]
+NEEDED = {"gr1_smoke": ["data.root=some/folder"]}  # what an experiment leaves to the command line
+
+
+def steps(experiment: str) -> list[tuple[str, str]]:
+    """(job, step) of an experiment."""
+    recipe = load("pipeline", [f"experiment={experiment}"])[0]
+    return [(shlex.split(line)[0], name) for name, line in recipe.steps.items()]
+
+
+STEPS = [(experiment, *step) for experiment in EXPERIMENTS for step in steps(experiment)]
+
+
+def nodes(node: Any) -> Iterator[dict]:
+    """All parts of a plain configuration that name what they are."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        node = list(node.values())
+    for child in node if isinstance(node, list) else ():
+        yield from nodes(child)
+
+
+def require_fitting(plain: Any) -> None:
+    """Every `_target_` is there and takes the keys that it is given."""
+    for node in nodes(plain):
+        target = _locate(node["_target_"])
+        assert node["_target_"].startswith(ALLOWED)
+        given = {
+            key: value for key, value in node.items() if key not in ("_target_", "_partial_", "_convert_", "_args_")
+        }
+        inspect.signature(target).bind_partial(**given)
+
+
+def test_all_groups_are_keys_of_the_recipe() -> None:
+    assert set(GROUPS) <= set(Recipe.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_fits(group: str, option: str) -> None:
+    job = option if group == "stage" else "collect"
+    cfg, _ = load(job, [f"{group}={option}", *(NEEDED.get(option, []))])
+    if group not in ("launcher", "experiment", "stage", "data") and cfg[group] is not None:
+        require_fitting(OmegaConf.to_container(cfg[group], resolve=True))
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group == "embodiment"])
+def test_every_embodiment_can_be_built(option: str) -> None:
+    cfg, _ = load("collect", [f"embodiment={option}"])
+    robot = instantiate(cfg.embodiment, _convert_="all")
+    assert robot.action_dim > 0 and robot.canvas[0] > 0
+
+
+@pytest.mark.parametrize("option", [option for group, option in OPTIONS if group in ("labeler",)])
+def test_every_labeler_can_be_built(option: str) -> None:
+    cfg, _ = load("label", [f"labeler={option}"])
+    assert instantiate(cfg.labeler, _convert_="all").robot.name == "tabletop"
+
+
+@pytest.mark.parametrize(("experiment", "job", "step"), STEPS)
+def test_every_step_of_every_experiment_fits(experiment: str, job: str, step: str) -> None:
+    cfg, _ = load(job, [f"experiment={experiment}", f"step={step}", *NEEDED.get(experiment, [])])
+    assert cfg.stage.out.endswith(step)
+    check(cfg.stage)
+    require_fitting(OmegaConf.to_container(cfg.stage, resolve=True))
+
+
+@pytest.mark.parametrize("job", [name for name in commands() if name != "check"])
+def test_every_job_has_a_primary_config(job: str) -> None:
+    cfg, _ = load(job)
+    assert job == "pipeline" or cfg.stage._target_.endswith(f".{job}")
+
+
+def test_an_experiment_says_which_question_it_answers() -> None:
+    for option in EXPERIMENTS:
+        first = (CONF / "experiment" / f"{option}.yaml").read_text().splitlines()[:2]
+        assert first[0] == "# @package _global_" and first[1].startswith("# ") and "?" in first[1], option
