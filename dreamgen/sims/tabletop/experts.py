@@ -1,7 +1,8 @@
 """Scripted experts: smooth motions of the hand through a few poses, one generator per behaviour.
 
-They steer the commanded pose (what the welded hand follows), so the same seed always gives the same actions, and after
-success they hold still with the gripper as it was.
+They steer the commanded pose (what the welded hand follows), so the same seed always gives the same actions. They go
+a little beyond what success needs, so that an imprecise copy of their actions succeeds too, and then hold still with
+the gripper as it was.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 GRASP = 0.055  # height of the hand when it grasps a block on the table (m)
 CLEAR = 0.065  # the open gripper passes over blocks this much higher
 CARRY = 0.105  # a carried block is this high
-GAIN, EASE = 0.75, 0.6  # share of the way gone in a step; largest change of an action in a step
+NEAR = 0.008  # a pose is reached (m)
+GAIN, FASTEST, EASE = 0.75, 0.85, 0.5  # share of the way gone in a step; largest action; its largest change in a step
 
 
 class Expert:
@@ -30,22 +32,19 @@ class Expert:
         self.grip = -1.0
 
     def actions(self) -> Iterator[np.ndarray]:
-        for action in getattr(self, f"_{self.task.verb}")():
-            if self.sim.done:
-                break
-            yield action
+        yield from getattr(self, f"_{self.task.verb}")()
         while True:
             yield self._act(np.zeros(3), ease=False)
 
     def _act(self, velocity: np.ndarray, ease: bool = True) -> np.ndarray:
-        velocity = velocity / max(1.0, np.abs(velocity).max())
+        velocity = velocity / max(1.0, np.abs(velocity).max() / FASTEST)
         self.last = self.last + np.clip(velocity - self.last, -EASE, EASE) if ease else velocity
         return np.array([*self.last, self.grip], np.float32)
 
-    def _reach(self, target: Callable[[], np.ndarray], near: float = 0.008, gain: float = GAIN) -> Iterator[np.ndarray]:
-        """Move the commanded pose to `target()` until it is `near` (m)."""
-        while np.linalg.norm(gap := target() - self.sim.commanded) > near:
-            yield self._act(gain * gap / scene.STEP)
+    def _reach(self, target: Callable[[], np.ndarray], end: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Follow `target()` with the commanded pose until that is NEAR it, or NEAR `end`."""
+        while np.linalg.norm((target() if end is None else end) - self.sim.commanded) > NEAR:
+            yield self._act(GAIN * (target() - self.sim.commanded) / scene.STEP)
 
     def _wait(self, steps: int, grip: float) -> Iterator[np.ndarray]:
         self.grip = grip
@@ -76,7 +75,7 @@ class Expert:
             return np.array([*(at[:2] if low else goal[:2]), z])
 
         yield from self._reach(target)
-        yield from self._wait(8, -1.0)
+        yield from self._wait(3, -1.0)
 
     def _plate(self) -> Iterator[np.ndarray]:
         yield from self._grasp()
@@ -89,49 +88,45 @@ class Expert:
     def _drawer(self) -> Iterator[np.ndarray]:
         yield from self._grasp()
         # the open fingers do not fit into the tray: the block is dropped from just above it
-        yield from self._carry(lambda: np.array([*self.sim.tray, 0.08]), CARRY + 0.01)
+        yield from self._carry(lambda: np.array([*self.sim.tray, 0.095]), CARRY + 0.015)
 
     def _lift(self) -> Iterator[np.ndarray]:
         yield from self._grasp()
-        yield from self._reach(lambda top=self.sim.commanded + [0, 0, 0.15]: top)
+        yield from self._reach(lambda top=self.sim.commanded + [0, 0, 0.155]: top)
 
     def _push(self) -> Iterator[np.ndarray]:
         self.grip = 1.0
         start = self.sim.block(self.task.colour)
-        behind = np.array([start[0], start[1] - 0.065, 0.07])
-
-        def target() -> np.ndarray:
-            away = np.linalg.norm(behind[:2] - self.sim.commanded[:2])
-            return behind + [0, 0, 0.06 * np.clip((away - 0.01) / 0.03, 0, 1)]
-
-        yield from self._reach(target)
-        yield from self._reach(lambda: behind + [0, 0.2, 0], gain=0.3)
+        behind = np.array([start[0], start[1] - 0.07, 0.06])
+        yield from self._over(behind, clearance=0.065)
+        yield from self._reach(lambda: behind + [0, 0.16, 0])
 
     def _open(self) -> Iterator[np.ndarray]:
         # the far finger goes down between the bar and the front of the drawer
         hooked = self.sim.handle + [0, 0.035 - scene.FINGER, 0]
-        hooked[2] = 0.08
+        hooked[2] = 0.075
         yield from self._over(hooked)
-        yield from self._reach(lambda: hooked - [0, 0.2, 0], gain=0.3)
+        yield from self._reach(lambda: hooked - [0, 0.13, 0])
 
     def _close(self) -> Iterator[np.ndarray]:
         self.grip = 1.0
-        before = self.sim.handle - [0, 0.045, 0]
-        before[2] = 0.085
+        before = self.sim.handle - [0, 0.04, 0]
+        before[2] = 0.075
         yield from self._over(before)
-        yield from self._reach(lambda: before + [0, 0.25, 0], gain=0.3)
+        yield from self._reach(lambda: before + [0, 0.15, 0])
 
     def _button(self) -> Iterator[np.ndarray]:
         self.grip = 1.0
         top = np.array([*scene.BUTTON, scene.BUTTON_TOP + scene.TIP + 0.015])
         yield from self._over(top, clearance=0.03)
-        yield from self._reach(lambda: top - [0, 0, 0.1], gain=0.4)
+        yield from self._reach(lambda: top - [0, 0, 0.05])
 
     def _over(self, pose: np.ndarray, clearance: float = 0.05) -> Iterator[np.ndarray]:
-        """To `pose` from above."""
+        """To `pose` from above; fingers that close do so before they go down."""
 
         def target() -> np.ndarray:
             away = np.linalg.norm(pose[:2] - self.sim.commanded[:2])
-            return pose + [0, 0, clearance * np.clip((away - 0.01) / 0.03, 0, 1)]
+            closing = max(0.0, self.sim.opening - 0.05) if self.grip > 0 else 0.0
+            return pose + [0, 0, clearance * np.clip(max((away - 0.01) / 0.03, 4 * closing), 0, 1)]
 
-        yield from self._reach(target)
+        yield from self._reach(target, end=pose)

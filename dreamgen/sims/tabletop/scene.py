@@ -22,10 +22,10 @@ STEP = 0.04  # an action of 1 moves the hand this far in one control step (m)
 HAND_LOW, HAND_HIGH = np.array([-0.26, 0.36, 0.05]), np.array([0.24, 0.86, 0.26])
 HAND_START = np.array([-0.08, 0.6, 0.17])
 DRAWER = np.array([0.13, 0.81])  # middle of the closed tray
-DRAWER_TRAVEL = 0.12
+DRAWER_TRAVEL = 0.13
 TRAY = np.array([0.08, 0.07])  # half its width and depth
 HANDLE = 0.137  # the bar is this far in front of the tray's middle
-HANDLE_HEIGHT = 0.05
+HANDLE_HEIGHT = 0.045
 UNSEEN = ("controller_box", "pedestal_feet", "torso", "pedestal", "right_arm_base_link", "right_l0", "head", "right_l1")
 HIDDEN = 3  # a geom group that is not drawn
 BUTTON = np.array([0.14, 0.42])
@@ -60,10 +60,10 @@ _XML = f"""<mujoco model="tabletop">
    contype="0" conaffinity="0"/>
   {"".join(_BLOCK.format(c=c, x=0.1 * i) for i, c in enumerate(COLOURS))}
   <body name="cabinet" pos="{DRAWER[0]} {DRAWER[1]} 0" childclass="furniture">
-    <geom material="cabinet" size=".005 .07 .038" pos="-.088 0 .038"/>
-    <geom material="cabinet" size=".005 .07 .038" pos=".088 0 .038"/>
-    <geom material="cabinet" size=".083 .003 .038" pos="0 .073 .038"/>
-    <geom material="cabinet" size=".093 .073 .004" pos="0 .003 .08"/>
+    <geom material="cabinet" size=".005 .07 .03" pos="-.088 0 .03"/>
+    <geom material="cabinet" size=".005 .07 .03" pos=".088 0 .03"/>
+    <geom material="cabinet" size=".083 .003 .03" pos="0 .073 .03"/>
+    <geom material="cabinet" size=".093 .073 .004" pos="0 .003 .064"/>
   </body>
   <body name="tray" pos="{DRAWER[0]} {DRAWER[1]} 0" childclass="furniture">
     <inertial pos="0 0 .04" mass=".6" diaginertia=".002 .002 .002"/>
@@ -73,7 +73,7 @@ _XML = f"""<mujoco model="tabletop">
     <geom material="tray" size=".004 .07 .022" pos="-.076 0 .028"/>
     <geom material="tray" size=".004 .07 .022" pos=".076 0 .028"/>
     <geom material="tray" size=".076 .004 .022" pos="0 .066 .028"/>
-    <geom name="tray_front" material="tray" size=".086 .004 .034" pos="0 -.07 .036"/>
+    <geom name="tray_front" material="tray" size=".086 .004 .03" pos="0 -.07 .032"/>
     <geom material="handle" size=".006 .028 .008" pos="-.048 -.102 {HANDLE_HEIGHT}"/>
     <geom material="handle" size=".006 .028 .008" pos=".048 -.102 {HANDLE_HEIGHT}"/>
     <geom name="handle" material="handle" size=".056 .007 .012" pos="0 -{HANDLE} {HANDLE_HEIGHT}"/>
@@ -123,14 +123,14 @@ def build() -> mujoco.MjModel:
 
 
 def _widen_gripper(spec: mujoco.MjSpec) -> None:
-    """Fingers further apart and pads wider than Meta-World's: a grasp forgives 26 mm along y."""
+    """Fingers further apart and pads wider than Meta-World's: a grasp forgives 26 mm along y and more along x."""
     for side, sign in (("right", -1), ("left", 1)):
         claw = spec.body(f"{side}claw")
         claw.pos = [0, sign * FINGER, 0]
         joint = spec.joint(f"{side[0]}_close")
         joint.range = [0, FINGER_TRAVEL] if sign < 0 else [-FINGER_TRAVEL, 0]
         for geom in (*claw.geoms, *spec.body(f"{side}pad").geoms):
-            geom.size = [0.045, 0.008 if "pad" in geom.name else 0.003, 0.02]
+            geom.size = [0.045, 0.008 if "pad" in geom.name else 0.003, 0.024]
             geom.rgba = [1, 1, 1, 1]
 
 
