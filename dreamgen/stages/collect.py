@@ -36,13 +36,15 @@ def collect(
     policy: Policy | None = None,
     execute: int = 8,
     rows: int = 36,
+    keep_failures: bool = False,
     seed: int = 0,
     workers: int = 1,
     record: dict,
 ) -> dict:
     """Record `episodes` episodes of `rows` robot steps each, spread evenly over `instructions` (None: all).
 
-    sim: makes a simulator; must be picklable. source: "expert" keeps successes alone (failed seeds are counted);
+    sim: makes a simulator; must be picklable. source: "expert" keeps successes alone (failed seeds are counted), or
+    all that it does with `keep_failures`;
     "play" mixes random motion, experts with noise and bias, and experts of another instruction, failures included;
     "policy" runs `policy`, `execute` steps a chunk. Episode.meta: sim, instruction, seed, source, success.
 
@@ -67,7 +69,7 @@ def collect(
         plan = [(k, wanted[k * len(wanted) // episodes]) for k in range(episodes)]
         parts = [plan[i : i + PART] for i in range(0, episodes, PART)]
         task = partial(_part, sim=sim, policy=policy, source=source, execute=execute, rows=rows, seed=seed,
-                       folder=out / "parts")  # fmt: skip
+                       keep_failures=keep_failures, folder=out / "parts")  # fmt: skip
         stored = progress(_mapped(task, parts, workers), len(parts), "collect", out, unit="part")
         counts = {"failed_seeds": 0, "successes": 0}
 
@@ -96,7 +98,7 @@ _SIMS: dict[str, Sim] = {}  # one per process and configuration: a scene takes s
 
 
 def _part(plan: list[tuple[int, str]], *, sim: Callable[[], Sim], policy: Policy | None, source: str, execute: int,
-          rows: int, seed: int, folder: Path) -> Path:  # fmt: skip
+          rows: int, seed: int, keep_failures: bool, folder: Path) -> Path:  # fmt: skip
     """Record one part and store it; a stored one is only named."""
     path = folder / f"{plan[0][0]:06d}.npz"
     if path.is_file():
@@ -105,7 +107,8 @@ def _part(plan: list[tuple[int, str]], *, sim: Callable[[], Sim], policy: Policy
     _SIMS[repr(sim)] = world
     arrays: dict[str, np.ndarray] = {}
     for number, (k, instruction) in enumerate(plan):
-        episode = _record(world, k, instruction, policy=policy, source=source, execute=execute, rows=rows, seed=seed)
+        episode = _record(world, k, instruction, policy=policy, source=source, execute=execute, rows=rows, seed=seed,
+                          keep_failures=keep_failures)  # fmt: skip
         arrays |= {f"{number}/video/{view}": frames for view, frames in episode.video.items()}
         arrays |= {f"{number}/state": episode.state, f"{number}/action": episode.action}
         arrays[f"{number}/meta"] = np.frombuffer(json.dumps(episode.meta).encode(), np.uint8)
@@ -126,7 +129,7 @@ def _read(path: Path) -> Iterator[Episode]:
 
 
 def _record(world: Sim, k: int, instruction: str, *, policy: Policy | None, source: str, execute: int, rows: int,
-            seed: int) -> Episode:  # fmt: skip
+            seed: int, keep_failures: bool) -> Episode:  # fmt: skip
     """Episode k. An expert is given seeds until it succeeds."""
     for attempt in range(ATTEMPTS):
         own = seed_for(seed, "collect", k, attempt)
@@ -140,7 +143,7 @@ def _record(world: Sim, k: int, instruction: str, *, policy: Policy | None, sour
             states.append(seen.state)
             actions.append(action)
             success |= bool(world.step(action))
-        if success or source != "expert":
+        if success or keep_failures or source != "expert":
             break
     else:
         raise ValueError(f"the expert failed at '{instruction}' on {ATTEMPTS} seeds in a row within {rows} steps")

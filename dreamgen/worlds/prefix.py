@@ -275,7 +275,7 @@ def _open(path: str) -> WanImageToVideoPipeline:
         if name != "WanImageToVideoPipeline":
             raise ValueError(f"{path} is a {name}; this family takes WanImageToVideoPipeline (Wan2.2-TI2V)")
     try:
-        return WanImageToVideoPipeline.from_pretrained(path, low_cpu_mem_usage=False)
+        return WanImageToVideoPipeline.from_pretrained(path)
     except OSError as error:
         raise ValueError(f"no world model at '{path}': {str(error).splitlines()[0]}. Give a diffusers folder, a hub id "
                          "that this machine can reach, or 'tiny'.") from error  # fmt: skip

@@ -1,0 +1,149 @@
+"""What to dream: first frames x instructions x seeds. Each class is a list maker; its fields are the recipe.
+
+`every_instruction` puts each first frame under every instruction (counterfactuals); prompts of one first frame share
+`pair`. A prompt's seed depends on its id alone, so a list may grow without changing what it held.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dreamgen.core.clip import Prompt
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.protocols import Sim
+from dreamgen.core.seeding import rng_for, seed_for
+from dreamgen.data.lerobot import Dataset
+from dreamgen.video.tiling import resize, tile
+
+
+def _spread(frames: Sequence[dict], instructions: Sequence[str], *, every: bool, count: int, seed: int) -> list[Prompt]:
+    """Prompts of first frames (dicts of image, state, origin, pair, own instruction), `count` seeds each."""
+    made = []
+    for frame in frames:
+        texts = list(dict.fromkeys(instructions)) if every else [frame["instruction"]]
+        for number, text in enumerate(texts):
+            for repeat in range(count):
+                name = f"{frame['pair']}_i{number:02d}_s{repeat}" if every else f"{frame['pair']}_s{repeat}"
+                made.append(Prompt(
+                    id=name, image=frame["image"], instruction=text, seed=seed_for(seed, "dream", name, text),
+                    pair=frame["pair"], state=frame["state"], origin=frame["origin"],
+                ))  # fmt: skip
+    return made
+
+
+def _require_text(instructions: Sequence[object], where: str) -> list[str]:
+    bad = [text for text in instructions if not isinstance(text, str) or not text.strip()]
+    if bad or not instructions:
+        raise ValueError(f"{where}: instructions hold {bad or 'nothing'}; expected text that is not empty")
+    return [str(text) for text in instructions]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DatasetPrompts:
+    """First frames from the episodes of a dataset.
+
+    episodes: how many (None: all), drawn by the seed. instructions: default those of the dataset.
+    """
+
+    dataset: Dataset
+    episodes: int | None = None
+    instructions: Sequence[str] | None = None
+    every_instruction: bool = False
+    repeats: int = 1
+    seed: int = 0
+
+    def __call__(self) -> list[Prompt]:
+        data = self.dataset
+        known = list(dict.fromkeys(data.instruction(i) for i in range(len(data))))
+        texts = _require_text(list(self.instructions), "prompts") if self.instructions is not None else known
+        chosen = rng_for(self.seed, "prompts").permutation(len(data))[: self.episodes]
+        frames = []
+        for i in sorted(chosen.tolist()):
+            text = data.instruction(i)
+            if self.instructions is not None and text not in texts:
+                text = texts[i % len(texts)]
+            frames.append({
+                "image": data.canvas(i, [0])[0], "state": data.episode(i).state[0], "instruction": text,
+                "pair": f"e{data.index(i):06d}",
+                "origin": {k: v for k, v in data.episode(i).meta.items() if k in ("sim", "seed", "instruction")}
+                | {"episode": data.index(i), "row": 0},
+            })  # fmt: skip
+        return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SimPrompts:
+    """First frames from a simulator whose objects are placed anew for each one.
+
+    sim: makes a simulator. first_frames: how many, spread evenly over `instructions` (default: all it knows).
+    """
+
+    sim: Callable[[], Sim]
+    first_frames: int
+    instructions: Sequence[str] | None = None
+    every_instruction: bool = False
+    repeats: int = 1
+    seed: int = 0
+
+    def __call__(self) -> list[Prompt]:
+        sim = self.sim()
+        texts = _require_text(list(self.instructions or sim.instructions), "prompts")
+        unknown = [text for text in texts if text not in sim.instructions]
+        frames = []
+        for k in range(self.first_frames):
+            text = texts[k * len(texts) // self.first_frames]
+            scene = text if text not in unknown else sim.instructions[k % len(sim.instructions)]
+            own = seed_for(self.seed, "first frame", k)
+            sim.reset(scene, own)
+            seen = sim.observe()
+            image = tile(sim.robot, {name: view[None] for name, view in seen.views.items()})[0]
+            frames.append({"image": image, "state": seen.state, "instruction": text, "pair": f"f{k:06d}",
+                           "origin": {"sim": type(sim).__name__.lower(), "instruction": scene, "seed": own}})  # fmt: skip
+        sim.close()
+        return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FolderPrompts:
+    """First frames from pictures (png, jpg) in a folder, cropped to the canvas's shape and resized.
+
+    A text file of the same name beside a picture holds its instructions, one per line; else `instructions` is used.
+    """
+
+    folder: Path | str
+    robot: Embodiment
+    instructions: Sequence[str] = ()
+    repeats: int = 1
+    seed: int = 0
+
+    def __call__(self) -> list[Prompt]:
+        from PIL import Image, UnidentifiedImageError
+
+        folder = Path(self.folder)
+        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if not paths:
+            raise ValueError(f"{folder} holds no picture (png, jpg); put first frames there")
+        made = []
+        for path in paths:
+            note = path.with_suffix(".txt")
+            lines = [line.strip() for line in note.read_text().splitlines()] if note.is_file() else self.instructions
+            texts = _require_text([line for line in lines if line], str(note if note.is_file() else folder))
+            try:
+                picture = np.asarray(Image.open(path).convert("RGB"))
+            except (UnidentifiedImageError, OSError) as error:
+                raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+            frame = {"image": _fit(picture, *self.robot.canvas), "state": np.zeros(0, np.float32), "pair": path.stem,
+                     "instruction": texts[0], "origin": {"picture": path.name}}  # fmt: skip
+            made += _spread([frame], texts, every=True, count=self.repeats, seed=self.seed)
+        return made
+
+
+def _fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The largest middle part of the canvas's shape, resized."""
+    h, w = picture.shape[:2]
+    scale = min(h / height, w / width)
+    ch, cw = round(height * scale), round(width * scale)
+    top, left = (h - ch) // 2, (w - cw) // 2
+    return resize(picture[None, top : top + ch, left : left + cw], height, width)[0]
