@@ -46,7 +46,7 @@ class Part:
     frame: str = "base"
     moves: str | None = None
     scale: float = 1.0
-    limits: Sequence[float] | None = None
+    limits: Sequence[float | int] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
