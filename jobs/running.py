@@ -5,6 +5,7 @@
 
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ PLACES = frozenset("out root path folder parent clips dreams counterfactuals dem
 MANNER = frozenset("workers shard num_shards command cache_mb memory_gb checkpoint_every description".split())
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here
 log = logging.getLogger("jobs")
 
 
