@@ -4,6 +4,8 @@ The arm's XML and meshes are read from the installed `metaworld` package; everyt
 x points away from the camera, y away from the robot's base, z up; metres. The table's top is z = 0.
 """
 
+import copy
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -97,7 +99,13 @@ _XML = f"""<mujoco model="tabletop">
 
 
 def build() -> mujoco.MjModel:
-    """The compiled model; each call gives its own, which an appearance may recolour.
+    """The compiled model; each call gives its own, which an appearance may recolour."""
+    return copy.copy(_compiled())
+
+
+@functools.cache
+def _compiled() -> mujoco.MjModel:
+    """Compiling takes a second, once per process.
 
     The shipped XML parts use ../ paths, so they are read through a folder of links.
     """

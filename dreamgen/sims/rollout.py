@@ -1,0 +1,158 @@
+"""What happens when actions or a policy move a simulated robot, with confidence intervals.
+
+Episodes run in groups of fixed size, each group on one process and one thread: the result is the same for any number
+of processes. A rollout keeps its actions, so any episode can be filmed afterwards by replaying them.
+"""
+
+import functools
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from dreamgen.core.protocols import Policy, Sim
+from dreamgen.core.seeding import seed_for
+
+GROUP = 8  # simulators that a policy serves at once
+Z = 1.959963984540054  # two-sided 95%
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rollout:
+    """One closed-loop episode: success, and the actions (s a) that were executed until it ended."""
+
+    instruction: str
+    seed: int
+    success: bool
+    action: np.ndarray
+
+
+def success_interval(successes: int, n: int) -> dict:
+    """Share of successes with its 95% Wilson score interval; the whole of [0, 1] for n = 0."""
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} episodes; expected 0 <= successes <= episodes")
+    if n == 0:
+        return {"successes": 0, "n": 0, "rate": 0.0, "low": 0.0, "high": 1.0}
+    rate = successes / n
+    middle = (rate + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z * np.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+    # rounding must not push the bounds past the rate at 0 and 1
+    low, high = min(max(0.0, middle - half), rate), max(min(1.0, middle + half), rate)
+    return {"successes": int(successes), "n": int(n), "rate": rate, "low": float(low), "high": float(high)}
+
+
+def replay(sim: Sim, instruction: str, seed: int, actions: np.ndarray, **scene: str) -> bool:
+    """Do these actions (s a) fulfil the instruction from the first state of (instruction, seed)?
+
+    scene: options of the simulator's reset, e.g. `scene_of`: the instruction whose scene it is, if another.
+    """
+    sim.reset(instruction, seed, **scene)
+    return any(sim.step(action) for action in actions)
+
+
+def film(sim: Sim, instruction: str, seed: int, actions: np.ndarray, **scene: str) -> dict[str, np.ndarray]:
+    """The pictures of a replay, before each action and after the last: per view (s + 1, h, w, 3) uint8."""
+    sim.reset(instruction, seed, **scene)
+    pictures = [sim.observe().views]
+    for action in actions:
+        sim.step(action)
+        pictures.append(sim.observe().views)
+    return {name: np.stack([views[name] for views in pictures]) for name in pictures[0]}
+
+
+def rollout(
+    sim: Callable[[], Sim],
+    policy: Policy,
+    plan: Sequence[tuple[str, int]],
+    *,
+    steps: int = 60,
+    execute: int = 8,
+    workers: int = 1,
+) -> Iterator[Rollout]:
+    """Closed-loop episodes of `policy`, one for each (instruction, seed) of `plan`, in its order.
+
+    sim: makes a simulator; with several workers it and the policy must be picklable. steps: an episode ends on success
+    or after so many. execute: steps of a chunk that are executed before the policy is asked again.
+
+    Raises ValueError if the policy's robot differs from the simulator's or its chunks are shorter than `execute`.
+    """
+    if steps < 1 or not 1 <= execute <= policy.horizon:
+        raise ValueError(f"steps is {steps}, execute is {execute}, the policy's horizon is {policy.horizon}; expected "
+                         f"steps >= 1 and 1 <= execute <= horizon")  # fmt: skip
+    groups = [list(plan[i : i + GROUP]) for i in range(0, len(plan), GROUP)]
+    run = functools.partial(_run, steps=steps, execute=execute)
+    if workers <= 1 or len(groups) <= 1:
+        with _one_thread():
+            for group in _served(sim, policy, groups, run):
+                yield from group
+        return
+    setting = (sim, policy)
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(groups)), _prepare, setting) as pool:
+        for group in pool.imap(functools.partial(_in_process, run=run), groups):
+            yield from group
+
+
+def _served(sim: Callable[[], Sim], policy: Policy, groups: Sequence, run: Callable) -> Iterator[list[Rollout]]:
+    worlds = [sim() for _ in range(min(GROUP, max(map(len, groups), default=0)))]
+    try:
+        for world in worlds[:1]:
+            world.robot.require(policy.robot.contract(), "the policy")
+        for group in groups:
+            yield run(worlds, policy, group)
+    finally:
+        for world in worlds:
+            world.close()
+
+
+_PROCESS: dict = {}
+
+
+def _prepare(sim: Callable[[], Sim], policy: Policy) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    _PROCESS.update(worlds=[sim() for _ in range(GROUP)], policy=policy)
+    _PROCESS["worlds"][0].robot.require(policy.robot.contract(), "the policy")
+
+
+def _in_process(group: list[tuple[str, int]], run: Callable) -> list[Rollout]:
+    return run(_PROCESS["worlds"], _PROCESS["policy"], group)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in another order round differently, and contacts amplify it: always one thread, as in a process."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else 1
+    try:
+        if torch:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        if torch:
+            torch.set_num_threads(before)
+
+
+def _run(worlds: list[Sim], policy: Policy, group: list[tuple[str, int]], *, steps: int, execute: int) -> list[Rollout]:
+    """One group in step; an episode that has ended leaves the batch."""
+    for world, (instruction, seed) in zip(worlds, group, strict=False):
+        world.reset(instruction, seed)
+    actions: list[list[np.ndarray]] = [[] for _ in group]
+    success = [False] * len(group)
+    for start in range(0, steps, execute):
+        alive = [i for i in range(len(group)) if not success[i]]
+        if not alive:
+            break
+        seeds = [seed_for(group[i][1], "chunk", start) for i in alive]
+        chunks = policy.act([worlds[i].observe() for i in alive], seeds)
+        for i, chunk in zip(alive, chunks, strict=True):
+            for action in chunk[: min(execute, steps - start)]:
+                actions[i].append(np.asarray(action, np.float32))
+                if worlds[i].step(action):
+                    success[i] = True
+                    break
+    return [Rollout(instruction=text, seed=seed, success=done, action=np.stack(taken))
+            for (text, seed), done, taken in zip(group, success, actions, strict=True)]  # fmt: skip
