@@ -1,0 +1,1 @@
+"""Observations to action chunks: encoders, the diffusion transformer, the flow-matching policy, FLARE."""

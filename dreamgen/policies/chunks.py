@@ -1,0 +1,165 @@
+"""Observations with the action chunks that follow them, from the episodes of one dataset.
+
+An observation is a row with a fresh picture: every row of a recording, `meta["frame_rows"]` of a dream, whose video
+is slower than the robot. Where a chunk runs past the end of its episode the missing steps are masked: no action is
+made up. With `past_end="hold"` the robot is taken to stand still there (deltas 0, other parts as in the last row),
+which is right only for recordings that end at rest. Observations whose whole chunk is idle (nothing moves, no binary
+part changes) teach little; `keep_idle` bounds how many of them an episode gives. Pictures of small datasets stay in memory as uint8, by default
+those up to 2 GB; larger ones are decoded when asked for.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamgen.data.lerobot import Dataset
+
+PAST_END = ("mask", "hold")
+STATES = ("recorded", "masked")
+
+
+class Chunks:
+    """Addressed by (episode, row), and as windows of a mixture: `len` and `at`.
+
+    body: number of the embodiment in the policy. state: "masked" hides it. future_steps: how far ahead FLARE looks, None
+    without FLARE. spread_scale: a step whose labels spread by s (root mean square over entries, each in units of
+    `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the spread.
+
+    Raises ValueError for a horizon longer than an episode, naming the episode.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        horizon: int,
+        body: int = 0,
+        past_end: Literal["mask", "hold"] = "mask",
+        state: Literal["recorded", "masked"] = "recorded",
+        future_steps: int | None = None,
+        spread_scale: float | None = None,
+        action_scale: np.ndarray | None = None,
+        keep_idle: int | None = None,
+        memory_gb: float = 2.0,
+    ) -> None:
+        if past_end not in PAST_END or state not in STATES:
+            raise ValueError(f"past_end is '{past_end}', state is '{state}'; expected one of {PAST_END}, {STATES}")
+        self.dataset, self.horizon, self.body = dataset, horizon, body
+        self.past_end, self.state, self.future_steps = past_end, state, future_steps
+        self.spread_scale, self.action_scale = spread_scale, action_scale
+        self.views = [view.name for view in dataset.robot.views]
+        self._places: list[tuple[int, int]] = []
+        self._frames: dict[int, np.ndarray] = {}  # episode -> frame rows, ascending
+        for i in range(len(dataset)):
+            length = dataset.length(i)
+            if length < horizon:
+                raise ValueError(f"episode {i} of {dataset.root} has {length} rows, the policy's horizon is {horizon}; "
+                                 f"choose a horizon of at most {length}, or leave the episode out")  # fmt: skip
+            rows = dataset.episode(i).meta.get("frame_rows")
+            rows = np.arange(length) if rows is None else np.asarray(rows, np.int64)
+            self._frames[i] = rows = rows[rows < length]
+            idle = [self._idle(i, row) for row in rows]
+            spare = np.cumsum(idle) > (len(rows) if keep_idle is None else keep_idle)
+            self._places += [(i, int(row)) for row in rows[~(np.array(idle) & spare)]]
+        view = dataset.robot.views[0]
+        size = sum(len(rows) for rows in self._frames.values()) * len(self.views) * view.height * view.width * 3
+        self._memory: dict[int, np.ndarray] | None = {} if size <= memory_gb * 1e9 else None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def at(self, k: int) -> tuple[int, int]:
+        """Episode and row of observation k."""
+        return self._places[k]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._places)
+
+    def _idle(self, episode: int, row: int, still: float = 0.05) -> bool:
+        """Whether no delta entry of the chunk passes `still` of its limit and no other entry changes."""
+        action = self.dataset.episode(episode).action[row : row + self.horizon]
+        for part in self.dataset.robot.action:
+            entry = action[:, part.slice]
+            moving = entry / (part.limits[1] if part.limits else 1) if part.kind == "delta" else entry - entry[:1]
+            if not (np.abs(moving) <= still).all():
+                return False
+        return self.dataset.episode(episode).meta.get("action_known") is not False
+
+    def whole(self, most: int = 20000) -> np.ndarray:
+        """Evenly spread chunks all of whose steps exist (n H a), for statistics; n may be 0."""
+        wanted = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
+        found = [self.actions(*self.at(int(k))) for k in wanted]
+        kept = [action for action, valid, _ in found if valid.all()]
+        return np.stack(kept) if kept else np.zeros((0, *found[0][0].shape), np.float32)
+
+    def pictures(self, episode: int, row: int) -> np.ndarray:
+        """All views (v h w 3) at an observation row."""
+        if self._memory is None:
+            views = self.dataset.views(episode, [row])
+            return np.stack([views[name][0] for name in self.views])
+        if episode not in self._memory:
+            views = self.dataset.views(episode, self._frames[episode])
+            self._memory[episode] = np.stack([views[name] for name in self.views], 1)
+        return self._memory[episode][np.searchsorted(self._frames[episode], row)]
+
+    def actions(self, episode: int, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The chunk (H a) from `row` on, which of its steps exist (H,), their weights (H,)."""
+        source = self.dataset.episode(episode)
+        rows = np.arange(row, row + self.horizon)
+        inside = rows < len(source.action)
+        rows = np.minimum(rows, len(source.action) - 1)
+        action = source.action[rows].astype(np.float32)
+        weight = np.ones(self.horizon, np.float32)
+        if self.spread_scale is not None and "label_spread" in source.extra:
+            spread = source.extra["label_spread"][rows] / (1.0 if self.action_scale is None else self.action_scale)
+            weight = 1 / (1 + np.square(spread).mean(1) / self.spread_scale**2)
+        valid = inside.copy()
+        if self.past_end == "hold":
+            for part in self.dataset.robot.action:
+                if part.kind == "delta":
+                    action[~inside, part.slice] = 0
+            valid[:] = True
+        if source.meta.get("action_known") is False:
+            valid[:] = False
+        valid &= np.isfinite(action).all(1)
+        return np.where(valid[:, None], action, 0), valid, weight.astype(np.float32)
+
+    def batch(self, places: Sequence[tuple[int, int]]) -> dict[str, np.ndarray | list[str]]:
+        """Rows of a batch: arrays as in `FlowPolicy`, and the instructions."""
+        episodes = [self.dataset.episode(i) for i, _ in places]
+        chunks = [self.actions(i, row) for i, row in places]
+        states = np.stack([e.state[row] for e, (_, row) in zip(episodes, places, strict=True)]).astype(np.float32)
+        known = np.array([self.state == "recorded" and e.meta.get("state_known", True) for e in episodes])
+        batch = {
+            "pictures": np.stack([self.pictures(i, row) for i, row in places]),
+            "instruction": [e.instruction for e in episodes],
+            "state": np.nan_to_num(states),
+            "state_known": known & np.isfinite(states).all(1),
+            "body": np.full(len(places), self.body, np.int64),
+            "action": np.stack([chunk[0] for chunk in chunks]),
+            "valid": np.stack([chunk[1] for chunk in chunks]),
+            "weight": np.stack([chunk[2] for chunk in chunks]),
+        }
+        if self.future_steps is not None:
+            later = [self._later(i, row + self.future_steps) for i, row in places]
+            batch["future"] = np.stack([self.pictures(i, row) for (i, _), (row, _) in zip(places, later, strict=True)])
+            batch["future_known"] = np.array([found for _, found in later])
+        return batch
+
+    def _later(self, episode: int, row: int) -> tuple[int, bool]:
+        """The last row with a picture up to `row`; False if the episode ends before `row`."""
+        frames = self._frames[episode]
+        k = int(np.searchsorted(frames, row, side="right")) - 1
+        return int(frames[k]), bool(row < self.dataset.length(episode))
+
+
+def collate(parts: Sequence[dict], policy: torch.nn.Module) -> dict[str, Tensor]:
+    """One batch of tensors from the parts of several datasets; instructions become the encoder's words."""
+    parts = [part for part in parts if len(part["body"])]
+    batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts]))
+             for key in parts[0] if key != "instruction"}  # fmt: skip
+    batch["words"] = policy.encoder.words([text for part in parts for text in part["instruction"]])
+    return batch

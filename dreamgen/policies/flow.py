@@ -1,0 +1,26 @@
+"""Flow matching: x_t = (1 - t) noise + t x, velocity u = x - noise, integrated from t = 0 (noise) to t = 1."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def sample_time(count: int, *, like: Tensor) -> Float[Tensor, " b"]:
+    """t = 1 - s, s ~ Beta(1.5, 1): more weight near the noise, where the choice between modes is made (pi0, GR00T)."""
+    return 1 - torch.rand(count, device=like.device) ** (1 / 1.5)
+
+
+def interpolate(x: Float[Tensor, "b h a"], noise: Float[Tensor, "b h a"], t: Float[Tensor, " b"]) -> Tensor:
+    """x_t (b h a)."""
+    t = t[:, None, None]
+    return (1 - t) * noise + t * x
+
+
+def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Float[Tensor, "b h a"], steps: int) -> Tensor:
+    """Integrate `velocity(x_t (b h a), t (b,))` in `steps` Euler steps; returns x at t = 1."""
+    x = noise
+    for k in range(steps):
+        x = x + velocity(x, torch.full((len(x),), k / steps, device=x.device)) / steps
+    return x
