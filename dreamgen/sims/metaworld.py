@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import dreamgen.sims  # noqa: F401  (chooses the drawing back end before mujoco is imported)
 import mujoco
 import numpy as np
 
@@ -95,7 +94,7 @@ class MetaWorld:
                              f"embodiment=tabletop or tabletop_two_views.")  # fmt: skip
         unknown = sorted(set(instructions or ()) - set(INSTRUCTIONS))
         if unknown:
-            raise ValueError(f"Meta-World does not know the instructions {unknown}; it knows: " + "; ".join(INSTRUCTIONS))
+            raise ValueError(f"Meta-World does not know {unknown}; it knows: " + "; ".join(INSTRUCTIONS))
         if not isinstance(appearance, int) and appearance not in ("random", "stock"):
             raise ValueError(f"Meta-World's appearance is 'random', 'stock' or an integer, got {appearance!r}")
         self.robot, self.how = robot, appearance

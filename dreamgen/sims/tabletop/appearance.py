@@ -14,10 +14,10 @@ from dreamgen.sims.renderer import free_camera
 
 Colour = tuple[float, float, float]
 APART = 0.45  # least RGB distance between the arm of a drawn and of a named robot
-ARM = ("right_arm_base_link", "right_l0", "head", "right_l1", "right_l2", "right_l3", "right_l4", "right_l5", "right_l6")
+ARM = ("right_arm_base_link", "head", *(f"right_l{i}" for i in range(7)))
 VIEWS = {  # cameras that stand still: lookat (m), distance (m), azimuth and elevation (degrees)
     "front": ((0.035, 0.63, 0.045), 1.3, 0.0, -48.0),
-    "side": ((0.035, 0.63, 0.045), 1.3, 62.0, -38.0),
+    "side": ((0.035, 0.63, 0.045), 1.3, -62.0, -38.0),
 }
 FOVY = 23.5
 

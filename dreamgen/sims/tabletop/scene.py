@@ -10,7 +10,6 @@ import os
 import tempfile
 from pathlib import Path
 
-import dreamgen.sims  # noqa: F401  (chooses the drawing back end before mujoco is imported)
 import mujoco
 import numpy as np
 
@@ -44,8 +43,12 @@ _XML = f"""<mujoco model="tabletop">
 <visual><map znear=".02" zfar="10"/><headlight ambient=".35 .35 .35" diffuse=".3 .3 .3" specular="0 0 0"/></visual>
 <asset>
   <texture type="skybox" builtin="flat" rgb1=".5 .5 .5" rgb2=".5 .5 .5" width="8" height="48"/>
-  {"".join(f'<material name="{m}" specular=".1" shininess=".1"/>' for m in
-           (*COLOURS, "table", "floor", "cabinet", "tray", "handle", "plate", "button", "button_base"))}
+  {
+    "".join(
+        f'<material name="{m}" specular=".1" shininess=".1"/>'
+        for m in (*COLOURS, "table", "floor", "cabinet", "tray", "handle", "plate", "button", "button_base")
+    )
+}
 </asset>
 <default>
   <default class="furniture"><geom type="box" solimp=".99 .99 .01" solref=".01 1" condim="3"/></default>
@@ -154,7 +157,7 @@ def _simplify_arm(spec: mujoco.MjSpec) -> None:
 
 
 def _add_wrist_camera(spec: mujoco.MjSpec) -> None:
-    """A camera beside the hand that looks at the fingertips; the hand's axes are x down, y as the world, z to world x."""
+    """A camera beside the hand that looks at the fingertips. The hand's x is the world's -z, its z the world's x."""
     to_world = np.array([[0, 0, 1], [0, 1, 0], [-1, 0, 0]], float)
     position, target = np.array([-0.11, 0, 0.06]), np.array([0.01, 0, -0.05])
     back = (position - target) / np.linalg.norm(position - target)

@@ -6,7 +6,6 @@ seed) alone, to the bit, and never on what was simulated before.
 
 from collections.abc import Iterator
 
-import dreamgen.sims  # noqa: F401  (chooses the drawing back end before mujoco is imported)
 import mujoco
 import numpy as np
 

@@ -13,7 +13,7 @@ from dreamgen.sims.tabletop import scene
 from dreamgen.sims.tabletop.scene import COLOURS
 
 OPEN = 0.65  # gripper opening above which a block is released
-HIGH = 0.145 # a lifted block is above this height; carried blocks stay below it (m)
+HIGH = 0.145  # a lifted block is above this height; carried blocks stay below it (m)
 HELD = 3  # for so many control steps
 ZONE = np.array([[-0.18, 0.0], [0.47, 0.72]])  # where blocks and plate stand: lowest and highest x, y (m)
 
