@@ -52,7 +52,8 @@ def lines(curves: Sequence[Line], *, title: str, x_name: str = "", log: bool = F
              f'<text x="{LEFT - 4}" y="{TOP + 8}" text-anchor="end">{number(high)}</text>',
              f'<text x="{LEFT - 4}" y="{HEIGHT - BOTTOM}" text-anchor="end">{number(low)}</text>',
              f'<text x="{LEFT}" y="{HEIGHT - 6}">{number(x0)}</text>',
-             f'<text x="{WIDTH - 6}" y="{HEIGHT - 6}" text-anchor="end">{number(x1)} {escape(x_name)}</text>']  # fmt: skip
+             f'<text x="{WIDTH - 6}" y="{HEIGHT - 6}" text-anchor="end">{number(x1)} {escape(x_name)}</text>',
+             ]  # fmt: skip
     parts += [f'<polyline class="{c.style}" points="{place(x, y)}"><title>{escape(c.name)}</title></polyline>'
               for c, x, y in kept]  # fmt: skip
     label = escape(f"{title}: {', '.join(c.name for c, *_ in kept)}")

@@ -92,8 +92,10 @@ def loss_plot(step: Path) -> str:
     """Training and validation loss of a step that trained, "" for others."""
     rows = read_losses(step)
     keys = [key for key in (rows[-1] if rows else {}) if key == "loss" or key.startswith("val_")][: len(STYLES)]
-    curves = [plots.Line(key.replace("_", " "), [r["step"] for r in rows if key in r], [r[key] for r in rows if key in r],
-                         style) for key, style in zip(keys, STYLES, strict=False)]  # fmt: skip
+    curves = []
+    for key, style in zip(keys, STYLES, strict=False):
+        known = [row for row in rows if key in row]
+        curves.append(plots.Line(key, [row["step"] for row in known], [row[key] for row in known], style))
     return plots.lines(curves, title="loss", x_name="steps", log=True) if curves else ""
 
 

@@ -6,7 +6,7 @@
     policy.open_loop                               error on held-out episodes, where there is no simulator
     stages.<step>.seconds | peak_mb | stage        what each step took
 
-A success is {successes, n, rate, low, high}, the last two the 95% Wilson interval. What a run did not measure is absent.
+A success is {successes, n, rate, low, high}, the last two the 95% Wilson interval. What was not measured is absent.
 """
 
 from collections.abc import Mapping

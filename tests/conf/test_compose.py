@@ -86,6 +86,13 @@ def test_every_step_of_every_experiment_fits(experiment: str, job: str, step: st
     require_fitting(OmegaConf.to_container(cfg.stage, resolve=True))
 
 
+@pytest.mark.parametrize("option", STAGES)
+def test_every_setting_of_a_stage_can_be_set(option: str) -> None:
+    """Without a `+`: whatever the function takes stands in the YAML."""
+    cfg, _ = load(option)
+    assert set(cfg.stage) - {"_target_"} == set(inspect.signature(_locate(cfg.stage._target_)).parameters) - {"record"}
+
+
 @pytest.mark.parametrize("job", [name for name in commands() if name != "check"])
 def test_every_job_has_a_primary_config(job: str) -> None:
     cfg, _ = load(job)
