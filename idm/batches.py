@@ -1,7 +1,7 @@
 """Training clips, addressed by step: batch `step` is a pure function of (seed, step)."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from dreamgen.core.seeding import rng_for
 Degrade = Callable[[np.ndarray], np.ndarray]
 
 
+@runtime_checkable
 class Recorded(Protocol):
     """What is needed of a dataset; `dreamgen.data.lerobot.Dataset` is one."""
 
@@ -39,14 +40,14 @@ class Batches:
     """
 
     def __init__(self, dataset: Recorded, episodes: Sequence[int], clocks: Sequence[Clock], *, batch_size: int,
-                 seed: int, rest: float = 0.4, degrade: Degrade | None = None, degraded: float = 0.5, degraded_clips: int = 64,
-                 degrade_frames: int = 17) -> None:  # fmt: skip
+                 seed: int, rest: float = 0.4, degrade: Degrade | None = None, degraded: float = 0.5,
+                 degraded_clips: int = 64, degrade_frames: int = 17) -> None:  # fmt: skip
         self.dataset, self.clocks, self.seed, self.batch_size = dataset, list(clocks), seed, batch_size
         longest = max(clock.steps for clock in self.clocks)
         self.episodes = [i for i in episodes if dataset.length(i) > longest]
         if not self.episodes:
-            raise ValueError(f"none of {len(list(episodes))} episodes has the {longest + 1} rows that a training clip "
-                             f"spans; lower the labeler's `train_frames`, or record longer episodes")  # fmt: skip
+            raise ValueError(f"none of {len(list(episodes))} episodes has the {longest + 1} rows that a training "
+                             f"clip spans; lower the labeler's `train_frames`, or record longer episodes")  # fmt: skip
         self.rows = {i: dataset.episode(i) for i in self.episodes}
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0

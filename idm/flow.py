@@ -20,8 +20,16 @@ def waves(position: Tensor, width: int, longest: float = 256.0) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention in fp32: on CPUs its bf16 backward pass is four times slower."""
+    with torch.autocast(query.device.type, enabled=query.is_cuda):
+        if not query.is_cuda:
+            query, key, value = query.float(), key.float(), value.float()
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
 class Block(nn.Module):
-    """AdaLN attention (cross or self) and feed-forward; gates start at zero."""
+    """AdaLN attention (cross or self) and feed-forward; gates start open, since trainings are short."""
 
     def __init__(self, width: int, heads: int, cross: bool) -> None:
         super().__init__()
@@ -46,20 +54,23 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(F.silu(condition))[:, :, None].chunk(6, dim=-1)
         h = self.norm1(x) * (1 + scale1) + shift1
         if self.cross:
-            h = F.scaled_dot_product_attention(self.split(self.query(h).flatten(1, 2)), *memory)
+            h = attend(self.split(self.query(h).flatten(1, 2)), *memory)
         else:
             key, value = self.key_value(h).flatten(0, 1).chunk(2, dim=-1)
             seen = mask[:, None].expand(n, m, s).reshape(n * m, 1, 1, s)
-            h = F.scaled_dot_product_attention(self.split(self.query(h).flatten(0, 1)), self.split(key),
-                                               self.split(value), attn_mask=seen)  # fmt: skip
-        x = x + gate1 * self.out(h.transpose(1, 2).flatten(2)).view(x.shape)
-        return x + gate2 * self.feed(self.norm2(x) * (1 + scale2) + shift2)
+            h = attend(self.split(self.query(h).flatten(0, 1)), self.split(key), self.split(value), seen)
+        x = x + (1 + gate1) * self.out(h.transpose(1, 2).flatten(2)).view(x.shape)
+        return x + (1 + gate2) * self.feed(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class Denoiser(nn.Module):
-    """Velocity of a chunk of embedded actions, given the tokens of the window's frames."""
+    """Velocity of a chunk of embedded actions, given the tokens of the window's frames.
 
-    def __init__(self, *, width: int, layers: int, heads: int) -> None:
+    Beside the attention, the summaries of the window's frames reach every step of the chunk through one perceptron:
+    what a plain regression would see, and learned first.
+    """
+
+    def __init__(self, *, width: int, layers: int, heads: int, frames: int, steps: int) -> None:
         super().__init__()
         if width % heads or width % 2:
             raise ValueError(f"denoiser width {width} must be even and divisible by its {heads} heads")
@@ -69,9 +80,12 @@ class Denoiser(nn.Module):
         self.spacing = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.place = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
+        self.direct = nn.Sequential(nn.Linear(frames * width, 2 * width), nn.SiLU(),
+                                    nn.Linear(2 * width, steps * width))  # fmt: skip
 
-    def memories(self, tokens: Tensor, at: Tensor) -> list[tuple[Tensor, Tensor] | None]:
-        """Keys and values per layer, (b*k heads f*l width / heads), for all k windows of f frames at stride one.
+    def memories(self, tokens: Tensor, at: Tensor) -> tuple[list[tuple[Tensor, Tensor] | None], Tensor]:
+        """Keys and values per layer, (b*k heads f*l width / heads), and what the summaries say of each step,
+        (b*k s width), for all k windows of f frames at stride one.
 
         tokens (b c l width) of a clip's frames: projected once each, then shared by the windows that see them;
         at (k f): place of each window's frames in robot steps from its first.
@@ -88,13 +102,15 @@ class Denoiser(nn.Module):
             placed = F.linear(place, block.key_value.weight)[None, :, :, None].to(projected.dtype)
             key, value = (projected + placed).flatten(2, 3).flatten(0, 1).chunk(2, dim=-1)
             found.append((block.split(key), block.split(value)))
-        return found
+        summaries = tokens[:, seen, 0].flatten(0, 1).flatten(1)  # b*k f*width
+        return found, self.direct(summaries).unflatten(1, (-1, self.width))
 
-    def forward(self, x: Tensor, t: Tensor, spacing: Tensor, memories: list, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, spacing: Tensor, memories: tuple[list, Tensor], mask: Tensor) -> Tensor:
         """x (n m s width), t (n m) in [0, 1], spacing (n,) robot steps a gap, mask (n s) -> (n m s width)."""
+        attended, direct = memories
         condition = self.time(waves(t * 100, self.width)) + self.spacing(waves(spacing, self.width))[:, None]
         steps = torch.arange(x.shape[2], device=x.device)
-        x = x + self.place(waves(steps + 0.5, self.width))
-        for block, memory in zip(self.blocks, memories, strict=True):
+        x = x + self.place(waves(steps + 0.5, self.width)) + direct[:, None, : x.shape[2]]
+        for block, memory in zip(self.blocks, attended, strict=True):
             x = block(x, condition, memory, mask)
         return self.norm(x)

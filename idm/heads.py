@@ -34,7 +34,7 @@ class Heads(nn.Module):
             return self.encoder(x.float())
 
     def decode(self, hidden: Tensor) -> Tensor:
-        """(... width) to velocities (... a) of normalised actions."""
+        """(... width) to (... a), the size of normalised actions."""
         with torch.autocast(hidden.device.type, enabled=False):
             return self.decoder(hidden.float())
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -47,10 +46,10 @@ class FlowIDM(nn.Module):
     """
 
     def __init__(self, *, robot: Embodiment, clock: Clock, frames: int = 5, spacings: Sequence[str] = (),
-                 train_frames: int = 13, vision: dict | None = None, width: int = 128, layers: int = 4, heads: int = 4,
-                 draws: int = 2, time_shape: Sequence[float] = (1.5, 1.0), state_weight: float = 1.0,
+                 train_frames: int = 6, vision: dict | None = None, width: int = 128, layers: int = 4, heads: int = 4,
+                 draws: int = 4, time_shape: Sequence[float] = (1.5, 1.0), state_weight: float = 1.0,
                  augment: dict | None = None, flow_steps: int = 8, samples: int = 2, rule: str = "centre",
-                 correct: float = 1.0, precision: str = "auto", seed: int = 0, label_batch: int = 16) -> None:  # fmt: skip
+                 correct: float = 1.0, precision: str = "auto", seed: int = 0, label_batch: int = 16) -> None:
         super().__init__()
         if not 2 <= frames <= train_frames:
             raise ValueError(f"a window of {frames} frames in training clips of {train_frames}; expected "
@@ -75,7 +74,8 @@ class FlowIDM(nn.Module):
         torch.manual_seed(seed)
         tower = PretrainedVision if "path" in (vision or {}) else ConvVision
         self.vision = tower(size=robot.canvas, width=width, **(vision or {}))
-        self.denoiser = Denoiser(width=width, layers=layers, heads=heads)
+        longest = max(horizon(train, frames) for train in self.clocks)
+        self.denoiser = Denoiser(width=width, layers=layers, heads=heads, frames=frames, steps=longest)
         self.heads = nn.ModuleDict({robot.name: Heads(robot, width)})
         torch.random.set_rng_state(generator)
 
@@ -94,7 +94,7 @@ class FlowIDM(nn.Module):
     def encode(self, video: Tensor) -> Tensor:
         """video (b c 3 h w) in [-1, 1] -> tokens (b c l width), each frame once."""
         b, c = video.shape[:2]
-        return self.vision(with_motion(video).flatten(0, 1)).unflatten(0, (b, c))
+        return self.vision(with_motion(video).flatten(0, 1)).unflatten(0, (b, c)).float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Velocity error plus state error, on a batch of `idm.batches.Batches`."""
@@ -105,7 +105,8 @@ class FlowIDM(nn.Module):
         metrics = {}
         total = torch.zeros((), device=device)
         if self.robot.state_dim and self.state_weight:
-            metrics["state"] = (self.head.read_state(tokens[:, :, 0]) - self.head.state.normalise(batch["state"])).square().mean()
+            read = self.head.read_state(tokens[:, :, 0])
+            metrics["state"] = (read - self.head.state.normalise(batch["state"])).square().mean()
             total = total + self.state_weight * metrics["state"]
         mask = torch.from_numpy(windows.mask).to(device).repeat(b, 1)
         x = self.head.action.normalise(batch["action"])[:, torch.from_numpy(windows.steps).to(device)].flatten(0, 1)
@@ -123,17 +124,23 @@ class FlowIDM(nn.Module):
         clock = min(self.clocks, key=lambda clock: abs(float(clock.stride) - spacing))
         return Windows.of(clock.with_frames(frames), self.frames)
 
-    def _conditions(self, tokens: Tensor, windows: Windows, spacing: float) -> tuple[list, Tensor]:
+    def _conditions(self, tokens: Tensor, windows: Windows, spacing: float) -> tuple[tuple, Tensor]:
         """What all denoising steps share: keys and values of the frames, and the spacing."""
         at = torch.from_numpy(windows.at).to(tokens.device)
         count = len(tokens) * len(at)
         return self.denoiser.memories(tokens, at), torch.full((count,), spacing, device=tokens.device)
 
-    def _velocity(self, x_t: Tensor, t: Tensor, conditions: tuple[list, Tensor], mask: Tensor) -> Tensor:
-        """x_t (n m h a), t (n m) -> velocity of the same shape as x_t."""
+    def _velocity(self, x_t: Tensor, t: Tensor, conditions: tuple[tuple, Tensor], mask: Tensor) -> Tensor:
+        """x_t (n m h a), t (n m) -> velocity of the same shape as x_t.
+
+        The network adds to the best linear guess for data of unit size, `(2t - 1) / (t^2 + (1 - t)^2) * x_t`, and its
+        own output has unit size at every t: at t = 0 it predicts the action itself.
+        """
         memories, spacing = conditions
         hidden = self.denoiser(self.head.embed(x_t), t, spacing, memories, mask)
-        return self.head.decode(hidden)
+        t = t[..., None, None]
+        size = t**2 + (1 - t) ** 2
+        return (2 * t - 1) / size * x_t + self.head.decode(hidden) / size.sqrt()
 
     @torch.no_grad()
     def predict(self, video: Tensor, noise: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
@@ -170,7 +177,8 @@ class FlowIDM(nn.Module):
                 video = video.float().div(127.5).sub(1).permute(0, 1, 4, 2, 3)
                 with autocast(self.precision, device):
                     found, states = self.predict(video, noise, float(clock.stride))
-                for i, chunk, state in zip(part, found.float().cpu().numpy(), states.float().cpu().numpy(), strict=True):
+                found, states = found.float().cpu().numpy(), states.float().cpu().numpy()
+                for i, chunk, state in zip(part, found, states, strict=True):
                     done[i] = chunk.swapaxes(0, 1), state
         return [done[i] for i in range(len(clips))]
 
@@ -191,7 +199,8 @@ class FlowIDM(nn.Module):
         for clip, (_, read) in zip(clips, self.chunks(clips), strict=True):
             clock = self.clock_of(clip)
             steps = np.arange(clock.steps + 1)
-            found.append(np.stack([np.interp(steps, clock.rows, column) for column in read.T], axis=1).astype(np.float32))
+            rows = [np.interp(steps, clock.rows, column) for column in read.T]
+            found.append(np.stack(rows, axis=1).astype(np.float32))
         return found
 
     def fit(self, dataset: Recorded, episodes: Sequence[int]) -> None:
@@ -230,12 +239,13 @@ class FlowIDM(nn.Module):
         clock = self.clock_of(clip)
         if str(clock.stride) not in self.spacings:
             raise ValueError(f"clip '{clip.id}' has {clock.stride} robot steps a frame ({clip.video_hz} of "
-                             f"{self.robot.robot_hz} Hz); this labeler was trained for {', '.join(self.spacings)}. Train "
-                             f"one with spacings including {clock.stride}, or dream at another rate.")  # fmt: skip
+                             f"{self.robot.robot_hz} Hz); this labeler was trained for {', '.join(self.spacings)}. "
+                             f"Train one with spacings including {clock.stride}, or dream at another rate.")
         if len(clip.video) < self.frames:
-            raise ValueError(f"clip '{clip.id}' has {len(clip.video)} frames; a window of this labeler has {self.frames}")
+            raise ValueError(f"clip '{clip.id}' has {len(clip.video)} frames; a window of this labeler has "
+                             f"{self.frames}")  # fmt: skip
         if clip.video.shape[1:] != (*self.robot.canvas, 3):
-            raise ValueError(f"clip '{clip.id}' is {clip.video.shape[1]}x{clip.video.shape[2]}x{clip.video.shape[3]}; the "
+            raise ValueError(f"clip '{clip.id}' has frames of {clip.video.shape[1:]}; the "
                              f"canvas of robot '{self.robot.name}' is {self.robot.canvas} with 3 channels")  # fmt: skip
 
     def save(self, path: Path) -> None:

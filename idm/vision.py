@@ -22,6 +22,9 @@ def with_motion(video: Tensor) -> Tensor:
     return torch.cat([video, torch.cat([still, step], 1), torch.cat([step, still], 1)], dim=2)
 
 
+SHARPNESS = 5.0
+
+
 class Residual(nn.Module):
     """Two 3x3 convolutions with group norm around a shortcut; the first may halve the resolution."""
 
@@ -32,8 +35,6 @@ class Residual(nn.Module):
         self.norm2 = nn.GroupNorm(8, width)
         self.conv2 = nn.Conv2d(width, width, 3, 1, 1)
         self.skip = nn.Conv2d(width_in, width, stride, stride) if stride > 1 or width_in != width else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -41,14 +42,17 @@ class Residual(nn.Module):
 
 
 def keypoints(maps: Tensor) -> Tensor:
-    """Expected position (x, y) in [-1, 1] of each map (n k h w) under its softmax, and its log-mass -> (n 3k) fp32."""
-    maps = maps.float()
+    """Expected position (x, y) in [-1, 1] of each map (n k h w) under its softmax, and its log-mass -> (n 3k) fp32.
+
+    At the start of training maps are nearly flat and all positions nearly 0; sharper maps learn sooner.
+    """
+    maps = SHARPNESS * maps.float()
     n, k, h, w = maps.shape
     weight = maps.flatten(2).softmax(-1).view(n, k, h, w)
     xs = torch.linspace(-1, 1, w, device=maps.device)
     ys = torch.linspace(-1, 1, h, device=maps.device)
     x, y = (weight.sum(2) * xs).sum(-1), (weight.sum(3) * ys).sum(-1)
-    return torch.cat([x, y, maps.flatten(2).logsumexp(-1) * 0.1], dim=1)
+    return torch.cat([x, y, maps.flatten(2).logsumexp(-1) / SHARPNESS], dim=1)
 
 
 class ConvVision(nn.Module):
@@ -65,8 +69,8 @@ class ConvVision(nn.Module):
         super().__init__()
         channels = list(channels or (32, 64, 128, 128))
         if len(channels) < 2 or any(edge % 2 ** len(channels) for edge in size) or any(c % 8 for c in channels):
-            raise ValueError(f"a ConvVision with channels {channels} needs at least two stages, channels divisible by 8 "
-                             f"and a canvas divisible by {2 ** len(channels)}, got {tuple(size)}; choose other views "
+            raise ValueError(f"a ConvVision with channels {channels} needs at least two stages, channels divisible by "
+                             f"8 and a canvas divisible by {2 ** len(channels)}, got {tuple(size)}; choose other views "
                              f"sizes or channels")  # fmt: skip
         self.size, self.width = tuple(size), width
         self.stem = nn.Conv2d(9, channels[0], 5, 2, 2)
@@ -74,7 +78,7 @@ class ConvVision(nn.Module):
         for before, after in zip(channels[:-1], channels[1:], strict=True):
             self.stages.append(nn.Sequential(Residual(before, after, 2),
                                              *(Residual(after, after) for _ in range(blocks - 1))))  # fmt: skip
-        self.points = nn.Conv2d(channels[1], points, 1)
+        self.points = nn.Sequential(nn.GroupNorm(8, channels[1]), nn.SiLU(), nn.Conv2d(channels[1], points, 1))
         self.grid = nn.Conv2d(channels[-1], width, 1)
         cells = (size[0] >> len(channels)) * (size[1] >> len(channels))
         self.summary = nn.Sequential(nn.Linear(3 * points + cells * width, 2 * width), nn.SiLU(),

@@ -62,8 +62,8 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
     """Score `labeler` on `dataset`, whose episodes it must never have seen.
 
     sim: makes the simulator in which the episodes were recorded; without one, nothing is replayed. dreams: a labelled
-    dataset; those of its episodes whose first frame came from the simulator (meta "origin" with instruction and seed)
-    are replayed from it. episodes: only the first so many of each. settle: steps of holding still after the labels.
+    dataset; those of its episodes whose first frame came from the simulator (meta "origin": instruction, seed) are
+    replayed from it. episodes: only the first so many of each. settle: steps of holding still after the labels.
 
     Results: idm {r2, mae, control_mae, lag, drift, auroc, accuracy, calibration, state, by part}; replay {recorded,
     idm_real, idm_dream: {successes, n, rate, low, high, by_instruction}}. They are also written to `scores.json`.
@@ -90,7 +90,7 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
             recorded = [dataset.episode(i) for i in known]
             begun = [(e.instruction, e.meta.get("scene_of") or e.instruction, int(e.meta["seed"])) for e in recorded]
             chain = {"recorded": [(*start, e.action) for start, e in zip(begun, recorded, strict=True)],
-                     "idm_real": [(*start, labels[i].value) for start, i in zip(begun, known, strict=True)]}  # fmt: skip
+                     "idm_real": [(*start, labels[i].value) for start, i in zip(begun, known, strict=True)]}
             if dreams:
                 chain["idm_dream"] = dreamed(Dataset(dreams, robot), episodes)
             for name, items in chain.items():

@@ -37,7 +37,8 @@ def integrated(robot: Embodiment, first: np.ndarray, action: np.ndarray) -> tupl
     return state, known
 
 
-def pseudo_states(labeler: Labeler, clips: Sequence[Clip], labels: Sequence[Labels]) -> list[tuple[np.ndarray, np.ndarray]]:
+def pseudo_states(labeler: Labeler, clips: Sequence[Clip],
+                  labels: Sequence[Labels]) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Per clip the states (s d) and which entries are known (s d) float32.
 
     The first state is known where the clip brings it. Later ones are what the labeler reads from the frames, if it has

@@ -45,14 +45,16 @@ def lag(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], reach: int 
 
 
 def drift(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], part: Part) -> dict[str, float]:
-    """Mean distance between the integrals of labels and actions, in units of the state, early, midway and at the end."""
-    gaps = [np.linalg.norm(np.cumsum(p - t, axis=0) * part.scale, axis=1) for p, t in zip(predicted, true, strict=True)]
+    """Mean distance between the integrals of labels and actions, in units of the state, by share of the clip."""
+    gaps = [np.linalg.norm(np.cumsum(p - t, axis=0) * part.scale, axis=1)
+            for p, t in zip(predicted, true, strict=True)]  # fmt: skip
     at = {"quarter": 0.25, "half": 0.5, "end": 1.0}
-    return {name: float(np.mean([gap[max(0, int(share * len(gap)) - 1)] for gap in gaps])) for name, share in at.items()}
+    return {name: float(np.mean([gap[max(0, int(share * len(gap)) - 1)] for gap in gaps]))
+            for name, share in at.items()}  # fmt: skip
 
 
 def calibration(spread: np.ndarray, error: np.ndarray, bins: int = 5) -> dict:
-    """Does spread foretell error? Both (n,): rank correlation, and per fifth of the spread its mean and the error's RMS."""
+    """Does spread foretell error? Both (n,): rank correlation; per fifth of the spread its mean and the RMS error."""
     from scipy.stats import spearmanr
 
     if len(spread) < bins or spread.std() < 1e-12 or error.std() < 1e-12:

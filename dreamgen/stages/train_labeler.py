@@ -1,10 +1,11 @@
 """Recorded episodes -> a labeler, saved in `out` itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from dreamgen.core.clip import Clip
 from dreamgen.core.clock import Clock
@@ -28,10 +29,19 @@ def recorded_clip(dataset: Dataset, index: int, clock: Clock) -> tuple[Clip, np.
     whole = clock.with_frames(max(2, clock.frames_in(dataset.length(index))))
     if whole.steps >= dataset.length(index):
         raise ValueError(f"episode {index} of {dataset.root} has {dataset.length(index)} rows; two frames at "
-                         f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or choose a higher video rate.")  # fmt: skip
+                         f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or raise the video rate.")
     clip = Clip(id=f"episode_{index:06d}", video=dataset.canvas(index, whole.rows), video_hz=whole.video_hz,
                 instruction=episode.instruction, state=episode.state[0])  # fmt: skip
     return clip, episode.action[: whole.steps]
+
+
+def through(world_model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """A world model's autoencoder as a function of a clip, uint8 (t H W 3) to the same: how its dreams look at best."""
+
+    def degrade(video: np.ndarray) -> np.ndarray:
+        return world_model.decode(world_model.encode(torch.from_numpy(video)[None]))[0].cpu().numpy()
+
+    return degrade
 
 
 def train_labeler(
@@ -44,12 +54,12 @@ def train_labeler(
     lr: float = 1e-3,
     warmup: int = 30,
     weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.99),
+    betas: Sequence[float] = (0.9, 0.99),
     clip: float = 1.0,
     ema: float | None = 0.99,
     precision: str = "auto",
     held_out_share: float = 0.1,
-    degrade: Callable[[np.ndarray], np.ndarray] | None = None,
+    world_model: Any = None,
     degraded: float = 0.5,
     degraded_clips: int = 64,
     checkpoint_every: int = 100,
@@ -60,9 +70,9 @@ def train_labeler(
 ) -> dict:
     """Train `labeler` on `dataset`, a share of its episodes held out for scores during training and for calibration.
 
-    labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`. degrade: a world model's
-    autoencoder, uint8 (t H W 3) to the same, which a clip passes with probability `degraded`, so that the labeler
-    knows how dreams look; `degraded_clips` are passed once, before training.
+    labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`. world_model: one with
+    `encode` and `decode`, whose autoencoder a training clip passes with probability `degraded`, so that the labeler
+    knows how dreams look; `degraded_clips` pass once, before training.
 
     Results: scores on the held-out episodes (r2, mae, ... by part), the last loss, the calibration.
     Raises ValueError for a dataset of another robot, too few or too short episodes, a loss that is not finite.
@@ -75,7 +85,8 @@ def train_labeler(
                              f"and one to be scored on")  # fmt: skip
         training, apart = held_out(len(dataset), held_out_share, seed)
         labeler.fit(dataset, training)
-        batches = labeler.batches(dataset, training, batch_size=batch_size, seed=seed, degrade=degrade,
+        batches = labeler.batches(dataset, training, batch_size=batch_size, seed=seed,
+                                  degrade=None if world_model is None else through(world_model),
                                   degraded=degraded, degraded_clips=degraded_clips)  # fmt: skip
         clips, actions = zip(*(recorded_clip(dataset, index, labeler.clock) for index in apart), strict=True)
 

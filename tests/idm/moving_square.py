@@ -11,8 +11,8 @@ ROBOT = Embodiment(
     robot_hz="20",
     views=(View(name="top", key="observation.images.top", height=32, width=48),),
     action=(
-        Part(name="move", start=0, stop=2, kind="delta", scale=2.0, limits=(-1, 1), moves="place"),
-        Part(name="light", start=2, stop=3, kind="binary", limits=(-1, 1)),
+        Part(name="move", start=0, stop=2, kind="delta", scale=2.0, limits=(-1.0, 1.0), moves="place"),
+        Part(name="light", start=2, stop=3, kind="binary", limits=(-1.0, 1.0)),
     ),
     state=(Part(name="place", start=0, stop=2, unit="px"),),
 )
@@ -48,7 +48,7 @@ class Squares:
                 action.append([*velocity, light])
                 place = place + 2 * velocity
             self.episodes.append(Episode(instruction="move", state=np.array(state, np.float32),
-                                         action=np.array(action, np.float32), video={"top": np.stack(frames)}))  # fmt: skip
+                                         action=np.array(action, np.float32), video={"top": np.stack(frames)}))
 
     def __len__(self) -> int:
         return len(self.episodes)

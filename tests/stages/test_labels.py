@@ -1,0 +1,185 @@
+"""The label stages on a robot small enough to know all answers: a square on a plane."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreamgen.core.clip import Clip, Episode, Labels
+from dreamgen.core.manifest import Stage
+from dreamgen.data.clips import ClipFolder
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
+from dreamgen.stages.label import integrated, label
+from dreamgen.stages.train_labeler import held_out, recorded_clip, train_labeler
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "idm"))
+from moving_square import CLOCK, ROBOT, Squares  # noqa: E402
+
+ROWS = 19
+
+
+class Oracle:
+    """A perfect labeler of clips whose id is the episode's number."""
+
+    robot, path, clock = ROBOT, None, CLOCK
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def label(self, clips: list[Clip]) -> list[Labels]:
+        found = []
+        for clip in clips:
+            steps = CLOCK.with_frames(len(clip.video)).steps
+            action = self.dataset.episode(int(clip.id.split("_")[1])).action[:steps]
+            found.append(Labels(value=action, spread=np.full_like(action, 0.25)))
+        return found
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    root = tmp_path_factory.mktemp("squares")
+    squares = Squares(6, rows=ROWS, seed=3)
+    episodes = [Episode(instruction=f"move {i % 2}", state=e.state, action=e.action, video=e.video,
+                        meta={"seed": 40 + i}) for i, e in enumerate(squares.episodes)]  # fmt: skip
+    write_dataset(root, episodes, ROBOT)
+    return Dataset(root, ROBOT)
+
+
+def dreams_of(dataset: Dataset, out: Path) -> Path:
+    with Stage(out, "dream", config={}) as run:
+        folder = ClipFolder(out / "clips")
+        for i in range(3):
+            episode = dataset.episode(i)
+            folder.write(Clip(id=f"dream_{i}", video=dataset.canvas(i, CLOCK.rows), video_hz="10", seed=i, pair="p",
+                              instruction=episode.instruction, state=episode.state[0],
+                              origin={"instruction": episode.instruction, "seed": 40 + i}))  # fmt: skip
+        run.finish(clips=3)
+    return out
+
+
+def test_held_out_episodes_are_apart_and_fixed_by_the_seed():
+    training, apart = held_out(23, 0.2, 5)
+    assert len(apart) == 5 and sorted(training + apart) == list(range(23))
+    assert held_out(23, 0.2, 5) == (training, apart) != held_out(23, 0.2, 6)
+    assert held_out(2, 0.01, 0)[1]
+
+
+def test_recorded_clip_spans_its_actions(dataset):
+    clip, action = recorded_clip(dataset, 4, CLOCK)
+    assert len(clip.video) == 10 and len(action) == 18
+    np.testing.assert_array_equal(clip.video, dataset.canvas(4, np.arange(0, 19, 2)))
+
+
+def test_integrated_states_are_the_recorded_ones(dataset):
+    episode = dataset.episode(0)
+    state, known = integrated(ROBOT, episode.state[0], episode.action)
+    np.testing.assert_allclose(state, episode.state, atol=1e-3)
+    assert known.tolist() == [True, True]
+
+
+def test_labelled_dreams_are_a_dataset_with_provenance(dataset, tmp_path):
+    dreams = dreams_of(dataset, tmp_path / "dreams")
+    out = tmp_path / "labels"
+    manifest = label(Oracle(dataset), dreams, out=out, robot=ROBOT, batch_size=2, record={})
+    assert manifest["results"]["episodes"] == 3 and manifest["results"]["spread"]["move"] == 0.25
+    made = Dataset(out, ROBOT)
+    for i in range(3):
+        episode, source = made.episode(i), dataset.episode(i)
+        np.testing.assert_allclose(episode.action, source.action[:16], atol=1e-6)
+        np.testing.assert_allclose(episode.state, source.state[:16], atol=1e-2)
+        assert episode.meta["source"] == "dream" and episode.meta["prompt"] == f"dream_{i}"
+        assert episode.meta["origin"]["seed"] == 40 + i and episode.meta["frame_rows"] == list(range(0, 16, 2))
+        np.testing.assert_array_equal(episode.extra["frame_fresh"].ravel(), np.arange(16) % 2 == 0)
+        np.testing.assert_allclose(episode.extra["label_spread"], 0.25)
+        assert np.all(episode.extra["state_known"] == 1)
+        shown = made.canvas(i, [4, 5]).astype(int)
+        assert np.abs(shown[0] - shown[1]).mean() < 1.5  # one frame, held for two rows
+        assert np.abs(shown[0] - dataset.canvas(i, [4])[0].astype(int)).mean() < 4
+    assert label(Oracle(dataset), dreams, out=out, robot=ROBOT, batch_size=2, record={}) == manifest
+
+
+def test_label_refuses_unfinished_dreams_and_other_settings(dataset, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        label(Oracle(dataset), tmp_path / "none", out=tmp_path / "l", robot=ROBOT, record={})
+    dreams = dreams_of(dataset, tmp_path / "dreams")
+    label(Oracle(dataset), dreams, out=tmp_path / "l", robot=ROBOT, record={"rule": "mean"})
+    with pytest.raises(ValueError, match="another configuration.*rule"):
+        label(Oracle(dataset), dreams, out=tmp_path / "l", robot=ROBOT, record={"rule": "median"})
+    (dreams / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="unfinished"):
+        label(Oracle(dataset), dreams, out=tmp_path / "m", robot=ROBOT, record={})
+
+
+class Plane:
+    """A simulator in which an episode succeeds if the recorded actions are carried out, to 0.1 of each."""
+
+    robot = ROBOT
+    instructions = ("move 0", "move 1")
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def reset(self, instruction: str, seed: int) -> None:
+        self.wanted, self.at, self.good = self.dataset.episode(seed - 40).action, 0, True
+
+    def observe(self) -> None:
+        raise AssertionError("a replay draws no pictures")
+
+    def state(self) -> np.ndarray:
+        return np.zeros(2, np.float32)
+
+    def step(self, action: np.ndarray) -> bool:
+        if self.at < 16:
+            self.good &= bool(np.abs(self.wanted[self.at] - action).max() < 0.1)
+        self.at += 1
+        return self.good and self.at >= 16
+
+    def expert(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_evaluation_of_a_perfect_labeler_is_perfect(dataset, tmp_path):
+    stage = pytest.importorskip("dreamgen.stages.evaluate_labels")
+    labels = tmp_path / "labels"
+    label(Oracle(dataset), dreams_of(dataset, tmp_path / "dreams"), out=labels, robot=ROBOT, record={})
+    manifest = stage.evaluate_labels(Oracle(dataset), dataset, lambda: Plane(dataset), out=tmp_path / "scores",
+                                     dreams=labels, record={})  # fmt: skip
+    found = manifest["results"]
+    assert found["idm"]["r2"] == {"move": 1.0, "light": 1.0} and found["idm"]["lag"] == {"move": 0, "light": 0}
+    assert found["idm"]["state"]["integrated"]["place"] < 1e-3
+    for name, n in (("recorded", 6), ("idm_real", 6), ("idm_dream", 3)):
+        assert found["replay"][name]["successes"] == found["replay"][name]["n"] == n
+        assert 0 < found["replay"][name]["low"] < found["replay"][name]["high"] <= 1
+    assert set(found["replay"]["recorded"]["by_instruction"]) == {"move 0", "move 1"}
+
+
+def test_training_killed_and_continued_saves_the_same_labeler(dataset, tmp_path, monkeypatch):
+    model = pytest.importorskip("idm.model")
+
+    def make() -> object:
+        return model.FlowIDM(robot=ROBOT, clock=CLOCK, frames=3, train_frames=4, width=32, layers=2, heads=2,
+                             vision={"channels": [8, 16, 16], "points": 8}, precision="fp32")  # fmt: skip
+
+    options = {"steps": 4, "batch_size": 2, "warmup": 1, "checkpoint_every": 2, "log_every": 1, "precision": "fp32",
+               "seed": 3, "record": {}}  # fmt: skip
+    whole = train_labeler(make(), dataset, out=tmp_path / "whole", **options)
+    killed, loss = make(), model.FlowIDM.loss
+
+    def dies(self, batch):  # noqa: ANN001, ANN202
+        dies.count += 1
+        if dies.count == 4:
+            raise KeyboardInterrupt
+        return loss(self, batch)
+
+    dies.count = 0
+    monkeypatch.setattr(model.FlowIDM, "loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train_labeler(killed, dataset, out=tmp_path / "killed", **options)
+    monkeypatch.setattr(model.FlowIDM, "loss", loss)
+    again = train_labeler(make(), dataset, out=tmp_path / "killed", **options)
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "killed/model.safetensors").read_bytes()
+    assert whole["results"]["held_out_scores"] == again["results"]["held_out_scores"]
+    assert not (tmp_path / "killed/training").exists() and whole["results"]["episodes"] == 5
