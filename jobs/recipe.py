@@ -13,7 +13,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Recipe:
     debug: bool = False  # a traceback before the line that tells the error
     embodiment: Any = None
     data: Any = None
+    heldout: Any = None  # a dataset that nothing is trained on
     sim: Any = None
     world_model: Any = None
     prompts: Any = None
@@ -75,7 +76,12 @@ def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
         if cfg.step and cfg.steps:
             raise ValueError(f"recipe '{cfg.name}' has no step '{name}'; it has {', '.join(cfg.steps)}")
         return [*overrides, f"step={name}"]
-    owner, *own = shlex.split(cfg.steps[name])
+    owner, *own = shlex.split(lines(cfg)[name])
     if owner != job:
         raise ValueError(f"step '{name}' of recipe '{cfg.name}' is run by jobs.{owner}, not by jobs.{job}")
     return [*own, *overrides, f"step={name}"]
+
+
+def lines(cfg: DictConfig) -> dict[str, str]:
+    """The steps of a recipe as they are written: what stands in `${...}` is resolved where they run."""
+    return OmegaConf.to_container(cfg.steps, resolve=False)

@@ -16,6 +16,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dreamgen.core.manifest import require_complete
+from dreamgen.core.seeding import seed_for
 from jobs.errors import speaking
 from jobs.recipe import load, register
 
@@ -40,8 +41,6 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """A command: `run` is called with the composed configuration; errors end it with one line and status 2."""
 
     def main() -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        logging.captureWarnings(True)
         overrides = [word for word in sys.argv[1:] if "=" in word.lstrip("-") or word.startswith("~")]
         with speaking(debug="debug=true" in overrides):
             _, every = load(name, overrides)
@@ -49,6 +48,8 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
         register()
 
         def task(cfg: DictConfig) -> None:
+            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+            log.disabled = False  # Hydra has disabled what was there before it
             with speaking(debug=cfg.debug):
                 run(cfg)
 
@@ -59,11 +60,14 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
 
 def run_stage(cfg: DictConfig) -> dict:
     """Build the parts that `cfg.stage` names and call its stage function; returns the manifest."""
+    import torch
+
     function = check(cfg.stage)
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
         if key in ("root", "path") and Path(text).is_relative_to(cfg.out):
             require_complete(Path(text), "the input")  # made by an earlier step, which must have ended
     log.info("%s -> %s", cfg.step, cfg.stage.out)
+    torch.manual_seed(seed_for(cfg.seed, "parts"))  # parts with random first weights belong to the run
     partial = instantiate(cfg.stage, _partial_=True, _convert_="all")
     hints = get_type_hints(function)
     paths = {key: Path(value) for key, value in partial.keywords.items() if is_path(hints.get(key)) and value}

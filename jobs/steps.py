@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dreamgen.core.manifest import FILE, fingerprint, is_complete, read_json
-from jobs.recipe import load
+from jobs.recipe import lines, load
 from jobs.running import PLACES, record, run_stage, walk
 
 log = logging.getLogger("jobs")
@@ -33,7 +33,7 @@ def run_steps(cfg: DictConfig) -> None:
     os.environ["DREAMGEN_COMMAND"] = command
     names = list(cfg.steps)
     for number, name in enumerate(names, 1):
-        job = shlex.split(cfg.steps[name])[0]
+        job = shlex.split(lines(cfg)[name])[0]
         mine = [*overrides, f"step={name}"]
         step = load(job, mine)[0]
         if complete(step.stage):
@@ -81,10 +81,9 @@ def complete(stage: DictConfig) -> bool:
 
 def finish(cfg: DictConfig) -> None:
     """Print the table of the last report and where it lies."""
-    for name in reversed(cfg.steps):
+    for name, line in reversed(lines(cfg).items()):
         folder = Path(cfg.out) / name
-        if shlex.split(cfg.steps[name])[0] == "report" and (folder / "results.json").is_file():
-            from dreamgen.report.table import table
-
-            sys.stdout.write(f"\n{table(read_json(folder / 'results.json'))}\n\nreport: {folder / 'report.html'}\n")
+        if shlex.split(line)[0] == "report" and is_complete(folder):
+            table = read_json(folder / FILE)["results"]["table"]
+            sys.stdout.write(f"\n{table}\n\nreport: {folder / 'report.html'}\n")
             return

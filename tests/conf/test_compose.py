@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 import conf
 from jobs.cli import commands
-from jobs.recipe import Recipe, load
+from jobs.recipe import Recipe, lines, load
 from jobs.running import ALLOWED, check
 
 CONF = Path(conf.__file__).parent
@@ -26,7 +26,7 @@ NEEDED = {"gr1_smoke": ["data.root=some/folder"]}  # what an experiment leaves t
 def steps(experiment: str) -> list[tuple[str, str]]:
     """(job, step) of an experiment."""
     recipe = load("pipeline", [f"experiment={experiment}"])[0]
-    return [(shlex.split(line)[0], name) for name, line in recipe.steps.items()]
+    return [(shlex.split(line)[0], name) for name, line in lines(recipe).items()]
 
 
 STEPS = [(experiment, *step) for experiment in EXPERIMENTS for step in steps(experiment)]
