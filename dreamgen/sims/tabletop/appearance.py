@@ -5,6 +5,7 @@ ever looks like a named one, so a model that was trained on drawn appearances ha
 """
 
 import colorsys
+import math
 from dataclasses import dataclass
 
 import mujoco
@@ -108,35 +109,37 @@ class Appearance:
 
 
 def _apart(a: Colour, b: Colour) -> float:
-    return float(np.linalg.norm(np.subtract(a, b)))
+    return math.dist(a, b)
 
 
-def _hsv(rng: np.random.Generator, hue: tuple, saturation: tuple, value: tuple) -> Colour:
-    h, s, v = rng.uniform(*hue), rng.uniform(*saturation), rng.uniform(*value)
-    return tuple(round(c, 4) for c in colorsys.hsv_to_rgb(h % 1, s, v))
+# lowest and highest hue, saturation and value of what is drawn
+SHADES = {
+    "arm": ((0.0, 1.0), (0.0, 0.9), (0.1, 0.95)),
+    "hand": ((0.0, 1.0), (0.0, 0.5), (0.05, 0.9)),
+    "fingers": ((0.0, 1.0), (0.0, 0.9), (0.05, 1.0)),
+    "table": ((0.0, 1.0), (0.0, 0.35), (0.25, 0.95)),
+    "floor": ((0.0, 1.0), (0.0, 0.4), (0.1, 0.8)),
+    "cabinet": ((0.0, 1.0), (0.0, 0.7), (0.15, 0.9)),
+    "tray": ((0.0, 1.0), (0.0, 0.7), (0.15, 0.95)),
+    "handle": ((0.0, 1.0), (0.0, 0.6), (0.05, 1.0)),
+    "plate": ((0.0, 1.0), (0.0, 0.8), (0.2, 1.0)),
+    "button": ((0.0, 1.0), (0.4, 1.0), (0.5, 1.0)),
+    "button_base": ((0.0, 1.0), (0.0, 0.4), (0.05, 0.9)),
+    "red": ((-0.02, 0.02), (0.85, 1.0), (0.65, 0.95)),
+    "green": ((0.32, 0.40), (0.75, 1.0), (0.45, 0.8)),
+    "blue": ((0.60, 0.66), (0.8, 1.0), (0.65, 1.0)),
+}
+POSE = (0.012, 0.012, 0.008, 0.03, 7.0, 4.0)  # largest change of the camera
 
 
 def _draw(rng: np.random.Generator) -> dict:
-    any_hue = (0.0, 1.0)
-    pose = rng.uniform(-1, 1, 6) * (0.012, 0.012, 0.008, 0.03, 7.0, 4.0)
-    return {
-        "arm": _hsv(rng, any_hue, (0.0, 0.9), (0.1, 0.95)),
-        "hand": _hsv(rng, any_hue, (0.0, 0.5), (0.05, 0.9)),
-        "fingers": _hsv(rng, any_hue, (0.0, 0.9), (0.05, 1.0)),
-        "table": _hsv(rng, any_hue, (0.0, 0.35), (0.25, 0.95)),
-        "floor": _hsv(rng, any_hue, (0.0, 0.4), (0.1, 0.8)),
-        "cabinet": _hsv(rng, any_hue, (0.0, 0.7), (0.15, 0.9)),
-        "tray": _hsv(rng, any_hue, (0.0, 0.7), (0.15, 0.95)),
-        "handle": _hsv(rng, any_hue, (0.0, 0.6), (0.05, 1.0)),
-        "plate": _hsv(rng, any_hue, (0.0, 0.8), (0.2, 1.0)),
-        "button": _hsv(rng, any_hue, (0.4, 1.0), (0.5, 1.0)),
-        "button_base": _hsv(rng, any_hue, (0.0, 0.4), (0.05, 0.9)),
-        "red": _hsv(rng, (-0.02, 0.02), (0.85, 1.0), (0.65, 0.95)),
-        "green": _hsv(rng, (0.32, 0.40), (0.75, 1.0), (0.45, 0.8)),
-        "blue": _hsv(rng, (0.60, 0.66), (0.8, 1.0), (0.65, 1.0)),
-        "light": round(rng.uniform(0.8, 1.1), 4),
-        "camera": tuple(round(float(p), 5) for p in pose),
-    }
+    shares = iter(rng.random(len(POSE) + 3 * len(SHADES) + 1).tolist())
+    camera = tuple(round((2 * next(shares) - 1) * most, 5) for most in POSE)
+    colours = {}
+    for name, ranges in SHADES.items():
+        hue, saturation, value = (low + (high - low) * next(shares) for low, high in ranges)
+        colours[name] = tuple(round(c, 4) for c in colorsys.hsv_to_rgb(hue % 1, saturation, value))
+    return {**colours, "light": round(0.8 + 0.3 * next(shares), 4), "camera": camera}
 
 
 NAMED = (

@@ -78,6 +78,7 @@ def _in_drawer(f: Facts) -> bool:
 
 def _tasks() -> tuple[Task, ...]:
     shut, out = 0.0, -scene.DRAWER_TRAVEL
+    rows: list[tuple[str, str, str | None, float | None, Callable[[Facts], bool]]]
     rows = [(f"put the {c} block on the plate", "plate", c, None, _plate(c)) for c in COLOURS]
     rows += [(f"push the {c} block forward", "push", c, None, _push(c)) for c in COLOURS]
     rows += [("stack the red block on the green block", "stack", "red", None, _stack),

@@ -1,0 +1,65 @@
+"""Closed loops and replays on a point whose answers are known."""
+
+import numpy as np
+import pytest
+from point import ROBOT, Point, Walker
+from scipy.stats import binomtest
+
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.seeding import seed_for
+from dreamgen.sims.rollout import GROUP, film, replay, rollout, success_interval
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 9), (9, 9), (37, 100), (1, 3)])
+def test_interval_is_wilsons(successes: int, n: int) -> None:
+    found = success_interval(successes, n)
+    wilson = binomtest(successes, n).proportion_ci(method="wilson")
+    assert (found["low"], found["high"]) == pytest.approx((wilson.low, wilson.high), abs=1e-9)
+    assert found["rate"] == successes / n and found["low"] <= found["rate"] <= found["high"]
+
+
+def test_interval_of_nothing_and_of_nonsense() -> None:
+    assert success_interval(0, 0) == {"successes": 0, "n": 0, "rate": 0.0, "low": 0.0, "high": 1.0}
+    with pytest.raises(ValueError, match="expected 0 <= successes"):
+        success_interval(4, 3)
+
+
+def test_replay_and_film() -> None:
+    sim, actions = Point(), np.full((4, 1), 0.5, np.float32)
+    assert replay(sim, "home", 1, actions) and not replay(sim, "home", 2, actions)
+    frames = film(sim, "home", 1, actions)["eye"]
+    assert frames.shape == (5, 16, 24, 3)
+    assert [int(np.argmax(frame[0, :, 0])) for frame in frames] == [10, 11, 12, 13, 14]
+
+
+def alone(instruction: str, seed: int, steps: int, execute: int) -> tuple[bool, np.ndarray]:
+    """One episode by hand, one simulator, one policy call a chunk."""
+    sim, policy, done, actions = Point(), Walker(), False, []
+    sim.reset(instruction, seed)
+    for start in range(0, steps, execute):
+        for action in policy.act([sim.observe()], [seed_for(seed, "chunk", start)])[0][: min(execute, steps - start)]:
+            actions.append(action)
+            if done := sim.step(action):
+                return True, np.stack(actions)
+    return done, np.stack(actions)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rollouts_equal_single_episodes_for_any_number_of_processes(workers: int) -> None:
+    plan = [("home" if k % 4 else "away", 10 + k) for k in range(2 * GROUP + 3)]
+    found = list(rollout(Point, Walker(), plan, steps=7, execute=2, workers=workers))
+    assert [(r.instruction, r.seed) for r in found] == plan
+    for result, (instruction, seed) in zip(found, plan, strict=True):
+        success, actions = alone(instruction, seed, 7, 2)
+        assert result.success == success and np.array_equal(result.action, actions)
+        assert replay(Point(), instruction, seed, result.action) == success
+    assert 0 < sum(r.success for r in found) < len(found)
+
+
+def test_unfit_policies() -> None:
+    with pytest.raises(ValueError, match="horizon is 3"):
+        list(rollout(Point, Walker(), [("home", 1)], execute=4))
+    policy = Walker()
+    policy.robot = Embodiment(name="other", robot_hz=5, views=ROBOT.views, action=ROBOT.action, state=ROBOT.state)
+    with pytest.raises(ValueError, match="made for another robot"):
+        list(rollout(Point, policy, [("home", 1)], execute=2))
