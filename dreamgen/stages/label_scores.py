@@ -66,7 +66,7 @@ def calibration(spread: np.ndarray, error: np.ndarray, bins: int = 5) -> dict:
 
 
 def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot: Embodiment) -> dict:
-    """All scores of labels (s a) against recorded actions (s a), by name and part; plain JSON.
+    """All scores of labels (s a) against recorded actions (s a), by name and part; plain JSON, None where undefined.
 
     r2, mae, control_mae (the mean action instead), lag (robot steps) for every part; drift for deltas that move a
     state part; auroc and accuracy for binary parts; calibration of the spread.
@@ -90,4 +90,11 @@ def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot:
             found["accuracy"][part.name] = float(((flat_p > middle) == (flat_t > middle)).mean())
         elif part.kind == "delta" and part.moves:
             found["drift"][part.name] = drift(p, t, part)
-    return found
+    return _plain(found)
+
+
+def _plain(value: object) -> object:
+    """The same with None for what is not a number, which JSON cannot say."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and value != value else value

@@ -92,7 +92,8 @@ def train_labeler(
 
         def scores(model: Any, step: int = 0) -> dict[str, float]:
             found = score_labels(model.label(clips), actions, labeler.robot)
-            return {f"{key}_{part}": found[key][part] for key in ("r2", "mae") for part in found[key]}
+            return {f"{key}_{part}": found[key][part] for key in ("r2", "mae") for part in found[key]
+                    if found[key][part] is not None}  # fmt: skip
 
         done = train(labeler, batches, out=out, steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay,
                      betas=betas, clip=clip, ema=ema, precision=precision, seed=seed, validate=scores,

@@ -18,7 +18,8 @@ A = 5
 ROBOT = Embodiment(
     name="arm", robot_hz="6", views=(View(name="a", key="a", height=8, width=8),),
     action=(Part(name="move", start=0, stop=3, kind="delta", scale=0.1),
-            Part(name="grip", start=3, stop=4, kind="binary", limits=(-1.0, 1.0)), Part(name="angle", start=4, stop=5, kind="absolute")),
+            Part(name="grip", start=3, stop=4, kind="binary", limits=(-1.0, 1.0)),
+            Part(name="angle", start=4, stop=5, kind="absolute")),
 )  # fmt: skip
 
 

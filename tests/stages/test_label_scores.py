@@ -53,7 +53,7 @@ def test_calibration_orders_errors_by_spread():
     spread = np.linspace(0.1, 1, 50)
     found = calibration(spread, 2 * spread)
     assert found["spearman"] > 0.999
-    np.testing.assert_allclose(found["error"], 2 * np.array(found["spread"]), rtol=0.02)
+    np.testing.assert_allclose(found["error"], 2 * np.array(found["spread"]), rtol=0.05)
 
 
 def test_score_labels_of_a_perfect_labeler():
