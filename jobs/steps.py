@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -24,13 +25,16 @@ from jobs.running import PLACES, record, run_stage, walk
 log = logging.getLogger("jobs")
 
 
-def run_steps(cfg: DictConfig) -> None:
-    """Run every step of `cfg.steps`; ends the process with the status of the first that fails."""
+def run_pipeline(cfg: DictConfig) -> None:
+    """The job: run the steps of the recipe that the command line composed."""
+    run_steps(cfg, [word for word in HydraConfig.get().overrides.task if not word.startswith("step=")])
+
+
+def run_steps(cfg: DictConfig, overrides: list[str]) -> None:
+    """Run every step of `cfg.steps` under `overrides`; ends the process with the status of the first that fails."""
     if not cfg.steps:
         raise ValueError("this recipe has no steps; choose one with experiment=... (see conf/experiment)")
-    overrides = [word for word in HydraConfig.get().overrides.task if not word.startswith("step=")]
-    command = shlex.join(["python", "-m", "jobs.pipeline", *overrides])
-    os.environ["DREAMGEN_COMMAND"] = command
+    os.environ["DREAMGEN_COMMAND"] = shlex.join(["python", "-m", "jobs.pipeline", *overrides])
     names = list(cfg.steps)
     for number, name in enumerate(names, 1):
         job = shlex.split(lines(cfg)[name])[0]
@@ -66,17 +70,26 @@ def die_with_parent() -> None:
 
 
 def complete(stage: DictConfig) -> bool:
-    """Whether a step's folder holds exactly what its configuration asks for. The stage itself has the last word:
-    False only means that it is started, and finds out."""
+    """Whether a step's folder holds what its configuration asks for, made from the inputs that are there now.
+
+    The stage itself has the last word: False only means that it is started, and finds out.
+    """
     if not is_complete(Path(stage.out)):
         return False
     manifest = read_json(Path(stage.out) / FILE)
     asked = json.loads(json.dumps(record(stage), default=str))
-    parents = set(manifest["parents"].values())
-    plain = walk(OmegaConf.to_container(stage, resolve=True))
-    inputs = [Path(text) for key, text in plain if key in PLACES - {"out", "folder"}]
     same = all(manifest["config"].get(key) == value for key, value in asked.items())  # a stage may add to it
-    return same and all(fingerprint(path) in parents for path in inputs if path.exists())
+    return same and set(manifest["parents"].values()) <= {fingerprint(path) for path in inputs(stage)}
+
+
+def inputs(stage: DictConfig) -> Iterator[Path]:
+    """What is there of the files and folders that a step's configuration names, but for the one it writes."""
+    for key, text in walk(OmegaConf.to_container(stage, resolve=True)):
+        path = Path(text)
+        if key == "folder":  # of a whole run
+            yield from (child for child in sorted(path.glob("*")) if is_complete(child) and child != Path(stage.out))
+        elif key in PLACES - {"out"} and path.exists():
+            yield path
 
 
 def finish(cfg: DictConfig) -> None:

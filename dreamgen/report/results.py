@@ -9,6 +9,7 @@
 A success is {successes, n, rate, low, high}, the last two the 95% Wilson interval. What was not measured is absent.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,4 +46,13 @@ def gather(found: Mapping[str, dict], policies: Mapping[str, str]) -> dict[str, 
     results["stages"] = {
         name: {"stage": m["stage"], "seconds": m["seconds"], "peak_mb": m["peak_mb"]} for name, m in found.items()
     }
-    return results
+    return finite(results)
+
+
+def finite(value: Any) -> Any:
+    """Plain JSON: what is not a number (a part that never moves has no R2) becomes null."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -25,11 +25,12 @@ def successes(results: Mapping) -> list[tuple[str, dict]]:
 
 def errors(results: Mapping) -> list[tuple[str, float]]:
     """What was measured as a number: R2 of the labels, open-loop errors of policies."""
-    rows = [(f"labels, R2 of {part}", value) for part, value in results.get("idm", {}).get("r2", {}).items()]
+    r2 = results.get("idm", {}).get("r2", {})
+    rows = [(f"labels, R2 of {part.replace('_', ' ')}", value) for part, value in r2.items() if value is not None]
     for key, value in results.get("policy", {}).get("open_loop", {}).items():
         for name, number in value.items() if isinstance(value, Mapping) else [("error", value)]:
             if isinstance(number, int | float):
-                rows.append((f"{POLICY.get(key, key)}, open-loop {name}", number))
+                rows.append((f"{POLICY.get(key, key)}, open-loop {name.replace('_', ' ')}", number))
     return rows
 
 
@@ -51,4 +52,4 @@ def table(results: Mapping) -> str:
             *(f"{name:<{width}}  {s['seconds']:8.1f} s  {s['peak_mb']:7.0f} MB" for name, s in stages.items()),
         ]
         lines.append(f"{'all':<{width}}  {sum(s['seconds'] for s in stages.values()):8.1f} s")
-    return "\n".join(lines)
+    return "\n".join(lines).strip("\n")
