@@ -10,19 +10,19 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.core.seeding import seed_for
-from dreamgen.engine.precision import resolve
+from dreamgen.engine.muon import Muon, is_hidden
+from dreamgen.engine.precision import autocast, best_device, resolve
 from dreamgen.engine.progress import bar, file_logger
 
 STATE = "training"
@@ -76,7 +76,26 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimiser: torch.optim.Optimizer) -> None:
+def _optimisers(
+    model: nn.Module, *, lr: float, muon_lr: float | None, weight_decay: float, betas: Sequence[float]
+) -> list[torch.optim.Optimizer]:
+    """AdamW, without decay on vectors; with `muon_lr`, Muon for the hidden matrices."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p in named if muon_lr and is_hidden(name, p)]
+    taken = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))]
+    if hidden:
+        made.append(Muon(hidden, lr=muon_lr or 0.0))
+    for optimiser in made:
+        for group in optimiser.param_groups:
+            group["peak"] = group["lr"]
+    return made
+
+
+def _save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimisers: list) -> None:
     """Write the state beside the last one, then let `latest.json` point at it: a kill leaves the older state whole."""
     path = folder / f"step_{step:08d}"
     shutil.rmtree(path, ignore_errors=True)
@@ -87,7 +106,7 @@ def _save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimiser:
     save_file(buffers, path / "buffers.safetensors")
     if ema:
         save_file({k: v.contiguous().cpu() for k, v in ema.shadow.items()}, path / "ema.safetensors")
-    torch.save(optimiser.state_dict(), path / "optimiser.pt")
+    torch.save([optimiser.state_dict() for optimiser in optimisers], path / "optimisers.pt")
     write_json(folder / "latest.json", {"step": step})
     for old in folder.glob("step_*"):
         if old != path:
@@ -95,7 +114,7 @@ def _save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimiser:
 
 
 @torch.no_grad()
-def _restore(folder: Path, model: nn.Module, ema: Ema | None, optimiser: torch.optim.Optimizer) -> int:
+def _restore(folder: Path, model: nn.Module, ema: Ema | None, optimisers: list) -> int:
     step = int(read_json(folder / "latest.json")["step"])
     path = folder / f"step_{step:08d}"
     live = dict(model.named_parameters()) | dict(model.named_buffers())
@@ -105,7 +124,9 @@ def _restore(folder: Path, model: nn.Module, ema: Ema | None, optimiser: torch.o
     if ema:
         device = next(model.parameters()).device
         ema.shadow = {k: v.to(device) for k, v in load_file(path / "ema.safetensors").items()}
-    optimiser.load_state_dict(torch.load(path / "optimiser.pt", weights_only=True))
+    states = torch.load(path / "optimisers.pt", weights_only=True)
+    for optimiser, saved in zip(optimisers, states, strict=True):
+        optimiser.load_state_dict(saved)
     return step
 
 
@@ -122,6 +143,7 @@ def train(
     out: Path,
     steps: int,
     lr: float = 3e-4,
+    muon_lr: float | None = None,
     warmup: int = 100,
     weight_decay: float = 0.01,
     betas: tuple[float, float] | list[float] = (0.9, 0.99),
@@ -136,7 +158,9 @@ def train(
     name: str = "train",
     describe: Callable[[int], str] | None = None,
 ) -> dict[str, Any]:
-    """Minimise `model.loss(batch)` over `steps` steps of AdamW with a cosine schedule.
+    """Minimise `model.loss(batch)` over `steps` steps with a cosine schedule.
+
+    AdamW at `lr`; with `muon_lr`, the hidden matrices go to Muon at that rate (see `dreamgen.engine.muon`).
 
     model: has `loss(batch) -> (scalar, {metric: scalar})`. On return it holds the final (averaged) weights.
     batch_at: pure function of the step; runs in a thread. describe: names a step's episodes for error messages.
@@ -147,24 +171,21 @@ def train(
     Raises ValueError at a loss that is not finite; the last good state stays.
     """
     out = Path(out)
-    accelerator = Accelerator(mixed_precision="bf16" if resolve(precision, _device()) == "bf16" else "no",
-                              cpu=not torch.cuda.is_available())  # fmt: skip
+    device = best_device()
+    chosen = resolve(precision, device)
     logger = file_logger(name, out / f"{name}.log")
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(f"{name}: the model has no trainable weight; unfreeze a part or give it an adapter")
-    model.to(accelerator.device)
-    decayed = [p for p in trainable if p.ndim > 1]
-    plain = [p for p in trainable if p.ndim <= 1]
-    optimiser = torch.optim.AdamW([{"params": decayed, "weight_decay": weight_decay},
-                                   {"params": plain, "weight_decay": 0.0}], lr=lr, betas=tuple(betas))  # fmt: skip
+    model.to(device)
+    optimisers = _optimisers(model, lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, betas=betas)
     average = Ema(model, ema) if ema else None
     state, losses = out / STATE, out / "losses.jsonl"
-    start = _restore(state, model, average, optimiser) if (state / "latest.json").is_file() else 0
+    start = _restore(state, model, average, optimisers) if (state / "latest.json").is_file() else 0
     rows = [row for row in read_losses(out) if row["step"] < start]
     losses.write_text("".join(json.dumps(row) + "\n" for row in rows))
     logger.info("%d trainable parameters, %s, steps %d to %d", sum(p.numel() for p in trainable),
-                accelerator.mixed_precision, start, steps)  # fmt: skip
+                chosen, start, steps)  # fmt: skip
 
     def check(step: int) -> dict[str, float]:
         if validate is None:
@@ -172,7 +193,7 @@ def train(
         model.eval()
         if average:
             average.swap(model)
-        with torch.no_grad(), accelerator.autocast():
+        with torch.no_grad(), autocast(chosen, device):
             figures = {k: float(v) for k, v in validate(model, step).items()}
         if average:
             average.swap(model)
@@ -186,18 +207,19 @@ def train(
     with bar(steps, name, initial=start, unit="step") as drawn, losses.open("a") as file:
         for step, batch in zip(range(start, steps), _prefetched(batch_at, start, steps), strict=False):
             torch.manual_seed(seed_for(seed, "step", step))
-            for group in optimiser.param_groups:
-                group["lr"] = lr * schedule(step, steps=steps, warmup=warmup)
-            with accelerator.autocast():
-                loss, metrics = model.loss(_to(batch, accelerator.device))
+            for group in (group for optimiser in optimisers for group in optimiser.param_groups):
+                group["lr"] = group["peak"] * schedule(step, steps=steps, warmup=warmup)
+            with autocast(chosen, device):
+                loss, metrics = model.loss(_to(batch, device))
             if not torch.isfinite(loss):
                 where = f" of {describe(step)}" if describe else ""
                 raise ValueError(f"{name}: the loss is {float(loss)} at step {step}{where}. Lower the learning rate "
                                  f"({lr}) or mend the data; {state} holds the last good state.")  # fmt: skip
             loss.backward()
             nn.utils.clip_grad_norm_(trainable, clip)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            for optimiser in optimisers:
+                optimiser.step()
+            model.zero_grad(set_to_none=True)
             if average:
                 average.update(model, step)
             for key, value in {"loss": loss, **metrics}.items():
@@ -217,9 +239,9 @@ def train(
                 sums, count = {}, 0
             if (step + 1) % checkpoint_every == 0 and step + 1 < steps:
                 os.fsync(file.fileno())
-                _save(state, step + 1, model, average, optimiser)
+                _save(state, step + 1, model, average, optimisers)
     if start < steps:
-        _save(state, steps, model, average, optimiser)
+        _save(state, steps, model, average, optimisers)
     elif validate is not None:
         figures = check(steps)
     if average:
@@ -227,11 +249,7 @@ def train(
     model.eval()
     done = read_losses(out)
     return {"loss": (last or (done[-1] if done else {})).get("loss"), "validation": figures, "steps": steps,
-            "precision": accelerator.mixed_precision, "seconds": round(time.time() - begun, 2)}  # fmt: skip
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            "precision": chosen, "seconds": round(time.time() - begun, 2)}  # fmt: skip
 
 
 def clear_state(out: Path) -> None:

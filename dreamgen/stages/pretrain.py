@@ -66,9 +66,11 @@ def pretrain(
     vae_batch: int = 4,
     vae_steps: int = 4000,
     vae_lr: float = 1e-3,
+    vae_muon_lr: float | None = 0.02,
     steps: int = 6000,
     batch_size: int = 32,
     lr: float = 5e-4,
+    muon_lr: float | None = 0.02,
     text_dropout: float = 0.1,
     precision: str = "auto",
     seed: int = 0,
@@ -82,12 +84,15 @@ def pretrain(
     with Stage(out, "pretrain", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
+        for dataset in datasets:  # decoded in order, which is five times faster than as the steps ask for them
+            for i in progress(range(len(dataset)), len(dataset), f"read {dataset.root.name}", unit="episode"):
+                dataset.canvas(i, [0])
         clock = Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames)
         words = sorted({d.instruction(i) for d in datasets for i in range(len(d))})
         world = PrefixWorld(robot=robot, video_hz=video_hz, frames=frames, text_length=text_length,
                             precision=precision, pipeline=build(layout, words, seed=seed))  # fmt: skip
         vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), batch=vae_batch,
-                         steps=vae_steps, lr=vae_lr, precision=precision, seed=seed)  # fmt: skip
+                         steps=vae_steps, lr=vae_lr, muon_lr=vae_muon_lr, precision=precision, seed=seed)  # fmt: skip
         pool = Pool(datasets, clock, hop=2)
         key = {"vae": world.cache_key(), "data": [fingerprint(d.root) for d in datasets]}
         cache = Cache(out / "cache", key, count=len(pool))
@@ -98,7 +103,7 @@ def pretrain(
         world.pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         world.mean, world.std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
         losses = _train_transformer(world, pool, cache, heldout, out / "transformer", batch=batch_size, steps=steps,
-                                    lr=lr, dropout=text_dropout, precision=precision, seed=seed)  # fmt: skip
+                                    lr=lr, muon_lr=muon_lr, dropout=text_dropout, precision=precision, seed=seed)  # fmt: skip
         world.save(out, dtype=torch.bfloat16)
         for part in ("vae", "transformer"):
             clear_state(out / part)
@@ -106,7 +111,7 @@ def pretrain(
 
 
 def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset, out: Path, clock: Clock, *,
-               batch: int, steps: int, lr: float, precision: str, seed: int) -> dict:  # fmt: skip
+               batch: int, steps: int, lr: float, muon_lr: float | None, precision: str, seed: int) -> dict:  # fmt: skip
     pool, held = Pool(datasets, clock, hop=1), Pool([heldout], clock, hop=clock.steps)
     model = Autoencoding(world.pipe.vae.requires_grad_(True))
     fixed = held.batch(np.linspace(0, len(held) - 1, 24).astype(int))
@@ -119,7 +124,7 @@ def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset
         _write_pair(out / "heldout.png", fixed[:6, ::4], again[:6, ::4])
         return {"psnr": float(np.mean([psnr(a.numpy(), b.numpy()) for a, b in zip(fixed, again, strict=True)]))}
 
-    result = train(model, batch_at, out=out, steps=steps, lr=lr, warmup=100, weight_decay=0.0, ema=0.998,
+    result = train(model, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=50, weight_decay=0.0, ema=0.998,
                    precision=precision, seed=seed, checkpoint_every=250, validate=validate, validate_every=250,
                    name="vae")  # fmt: skip
     model.release()
@@ -144,7 +149,7 @@ def _moments(cache: Cache) -> tuple[Tensor, Tensor]:
 
 
 def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Dataset, out: Path, *, batch: int,
-                       steps: int, lr: float, dropout: float, precision: str, seed: int) -> dict:  # fmt: skip
+                       steps: int, lr: float, muon_lr: float | None, dropout: float, precision: str, seed: int) -> dict:  # fmt: skip
     texts = sorted({pool.instruction(k) for k in range(len(pool))})
     number = {text: i for i, text in enumerate(texts)}
     which = np.array([number[pool.instruction(k)] for k in range(len(pool))])
@@ -169,7 +174,7 @@ def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Da
         text = np.where(rng.random(batch) < dropout, len(texts), which[rows])
         return {"latents": latents[rows], "ids": tokens["ids"][text], "mask": tokens["mask"][text]}
 
-    result = train(world, batch_at, out=out, steps=steps, lr=lr, warmup=200, ema=0.999, precision=precision, seed=seed,
+    result = train(world, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=100, ema=0.999, precision=precision, seed=seed,
                    checkpoint_every=500, validate=lambda model, step: {"loss": float(model.loss(fixed)[0])},
                    validate_every=500, name="transformer")  # fmt: skip
     del world.text_encoder

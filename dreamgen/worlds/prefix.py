@@ -241,8 +241,9 @@ class PrefixWorld(nn.Module):
             from peft import get_peft_model_state_dict
 
             WanImageToVideoPipeline.save_lora_weights(
-                out / "adapter", transformer_lora_layers=get_peft_model_state_dict(self.transformer)
-            )
+                out / "adapter", transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+                transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),  # alpha, for loaders
+            )  # fmt: skip
         else:
             if dtype is not None:
                 self.pipe.to(dtype=dtype)

@@ -1,0 +1,140 @@
+"""The training loop: exact resume, averaged weights, clear ends."""
+
+import numpy as np
+import pytest
+import torch
+from dreamgen.core.seeding import rng_for
+from dreamgen.engine.muon import Muon, is_hidden, orthogonal
+from dreamgen.engine.train import Ema, clear_state, read_losses, schedule, train
+from torch import nn
+
+
+class Line(nn.Module):
+    """y = W x with noise drawn in the loss, so that the generators' state shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(17, 19)
+        self.out = nn.Linear(19, 3)
+        self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def loss(self, batch):
+        found = self.out(self.inner(batch["x"] + 0.01 * torch.randn_like(batch["x"])).tanh())
+        error = (found - batch["y"]).square().mean()
+        return error, {"twice": 2 * error}
+
+
+def batch_at(step: int) -> dict[str, torch.Tensor]:
+    x = rng_for(3, "batch", step).normal(size=(5, 17)).astype(np.float32)
+    return {"x": torch.from_numpy(x), "y": torch.from_numpy(x[:, :3] * 2)}
+
+
+def run(out, steps, **changed):
+    model = Line()
+    options = {"lr": 1e-2, "warmup": 2, "ema": 0.9, "precision": "fp32", "checkpoint_every": 2, "log_every": 1} | changed
+    result = train(model, batch_at, out=out, steps=steps, **options)
+    return model, result
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.02])
+def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, muon_lr):
+    whole, result = run(tmp_path / "whole", 5, muon_lr=muon_lr)
+    calls = []
+
+    def dies(step):
+        calls.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+        return batch_at(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Line(), dies, out=tmp_path / "cut", steps=5, lr=1e-2, warmup=2, ema=0.9, precision="fp32",
+              checkpoint_every=2, log_every=1, muon_lr=muon_lr)  # fmt: skip
+    again, second = run(tmp_path / "cut", 5, muon_lr=muon_lr)
+    for a, b in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+    first, later = read_losses(tmp_path / "whole"), read_losses(tmp_path / "cut")
+    assert [row["loss"] for row in first] == [row["loss"] for row in later]
+    assert [row["step"] for row in later] == [0, 1, 2, 3, 4] and result["loss"] == second["loss"]
+
+
+def test_a_finished_run_only_restores(tmp_path):
+    model, _ = run(tmp_path, 3)
+    again = Line()
+    train(again, lambda step: pytest.fail("no batch is needed"), out=tmp_path, steps=3, ema=0.9, precision="fp32")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    clear_state(tmp_path)
+    assert not (tmp_path / "training").exists() and read_losses(tmp_path)
+
+
+def test_it_learns_and_leaves_frozen_weights_alone(tmp_path):
+    model, result = run(tmp_path, 150, lr=2e-2, log_every=50)
+    rows = read_losses(tmp_path)
+    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"] and rows[-1]["twice"] == pytest.approx(2 * rows[-1]["loss"], rel=1e-5)
+    assert torch.equal(model.frozen, torch.ones(2)) and result["steps"] == 150
+
+
+def test_validation_sees_the_averaged_weights(tmp_path):
+    seen = {}
+
+    def validate(model, step):
+        seen[step] = model.out.weight.clone()
+        return {"norm": model.out.weight.norm().item()}
+
+    model, result = run(tmp_path, 4, validate=validate, validate_every=2)
+    assert set(seen) == {2, 4} and torch.equal(seen[4], model.out.weight)
+    assert result["validation"]["norm"] == pytest.approx(float(model.out.weight.norm()))
+    assert "val_norm" in read_losses(tmp_path)[1] and "val_norm" not in read_losses(tmp_path)[0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
+    def bad(step):
+        batch = batch_at(step)
+        return {k: v * float("nan") for k, v in batch.items()} if step == 3 else batch
+
+    with pytest.raises(ValueError, match="nan at step 3 of episode 7"):
+        train(Line(), bad, out=tmp_path, steps=5, checkpoint_every=2, precision="fp32", describe=lambda s: "episode 7")
+    assert (tmp_path / "training" / "latest.json").read_text().strip() == '{\n "step": 2\n}'
+
+
+def test_average_warms_up():
+    model = Line()
+    average = Ema(model, 0.999)
+    with torch.no_grad():
+        model.out.bias.fill_(1.0)
+    before = average.shadow["out.bias"].clone()
+    average.update(model, 0)  # decay 1 / 10
+    assert torch.allclose(average.shadow["out.bias"], before * 0.1 + 0.9)
+    assert "frozen" not in average.shadow
+
+
+def test_schedule_is_linear_then_cosine():
+    assert [schedule(s, steps=12, warmup=2) for s in (0, 1, 2, 7)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
+
+
+def test_nothing_to_train_is_said(tmp_path):
+    model = Line().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable weight"):
+        train(model, batch_at, out=tmp_path, steps=1)
+
+
+def test_muon_steps_are_orthogonal():
+    torch.manual_seed(1)
+    matrix = torch.randn(24, 40)
+    singular = torch.linalg.svdvals(orthogonal(matrix))
+    assert 0.6 < singular.min() and singular.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    cosine = (orthogonal(matrix) * (u @ v)).sum() / orthogonal(matrix).norm() / (u @ v).norm()
+    assert cosine > 0.97
+    kernel = nn.Parameter(torch.zeros(24, 5, 3, 3))
+    kernel.grad = torch.randn(24, 5, 3, 3)
+    Muon([kernel], lr=0.5).step()
+    assert torch.linalg.svdvals(kernel.detach().flatten(1)).max() == pytest.approx(0.5, rel=0.3)
+
+
+def test_muon_moves_inner_matrices_alone():
+    assert is_hidden("blocks.0.attn1.to_q.weight", nn.Parameter(torch.zeros(32, 32)))
+    for name, shape in (("patch_embedding.weight", (32, 24)), ("blocks.0.bias", (32,)), ("proj_out.weight", (96, 32)),
+                        ("blocks.0.small.weight", (8, 32))):  # fmt: skip
+        assert not is_hidden(name, nn.Parameter(torch.zeros(shape)))
