@@ -10,12 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int64
 
 from dreamgen.core.seeding import rng_for
-from dreamgen.data.windows import Windows
+
+
+@runtime_checkable
+class Places(Protocol):
+    """Where samples of one dataset may start, such as `dreamgen.data.windows.Windows`."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, k: int) -> tuple[int, int]:
+        """Episode and row of place k."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,8 +53,8 @@ class Mixture:
     def __init__(
         self,
         *,
-        real: Sequence[Windows],
-        dreams: Sequence[Windows] = (),
+        real: Sequence[Places],
+        dreams: Sequence[Places] = (),
         batch_size: int,
         ratio: str = "1:1",
         power: float = 0.43,

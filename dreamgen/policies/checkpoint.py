@@ -47,9 +47,12 @@ def load(kind: type, path: Path, *, robot: Embodiment | None = None) -> Any:
     config, contract = read_json(path / "config.json"), read_json(path / "contract.json")
     if robot is not None:
         robot.require(contract, f"policy {path}")
-    policy = kind(robot=robot or Embodiment.from_contract(contract), **{**config, "encoder": _encoder(config["encoder"], path)})
+    policy = kind(
+        robot=robot or Embodiment.from_contract(contract), **{**config, "encoder": _encoder(config["encoder"], path)}
+    )
     try:
         policy.load_state_dict(load_file(path / "model.safetensors"), strict=True)
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:
         raise ValueError(f"the weights of policy {path} do not load: {error}. Run train_policy again.") from error
+    policy.path = path  # what a stage names as its input
     return policy.eval()

@@ -4,12 +4,11 @@ An observation is a row with a fresh picture: every row of a recording, `meta["f
 is slower than the robot. Where a chunk runs past the end of its episode the missing steps are masked: no action is
 made up. With `past_end="hold"` the robot is taken to stand still there (deltas 0, other parts as in the last row),
 which is right only for recordings that end at rest. Observations whose whole chunk is idle (nothing moves, no binary
-part changes) teach little; `keep_idle` bounds how many of them an episode gives. Pictures of small datasets stay in memory as uint8, by default
-those up to 2 GB; larger ones are decoded when asked for.
+part changes) teach little; `keep_idle` bounds how many of them an episode gives. Pictures of small datasets stay in
+memory as uint8; those of larger ones than `memory_gb` are decoded when asked for.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ STATES = ("recorded", "masked")
 class Chunks:
     """Addressed by (episode, row), and as windows of a mixture: `len` and `at`.
 
-    body: number of the embodiment in the policy. state: "masked" hides it. future_steps: how far ahead FLARE looks, None
+    body: number of the embodiment in the policy. state: "masked" hides it; of "recorded" ones, a row counts as known
+    where the column `state_known` says so for all entries. future_steps: how far ahead FLARE looks, None
     without FLARE. spread_scale: a step whose labels spread by s (root mean square over entries, each in units of
     `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the spread.
 
@@ -37,8 +37,8 @@ class Chunks:
         *,
         horizon: int,
         body: int = 0,
-        past_end: Literal["mask", "hold"] = "mask",
-        state: Literal["recorded", "masked"] = "recorded",
+        past_end: str = "mask",
+        state: str = "recorded",
         future_steps: int | None = None,
         spread_scale: float | None = None,
         action_scale: np.ndarray | None = None,
@@ -61,7 +61,7 @@ class Chunks:
             rows = dataset.episode(i).meta.get("frame_rows")
             rows = np.arange(length) if rows is None else np.asarray(rows, np.int64)
             self._frames[i] = rows = rows[rows < length]
-            idle = [self._idle(i, row) for row in rows]
+            idle = [self._idle(i, row) for row in rows.tolist()]
             spare = np.cumsum(idle) > (len(rows) if keep_idle is None else keep_idle)
             self._places += [(i, int(row)) for row in rows[~(np.array(idle) & spare)]]
         view = dataset.robot.views[0]
@@ -132,12 +132,13 @@ class Chunks:
         episodes = [self.dataset.episode(i) for i, _ in places]
         chunks = [self.actions(i, row) for i, row in places]
         states = np.stack([e.state[row] for e, (_, row) in zip(episodes, places, strict=True)]).astype(np.float32)
-        known = np.array([self.state == "recorded" and e.meta.get("state_known", True) for e in episodes])
+        known = [self.state == "recorded" and ("state_known" not in e.extra or bool(e.extra["state_known"][row].all()))
+                 for e, (_, row) in zip(episodes, places, strict=True)]  # fmt: skip
         batch = {
             "pictures": np.stack([self.pictures(i, row) for i, row in places]),
             "instruction": [e.instruction for e in episodes],
             "state": np.nan_to_num(states),
-            "state_known": known & np.isfinite(states).all(1),
+            "state_known": np.array(known) & np.isfinite(states).all(1),
             "body": np.full(len(places), self.body, np.int64),
             "action": np.stack([chunk[0] for chunk in chunks]),
             "valid": np.stack([chunk[1] for chunk in chunks]),
@@ -156,10 +157,9 @@ class Chunks:
         return int(frames[k]), bool(row < self.dataset.length(episode))
 
 
-def collate(parts: Sequence[dict], policy: torch.nn.Module) -> dict[str, Tensor]:
-    """One batch of tensors from the parts of several datasets; instructions become the encoder's words."""
-    parts = [part for part in parts if len(part["body"])]
+def collate(parts: Sequence[dict], words: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:
+    """One batch of tensors from the parts of several datasets; `words` is the encoder's."""
     batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts]))
              for key in parts[0] if key != "instruction"}  # fmt: skip
-    batch["words"] = policy.encoder.words([text for part in parts for text in part["instruction"]])
+    batch["words"] = words([text for part in parts for text in part["instruction"]])
     return batch

@@ -36,9 +36,9 @@ class FlowPolicy(nn.Module):
     with FLARE also future (b v h w 3) uint8 and future_known (b) bool.
 
     horizon: H, robot steps in a chunk. euler_steps: K. draws: noise draws that share one encoded observation in
-    training. cumulative: a chunk says where its delta parts lead, summed from its first step, instead of the step by step
-    displacements: small errors then do not add up on the way. bodies: names of the embodiments; `act` speaks for the first. state_dropout: share of training rows whose
-    state is hidden. shift, jitter: image augmentation, see `dreamgen.policies.augment`.
+    training. cumulative: a chunk says where its delta parts lead, summed from its first step, instead of single
+    displacements: small errors then do not add up on the way. bodies: names of the embodiments; `act` speaks for the
+    first. state_dropout: share of training rows whose state is hidden. shift, jitter: see `dreamgen.policies.augment`.
     future_tokens, align_weight, align_layer, target, target_decay: FLARE's M, lambda, k and targets. With
     align_weight 0 FLARE is off and leaves no trace in the model.
 
@@ -72,7 +72,8 @@ class FlowPolicy(nn.Module):
         super().__init__()
         self.config = dict(horizon=horizon, layers=layers, heads=heads, head_width=head_width, out_width=out_width,
                            euler_steps=euler_steps, draws=draws, cumulative=cumulative, activation=activation,
-                           bodies=list(bodies), state_dropout=state_dropout, shift=shift, jitter=jitter, future_tokens=future_tokens, align_weight=align_weight,
+                           bodies=list(bodies), state_dropout=state_dropout, shift=shift, jitter=jitter,
+                           future_tokens=future_tokens, align_weight=align_weight,
                            align_layer=align_layer, target=target, target_decay=target_decay)  # fmt: skip
         for part in robot.action:
             if part.kind == "binary" and part.limits is None:

@@ -50,7 +50,8 @@ def train_policy(
     policy: a policy, or a function that makes one; the function is called under the stage's seed, so that the first
     weights belong to the run. dream_body: the embodiment that dreams train; "real" shares the robot's own.
     dream_state: "recorded" takes the dreams' (pseudo-)states, "masked" hides them. past_end: what follows the end of
-    an episode; keep_idle: idle observations taken of each episode; see `Chunks`. spread_scale: trust in labels falls with their spread; null trusts all alike.
+    an episode; keep_idle: idle observations taken of each episode (null: all); see `Chunks`. spread_scale: trust in
+    labels falls with their spread; null trusts all alike.
     validation: held-out episodes; their loss is logged every `validate_every` steps.
 
     Normalisers are fitted to the real data, to the dreams where there are none.
@@ -84,8 +85,8 @@ def train_policy(
         def batch_at(step: int) -> dict[str, torch.Tensor]:
             draw = mixture.at(step)
             places = list(zip(draw.episode.tolist(), draw.row.tolist(), strict=True))
-            return collate([chunk.batch([p for p, d in zip(places, draw.dataset, strict=True) if d == k])
-                            for k, chunk in enumerate(chunks) if (draw.dataset == k).any()], model)  # fmt: skip
+            mine = {k: [p for p, d in zip(places, draw.dataset, strict=True) if d == k] for k in range(len(chunks))}
+            return collate([chunks[k].batch(p) for k, p in mine.items() if p], model.encoder.words)
 
         def describe(step: int) -> str:
             draw = mixture.at(step)
@@ -112,7 +113,7 @@ def validator(dataset: Dataset, batch_size: int, common: dict) -> Callable[[nn.M
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         device = next(model.parameters()).device
-        batch = {key: value.to(device) for key, value in collate([chunks.batch(places)], model).items()}
+        batch = {key: value.to(device) for key, value in collate([chunks.batch(places)], model.encoder.words).items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(0, "validate"))
             loss, metrics = model.loss(batch)

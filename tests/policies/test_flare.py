@@ -1,7 +1,8 @@
 """FLARE: off without a trace, gradients where they belong, a target that follows."""
 
 import torch
-from tests.policies.test_policy import B, batch, loss, observations, policy
+
+from tests.policies.toy import B, batch, loss, observations, policy
 
 ON = dict(align_weight=0.3, align_layer=2, future_tokens=3)
 

@@ -63,7 +63,9 @@ def test_encoder_finds_where_things_are():
     encoder.heat = torch.nn.Linear(8, 1, bias=False)
     torch.nn.init.constant_(encoder.heat.weight, 5.0)
     encoder(pictures, encoder.words(["a"] * 3))
-    want = torch.tensor([(3 * 2 / 16 - 1, 5 * 2 / 24 - 1), (9 * 2 / 16 - 1, 21 * 2 / 24 - 1), (13 * 2 / 16 - 1, 13 * 2 / 24 - 1)])
+    want = torch.tensor(
+        [(3 * 2 / 16 - 1, 5 * 2 / 24 - 1), (9 * 2 / 16 - 1, 21 * 2 / 24 - 1), (13 * 2 / 16 - 1, 13 * 2 / 24 - 1)]
+    )
     torch.testing.assert_close(found[0][:, 0], want, atol=1e-3, rtol=0)
 
 
@@ -94,7 +96,9 @@ def test_shift_moves_whole_rows_and_repeats_the_border():
     assert moved.shape == pictures.shape
     for a, b in zip(pictures, moved, strict=True):
         padded = torch.nn.functional.pad(a.permute(0, 3, 1, 2).float(), (2, 2, 2, 2), mode="replicate")
-        crops = [padded[..., i : i + 5, j : j + 6].permute(0, 2, 3, 1).to(torch.uint8) for i in range(5) for j in range(5)]
+        crops = [
+            padded[..., i : i + 5, j : j + 6].permute(0, 2, 3, 1).to(torch.uint8) for i in range(5) for j in range(5)
+        ]
         assert any(torch.equal(b, crop) for crop in crops)
     assert augment.shift(pictures, 0) is pictures and augment.jitter(pictures, 0.0) is pictures
     light = augment.jitter(pictures, 0.3)

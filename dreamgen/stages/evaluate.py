@@ -1,0 +1,91 @@
+"""How often does a policy succeed in closed loop?
+
+Episode i of an instruction has the seed `seed_for(seed, "evaluate", instruction, i)` for every policy, so policies are
+compared on the same first states, and the result is the same for any number of processes.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dreamgen.core.manifest import Stage, replacing, write_json
+from dreamgen.core.protocols import Policy, Sim
+from dreamgen.core.seeding import seed_for
+from dreamgen.engine.progress import progress
+from dreamgen.sims.rollout import Rollout, film, rollout, success_interval
+from dreamgen.video.mp4 import write_mp4
+from dreamgen.video.tiling import tile
+
+
+def evaluate(
+    policy: Policy,
+    sim: Callable[[], Sim] | None,
+    *,
+    out: Path,
+    episodes: int = 100,
+    instructions: Sequence[str] | None = None,
+    steps: int = 48,
+    execute: int = 8,
+    films: int = 6,
+    seed: int = 0,
+    workers: int = 1,
+    record: dict,
+) -> dict:
+    """Run `episodes` episodes, rounded up to as many for each of `instructions` (null: all that the simulator knows).
+
+    sim: makes a simulator; must be picklable for several workers. steps: an episode ends on success or after so many.
+    execute: steps of a chunk that are executed before the policy is asked again. films: how many failures are
+    filmed, each of another instruction while that lasts (`failures/*.mp4`).
+
+    Results: success {successes, n, rate, low, high}, by_instruction {text: the same}; every episode is a line of
+    `episodes.json`. Raises ValueError for an unknown instruction, a policy of another robot, no simulator.
+    """
+    if sim is None:
+        raise ValueError("evaluate needs a simulator and the recipe has none; choose one with sim=..., or score the "
+                         "policy on held-out episodes with evaluate_open_loop")  # fmt: skip
+    if episodes < 1:
+        raise ValueError(f"episodes is {episodes}; expected 1 or more")
+    path = getattr(policy, "path", None)
+    with Stage(out, "evaluate", config=record, parents={} if path is None else {"policy": path}, seed=seed) as run:
+        if run.complete:
+            return run.manifest()
+        world = sim()
+        try:
+            unknown = [text for text in instructions or () if text not in world.instructions]
+            if unknown:
+                raise ValueError(f"the simulator does not know {unknown}; it knows {list(world.instructions)}")
+            wanted = list(instructions or world.instructions)
+            each = -(-episodes // len(wanted))
+            plan = [(text, seed_for(seed, "evaluate", text, i)) for text in wanted for i in range(each)]
+            done = list(progress(rollout(sim, policy, plan, steps=steps, execute=execute, workers=workers),
+                                 len(plan), "evaluate", run.out, unit="episode"))  # fmt: skip
+            for number, episode in enumerate(_chosen(done, films)):
+                slug = "_".join(episode.instruction.split())
+                with replacing(run.out / "failures" / f"{number:02d}_{slug}.mp4") as temporary:
+                    write_mp4(temporary, _canvas(world, episode), float(world.robot.rate))
+        finally:
+            world.close()
+        write_json(run.out / "episodes.json", [{"instruction": e.instruction, "seed": e.seed, "success": e.success,
+                                                "steps": len(e.action)} for e in done])  # fmt: skip
+        by_instruction = {text: _interval(e for e in done if e.instruction == text) for text in wanted}
+        return run.finish(success=_interval(done), by_instruction=by_instruction)
+
+
+def _interval(episodes: Iterable[Rollout]) -> dict:
+    won = [episode.success for episode in episodes]
+    return success_interval(sum(won), len(won))
+
+
+def _chosen(done: Sequence[Rollout], films: int) -> list[Rollout]:
+    """The first failures, in turns over the instructions."""
+    turns: dict[str, list[Rollout]] = {}
+    for episode in done:
+        if not episode.success:
+            turns.setdefault(episode.instruction, []).append(episode)
+    ranked = [(k, number, e) for number, failed in enumerate(turns.values()) for k, e in enumerate(failed)]
+    return [e for *_, e in sorted(ranked, key=lambda row: row[:2])[:films]]
+
+
+def _canvas(world: Sim, episode: Rollout) -> np.ndarray:
+    return tile(world.robot, film(world, episode.instruction, episode.seed, episode.action))
