@@ -13,6 +13,7 @@ from dreamgen.sims.tabletop import scene
 from dreamgen.sims.tabletop.scene import COLOURS
 
 OPEN = 0.65  # gripper opening above which a block is released
+CLOSED = 0.4  # and below which it is closed: a hand that wanders with open fingers presses now and then
 HIGH = 0.145  # a lifted block is above this height; carried blocks stay below it (m)
 HELD = 3  # for so many control steps
 ZONE = np.array([[-0.18, 0.0], [0.47, 0.72]])  # where blocks and plate stand: lowest and highest x, y (m)
@@ -84,7 +85,7 @@ def _tasks() -> tuple[Task, ...]:
     rows += [("stack the red block on the green block", "stack", "red", None, _stack),
              ("open the drawer", "open", None, shut, lambda f: f.drawer < -0.085 < f.drawer_at_start),
              ("close the drawer", "close", None, out, lambda f: f.drawer > -0.015 > f.drawer_at_start),
-             ("press the button", "button", None, None, lambda f: f.button < -0.015),
+             ("press the button", "button", None, None, lambda f: f.button < -0.015 and f.opening < CLOSED),
              ("put the red block in the drawer", "drawer", "red", out, _in_drawer)]  # fmt: skip
     rows += [(f"lift the {c} block", "lift", c, None, _lift(c)) for c in COLOURS]
     return tuple(Task(text=t, verb=v, colour=c, drawer=d, fulfilled=f) for t, v, c, d, f in rows)
