@@ -12,7 +12,7 @@ from dreamgen.video.mp4 import encode, enlarge
 WANTED = 192  # pixels of height that an embedded clip has at least
 
 
-def even(frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
+def even(frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t H W 3"]:
     """Frames enlarged by a whole factor to about `WANTED` pixels of height, with even sides."""
     factor = max(1, round(WANTED / frames.shape[1]))
     frames = enlarge(frames, factor) if factor > 1 else frames
@@ -20,7 +20,7 @@ def even(frames: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
     return np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def beside(*clips: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h W 3"]:
+def beside(*clips: UInt8[np.ndarray, "_ h _ 3"]) -> UInt8[np.ndarray, "t h W 3"]:
     """Clips of one height side by side; shorter ones hold their last frame."""
     length = max(len(clip) for clip in clips)
     held = [np.concatenate([clip, np.repeat(clip[-1:], length - len(clip), axis=0)]) for clip in clips]

@@ -1,0 +1,115 @@
+"""Figures find their keys, and a page is made of whatever a run left."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreamgen.core.clip import Clip, Episode
+from dreamgen.core.embodiment import Embodiment, Part, View
+from dreamgen.core.manifest import Stage
+from dreamgen.data.clips import ClipFolder
+from dreamgen.data.writer import write_dataset
+from dreamgen.report import plots, scenes
+from dreamgen.report.report import report
+from dreamgen.report.results import gather
+from dreamgen.report.table import table
+
+ROBOT = Embodiment(
+    name="toy", robot_hz="10", views=(View(name="front", key="observation.images.front", height=16, width=24),),
+    state=(Part(name="x", start=0, stop=2, unit="m"),), action=(Part(name="x", start=0, stop=2, moves="x"),),
+)  # fmt: skip
+SUCCESS = {"successes": 3, "n": 4, "rate": 0.75, "low": 0.30, "high": 0.95}
+TEXTS = ["go <left>", "go right", "stay"]
+
+
+def picture(rows: int, shade: int) -> np.ndarray:
+    video = np.full((rows, 16, 24, 3), 30 * shade, np.uint8)
+    video[:, 4:8, 4:8, 0] = 250
+    return video
+
+
+def finish(out: Path, stage: str, **results: object) -> None:
+    with Stage(out, stage, config={}) as run:
+        run.finish(**results)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of a few steps: recordings, dreams of the same first frames, their labels."""
+    action = np.stack([np.sin(np.arange(11) / 3), np.zeros(11)], 1).astype(np.float32)
+    recorded = [Episode(instruction=text, state=action, action=action, video={"front": picture(11, k)},
+                        meta={"sim": "toy", "seed": 40 + k, "instruction": text}) for k, text in enumerate(TEXTS)]  # fmt: skip
+    finish_dataset(tmp_path / "heldout", recorded, "collect")
+    clips = ClipFolder(tmp_path / "dreams" / "clips")
+    for k, text in enumerate(TEXTS):
+        origin = {"sim": "toy", "seed": 40 + k, "instruction": text}
+        clips.write(Clip(id=f"d{k}", video=picture(5, k), video_hz="5", instruction=text, pair="one", origin=origin))
+    finish(tmp_path / "dreams", "dream", clips=3)
+    labelled = [Episode(instruction=e.instruction, state=e.state, action=e.action + 0.1, video=e.video,
+                        meta={"origin": e.meta}) for e in recorded]  # fmt: skip
+    finish_dataset(tmp_path / "labels", labelled, "label")
+    (tmp_path / "policy").mkdir()
+    rows = [{"step": k, "seconds": 0.1, "loss": 1 / (k + 1)} for k in range(5)]
+    (tmp_path / "policy" / "losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    finish(tmp_path / "policy", "train_policy", steps=5, skipped={"4": "'action' holds nan"})
+    finish(tmp_path / "scores", "evaluate_labels", idm={"r2": {"x": float("nan")}}, replay={"recorded": SUCCESS})
+    finish(tmp_path / "won", "evaluate", success=SUCCESS, by_instruction={"stay": SUCCESS})
+    return tmp_path
+
+
+def finish_dataset(out: Path, episodes: list[Episode], stage: str) -> None:
+    with Stage(out, stage, config={}) as run:
+        write_dataset(out, episodes, ROBOT)
+        run.finish(episodes=len(episodes))
+
+
+def test_a_run_becomes_one_file_and_its_figures(folder: Path) -> None:
+    steps = ["heldout", "dreams", "labels", "policy", "scores", "won", "absent", "report"]
+    report(ROBOT, out=folder / "report", folder=folder, steps=steps, heldout=folder / "heldout",
+           dreams=folder / "dreams", labels=folder / "labels", policies={"real": "won", "real_dreams": "absent"},
+           title="A <run>", command="python -m jobs.pipeline a='<b>'", record={})  # fmt: skip
+    results = json.loads((folder / "report" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["policy"] == {"real": SUCCESS} and results["replay"] == {"recorded": SUCCESS}
+    assert results["idm"]["r2"] == {"x": None}
+    assert set(results["stages"]) == set(steps) - {"absent", "report"}
+    page = (folder / "report" / "report.html").read_text()
+    assert "A &lt;run&gt;" in page and "a=&#39;&lt;b&gt;&#39;" in page and "go <left>" not in page
+    assert page.count("<video") == 3 + 3 and page.count('class="frame"') == 1
+    assert page.count("<polyline") == 2 * 3 + 1
+    assert "&#39;action&#39; holds nan" in page and "same first frame" in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+
+
+def test_a_run_without_anything_still_has_a_page(tmp_path: Path) -> None:
+    finish(tmp_path / "world", "finetune")
+    report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=["world"], dreams=tmp_path / "none", record={})
+    assert "Time and memory" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_dreams_find_their_recording(folder: Path) -> None:
+    recordings = scenes.Recordings([scenes.open_dataset(folder / "heldout", ROBOT)])
+    assert recordings.find("stay", {"seed": 42})[1:] == (2, 0, True)
+    assert recordings.find("stay", {"episode": 2, "row": 3})[1:] == (2, 3, True)
+    assert recordings.find("stay", {"seed": 7})[1:] == (2, 0, False)
+    assert recordings.find("fly", {"seed": 42}) is None
+    clip = recordings.clip(recordings.find("stay", {"seed": 42}), 5, "5")
+    assert clip.shape == (5, 16, 24, 3)
+
+
+def test_the_table_shows_rates_with_their_intervals() -> None:
+    found = {"won": {"stage": "evaluate", "seconds": 2.5, "peak_mb": 100.0, "results": {"success": SUCCESS}}}
+    text = table(gather(found, {"real": "won"}))
+    assert "75.0%   30.0% to  95.0%     4" in text and "2.5 s" in text
+
+
+def test_a_plot_places_its_points() -> None:
+    svg = plots.lines([plots.Line("y", [0, 1, 2], [0, 5, 10], "a")], title="t")
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', svg)[1].split()]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x0 < x1 < x2 and y0 > y1 > y2
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and y0 - y1 == pytest.approx(y1 - y2, abs=0.11)
+    assert plots.lines([plots.Line("y", [0], [-1], "a")], title="t", log=True) == ""
+    assert [plots.duration(s) for s in (5.25, 65.0, 3720.0)] == ["5.2 s", "1 min 05 s", "1 h 02 min"]
