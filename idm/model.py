@@ -257,7 +257,7 @@ class FlowIDM(nn.Module):
         save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path / "model.safetensors")
 
     @classmethod
-    def load(cls, path: Path, robot: Embodiment | None = None, **changes: object) -> "FlowIDM":
+    def load(cls, path: Path | str, robot: Embodiment | None = None, **changes: object) -> "FlowIDM":
         """From a directory written by `save`. changes: inference settings to replace, e.g. flow_steps, rule.
 
         Raises ValueError if `robot` is not the one it was trained for, or a file is missing.

@@ -39,7 +39,7 @@ def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
     return getattr(importlib.import_module(module), name)(**arguments)
 
 
-def load(kind: type, path: Path, *, robot: Embodiment | None = None) -> Any:
+def load(kind: type, path: Path | str, *, robot: Embodiment | None = None) -> Any:
     """A `kind` saved at `path`; ValueError says what is missing, broken, or made for another robot than `robot`."""
     path = Path(path)
     if not path.is_dir():

@@ -254,6 +254,6 @@ class FlowPolicy(nn.Module):
         checkpoint.save(self, path)
 
     @classmethod
-    def load(cls, path: Path, *, robot: Embodiment | None = None) -> "FlowPolicy":
+    def load(cls, path: Path | str, *, robot: Embodiment | None = None) -> "FlowPolicy":
         """The policy saved at `path`, strictly; ValueError names what differs from `robot` where one is given."""
         return checkpoint.load(cls, path, robot=robot)
