@@ -99,8 +99,9 @@ class SimPrompts:
             sim.reset(scene, own)
             seen = sim.observe()
             image = tile(sim.robot, {name: view[None] for name, view in seen.views.items()})[0]
+            origin = {"sim": type(sim).__name__.lower(), "instruction": scene, "seed": own}
             frames.append({"image": image, "state": seen.state, "instruction": text, "pair": f"f{k:06d}",
-                           "origin": {"sim": type(sim).__name__.lower(), "instruction": scene, "seed": own}})  # fmt: skip
+                           "origin": origin})  # fmt: skip
         sim.close()
         return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
 

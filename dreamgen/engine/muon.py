@@ -10,12 +10,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-OUTER = ("embed", "conv_in", "conv_out", "proj_out", "shared", "relative", "scale_shift_table", "quant_conv")
+OUTER = ("embed", "conv_in", "conv_out", "proj_out", "shared", "relative", "table", "quant_conv")
 
 
 def is_hidden(name: str, parameter: nn.Parameter) -> bool:
     """True for the matrices that Muon moves: inner layers with at least 16 inputs and outputs."""
-    if parameter.ndim < 2 or any(part in name for part in OUTER):
+    if parameter.ndim < 2 or not name.endswith("weight") or any(part in name for part in OUTER):
         return False
     return min(parameter.shape[0], parameter[0].numel()) >= 16
 

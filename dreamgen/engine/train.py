@@ -10,8 +10,8 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from dreamgen.core.seeding import seed_for
 from dreamgen.engine.muon import Muon, is_hidden
 from dreamgen.engine.precision import autocast, best_device, resolve
 from dreamgen.engine.progress import bar, file_logger
+from dreamgen.engine.replicas import Replicas, share
 
 STATE = "training"
 
@@ -58,14 +59,20 @@ class Ema:
                 self.shadow[name] = kept
 
 
-def _prefetched(batch_at: Callable[[int], Any], start: int, steps: int) -> Iterator[Any]:
-    """Batches in order, the next one made in a thread while the last is used."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(batch_at, start) if start < steps else None
-        for step in range(start, steps):
-            batch = pending.result()
-            pending = pool.submit(batch_at, step + 1) if step + 1 < steps else None
-            yield batch
+class _Ahead:
+    """Batches by step; the next one is made in a thread while this one is used."""
+
+    def __init__(self, batch_at: Callable[[int], Any], stop: int) -> None:
+        self.batch_at, self.stop = batch_at, stop
+        self.pool: ThreadPoolExecutor | None = None  # made on first use: a fork inherits no threads
+        self.pending: tuple[int, Future] | None = None
+
+    def __call__(self, step: int) -> Any:
+        self.pool = self.pool or ThreadPoolExecutor(1)
+        asked, future = self.pending or (None, None)
+        batch = future.result() if future is not None and asked == step else self.batch_at(step)
+        self.pending = (step + 1, self.pool.submit(self.batch_at, step + 1)) if step + 1 < self.stop else None
+        return batch
 
 
 def _to(batch: Any, device: torch.device) -> Any:
@@ -151,6 +158,7 @@ def train(
     ema: float | None = 0.999,
     precision: str = "auto",
     seed: int = 0,
+    replicas: int = 1,
     checkpoint_every: int = 500,
     log_every: int = 20,
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
@@ -164,6 +172,8 @@ def train(
 
     model: has `loss(batch) -> (scalar, {metric: scalar})`. On return it holds the final (averaged) weights.
     batch_at: pure function of the step; runs in a thread. describe: names a step's episodes for error messages.
+    replicas: processes that split each batch on a CPU (see `dreamgen.engine.replicas`); the noise that a loss draws
+        depends on their number.
     out: `losses.jsonl`, `<name>.log` and the resumable state `training/` (delete it once the weights are saved).
     validate: called with the averaged weights every `validate_every` steps and at the end; its figures are logged.
 
@@ -201,34 +211,47 @@ def train(
         logger.info("step %d %s", step, figures)
         return figures
 
+    ahead = _Ahead(batch_at, steps)
+
+    def work(step: int, rank: int) -> dict[str, float]:
+        """Gradients of this replica's part of the step."""
+        torch.manual_seed(seed_for(seed, "step", step, *([rank] if replicas > 1 else [])))
+        batch = share(ahead(step), rank, replicas) if replicas > 1 else ahead(step)
+        with autocast(chosen, device):
+            loss, metrics = model.loss(_to(batch, device))
+        if torch.isfinite(loss):
+            loss.backward()
+        return {key: float(value.detach()) for key, value in {"loss": loss, **metrics}.items()}
+
     model.train()
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, float] = {}
     count, last, figures, begun = 0, {}, {}, time.time()
-    with bar(steps, name, initial=start, unit="step") as drawn, losses.open("a") as file:
-        for step, batch in zip(range(start, steps), _prefetched(batch_at, start, steps), strict=False):
-            torch.manual_seed(seed_for(seed, "step", step))
+    with (
+        Replicas(model, work, replicas) as team,
+        bar(steps, name, initial=start, unit="step") as drawn,
+        losses.open("a") as file,
+    ):
+        for step in range(start, steps):
             for group in (group for optimiser in optimisers for group in optimiser.param_groups):
                 group["lr"] = group["peak"] * schedule(step, steps=steps, warmup=warmup)
-            with autocast(chosen, device):
-                loss, metrics = model.loss(_to(batch, device))
-            if not torch.isfinite(loss):
+            metrics = team.run(step)
+            if not math.isfinite(metrics["loss"]):
                 where = f" of {describe(step)}" if describe else ""
-                raise ValueError(f"{name}: the loss is {float(loss)} at step {step}{where}. Lower the learning rate "
-                                 f"({lr}) or mend the data; {state} holds the last good state.")  # fmt: skip
-            loss.backward()
+                raise ValueError(f"{name}: the loss is {metrics['loss']} at step {step}{where}. Lower the learning "
+                                 f"rate ({lr}) or mend the data; {state} holds the last good state.")  # fmt: skip
             nn.utils.clip_grad_norm_(trainable, clip)
             for optimiser in optimisers:
                 optimiser.step()
             model.zero_grad(set_to_none=True)
             if average:
                 average.update(model, step)
-            for key, value in {"loss": loss, **metrics}.items():
-                sums[key] = sums.get(key, torch.zeros((), device=loss.device)) + value.detach()
+            for key, value in metrics.items():
+                sums[key] = sums.get(key, 0.0) + value
             count += 1
             drawn.update()
             due = validate_every and (step + 1) % validate_every == 0
             if (step + 1) % log_every == 0 or step + 1 == steps or due:
-                last = {key: float(value) / count for key, value in sums.items()}
+                last = {key: value / count for key, value in sums.items()}
                 if due or step + 1 == steps:
                     figures = check(step + 1)
                 row = {"step": step, "seconds": round(time.time() - begun, 2), **last}

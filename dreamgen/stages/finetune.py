@@ -28,6 +28,7 @@ def finetune(
     steps: int = 1000,
     batch_size: int = 16,
     lr: float = 3e-4,
+    muon_lr: float | None = None,
     warmup: int = 50,
     ema: float | None = 0.995,
     method: Literal["full", "lora"] = "full",
@@ -38,6 +39,7 @@ def finetune(
     hop: int = 1,
     validate_every: int = 250,
     samples: int = 4,
+    replicas: int = 1,
     seed: int = 0,
     record: dict,
 ) -> dict:
@@ -71,8 +73,8 @@ def finetune(
         held = _held_out(dataset, validation, seed)
         train_rows = np.array([k for k, (episode, _) in enumerate(places) if episode not in held])
         if not len(train_rows):
-            raise ValueError(f"all {len(dataset)} episodes of {dataset.root} are held out for validation ({validation}); "
-                             "hold out fewer")  # fmt: skip
+            raise ValueError(f"all {len(dataset)} episodes of {dataset.root} are held out for validation "
+                             f"({validation}); hold out fewer")  # fmt: skip
         texts = sorted({dataset.instruction(i) for i in range(len(dataset))})
         embedded = world.embed([*texts, ""]).cpu()
         which = np.array([texts.index(dataset.instruction(episode)) for episode, _ in places])
@@ -88,16 +90,17 @@ def finetune(
             return {"latents": torch.from_numpy(cache.take(rows)), "text": embedded[text]}
 
         check = _Check(world, dataset, windows, cache, held, out, samples=samples, seed=seed)
-        result = train(world, batch_at, out=out, steps=steps, lr=lr, warmup=warmup, ema=ema, precision=world.precision,
-                       seed=seed, checkpoint_every=validate_every, validate=check if held else None,
+        result = train(world, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, ema=ema,
+                       precision=world.precision, replicas=replicas, seed=seed, checkpoint_every=validate_every, validate=check if held else None,
                        validate_every=validate_every, name="finetune")  # fmt: skip
         world.requires_grad_(False)
         world.save(out)
         clear_state(out)
         return run.finish(
             windows=len(windows), episodes=len(dataset), episodes_too_short=windows.too_short,
-            episodes_skipped={str(k): v for k, v in dataset.skipped.items()}, mended=dataset.mended, validation=len(held),
-            parameters=sum(p.numel() for p in world.transformer.parameters()), **{f"final_{k}": v for k, v in result.items()},
+            episodes_skipped={str(k): v for k, v in dataset.skipped.items()}, mended=dataset.mended,
+            validation=len(held), parameters=sum(p.numel() for p in world.transformer.parameters()),
+            **{f"final_{k}": v for k, v in result.items()},
         )  # fmt: skip
 
 
@@ -110,8 +113,8 @@ def _held_out(dataset: Dataset, count: int, seed: int) -> set[int]:
 class _Check:
     """Validation loss at fixed noise and times; sample videos, real above dreamed."""
 
-    def __init__(self, world: PrefixWorld, dataset: Dataset, windows: Windows, cache: Cache, held: set[int], out: Path, *,
-                 samples: int, seed: int) -> None:  # fmt: skip
+    def __init__(self, world: PrefixWorld, dataset: Dataset, windows: Windows, cache: Cache, held: set[int],
+                 out: Path, *, samples: int, seed: int) -> None:  # fmt: skip
         self.out, first = out, {}
         for k in range(len(windows)):
             first.setdefault(windows.at(k)[0], k)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ def pretrain(
     muon_lr: float | None = 0.02,
     text_dropout: float = 0.1,
     precision: str = "auto",
+    replicas: int = 1,
     seed: int = 0,
     record: dict,
 ) -> dict:
@@ -91,8 +93,9 @@ def pretrain(
         words = sorted({d.instruction(i) for d in datasets for i in range(len(d))})
         world = PrefixWorld(robot=robot, video_hz=video_hz, frames=frames, text_length=text_length,
                             precision=precision, pipeline=build(layout, words, seed=seed))  # fmt: skip
-        vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), batch=vae_batch,
-                         steps=vae_steps, lr=vae_lr, muon_lr=vae_muon_lr, precision=precision, seed=seed)  # fmt: skip
+        vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), vae_batch,
+                         steps=vae_steps, lr=vae_lr, muon_lr=vae_muon_lr, precision=precision, replicas=replicas,
+                         seed=seed)  # fmt: skip
         pool = Pool(datasets, clock, hop=2)
         key = {"vae": world.cache_key(), "data": [fingerprint(d.root) for d in datasets]}
         cache = Cache(out / "cache", key, count=len(pool))
@@ -102,16 +105,17 @@ def pretrain(
         mean, std = _moments(cache)
         world.pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         world.mean, world.std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
-        losses = _train_transformer(world, pool, cache, heldout, out / "transformer", batch=batch_size, steps=steps,
-                                    lr=lr, muon_lr=muon_lr, dropout=text_dropout, precision=precision, seed=seed)  # fmt: skip
+        losses = _train_transformer(world, pool, cache, heldout, out / "transformer", batch_size, text_dropout,
+                                    steps=steps, lr=lr, muon_lr=muon_lr, precision=precision, replicas=replicas,
+                                    seed=seed)  # fmt: skip
         world.save(out, dtype=torch.bfloat16)
         for part in ("vae", "transformer"):
             clear_state(out / part)
         return run.finish(vae=vae, transformer=losses, windows=len(pool), episodes=sum(len(d) for d in datasets))
 
 
-def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset, out: Path, clock: Clock, *,
-               batch: int, steps: int, lr: float, muon_lr: float | None, precision: str, seed: int) -> dict:  # fmt: skip
+def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset, out: Path, clock: Clock, batch: int,
+               *, seed: int, **options: Any) -> dict:  # fmt: skip
     pool, held = Pool(datasets, clock, hop=1), Pool([heldout], clock, hop=clock.steps)
     model = Autoencoding(world.pipe.vae.requires_grad_(True))
     fixed = held.batch(np.linspace(0, len(held) - 1, 24).astype(int))
@@ -124,9 +128,8 @@ def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset
         _write_pair(out / "heldout.png", fixed[:6, ::4], again[:6, ::4])
         return {"psnr": float(np.mean([psnr(a.numpy(), b.numpy()) for a, b in zip(fixed, again, strict=True)]))}
 
-    result = train(model, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=50, weight_decay=0.0, ema=0.998,
-                   precision=precision, seed=seed, checkpoint_every=250, validate=validate, validate_every=250,
-                   name="vae")  # fmt: skip
+    result = train(model, batch_at, out=out, warmup=50, weight_decay=0.0, ema=0.998, seed=seed, checkpoint_every=100,
+                   validate=validate, validate_every=250, name="vae", **options)  # fmt: skip
     model.release()
     return result
 
@@ -148,8 +151,8 @@ def _moments(cache: Cache) -> tuple[Tensor, Tensor]:
     return z.mean(1).float(), z.std(1).float()
 
 
-def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Dataset, out: Path, *, batch: int,
-                       steps: int, lr: float, muon_lr: float | None, dropout: float, precision: str, seed: int) -> dict:  # fmt: skip
+def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Dataset, out: Path, batch: int,
+                       dropout: float, *, seed: int, **options: Any) -> dict:  # fmt: skip
     texts = sorted({pool.instruction(k) for k in range(len(pool))})
     number = {text: i for i, text in enumerate(texts)}
     which = np.array([number[pool.instruction(k)] for k in range(len(pool))])
@@ -161,7 +164,7 @@ def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Da
     world.text_encoder = world.pipe.text_encoder  # as a submodule, so that the loop sees its weights
     held = Pool([heldout], world.clock, hop=world.clock.steps)
     chosen = np.linspace(0, len(held) - 1, min(64, len(held))).astype(int)
-    with autocast(precision):
+    with autocast(world.precision):
         fixed = {"latents": world.encode(held.batch(chosen)), "noise": None, "sigma": None}
     words = world.tokens([held.instruction(int(k)) for k in chosen])
     generator = torch.Generator().manual_seed(seed)
@@ -174,9 +177,9 @@ def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Da
         text = np.where(rng.random(batch) < dropout, len(texts), which[rows])
         return {"latents": latents[rows], "ids": tokens["ids"][text], "mask": tokens["mask"][text]}
 
-    result = train(world, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=100, ema=0.999, precision=precision, seed=seed,
-                   checkpoint_every=500, validate=lambda model, step: {"loss": float(model.loss(fixed)[0])},
-                   validate_every=500, name="transformer")  # fmt: skip
+    result = train(world, batch_at, out=out, warmup=100, ema=0.999, seed=seed, checkpoint_every=250,
+                   validate=lambda model, step: {"loss": float(model.loss(fixed)[0])}, validate_every=250,
+                   name="transformer", **options)  # fmt: skip
     del world.text_encoder
     world.requires_grad_(False)
     world.pipe.text_encoder.requires_grad_(False)

@@ -25,12 +25,14 @@ def train_policy(
     steps: int = 1000,
     batch_size: int = 64,
     lr: float = 1e-3,
+    muon_lr: float | None = None,
     warmup: int = 50,
     weight_decay: float = 0.01,
     betas: Sequence[float] = (0.9, 0.99),
     clip: float = 1.0,
     ema: float | None = 0.99,
     precision: str = "auto",
+    replicas: int = 1,
     ratio: str = "1:1",
     dream_body: str = "dream",
     dream_state: str = "recorded",
@@ -94,8 +96,8 @@ def train_policy(
             return "; ".join(f"episodes {', '.join(map(str, e))} of {datasets[k].root}" for k, e in named.items() if e)
 
         held_out = None if validation is None else validator(validation, batch_size, common)
-        result = train(model, batch_at, out=run.out, steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay,
-                       betas=list(betas), clip=clip, ema=ema, precision=precision, seed=seed,
+        result = train(model, batch_at, out=run.out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, weight_decay=weight_decay,
+                       betas=list(betas), clip=clip, ema=ema, precision=precision, replicas=replicas, seed=seed,
                        checkpoint_every=checkpoint_every, log_every=log_every, validate=held_out,
                        validate_every=validate_every, name="train_policy", describe=describe)  # fmt: skip
         model.cpu().save(run.out)

@@ -71,6 +71,8 @@ class PrefixWorld(nn.Module):
             self.pipe.load_lora_weights(adapter)
         self.transformer = self.pipe.transformer
         self._check()
+        if best_device().type == "cpu":  # the fused backward pass is three times slower there at these lengths
+            self.transformer.set_attention_backend("_native_math")
         vae = self.pipe.vae.config
         self.register_buffer("mean", torch.tensor(vae.latents_mean).view(-1, 1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(vae.latents_std).view(-1, 1, 1, 1), persistent=False)
@@ -211,8 +213,11 @@ class PrefixWorld(nn.Module):
 
         x = sample(model, self.noise(prompts) if noise is None else noise, self.pipe.scheduler, self.steps)
         video = self.decode(torch.cat([first, x[:, :, 1:]], 2)).cpu().numpy()
-        return [Clip(id=p.id, video=v, video_hz=self.clock.video_hz, instruction=p.instruction, seed=p.seed,
-                     pair=p.pair, state=p.state, origin=p.origin) for p, v in zip(prompts, video, strict=True)]  # fmt: skip
+        return [
+            Clip(id=p.id, video=v, video_hz=self.clock.video_hz, instruction=p.instruction, seed=p.seed, pair=p.pair,
+                 state=p.state, origin=p.origin)
+            for p, v in zip(prompts, video, strict=True)
+        ]  # fmt: skip
 
     def train_full(self) -> None:
         """Make all weights of the transformer trainable."""
@@ -242,7 +247,8 @@ class PrefixWorld(nn.Module):
 
             WanImageToVideoPipeline.save_lora_weights(
                 out / "adapter", transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-                transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),  # alpha, for loaders
+                # with it loaders know alpha; without, they take alpha = rank
+                transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict(),
             )  # fmt: skip
         else:
             if dtype is not None:
@@ -258,7 +264,8 @@ class PrefixWorld(nn.Module):
         saved = read_json(path / FILE)
         robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
         robot.require(saved["contract"], str(path))
-        where = {"path": saved["base"], "adapter": str(path / "adapter")} if saved["base"] else {"path": str(path / "model")}
+        lora = {"path": saved["base"], "adapter": str(path / "adapter")}
+        where = lora if saved["base"] else {"path": str(path / "model")}
         return cls(robot=robot, **{**saved["spec"], **where, **changed})
 
     def fingerprint(self) -> str:

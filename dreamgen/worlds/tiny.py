@@ -33,7 +33,7 @@ WORDS = (
 class TinyLayout:
     """Sizes of the tiny base. Defaults are those of the one that ships."""
 
-    z_dim: int = 24
+    z_dim: int = 48
     vae_dim: int = 32
     vae_blocks: int = 1
     width: int = 256

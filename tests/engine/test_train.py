@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from dreamgen.core.seeding import rng_for
 from dreamgen.engine.muon import Muon, is_hidden, orthogonal
 from dreamgen.engine.train import Ema, clear_state, read_losses, schedule, train
-from torch import nn
 
 
 class Line(nn.Module):
@@ -32,7 +33,8 @@ def batch_at(step: int) -> dict[str, torch.Tensor]:
 
 def run(out, steps, **changed):
     model = Line()
-    options = {"lr": 1e-2, "warmup": 2, "ema": 0.9, "precision": "fp32", "checkpoint_every": 2, "log_every": 1} | changed
+    options = {"lr": 1e-2, "warmup": 2, "ema": 0.9, "precision": "fp32", "checkpoint_every": 2, "log_every": 1}
+    options |= changed
     result = train(model, batch_at, out=out, steps=steps, **options)
     return model, result
 
@@ -59,6 +61,20 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, muon_lr):
     assert [row["step"] for row in later] == [0, 1, 2, 3, 4] and result["loss"] == second["loss"]
 
 
+def test_replicas_give_the_gradient_of_the_whole_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # without noise a batch in two parts is the same batch
+    even = lambda step: {k: torch.cat([v, v.flip(0)]) for k, v in batch_at(step).items()}  # noqa: E731
+    results = []
+    for count in (1, 2):
+        model = Line()
+        train(model, even, out=tmp_path / str(count), steps=4, lr=1e-2, warmup=2, ema=None, precision="fp32",
+              log_every=1, replicas=count)  # fmt: skip
+        results.append((model, read_losses(tmp_path / str(count))))
+    for a, b in zip(results[0][0].parameters(), results[1][0].parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert [r["loss"] for r in results[0][1]] == pytest.approx([r["loss"] for r in results[1][1]], rel=1e-5)
+
+
 def test_a_finished_run_only_restores(tmp_path):
     model, _ = run(tmp_path, 3)
     again = Line()
@@ -71,7 +87,8 @@ def test_a_finished_run_only_restores(tmp_path):
 def test_it_learns_and_leaves_frozen_weights_alone(tmp_path):
     model, result = run(tmp_path, 150, lr=2e-2, log_every=50)
     rows = read_losses(tmp_path)
-    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"] and rows[-1]["twice"] == pytest.approx(2 * rows[-1]["loss"], rel=1e-5)
+    assert rows[-1]["loss"] < 0.3 * rows[0]["loss"]
+    assert rows[-1]["twice"] == pytest.approx(2 * rows[-1]["loss"], rel=1e-5)
     assert torch.equal(model.frozen, torch.ones(2)) and result["steps"] == 150
 
 
@@ -136,5 +153,5 @@ def test_muon_steps_are_orthogonal():
 def test_muon_moves_inner_matrices_alone():
     assert is_hidden("blocks.0.attn1.to_q.weight", nn.Parameter(torch.zeros(32, 32)))
     for name, shape in (("patch_embedding.weight", (32, 24)), ("blocks.0.bias", (32,)), ("proj_out.weight", (96, 32)),
-                        ("blocks.0.small.weight", (8, 32))):  # fmt: skip
+                        ("blocks.0.small.weight", (8, 32)), ("position", (32, 32)), ("text.table.weight", (99, 32))):  # fmt: skip
         assert not is_hidden(name, nn.Parameter(torch.zeros(shape)))

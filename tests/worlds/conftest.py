@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.worlds.prefix import PrefixWorld
 from dreamgen.worlds.tiny import TinyLayout, build

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline
+from PIL import Image
+
 from dreamgen.core.clip import Prompt
 from dreamgen.worlds.flow import noised, sample, velocity
 from dreamgen.worlds.prefix import PrefixWorld
-from PIL import Image
-
 from tests.worlds.conftest import tiny_robot
 
 
@@ -16,7 +16,7 @@ def prompts(count: int) -> list[Prompt]:
     rng = np.random.default_rng(5)
     texts = ["put the red block on the plate", "open the drawer", "close the drawer"]
     return [
-        Prompt(id=f"p{i}", image=rng.integers(0, 256, (32, 48, 3), dtype=np.uint8), instruction=texts[i % 3], seed=40 + i)
+        Prompt(id=f"p{i}", image=rng.integers(0, 256, (32, 48, 3), np.uint8), instruction=texts[i % 3], seed=40 + i)
         for i in range(count)
     ]
 

@@ -1,0 +1,98 @@
+"""Several processes that share one model's weights and split each batch.
+
+On a CPU a small model wastes a second thread on its many small operations, while a second process with half of the
+batch does half of the work. The replicas are forks: they read the same weights and the same data in shared memory,
+write their gradients into a shared buffer, and never outlive their parent.
+"""
+
+import ctypes
+import multiprocessing
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Half = Callable[[int, int], dict[str, float]]
+
+
+def share(batch: Any, rank: int, count: int) -> Any:
+    """The rows of `batch` that replica `rank` of `count` works on: a contiguous part of each tensor."""
+    if isinstance(batch, Tensor):
+        return batch.tensor_split(count)[rank]
+    if isinstance(batch, dict):
+        return {key: share(value, rank, count) for key, value in batch.items()}
+    return batch
+
+
+class Replicas:
+    """`count - 1` forks beside this process. `work(step, rank)` leaves gradients on the model and returns metrics.
+
+    Use as a context; `run(step)` works on all parts of one step and leaves the mean gradient on the model.
+    """
+
+    def __init__(self, model: nn.Module, work: Half, count: int) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.work, self.count = work, count
+        if count > 1:
+            if not hasattr(signal, "SIGKILL") or sys.platform == "darwin" or next(model.parameters()).is_cuda:
+                raise ValueError(f"replicas is {count}; they are for the CPU of a Linux machine. Set replicas=1.")
+            model.share_memory()
+        size = sum(p.numel() for p in self.parameters)
+        self.gradients = torch.zeros(max(count - 1, 1), size if count > 1 else 1).share_memory_()
+        self.pipes: list[Connection] = []
+        self.forks: list = []
+
+    def __enter__(self) -> "Replicas":
+        context = multiprocessing.get_context("fork") if self.count > 1 else None
+        for rank in range(1, self.count):
+            mine, theirs = context.Pipe()
+            fork = context.Process(target=self._serve, args=(theirs, rank), daemon=True)
+            fork.start()
+            theirs.close()
+            self.pipes.append(mine)
+            self.forks.append(fork)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for fork in self.forks:
+            fork.terminate()
+            fork.join()
+
+    def run(self, step: int) -> dict[str, float]:
+        """Mean metrics of the step; mean gradients on the parameters. Raises RuntimeError if a fork died."""
+        for pipe in self.pipes:
+            pipe.send(step)
+        found = [self.work(step, 0)]
+        try:
+            found += [pipe.recv() for pipe in self.pipes]
+        except EOFError:
+            raise RuntimeError("a replica died; the last checkpoint is whole, run the job again") from None
+        if self.count > 1 and self.parameters[0].grad is not None:
+            total = torch.cat([p.grad.flatten() for p in self.parameters]).add_(self.gradients.sum(0)).div_(self.count)
+            for p, part in zip(self.parameters, total.split([p.numel() for p in self.parameters]), strict=True):
+                p.grad.copy_(part.view_as(p))
+        return {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
+
+    def _serve(self, pipe: Connection, rank: int) -> None:
+        """A fork's life: work on its part of each step that it is told, until the parent is gone."""
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        torch.set_num_threads(1)
+        while True:
+            try:
+                step = pipe.recv()
+            except EOFError:
+                return
+            for p in self.parameters:
+                p.grad = None
+            metrics = self.work(step, rank)
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.cat([p.grad.flatten() for p in self.parameters], out=self.gradients[rank - 1])
+            pipe.send(metrics)
