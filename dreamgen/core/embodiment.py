@@ -190,4 +190,5 @@ class Embodiment:
         found = self.mismatches(contract)
         if found:
             raise ValueError(f"{where} was made for another robot than embodiment '{self.name}':\n  "
-                             + "\n  ".join(found) + "\nChoose the embodiment it was made with, or make it again.")  # fmt: skip
+                             + "\n  ".join(found)
+                             + "\nChoose the embodiment it was made with, or make it again.")  # fmt: skip

@@ -104,7 +104,8 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def differences(old: Any, new: Any) -> str:
     """The keys in which two configurations differ, in words."""
     a, b = _flatten(old), _flatten(new)
-    rows = [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+    rows = [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed]
     return "; ".join(rows[:8]) + (f"; and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
@@ -163,7 +164,8 @@ class Stage:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         # time spent by a run that was interrupted in an orderly way counts; that of a killed one is lost
         if not self.complete and (self.out / RUN).is_file():
-            write_json(self.out / RUN, {"id": self.id, "seconds": self.before + time.time() - self.started, **self.spec})
+            seconds = self.before + time.time() - self.started
+            write_json(self.out / RUN, {"id": self.id, "seconds": seconds, **self.spec})
 
     def manifest(self) -> dict:
         """The finished stage's manifest."""
@@ -171,7 +173,7 @@ class Stage:
 
     def finish(self, **results: Any) -> dict:
         """Write the manifest, last of all: counts and scores of the run as plain JSON."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         manifest = {
             "id": self.id,
             **self.spec,

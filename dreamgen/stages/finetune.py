@@ -91,7 +91,8 @@ def finetune(
 
         check = _Check(world, dataset, windows, cache, held, out, samples=samples, seed=seed)
         result = train(world, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, ema=ema,
-                       precision=world.precision, replicas=replicas, seed=seed, checkpoint_every=validate_every, validate=check if held else None,
+                       precision=world.precision, replicas=replicas, seed=seed,
+                       checkpoint_every=validate_every, validate=check if held else None,
                        validate_every=validate_every, name="finetune")  # fmt: skip
         world.requires_grad_(False)
         world.save(out)

@@ -96,7 +96,8 @@ def train_policy(
             return "; ".join(f"episodes {', '.join(map(str, e))} of {datasets[k].root}" for k, e in named.items() if e)
 
         held_out = None if validation is None else validator(validation, batch_size, common)
-        result = train(model, batch_at, out=run.out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, weight_decay=weight_decay,
+        result = train(model, batch_at, out=run.out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
+                       weight_decay=weight_decay,
                        betas=list(betas), clip=clip, ema=ema, precision=precision, replicas=replicas, seed=seed,
                        checkpoint_every=checkpoint_every, log_every=log_every, validate=held_out,
                        validate_every=validate_every, name="train_policy", describe=describe)  # fmt: skip
