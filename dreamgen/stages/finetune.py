@@ -1,7 +1,6 @@
 """Stage 1: fine-tune a world model on the target robot's dataset, on cached latents and text."""
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ def finetune(
     muon_lr: float | None = None,
     warmup: int = 50,
     ema: float | None = 0.995,
-    method: Literal["full", "lora"] = "full",
+    method: str = "full",
     rank: int = 16,
     alpha: int = 16,
     text_dropout: float = 0.1,
