@@ -29,9 +29,9 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "error: dreamgen needs Python 3.11 or newer; '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Install one and call make PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[sim,dev]'
+	$(BIN)/python -m pip install -qq --upgrade pip
+	$(BIN)/python -m pip install -qq $(TORCH)
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sim,dev]'
 	@touch $@
 
 clean-venv:
