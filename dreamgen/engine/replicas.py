@@ -28,6 +28,11 @@ def share(batch: Any, rank: int, count: int) -> Any:
     return batch
 
 
+def possible(count: int, device: torch.device) -> int:
+    """`count` where forks can share a model: on the CPU of a Linux machine; elsewhere 1."""
+    return count if sys.platform == "linux" and device.type == "cpu" else 1
+
+
 class Replicas:
     """`count - 1` forks beside this process. `work(step, rank)` leaves gradients on the model and returns metrics.
 
@@ -38,8 +43,6 @@ class Replicas:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.work, self.count = work, count
         if count > 1:
-            if not hasattr(signal, "SIGKILL") or sys.platform == "darwin" or next(model.parameters()).is_cuda:
-                raise ValueError(f"replicas is {count}; they are for the CPU of a Linux machine. Set replicas=1.")
             model.share_memory()
         size = sum(p.numel() for p in self.parameters)
         self.gradients = torch.zeros(max(count - 1, 1), size if count > 1 else 1).share_memory_()

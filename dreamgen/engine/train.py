@@ -24,7 +24,7 @@ from dreamgen.core.seeding import seed_for
 from dreamgen.engine.muon import Muon, is_hidden
 from dreamgen.engine.precision import autocast, best_device, resolve
 from dreamgen.engine.progress import bar, file_logger
-from dreamgen.engine.replicas import Replicas, share
+from dreamgen.engine.replicas import Replicas, possible, share
 
 STATE = "training"
 
@@ -172,7 +172,7 @@ def train(
 
     model: has `loss(batch) -> (scalar, {metric: scalar})`. On return it holds the final (averaged) weights.
     batch_at: pure function of the step; runs in a thread. describe: names a step's episodes for error messages.
-    replicas: processes that split each batch on a CPU (see `dreamgen.engine.replicas`); the noise that a loss draws
+    replicas: processes that split each batch on a CPU, where that can be (see `dreamgen.engine.replicas`); the noise that a loss draws
         depends on their number.
     out: `losses.jsonl`, `<name>.log` and the resumable state `training/` (delete it once the weights are saved).
     validate: called with the averaged weights every `validate_every` steps and at the end; its figures are logged.
@@ -211,6 +211,7 @@ def train(
         logger.info("step %d %s", step, figures)
         return figures
 
+    replicas = possible(replicas, device)
     ahead = _Ahead(batch_at, steps)
 
     def work(step: int, rank: int) -> dict[str, float]:

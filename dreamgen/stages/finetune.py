@@ -16,6 +16,7 @@ from dreamgen.engine.progress import progress
 from dreamgen.engine.train import clear_state, train
 from dreamgen.video.metrics import psnr
 from dreamgen.video.mp4 import write_mp4
+from dreamgen.worlds.autoencoder import Autoencoding
 from dreamgen.worlds.prefix import PrefixWorld
 
 
@@ -38,6 +39,8 @@ def finetune(
     hop: int = 1,
     validate_every: int = 250,
     samples: int = 4,
+    decoder_steps: int = 0,
+    decoder_lr: float = 3e-4,
     replicas: int = 1,
     seed: int = 0,
     record: dict,
@@ -46,6 +49,8 @@ def finetune(
 
     method: "full" trains the transformer, "lora" an adapter of `rank` and `alpha`. validation: episodes held out;
     their loss at fixed noise and `samples` dreamed clips beside the real ones are written every `validate_every` steps.
+    decoder_steps: steps in which the VAE's decoder alone learns the look of this dataset, for a small VAE that has not
+    seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting.
 
     Raises ValueError for another method, and if no episode is as long as a clip. The manifest counts windows, episodes
     too short, and bad episodes left out.
@@ -77,6 +82,9 @@ def finetune(
         texts = sorted({dataset.instruction(i) for i in range(len(dataset))})
         embedded = world.embed([*texts, ""]).cpu()
         which = np.array([texts.index(dataset.instruction(episode)) for episode, _ in places])
+        if decoder_steps:
+            _train_decoder(world, dataset, windows, cache, train_rows, out / "decoder", steps=decoder_steps,
+                           lr=decoder_lr, replicas=replicas, seed=seed)  # fmt: skip
         if method == "full":
             world.train_full()
         else:
@@ -95,13 +103,32 @@ def finetune(
                        validate_every=validate_every, name="finetune")  # fmt: skip
         world.requires_grad_(False)
         world.save(out)
-        clear_state(out)
+        for folder in (out, out / "decoder"):
+            clear_state(folder)
         return run.finish(
             windows=len(windows), episodes=len(dataset), episodes_too_short=windows.too_short,
             episodes_skipped={str(k): v for k, v in dataset.skipped.items()}, mended=dataset.mended,
             validation=len(held), parameters=sum(p.numel() for p in world.transformer.parameters()),
             **{f"final_{k}": v for k, v in result.items()},
         )  # fmt: skip
+
+
+def _train_decoder(world: PrefixWorld, dataset: Dataset, windows: Windows, cache: Cache, rows: np.ndarray, out: Path,
+                   *, steps: int, lr: float, replicas: int, seed: int) -> None:  # fmt: skip
+    model = Autoencoding(world.pipe.vae)
+    for part in (world.pipe.vae.decoder, world.pipe.vae.post_quant_conv):
+        part.requires_grad_(True)
+    mean, std = world.mean.cpu(), world.std.cpu()
+
+    def batch_at(step: int) -> dict[str, Tensor]:
+        chosen = rows[rng_for(seed, "decoder", step).integers(0, len(rows), 4)]
+        places = [windows.at(int(k)) for k in chosen]
+        video = np.stack([dataset.canvas(episode, windows.rows(episode, row)) for episode, row in places])
+        return {"video": torch.from_numpy(video), "latents": torch.from_numpy(cache.take(chosen)) * std + mean}
+
+    train(model, batch_at, out=out, steps=steps, lr=lr, warmup=20, weight_decay=0.0, ema=0.98, seed=seed,
+          precision=world.precision, replicas=replicas, checkpoint_every=100, name="decoder")  # fmt: skip
+    model.release()
 
 
 def _held_out(dataset: Dataset, count: int, seed: int) -> set[int]:

@@ -58,6 +58,7 @@ def train_labeler(
     clip: float = 1.0,
     ema: float | None = 0.99,
     precision: str = "auto",
+    replicas: int = 1,
     held_out_share: float = 0.1,
     world_model: Any = None,
     degraded: float = 0.5,
@@ -96,7 +97,8 @@ def train_labeler(
                     if found[key][part] is not None}  # fmt: skip
 
         done = train(labeler, batches, out=out, steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay,
-                     betas=betas, clip=clip, ema=ema, precision=precision, seed=seed, validate=scores,
+                     betas=betas, clip=clip, ema=ema, precision=precision, replicas=replicas, seed=seed,
+                     validate=scores,
                      validate_every=validate_every, checkpoint_every=checkpoint_every, log_every=log_every,
                      name="train_labeler")  # fmt: skip
         calibration = labeler.calibrate(dataset, apart)

@@ -60,7 +60,8 @@ class RmsNorm(torch.autograd.Function):
 class Autoencoding(nn.Module):
     """`AutoencoderKLWan` with its training loss.
 
-    kl: weight of the divergence from N(0, 1), per latent entry. space, time: see `saliency`.
+    kl: weight of the divergence from N(0, 1), per latent entry. space, time: see `saliency`. With latents in the batch
+    only the decoder is trained: what the latents mean stays as it is.
     """
 
     def __init__(self, vae: AutoencoderKLWan, *, kl: float = 1e-5, space: float = 3.0, time: float = 3.0) -> None:
@@ -80,17 +81,25 @@ class Autoencoding(nn.Module):
         return self.vae.requires_grad_(False)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch: video (b t h w 3) uint8. Weighted absolute plus squared error, and the KL term."""
+        """batch: video (b t h w 3) uint8, optionally its latents (b c lt lh lw) as the VAE has them (not normalised).
+
+        Weighted absolute plus squared error and, where it encodes, the KL term.
+        """
         x = to_video(batch["video"])
+        if "latents" in batch:
+            return self._error(self.vae.decode(batch["latents"]).sample.float(), x)
         posterior = self.vae.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         z = mean + torch.randn_like(mean) * (0.5 * logvar).exp()
-        error = self.vae.decode(z).sample.float() - x
-        weight = saliency(x, space=self.space, time=self.time)
-        pixel = (weight * (error.abs() + 4 * error.square())).mean()
+        pixel, metrics = self._error(self.vae.decode(z).sample.float(), x)
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return pixel + self.kl * divergence, {"pixel": pixel, "kl": divergence, **metrics}
+
+    def _error(self, found: Tensor, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        error = found - x
+        weight = saliency(x, space=self.space, time=self.time)
         mse = (error.detach() / 2).square().mean()
-        return pixel + self.kl * divergence, {"pixel": pixel, "kl": divergence, "psnr": -10 * mse.log10()}
+        return (weight * (error.abs() + 4 * error.square())).mean(), {"psnr": -10 * mse.log10()}
 
     @torch.no_grad()
     def reconstruct(self, frames: Tensor) -> Tensor:

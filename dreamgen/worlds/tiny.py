@@ -3,6 +3,7 @@
 Clean first latent frame, per-token timesteps, a residual VAE on 2x2 pixel patches, a UMT5 with its own tokenizer.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -59,6 +60,10 @@ def tokenizer(instructions: Iterable[str], *, size: int = 768) -> PreTrainedToke
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,'-"),
     )  # fmt: skip
     piece.train_from_iterator(corpus, trainer)
+    # the trainer adds up in any order: round away the last bits, so that a seed gives the same tokenizer every time
+    learned = json.loads(piece.to_str())["model"]["vocab"]
+    vocab = [(text, round(score, 6)) for text, score in learned]
+    piece.model = models.Unigram(vocab[:3] + sorted(vocab[3:], key=lambda row: (-row[1], row[0])), unk_id=2)
     piece.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", piece.token_to_id("</s>"))]
     )

@@ -1,4 +1,4 @@
-"""A robot whose inverse dynamics is plain: a square moved by 2-d deltas, its colour a binary command."""
+"""A robot whose inverse dynamics is plain: a square moved by 2-d deltas, its brightness a binary command."""
 
 import numpy as np
 
@@ -20,11 +20,11 @@ CLOCK = Clock(robot_hz="20", video_hz="10", frames=9)
 
 
 def draw(place: np.ndarray, light: float) -> np.ndarray:
-    """One frame (32 48 3): a soft square of 8 pixels at `place` (x, y), red or green."""
+    """One frame (32 48 3): a soft square of 8 pixels at `place` (x, y), bright or dark."""
     y, x = np.mgrid[:32, :48]
     inside = np.clip(4.5 - np.abs(x - place[0]), 0, 1) * np.clip(4.5 - np.abs(y - place[1]), 0, 1)
-    colour = np.array([220, 40, 40]) if light > 0 else np.array([40, 220, 40])
-    return (60 + inside[..., None] * (colour - 60)).astype(np.uint8)
+    shade = np.array([240, 220, 200]) if light > 0 else np.array([10, 30, 40])
+    return (110 + inside[..., None] * (shade - 110)).astype(np.uint8)
 
 
 class Squares:

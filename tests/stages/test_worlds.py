@@ -61,6 +61,15 @@ def test_finetune_writes_a_world_model_that_differs_from_its_base(make, dataset,
         finetune(make(), dataset, out=tmp_path, **{**OPTIONS, "record": {"a": 2}})
 
 
+def test_the_decoder_learns_the_look_and_latents_stay(make, dataset, tmp_path):
+    finetune(make(), dataset, out=tmp_path, decoder_steps=12, decoder_lr=3e-3, **OPTIONS)
+    base, tuned = make(), PrefixWorld.load(tmp_path)
+    clip = torch.from_numpy(dataset.canvas(1, range(0, 17, 2)))[None]
+    assert torch.allclose(base.encode(clip), tuned.encode(clip), atol=1e-5)
+    far, near = (((w.decode(w.encode(clip)).float() - clip) ** 2).mean() for w in (base, tuned))
+    assert near < far and (tmp_path / "decoder" / "losses.jsonl").is_file()
+
+
 def test_finetune_killed_and_continued_saves_the_same(make, dataset, tmp_path, monkeypatch):
     finetune(make(), dataset, out=tmp_path / "whole", **OPTIONS)
     calls = []
