@@ -172,8 +172,8 @@ def train(
 
     model: has `loss(batch) -> (scalar, {metric: scalar})`. On return it holds the final (averaged) weights.
     batch_at: pure function of the step; runs in a thread. describe: names a step's episodes for error messages.
-    replicas: processes that split each batch on a CPU, where that can be (see `dreamgen.engine.replicas`); the noise that a loss draws
-        depends on their number.
+    replicas: processes that split each batch on a CPU, where that can be (see `dreamgen.engine.replicas`); the noise
+        that a loss draws depends on their number.
     out: `losses.jsonl`, `<name>.log` and the resumable state `training/` (delete it once the weights are saved).
     validate: called with the averaged weights every `validate_every` steps and at the end; its figures are logged.
 

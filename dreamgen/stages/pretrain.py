@@ -96,7 +96,7 @@ def pretrain(
         vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), vae_batch,
                          steps=vae_steps, lr=vae_lr, muon_lr=vae_muon_lr, precision=precision, replicas=replicas,
                          seed=seed)  # fmt: skip
-        pool = Pool(datasets, clock, hop=2)
+        pool = Pool(datasets, clock, hop=16)
         key = {"vae": world.cache_key(), "data": [fingerprint(d.root) for d in datasets]}
         cache = Cache(out / "cache", key, count=len(pool))
         build_cache = cache.build(lambda items: world.encode(pool.batch(np.array(items))).cpu().numpy())
