@@ -60,9 +60,11 @@ def tokenizer(instructions: Iterable[str], *, size: int = 768) -> PreTrainedToke
         initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,'-"),
     )  # fmt: skip
     piece.train_from_iterator(corpus, trainer)
-    # the trainer adds up in any order: round away the last bits, so that a seed gives the same tokenizer every time
+    # the trainer adds up, and scores the characters that it never saw, in any order: settle both, so that a seed gives
+    # the same tokenizer every time
+    seen = set("".join(corpus).lower()) | {"\u2581"}
     learned = json.loads(piece.to_str())["model"]["vocab"]
-    vocab = [(text, round(score, 6)) for text, score in learned]
+    vocab = [(text, round(score, 6) if len(text) > 1 or text in seen else -20.0) for text, score in learned]
     piece.model = models.Unigram(vocab[:3] + sorted(vocab[3:], key=lambda row: (-row[1], row[0])), unk_id=2)
     piece.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", piece.token_to_id("</s>"))]
