@@ -160,7 +160,7 @@ def test_it_learns_the_motion_of_a_square(tmp_path):
     clock = Clock(robot_hz="20", video_hz="20", frames=9)
     model = small(clock=clock, width=64, heads=4, layers=4, train_frames=5, augment={"share": 0.2, "noise": 0.02})
     model.fit(training, range(40))
-    train(model, model.batches(training, range(40), batch_size=8, seed=0), out=tmp_path, steps=260, lr=3e-3, warmup=20,
+    train(model, model.batches(training, range(40), batch_size=8, seed=0), out=tmp_path, steps=380, lr=3e-3, warmup=20,
           ema=0.98, precision="fp32", checkpoint_every=1000)  # fmt: skip
     model.calibrate(training, range(8))
     clips = [clip_of(apart, i, clock.with_frames(25)) for i in range(6)]
