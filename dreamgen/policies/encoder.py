@@ -3,7 +3,9 @@
 A small picture leaves little room: a block at 64 px is four pixels wide and must be grasped to within one. So the tiny
 encoder keeps positions explicit. A convolution net, steered by the instruction (FiLM), draws one heat map per keypoint
 on a fine grid; a keypoint's token holds where its map peaks (soft argmax) and what is there; coarse patch tokens
-carry the rest of the scene. Words are embedded as the sum of two hashed rows, so no vocabulary has to be kept.
+carry the rest of the scene. Colour keypoints do the same on the bare pixels with sharp maps: the place where a
+direction in colour space peaks is an object's place from the first step on, so a few hundred demonstrations suffice to
+learn which object an instruction means. Words are embedded as the sum of two hashed rows, so no vocabulary has to be kept.
 """
 
 import hashlib
@@ -92,11 +94,15 @@ def grid(height: int, width: int, like: Tensor) -> Float[Tensor, "n 2"]:
     return torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)
 
 
+SHARP = 12.0  # how far a colour keypoint's map prefers its colour over grey at the start
+
+
 class TinyEncoder(nn.Module):
     """A few hundred thousand weights, no download, exact about positions.
 
     channels: one convolution stage each; the first `halvings` stages halve the picture, so the heat maps are
-    size / 2 ** halvings fine. keypoints: heat maps a view. patches: coarse tokens a side of each view.
+    size / 2 ** halvings fine. keypoints, colours: heat maps a view of features and of bare colours. patches: coarse
+    tokens a side of each view.
     """
 
     def __init__(
@@ -106,6 +112,7 @@ class TinyEncoder(nn.Module):
         channels: Sequence[int] = (32, 64, 64, 64),
         halvings: int = 2,
         keypoints: int = 24,
+        colours: int = 24,
         patches: int = 4,
         text_width: int = 64,
         buckets: int = 512,
@@ -114,7 +121,7 @@ class TinyEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = dict(width=width, channels=list(channels), halvings=halvings, keypoints=keypoints,
-                           patches=patches, text_width=text_width, buckets=buckets, length=length,
+                           colours=colours, patches=patches, text_width=text_width, buckets=buckets, length=length,
                            max_views=max_views)  # fmt: skip
         self.width, self.patches, self.keypoints = width, patches, keypoints
         self.text = WordHash(width=text_width, buckets=buckets, length=length)
@@ -125,10 +132,12 @@ class TinyEncoder(nn.Module):
         )
         self.heat = nn.Linear(sizes[-1], keypoints)
         self.sharpness = nn.Parameter(torch.zeros(keypoints))
-        self.place = nn.Sequential(nn.Linear(2 + 16, width), nn.SiLU(), nn.Linear(width, width))
+        self.colour = nn.Linear(3, colours, bias=False)
+        nn.init.normal_(self.colour.weight, std=SHARP / 3**0.5)
+        self.place = nn.Sequential(nn.Linear(2 + 16 + text_width, width), nn.SiLU(), nn.Linear(width, width))
         self.what = nn.Linear(sizes[-1], width)
         self.patch = nn.Linear(sizes[-1], width)
-        self.keypoint_name = nn.Parameter(0.02 * torch.randn(keypoints, width))
+        self.keypoint_name = nn.Parameter(0.2 * torch.randn(keypoints + colours, width))
         self.patch_name = nn.Parameter(0.02 * torch.randn(patches * patches, width))
         self.view_name = nn.Parameter(0.02 * torch.randn(max_views, width))
         self.language = nn.Linear(text_width, width)
@@ -149,11 +158,19 @@ class TinyEncoder(nn.Module):
             x = stage(x, each)
         h, w, features = *x.shape[1:3], x.flatten(1, 2)
         weight = (self.heat(features).float() * self.sharpness.exp()).transpose(1, 2).softmax(-1)  # (b*v k h*w)
-        where = weight @ grid(h, w, x)
+        where = torch.cat([weight @ grid(h, w, x), self._colour_places(pictures.flatten(0, 1))], 1)
         angle = (where[..., None] * self.frequencies).flatten(2)
-        point = self.place(torch.cat([where, angle.sin(), angle.cos()], -1))
-        point = point + self.what(weight.to(features.dtype) @ features) + self.keypoint_name
+        meant = each[:, None].expand(-1, where.shape[1], -1)
+        point = self.place(torch.cat([where, angle.sin(), angle.cos(), meant], -1)) + self.keypoint_name
+        point[:, : self.keypoints] = point[:, : self.keypoints] + self.what(weight.to(features.dtype) @ features)
         coarse = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), self.patches).flatten(2).transpose(1, 2)
         patch = self.patch(coarse) + self.patch_name
         tokens = torch.cat([point, patch], 1).unflatten(0, (b, v)) + self.view_name[:v, None]
         return self.norm(tokens.flatten(1, 2)), self.norm(self.language(text)[:, None])
+
+    def _colour_places(self, pictures: UInt8[Tensor, "n h w 3"]) -> Float[Tensor, "n k 2"]:
+        """Where each direction in colour space peaks, on a grid half as fine as the picture."""
+        x = F.avg_pool2d(pictures.permute(0, 3, 1, 2).float() / 127.5 - 1, 2)
+        with torch.autocast(x.device.type, enabled=False):  # a pixel's place does not survive eight bits
+            heat = (self.colour.weight.float() @ x.flatten(2)).softmax(-1)
+            return heat @ grid(*x.shape[2:], x)

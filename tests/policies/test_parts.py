@@ -79,14 +79,25 @@ class Pool(torch.nn.Module):
 
 @pytest.mark.parametrize("size", [(24, 16), (17, 23)])
 def test_words_and_tokens(size):
-    encoder = TinyEncoder(width=12, channels=(4, 6), halvings=1, keypoints=5, patches=3, length=4)
+    encoder = TinyEncoder(width=12, channels=(4, 6), halvings=1, keypoints=5, colours=2, patches=3, length=4)
     words = encoder.words(["lift the red block", "Lift  the RED block", "block red the lift", "lift"])
     assert words.shape == (4, 8) and torch.equal(words[0], words[1]) and not torch.equal(words[0], words[2])
     assert (words[3, 2:] == 0).all()
     visual, language = encoder(torch.randint(0, 256, (4, 2, *size, 3), dtype=torch.uint8), words)
-    assert visual.shape == (4, 2 * (5 + 9), 12) and language.shape == (4, 1, 12)
+    assert visual.shape == (4, 2 * (5 + 2 + 9), 12) and language.shape == (4, 1, 12)
     assert torch.equal(language[0], language[1])
     assert not torch.allclose(language[0], language[2])
+
+
+def test_a_colour_keypoint_is_where_its_colour_is():
+    encoder = TinyEncoder(width=12, channels=(4, 6), halvings=1, keypoints=5, colours=2, patches=3)
+    encoder.colour.weight.data = 20 * torch.tensor([[1.0, -1, -1], [-1, -1, 1]])
+    picture = torch.full((1, 24, 32, 3), 128, dtype=torch.uint8)
+    picture[0, 4:8, 20:24] = torch.tensor([255, 0, 0], dtype=torch.uint8)
+    picture[0, 16:20, 8:12] = torch.tensor([0, 0, 255], dtype=torch.uint8)
+    red, blue = encoder._colour_places(picture)[0]
+    assert torch.allclose(red, torch.tensor([6 / 24, 22 / 32]) * 2 - 1, atol=1e-3)
+    assert torch.allclose(blue, torch.tensor([18 / 24, 10 / 32]) * 2 - 1, atol=1e-3)
 
 
 def test_shift_moves_whole_rows_and_repeats_the_border():
