@@ -52,6 +52,7 @@ def train_labeler(
     steps: int = 1000,
     batch_size: int = 6,
     lr: float = 1.5e-3,
+    muon_lr: float | None = None,
     warmup: int = 30,
     weight_decay: float = 0.01,
     betas: Sequence[float] = (0.9, 0.99),
@@ -96,10 +97,9 @@ def train_labeler(
             return {f"{key}_{part}": found[key][part] for key in ("r2", "mae") for part in found[key]
                     if found[key][part] is not None}  # fmt: skip
 
-        done = train(labeler, batches, out=out, steps=steps, lr=lr, warmup=warmup, weight_decay=weight_decay,
-                     betas=betas, clip=clip, ema=ema, precision=precision, replicas=replicas, seed=seed,
-                     validate=scores,
-                     validate_every=validate_every, checkpoint_every=checkpoint_every, log_every=log_every,
+        done = train(labeler, batches, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
+                     weight_decay=weight_decay, betas=betas, clip=clip, ema=ema, precision=precision,
+                     replicas=replicas, seed=seed, validate=scores, validate_every=validate_every, checkpoint_every=checkpoint_every, log_every=log_every,
                      name="train_labeler")  # fmt: skip
         calibration = labeler.calibrate(dataset, apart)
         labeler.save(out)
