@@ -50,6 +50,9 @@ class Replicas:
         self.forks: list = []
 
     def __enter__(self) -> "Replicas":
+        self.threads = torch.get_num_threads()
+        if self.count > 1:
+            torch.set_num_threads(1)  # a core each; also, a fork must not meet the threads of its parent
         context = multiprocessing.get_context("fork") if self.count > 1 else None
         for rank in range(1, self.count):
             mine, theirs = context.Pipe()
@@ -61,6 +64,7 @@ class Replicas:
         return self
 
     def __exit__(self, *error: object) -> None:
+        torch.set_num_threads(self.threads)
         for pipe in self.pipes:
             pipe.close()
         for fork in self.forks:

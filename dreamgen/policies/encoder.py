@@ -3,9 +3,9 @@
 A small picture leaves little room: a block at 64 px is four pixels wide and must be grasped to within one. So the tiny
 encoder keeps positions explicit. A convolution net, steered by the instruction (FiLM), draws one heat map per keypoint
 on a fine grid; a keypoint's token holds where its map peaks (soft argmax) and what is there; coarse patch tokens
-carry the rest of the scene. Colour keypoints do the same on the bare pixels with sharp maps: the place where a
-direction in colour space peaks is an object's place from the first step on, so a few hundred demonstrations suffice to
-learn which object an instruction means. Words are embedded as the sum of two hashed rows, so no vocabulary has to be kept.
+carry the rest of the scene. Colour keypoints do the same on the bare pixels with sharp maps: where a direction in
+colour space peaks there is an object from the first step on, and what is left to learn is which one an instruction
+means. Words are embedded as the sum of two hashed rows, so no vocabulary has to be kept.
 """
 
 import hashlib

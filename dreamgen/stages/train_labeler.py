@@ -99,8 +99,8 @@ def train_labeler(
 
         done = train(labeler, batches, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
                      weight_decay=weight_decay, betas=betas, clip=clip, ema=ema, precision=precision,
-                     replicas=replicas, seed=seed, validate=scores, validate_every=validate_every, checkpoint_every=checkpoint_every, log_every=log_every,
-                     name="train_labeler")  # fmt: skip
+                     replicas=replicas, seed=seed, validate=scores, validate_every=validate_every,
+                     checkpoint_every=checkpoint_every, log_every=log_every, name="train_labeler")  # fmt: skip
         calibration = labeler.calibrate(dataset, apart)
         labeler.save(out)
         found = score_labels(labeler.label(clips), actions, labeler.robot)
