@@ -9,7 +9,7 @@ import traceback
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
-MENDABLE = (ValueError, FileNotFoundError, TypeError, ImportError)  # what building a part from a configuration raises
+MENDABLE = (ValueError, OSError, TypeError, ImportError)  # what building a part from a configuration raises
 
 
 class speaking:
