@@ -41,7 +41,8 @@ def folder(tmp_path: Path) -> Path:
     """A run of a few steps: recordings, dreams of the same first frames, their labels."""
     action = np.stack([np.sin(np.arange(11) / 3), np.zeros(11)], 1).astype(np.float32)
     recorded = [Episode(instruction=text, state=action, action=action, video={"front": picture(11, k)},
-                        meta={"sim": "toy", "seed": 40 + k, "instruction": text}) for k, text in enumerate(TEXTS)]  # fmt: skip
+                        meta={"sim": "toy", "seed": 40 + k, "instruction": text})
+                for k, text in enumerate(TEXTS)]  # fmt: skip
     finish_dataset(tmp_path / "heldout", recorded, "collect")
     clips = ClipFolder(tmp_path / "dreams" / "clips")
     for k, text in enumerate(TEXTS):
