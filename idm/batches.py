@@ -105,6 +105,6 @@ class Batches:
             "video": torch.from_numpy(np.stack(video)),
             "action": torch.from_numpy(np.stack(action)).float(),
             "state": torch.from_numpy(np.stack(state)).float(),
-            "rows": torch.from_numpy(clock.rows),
+            "rows": clock.rows,
             "spacing": torch.tensor(float(clock.stride)),
         }

@@ -20,8 +20,8 @@ Half = Callable[[int, int], dict[str, float]]
 
 
 def share(batch: Any, rank: int, count: int) -> Any:
-    """The rows of `batch` that replica `rank` of `count` works on: a contiguous part of each tensor."""
-    if isinstance(batch, Tensor):
+    """The rows of `batch` that replica `rank` of `count` works on: a contiguous part of each tensor; single numbers as they are."""
+    if isinstance(batch, Tensor) and batch.ndim:
         return batch.tensor_split(count)[rank]
     if isinstance(batch, dict):
         return {key: share(value, rank, count) for key, value in batch.items()}
