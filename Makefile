@@ -13,7 +13,7 @@ demo: check
 	$(BIN)/python -m jobs.pipeline experiment=demo $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/ty check
