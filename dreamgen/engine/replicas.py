@@ -20,7 +20,7 @@ Half = Callable[[int, int], dict[str, float]]
 
 
 def share(batch: Any, rank: int, count: int) -> Any:
-    """The rows of `batch` that replica `rank` of `count` works on: a contiguous part of each tensor; single numbers as they are."""
+    """What replica `rank` of `count` works on: a contiguous part of each tensor's rows; single numbers as they are."""
     if isinstance(batch, Tensor) and batch.ndim:
         return batch.tensor_split(count)[rank]
     if isinstance(batch, dict):
