@@ -172,12 +172,13 @@ def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         start, period = stream.start_time or 0, 1 / (_rate(stream) * Fraction(stream.time_base or 1))
-        at = -1
+        at, frames = -1, container.decode(stream)
         for row in rows.tolist():
             if row > at + 1:
                 container.seek(start + round(row * period), stream=stream)
+                frames = container.decode(stream)  # one generator a run: a second one would flush the decoder again
             while row > at or row not in found:
-                frame = next(container.decode(stream), None)
+                frame = next(frames, None)
                 if frame is None:
                     raise ValueError(f"video {path} cannot be decoded: it ends before frame {row}")
                 at = round(((frame.pts or 0) - start) / period)

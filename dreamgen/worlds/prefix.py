@@ -141,8 +141,8 @@ class PrefixWorld(nn.Module):
         return {"ids": found.input_ids, "mask": found.attention_mask}
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "b l d"]:
-        """Text embeddings, zero past the end of each prompt, as the stock pipeline pads them."""
-        hidden = self.pipe.text_encoder(ids, mask).last_hidden_state
+        """Text embeddings in the transformer's dtype, zero past the end of each prompt, as in the stock pipeline."""
+        hidden = self.pipe.text_encoder(ids, mask).last_hidden_state.to(self.transformer.dtype)
         return hidden * mask.unsqueeze(-1).to(hidden.dtype)
 
     @torch.no_grad()
