@@ -24,6 +24,7 @@ from dreamgen.video.mp4 import count_frames, open_mp4, read_frames
 from dreamgen.video.tiling import resize, tile
 
 OPEN_FILES = 16
+_INHERITED: list[OrderedDict] = []  # decoders of a parent process, never used again
 
 
 class Dataset:
@@ -284,6 +285,7 @@ class Dataset:
     def _reader(self, path: Path):  # noqa: ANN202 (decord is imported where it is used)
         """An open decoder; the last few are kept, and none is shared with a forked process."""
         if self._owner != os.getpid():
+            _INHERITED.append(self._readers)  # closing them would wait for threads that did not follow the fork
             self._forget()
         if path in self._readers:
             self._readers.move_to_end(path)
