@@ -81,7 +81,7 @@ class Batches:
             made.append((index, rows, degrade(self.dataset.canvas(index, rows)), clock))
         return made
 
-    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+    def __call__(self, step: int) -> dict[str, torch.Tensor | np.ndarray]:
         rng = rng_for(self.seed, "labeler batch", step)
         clock = self.clocks[int(rng.integers(len(self.clocks)))]
         starts, share = self.starts[clock]
