@@ -45,7 +45,7 @@ def collect(
 
     sim: makes a simulator; must be picklable. source: "expert" keeps successes alone (failed seeds are counted), or
     all that it does with `keep_failures`;
-    "play" mixes random motion, experts with noise and bias, and experts of another instruction, failures included;
+    "play" mixes random motion and experts with noise and bias, failures included;
     "policy" runs `policy`, `execute` steps a chunk. Episode.meta: sim, instruction, seed, source, success.
 
     Raises ValueError for an unknown instruction or source, and for an expert that fails on 20 seeds in a row.
