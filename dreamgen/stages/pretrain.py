@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import WanImageToVideoPipeline
 from torch import Tensor
 
 from dreamgen.core.clock import Clock
@@ -20,7 +21,7 @@ from dreamgen.engine.progress import progress
 from dreamgen.engine.train import clear_state, train
 from dreamgen.video.metrics import psnr
 from dreamgen.worlds.autoencoder import Autoencoding
-from dreamgen.worlds.prefix import PrefixWorld
+from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
 from dreamgen.worlds.tiny import TinyLayout, build
 
 
@@ -60,6 +61,7 @@ def pretrain(
     out: Path,
     robot: Embodiment,
     layout: TinyLayout,
+    start: str | None = None,
     video_hz: str = "10",
     frames: int = 17,
     text_length: int = 32,
@@ -80,6 +82,7 @@ def pretrain(
 ) -> dict:
     """Train on `datasets` (their actions are not read); `heldout` only measures, and looks unlike all of them.
 
+    layout: sizes of a new pipeline. start: a pipeline to go on from instead ("tiny": the one that ships).
     out: a world model (`PrefixWorld.load`), bf16. Returns the manifest: PSNR of the VAE and validation losses.
     """
     parents = {f"dataset_{i}": d.root for i, d in enumerate(datasets)} | {"heldout": heldout.root}
@@ -92,7 +95,7 @@ def pretrain(
         clock = Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames)
         words = sorted({d.instruction(i) for d in datasets for i in range(len(d))})
         world = PrefixWorld(robot=robot, video_hz=video_hz, frames=frames, text_length=text_length,
-                            precision=precision, pipeline=build(layout, words, seed=seed))  # fmt: skip
+                            precision=precision, pipeline=_begin(start, layout, words, seed))  # fmt: skip
         vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), vae_batch,
                          steps=vae_steps, lr=vae_lr, muon_lr=vae_muon_lr, precision=precision, replicas=replicas,
                          seed=seed)  # fmt: skip
@@ -112,6 +115,15 @@ def pretrain(
         for part in ("vae", "transformer"):
             clear_state(out / part)
         return run.finish(vae=vae, transformer=losses, windows=len(pool), episodes=sum(len(d) for d in datasets))
+
+
+def _begin(start: str | None, layout: TinyLayout, words: list[str], seed: int) -> WanImageToVideoPipeline:
+    if start is None:
+        return build(layout, words, seed=seed)
+    pipeline = open_pipeline(start).to(torch.float32)
+    size = pipeline.vae.config.z_dim  # what `start` normalised its latents by is measured anew
+    pipeline.vae.register_to_config(latents_mean=[0.0] * size, latents_std=[1.0] * size)
+    return pipeline
 
 
 def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset, out: Path, clock: Clock, batch: int,

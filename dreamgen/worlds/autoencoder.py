@@ -17,7 +17,9 @@ def saliency(x: Float[Tensor, "b 3 t h w"], *, space: float, time: float) -> Flo
     """Weights with mean 1 per clip: 1 + space * |x - 9x9 mean| + time * |x - mean over frames|, both cut at .25."""
     b, _, t, h, w = x.shape
     flat = x.transpose(1, 2).flatten(0, 1)
-    near = F.avg_pool2d(flat, 9, 1, 4, count_include_pad=False).unflatten(0, (b, t)).transpose(1, 2)
+    for kernel, pad in (((9, 1), (4, 0)), ((1, 9), (0, 4))):  # a box is a column of rows: a fifth of the work
+        flat = F.avg_pool2d(flat, kernel, 1, pad, count_include_pad=False)
+    near = flat.unflatten(0, (b, t)).transpose(1, 2)
     stands_out = (x - near).abs().mean(1, keepdim=True).clamp(max=0.25) / 0.25
     moves = (x - x.mean(2, keepdim=True)).abs().mean(1, keepdim=True).clamp(max=0.25) / 0.25
     weight = 1 + space * stands_out + time * moves

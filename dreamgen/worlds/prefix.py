@@ -66,7 +66,7 @@ class PrefixWorld(nn.Module):
         self.clock = Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames)
         self.text_length, self.steps, self.guidance = text_length, steps, guidance
         self.negative_prompt, self.template = negative_prompt, template
-        self.pipe = pipeline if pipeline is not None else _open(locate(path))
+        self.pipe = pipeline if pipeline is not None else open_pipeline(path)
         if adapter is not None:
             self.pipe.load_lora_weights(adapter)
         self.transformer = self.pipe.transformer
@@ -274,7 +274,9 @@ class PrefixWorld(nn.Module):
         return tree_digest(where) if where.exists() else self.path
 
 
-def _open(path: str) -> WanImageToVideoPipeline:
+def open_pipeline(path: str) -> WanImageToVideoPipeline:
+    """The pipeline in a folder, on the hub, or "tiny". Raises ValueError where there is none of this family."""
+    path = locate(path)
     if Path(path).is_dir():
         index = Path(path) / "model_index.json"
         if not index.is_file():
