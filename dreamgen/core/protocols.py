@@ -53,6 +53,22 @@ class WorldModel(Protocol):
 
 
 @runtime_checkable
+class ActionWorldModel(Protocol):
+    """First frames and action streams to videos: what would have been seen."""
+
+    robot: Embodiment
+    clock: Clock
+
+    def dream_actions(self, prompts: Sequence[Prompt], actions: Sequence[np.ndarray]) -> list[Clip]:
+        """One clip per prompt under its own actions (s a), in the embodiment's units, in order.
+
+        A clip has the frames that its actions span: `clock.frames_in(s + 1)`. It depends on its own prompt and actions
+        alone, never on its batch. An empty instruction is none (classifier-free).
+        """
+        ...
+
+
+@runtime_checkable
 class Labeler(Protocol):
     """Videos to pseudo-actions."""
 
@@ -88,7 +104,9 @@ class Filter(Protocol):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Did a video fulfil its instruction?"""
+    """Did a video fulfil its instruction? At `threshold` and above its answer counts as yes."""
+
+    threshold: float
 
     def judge(self, clips: Sequence[Clip]) -> np.ndarray:
         """(b,) probability of success; nan abstains."""
