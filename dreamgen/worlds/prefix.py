@@ -184,12 +184,16 @@ class PrefixWorld(nn.Module):
         rows = [torch.randn(shape, generator=torch.Generator().manual_seed(p.seed)) for p in prompts]
         return torch.stack(rows).to(self.device)
 
-    @torch.no_grad()
     def dream(self, prompts: Sequence[Prompt], *, noise: Tensor | None = None) -> list[Clip]:
         """One clip per prompt, in order. Prompts with one first frame or instruction share its encoding.
 
         noise: (b c t h w) in place of the seeds'. Raises ValueError for a picture of another size than the canvas.
         """
+        return self.clips(prompts, self.decode(self.denoise(prompts, noise=noise)))
+
+    @torch.no_grad()
+    def denoise(self, prompts: Sequence[Prompt], *, noise: Tensor | None = None) -> Float[Tensor, "b c lt lh lw"]:
+        """The first part of `dream`: normalised latents of the clips, on the device; `decode` makes them pictures."""
         h, w = self.robot.canvas
         for prompt in prompts:
             if prompt.image.shape != (h, w, 3):
@@ -212,11 +216,14 @@ class PrefixWorld(nn.Module):
             return plain + self.guidance * (cond - plain)
 
         x = sample(model, self.noise(prompts) if noise is None else noise, self.pipe.scheduler, self.steps)
-        video = self.decode(torch.cat([first, x[:, :, 1:]], 2)).cpu().numpy()
+        return torch.cat([first, x[:, :, 1:]], 2)
+
+    def clips(self, prompts: Sequence[Prompt], frames: UInt8[Tensor, "b t h w 3"]) -> list[Clip]:
+        """The last part of `dream`: decoded frames with the provenance of their prompts."""
         return [
             Clip(id=p.id, video=v, video_hz=self.clock.video_hz, instruction=p.instruction, seed=p.seed, pair=p.pair,
                  state=p.state, origin=p.origin)
-            for p, v in zip(prompts, video, strict=True)
+            for p, v in zip(prompts, frames.cpu().numpy(), strict=True)
         ]  # fmt: skip
 
     def train_full(self) -> None:
