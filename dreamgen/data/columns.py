@@ -11,12 +11,12 @@ from dreamgen.core.embodiment import Embodiment, Part
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 REMEDY = "mend the episode, or set skip_bad=true to leave it out"
-TYPES = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}
+TYPES = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A numeric feature of k entries; k = 1 is stored as a scalar."""
+    """A feature of k numbers, or of one text; k = 1 is stored as a scalar."""
 
     dtype: str
     width: int
@@ -34,14 +34,20 @@ class Column:
         return value if self.width == 1 else {"feature": value, "length": self.width, "_type": "Sequence"}
 
     def array(self, values: np.ndarray) -> pa.Array:
+        if self.dtype == "string":
+            return pa.array([str(text) for text in values.reshape(-1)], pa.string())
         flat = pa.array(np.ascontiguousarray(values, dtype=self.dtype).reshape(-1), TYPES[self.dtype])
         return flat if self.width == 1 else pa.FixedSizeListArray.from_arrays(flat, self.width)
 
 
+def bookkeeping() -> dict[str, Column]:
+    """The columns that every table begins with."""
+    return {name: Column(dtype="float32" if name == "timestamp" else "int64", width=1) for name in BOOKKEEPING}
+
+
 def robot_columns(robot: Embodiment) -> dict[str, Column]:
     """The columns that every dataset of a robot has, in their order."""
-    columns = {"timestamp": Column(dtype="float32", width=1)}
-    columns |= dict.fromkeys(BOOKKEEPING[1:], Column(dtype="int64", width=1))
+    columns = bookkeeping()
     for key, parts in ((robot.state_key, robot.state), (robot.action_key, robot.action)):
         if parts:
             names = [p.name if p.width == 1 else f"{p.name}_{i}" for p in parts for i in range(p.width)]

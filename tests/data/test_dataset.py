@@ -12,7 +12,8 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import tree_digest
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
-from dreamgen.video.mp4 import Joined, read_mp4
+from dreamgen.video.mp4 import read_mp4
+from dreamgen.video.remux import Joined
 
 N = 5
 

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from dreamgen.video.metrics import psnr, ssim
-from dreamgen.video.mp4 import Joined, count_frames, encode, enlarge, read_mp4, write_mp4
+from dreamgen.video.mp4 import count_frames, encode, enlarge, read_mp4, write_mp4
+from dreamgen.video.remux import Joined
 
 T, H, W = 13, 40, 56
 

@@ -1,0 +1,114 @@
+"""What a dataset that is being written holds so far: rows, tasks, and the numbers that every format's tables repeat."""
+
+import json
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+
+from dreamgen.data import statistics
+from dreamgen.data.columns import Column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera:
+    """A video feature as it is stored: pixels of a frame, codec and pixel format as ffmpeg names them."""
+
+    height: int
+    width: int
+    codec: str
+    pix_fmt: str
+
+    def feature(self, fps: int | float) -> dict:
+        info = {"video.height": self.height, "video.width": self.width, "video.codec": self.codec,
+                "video.pix_fmt": self.pix_fmt, "video.fps": fps, "video.channels": 3, "video.is_depth_map": False,
+                "has_audio": False}  # fmt: skip
+        return {"dtype": "video", "shape": [self.height, self.width, 3], "names": ["height", "width", "channels"],
+                "info": info}  # fmt: skip
+
+    @classmethod
+    def of(cls, data: bytes) -> "Camera":
+        """What an mp4 file says of itself."""
+        import io
+
+        import av
+
+        with av.open(io.BytesIO(data)) as container:
+            context = container.streams.video[0].codec_context
+            return cls(height=context.height, width=context.width, codec=context.codec.canonical_name,
+                       pix_fmt=str(context.pix_fmt))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """An episode on its way to disk.
+
+    columns: all but the bookkeeping, (n k) each. texts: columns that say a text by its task index, in this order;
+    "task_index" is one of them. videos: one mp4 file of n frames per camera, histograms: of its pixels (3 256).
+    """
+
+    rows: int
+    columns: dict[str, np.ndarray]
+    texts: dict[str, list[str]]
+    videos: dict[str, bytes]
+    histograms: dict[str, np.ndarray]
+    meta: dict = field(default_factory=dict)
+
+
+@dataclass(kw_only=True, eq=False)
+class Ledger:
+    """Counts and tasks of the episodes that were entered, one after another.
+
+    columns: of the tables, in order, the bookkeeping first. meta: of each episode.
+    """
+
+    rate: Fraction
+    columns: dict[str, Column] = field(default_factory=dict)
+    cameras: dict[str, Camera] = field(default_factory=dict)
+    tasks: dict[str, int] = field(default_factory=dict)
+    rows: int = 0
+    episodes: int = 0
+    meta: list[dict] = field(default_factory=list)
+    histograms: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def fps(self) -> int | float:
+        return int(self.rate) if self.rate.denominator == 1 else float(self.rate)
+
+    def enter(self, item: Item) -> tuple[dict[str, np.ndarray], list[str], dict[str, dict]]:
+        """All columns of an episode (n k), the texts that it names, and its statistics per feature."""
+        rows, count = item.rows, np.arange(item.rows)
+        values = {
+            "timestamp": (count / float(self.rate)).astype(np.float32),
+            "frame_index": count,
+            "episode_index": np.full(rows, self.episodes),
+            "index": self.rows + count,
+        }
+        for name, texts in item.texts.items():
+            values[name] = np.array([self.tasks.setdefault(text, len(self.tasks)) for text in texts], np.int64)
+        values |= item.columns
+        values = {name: np.asarray(values[name]).reshape(rows, -1) for name in self.columns}
+        found = {key: statistics.of_pictures(counts, rows) for key, counts in item.histograms.items()}
+        for name, column in self.columns.items():
+            if column.dtype != "string":
+                found[name] = statistics.of_numbers(values[name])
+        for key, counts in item.histograms.items():
+            self.histograms[key] = self.histograms.get(key, 0) + counts
+            self.cameras.setdefault(key, Camera.of(item.videos[key]))
+        self.rows, self.episodes = self.rows + rows, self.episodes + 1
+        self.meta.append(item.meta)
+        return values, list(dict.fromkeys(text for texts in item.texts.values() for text in texts)), found
+
+    def picture_stats(self) -> dict[str, dict]:
+        """Statistics of all pictures, per camera."""
+        return {key: statistics.of_pictures(counts, self.rows) for key, counts in self.histograms.items()}
+
+    def features(self) -> dict[str, dict]:
+        """The features of `info.json`: cameras, then columns."""
+        cameras = {key: camera.feature(self.fps) for key, camera in self.cameras.items()}
+        return cameras | {name: column.feature() for name, column in self.columns.items()}
+
+    def provenance(self) -> dict[int, dict]:
+        """Episode index to the columns under which a format keeps what is known of an episode's making."""
+        return {i: {"source": str(meta.get("source", "")), "provenance": json.dumps(meta, sort_keys=True)}
+                for i, meta in enumerate(self.meta)}  # fmt: skip
