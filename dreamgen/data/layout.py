@@ -21,7 +21,7 @@ PROVENANCE = "meta/provenance.jsonl"
 class Entry:
     """One episode: `first` is its first row in the parquet file `data`; videos: key to (file, first frame, frames).
 
-    frames of a video is None where the whole file is the episode.
+    frames of a video is None where the whole file is the episode. meta: provenance that the index itself tells.
     """
 
     index: int
@@ -30,6 +30,7 @@ class Entry:
     data: Path
     first: int | None
     videos: dict[str, tuple[Path, int, int | None]]
+    meta: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def _read_v2(root: Path, version: str, info: dict) -> Layout:
         videos = {key: (root / info["video_path"].format(video_key=key, **place), 0, None) for key in cameras(info)}
         data = root / info["data_path"].format(**place)
         entries.append(Entry(index=index, length=int(row["length"]), tasks=row.get("tasks", []), data=data, first=None,
-                             videos=videos))  # fmt: skip
+                             videos=videos, meta=_provenance(row)))  # fmt: skip
     mended = _check_totals(info, entries, tasks)
     return Layout(root=root, version=version, info=info, tasks=tasks, entries=entries, mended=mended)
 
@@ -150,10 +151,19 @@ def _read_v3(root: Path, version: str, info: dict) -> Layout:
         entries.append(
             Entry(index=int(row["episode_index"]), length=int(row.get("length", length)), tasks=row.get("tasks") or [],
                   data=root / info["data_path"].format(chunk_index=chunk, file_index=file),
-                  first=row["dataset_from_index"] - starts[chunk, file], videos=videos)
+                  first=row["dataset_from_index"] - starts[chunk, file], videos=videos, meta=_provenance(row))
         )  # fmt: skip
     mended = _check_totals(info, entries, tasks)
     return Layout(root=root, version=version, info=info, tasks=tasks, entries=entries, mended=mended)
+
+
+def _provenance(row: dict) -> dict:
+    """What a row of the episode list says of an episode's making: our own column, JSON."""
+    try:
+        found = json.loads(row.get("provenance") or "{}")
+    except (TypeError, json.JSONDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _read_tasks(path: Path) -> dict[int, object]:

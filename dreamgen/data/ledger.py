@@ -76,7 +76,7 @@ class Ledger:
         return int(self.rate) if self.rate.denominator == 1 else float(self.rate)
 
     def enter(self, item: Item) -> tuple[dict[str, np.ndarray], list[str], dict[str, dict]]:
-        """All columns of an episode (n k), the texts that it names, and its statistics per feature."""
+        """All columns of an episode (n k), its tasks, and its statistics per feature."""
         rows, count = item.rows, np.arange(item.rows)
         values = {
             "timestamp": (count / float(self.rate)).astype(np.float32),
@@ -97,7 +97,7 @@ class Ledger:
             self.cameras.setdefault(key, Camera.of(item.videos[key]))
         self.rows, self.episodes = self.rows + rows, self.episodes + 1
         self.meta.append(item.meta)
-        return values, list(dict.fromkeys(text for texts in item.texts.values() for text in texts)), found
+        return values, list(dict.fromkeys(item.texts["task_index"])), found
 
     def picture_stats(self) -> dict[str, dict]:
         """Statistics of all pictures, per camera."""

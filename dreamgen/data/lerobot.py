@@ -17,9 +17,9 @@ from jaxtyping import UInt8
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
-from dreamgen.core.manifest import read_json
 from dreamgen.data.columns import BOOKKEEPING, REMEDY, check_instruction, check_numbers, read_column
-from dreamgen.data.layout import CONTRACT, PROVENANCE, Entry, cameras, locate, read_jsonl, read_layout
+from dreamgen.data.fit import absent_cameras, misfits
+from dreamgen.data.layout import PROVENANCE, Entry, locate, read_jsonl, read_layout
 from dreamgen.video.mp4 import count_frames, open_mp4, read_frames
 from dreamgen.video.tiling import resize, tile
 
@@ -54,8 +54,10 @@ class Dataset:
         self.info, self.version, self.mended = layout.info, layout.version, list(layout.mended)
         self.tasks = layout.tasks
         self.skipped: dict[int, str] = {}
-        self._require_robot()
-        self._note_cameras(layout.entries)
+        for misfit in misfits(self.root, self.info, robot):
+            raise ValueError(misfit)
+        absent = absent_cameras(self.root, self.info, robot, layout.entries)
+        self.mended += [f"camera '{key}' is listed and not on disk; left out" for key in absent]
         self._extra = [
             key
             for key, feature in self.info["features"].items()
@@ -70,16 +72,14 @@ class Dataset:
         self._episodes: list[Episode] = []
         self._notes: dict[str, int] = {}
         self._counts: dict[Path, int] = {}
-        table = (None, None)
+        self._table: tuple[Path, pa.Table] | None = None
         chosen = [entry for entry in layout.entries if episodes is None or entry.index in episodes]
         if absent := sorted(set(episodes or ()) - {entry.index for entry in chosen}):
             raise ValueError(f"{self.root} has no episode {', '.join(map(str, absent))}; it lists "
                              f"{len(layout.entries)} episodes")  # fmt: skip
         for entry in chosen:
             try:
-                if table[0] != entry.data:
-                    table = (entry.data, self._read_table(entry.data))
-                episode = self._load(entry, table[1], metas.get(entry.index, {}))
+                episode = self._load(entry, self._rows(entry), metas.get(entry.index, entry.meta))
             except ValueError as error:
                 if not skip_bad:
                     raise ValueError(f"episode {entry.index} of {self.root}: {error}; {REMEDY}") from error
@@ -87,7 +87,7 @@ class Dataset:
                 continue
             self._entries.append(entry)
             self._episodes.append(episode)
-        everywhere = len(chosen)
+        everywhere, self._table = len(chosen), None
         self.mended += [note if n == everywhere else f"{note} ({n} episodes)" for note, n in self._notes.items()]
         if not self._episodes:
             reasons = "; ".join(f"episode {i}: {why}" for i, why in list(self.skipped.items())[:3])
@@ -120,6 +120,14 @@ class Dataset:
         """State, action, extra columns and meta of episode i; its video is empty, see `views`."""
         return self._episodes[i]
 
+    def entry(self, i: int) -> Entry:
+        """Where the parts of episode i lie on disk."""
+        return self._entries[i]
+
+    def table(self, i: int) -> pa.Table:
+        """The rows of episode i as they are stored, with all columns."""
+        return self._rows(self._entries[i])
+
     def views(self, i: int, rows: Sequence[int] | np.ndarray | None = None) -> dict[str, UInt8[np.ndarray, "t h w 3"]]:
         """Pictures of episode i at `rows` (default all), {view: (t h w 3)}, at the size of the embodiment's views.
 
@@ -147,42 +155,6 @@ class Dataset:
         """States of all episodes (n d), for statistics."""
         return np.concatenate([episode.state for episode in self._episodes])
 
-    def _require_robot(self) -> None:
-        """The dataset as a whole must fit the embodiment."""
-        robot, features = self.robot, self.info["features"]
-        if (self.root / CONTRACT).is_file():
-            robot.require(read_json(self.root / CONTRACT)["contract"], str(self.root))
-        fps = Fraction(str(self.info["fps"]))
-        if abs(fps / robot.rate - 1) > Fraction(1, 1000):
-            raise ValueError(f"{self.root} was recorded at {float(fps):g} Hz, embodiment '{robot.name}' says robot_hz "
-                             f"{robot.robot_hz}; set robot_hz to the rate of the recording")  # fmt: skip
-        for key, parts in ((robot.state_key, robot.state), (robot.action_key, robot.action)):
-            if not parts:
-                continue
-            if key not in features:
-                raise ValueError(f"{self.root} has no feature '{key}', which embodiment '{robot.name}' reads; it has "
-                                 f"{sorted(features)}")  # fmt: skip
-            shape = list(features[key].get("shape", []))
-            if shape != [parts[-1].stop]:
-                raise ValueError(
-                    f"'{key}' of {self.root} is {shape}, embodiment '{robot.name}' expects [{parts[-1].stop}] "
-                    f"({_widths(parts)}); choose the embodiment it was made with"
-                )
-        for view in robot.views:
-            if view.key not in cameras(self.info):
-                raise ValueError(f"{self.root} has no video '{view.key}' for view '{view.name}' of embodiment "
-                                 f"'{robot.name}'; it has {cameras(self.info)}")  # fmt: skip
-
-    def _note_cameras(self, entries: list[Entry]) -> None:
-        used = {view.key: view for view in self.robot.views}
-        for key in cameras(self.info):
-            if any(key in entry.videos and entry.videos[key][0].exists() for entry in entries):
-                continue
-            if key in used and entries:
-                raise ValueError(f"{self.root}: camera '{key}' (view '{used[key].name}' of embodiment "
-                                 f"'{self.robot.name}') is listed and no video of it is on disk")  # fmt: skip
-            self.mended.append(f"camera '{key}' is listed and not on disk; left out")
-
     def _read_table(self, path: Path) -> pa.Table:
         if not path.is_file():
             raise ValueError(f"{path} is missing")
@@ -191,12 +163,16 @@ class Dataset:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
 
+    def _rows(self, entry: Entry) -> pa.Table:
+        """All columns of an episode; the file that was read last is kept."""
+        kept = self._table
+        if kept is None or kept[0] != entry.data:
+            kept = self._table = (entry.data, self._read_table(entry.data))
+        return kept[1] if entry.first is None else kept[1].slice(entry.first, entry.length)
+
     def _load(self, entry: Entry, table: pa.Table, meta: dict) -> Episode:
         """Check one episode and take its columns."""
-        robot = self.robot
-        if entry.first is not None:
-            table = table.slice(entry.first, entry.length)
-        rows = table.num_rows
+        robot, rows = self.robot, table.num_rows
         if rows == 0:
             raise ValueError("it has zero length")
         self._check_videos(entry, rows)
@@ -301,12 +277,8 @@ class Dataset:
         self._lock = threading.RLock()
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock", "_owner")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock", "_owner", "_table")}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, _table=None)
         self._forget()
-
-
-def _widths(parts: Sequence[Part]) -> str:
-    return ", ".join(f"{part.name} {part.width}" for part in parts)

@@ -6,6 +6,7 @@ join as well as those without, and no picture changes.
 """
 
 import io
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,12 @@ def cut(path: Path, first: int, frames: int) -> bytes | None:
                 packet.pts, packet.dts, packet.duration = rank, k - delay, 1
                 target.mux(packet)
     return buffer.getvalue()
+
+
+def decoded(data: bytes) -> Iterator[np.ndarray]:
+    """The frames (h w 3) uint8 of an mp4 file in memory, one by one."""
+    import av
+
+    with av.open(io.BytesIO(data)) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")

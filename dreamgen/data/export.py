@@ -1,0 +1,150 @@
+"""Any dataset that can be read, written anew in another format: v3.0, v2.1, or the GR00T flavour of v2.1.
+
+Pictures are copied packet by packet; only a part that does not begin with a key frame is encoded again. Columns,
+provenance and annotations come along; what the reader mended is written as mended. Statistics are of the data.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dreamgen.core.manifest import read_json, write_json
+from dreamgen.data import groot, statistics
+from dreamgen.data.columns import BOOKKEEPING, Column, read_column, robot_columns
+from dreamgen.data.files_v2 import Files as FilesV2
+from dreamgen.data.files_v3 import Files as FilesV3
+from dreamgen.data.layout import CONTRACT, Entry, cameras
+from dreamgen.data.ledger import Item, Ledger
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import in_order, start, store
+from dreamgen.video.mp4 import count_frames, encode, read_mp4
+from dreamgen.video.remux import cut, decoded
+
+FORMATS = ("v3.0", "v2.1", "groot")
+DTYPES = {"float16": "float32", "float64": "float32", "int32": "int64", "int16": "int64", "int8": "int64",
+          "uint8": "int64"}  # fmt: skip
+
+
+def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", horizon: int = 16, codec: str = "h264",
+                   workers: int = 1) -> dict:  # fmt: skip
+    """Write all kept episodes of `data` to a new dataset at `out`.
+
+    format: "v3.0", "v2.1" or "groot". horizon: rows of a chunk for which GR00T's relative statistics are computed.
+    codec: for what must be encoded again.
+
+    Returns {"episodes", "frames", "encoded": videos that were encoded again, "left_out": columns and cameras}.
+    Raises ValueError for an unknown format, and if `out` holds a finished dataset.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format is '{format}'; expected one of {', '.join(FORMATS)}")
+    start(out, workers)
+    source = _Source(data, format, codec)
+    ledger = Ledger(rate=data.rate, columns=source.columns)
+    contract = read_json(data.root / CONTRACT)["contract"] if (data.root / CONTRACT).is_file() else None
+    robot_type = str(data.info.get("robot_type") or data.robot.name)
+    if format == "v3.0":
+        files: Any = FilesV3(out, ledger, robot_type=robot_type, contract=contract)
+    else:
+        files = FilesV2(out, ledger, robot_type=robot_type, contract=contract, groot=format == "groot")
+
+    def flavour() -> None:
+        if format != "groot":
+            return
+        meta, episodes = Path(out) / "meta", [data.episode(i) for i in range(len(data))]
+        write_json(meta / "modality.json", groot.modality(data.robot, source.cameras, source.annotations))
+        write_json(meta / "stats.json", groot.stats(files.numbers()))
+        relative = groot.relative_stats(data.robot, [episode.state for episode in episodes],
+                                        [episode.action for episode in episodes], horizon)  # fmt: skip
+        if relative:
+            write_json(meta / "relative_stats.json", relative)
+
+    store(out, files, in_order(source.item, iter(range(len(data))), workers), data.skipped, flavour)
+    return {"episodes": ledger.episodes, "frames": ledger.rows, "encoded": source.encoded, "left_out": source.left_out}
+
+
+class _Source:
+    """Episodes of a dataset as items."""
+
+    def __init__(self, data: Dataset, format: str, codec: str) -> None:
+        self.data, self.codec, self.encoded, self.left_out = data, codec, 0, []
+        entries, features = [data.entry(i) for i in range(len(data))], data.info["features"]
+        views = [view.key for view in data.robot.views]
+        self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)]
+        columns = robot_columns(data.robot)
+        present = data.table(0).column_names
+        self.annotations = [name for name in present if name.startswith("annotation.") and self._is_text(name)]
+        for name, feature in features.items():
+            if name in columns or name in cameras(data.info):
+                continue
+            if name in self.annotations:
+                columns[name] = Column(dtype="int64", width=1)
+            elif name in present and len(feature.get("shape", [1])) == 1 and _dtype(feature) is not None:
+                columns[name] = Column(dtype=_dtype(feature) or "", width=int(feature.get("shape", [1])[0]),
+                                       names=feature.get("names"))  # fmt: skip
+        if format == "groot":
+            for name in (groot.DESCRIPTION, groot.VALIDITY):
+                columns.setdefault(name, Column(dtype="int64", width=1))
+                self.annotations += [name] * (name not in self.annotations)
+        self.columns = columns
+        self.left_out = [name for name in features if name not in columns and name not in self.cameras]
+
+    def _is_text(self, name: str) -> bool:
+        """Whether a column holds task indices in every episode."""
+        tables = (self.data.table(i) for i in range(len(self.data)))
+        return all(name in t.column_names and pa.types.is_integer(t[name].type)
+                   and set(t[name].unique().to_pylist()) <= self.data.tasks.keys() for t in tables)  # fmt: skip
+
+    def item(self, i: int) -> Item:
+        """Episode i, with its pictures' histograms."""
+        data, episode, table = self.data, self.data.episode(i), self.data.table(i)
+        rows, robot = len(episode.action), data.robot
+        known = {robot.state_key: episode.state, robot.action_key: episode.action, **episode.extra}
+        texts = {"task_index": [episode.instruction] * rows}
+        for name in self.annotations:
+            if name in table.column_names and name != groot.DESCRIPTION:
+                texts[name] = [str(data.tasks[k]) for k in table[name].to_pylist()]
+            else:
+                texts[name] = [groot.VALID if name == groot.VALIDITY else episode.instruction] * rows
+        columns = {}
+        for name, column in self.columns.items():
+            if name in (*BOOKKEEPING, *texts):
+                continue
+            if name not in known and name not in table.column_names:
+                raise ValueError(f"episode {data.index(i)} of {data.root} has no column '{name}', the first one has")
+            columns[name] = known[name] if name in known else _values(table, name, column)
+        videos = {key: self._video(i, key, rows) for key in self.cameras}
+        counts = {key: sum(statistics.histogram(frame[None]) for frame in decoded(video))
+                  for key, video in videos.items()}  # fmt: skip
+        return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, meta=episode.meta)
+
+    def _video(self, i: int, key: str, rows: int) -> bytes:
+        path, first, frames = self.data.entry(i).videos[key]
+        if frames is None:
+            return path.read_bytes()
+        piece = cut(path, first, rows)
+        if piece is None:
+            self.encoded += 1
+            piece = encode(read_mp4(path, np.arange(first, first + rows)), self.data.rate, codec=self.codec)
+        return piece
+
+
+def _has(entry: Entry, key: str) -> bool:
+    """Whether an episode has a video of a camera, as long as the episode."""
+    if key not in entry.videos or not entry.videos[key][0].is_file():
+        return False
+    path, _, frames = entry.videos[key]
+    return (count_frames(path) if frames is None else frames) == entry.length
+
+
+def _dtype(feature: dict) -> str | None:
+    dtype = str(feature.get("dtype"))
+    dtype = DTYPES.get(dtype, dtype)
+    return dtype if dtype in ("float32", "int64", "bool", "string") else None
+
+
+def _values(table: pa.Table, name: str, column: Column) -> np.ndarray:
+    if column.dtype == "string":
+        return np.array(table[name].to_pylist(), dtype=object)[:, None]
+    return read_column(table, name)

@@ -1,0 +1,60 @@
+"""What the GR00T flavour of LeRobot v2.1 adds: where the parts lie, annotation columns, and its own statistics.
+
+`meta/modality.json` and `meta/stats.json` are what `LeRobotSingleDataset` (N1, N1.5) and `LeRobotEpisodeLoader` (N1.6)
+of NVIDIA/Isaac-GR00T read; `meta/relative_stats.json` is what its `gr00t/data/stats.py` would compute for actions that
+are taken relative to the state.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.data import statistics
+
+DESCRIPTION, VALIDITY = "annotation.human.action.task_description", "annotation.human.validity"
+VALID = "valid"  # the text that NVIDIA's own files name as the validity of a good episode
+STATS = ("mean", "std", "min", "max", "q01", "q99")  # one value per entry each: GR00T slices all that it finds
+
+
+def modality(robot: Embodiment, cameras: Sequence[str], annotations: Sequence[str]) -> dict:
+    """`modality.json`: parts by name, views by name (other cameras by the end of their key), annotation columns."""
+    names = {view.key: view.name for view in robot.views}
+    return {
+        "state": {part.name: _part(part, robot.state_key) for part in robot.state},
+        "action": {part.name: _part(part, robot.action_key) for part in robot.action},
+        "video": {names.get(key, key.rpartition(".")[2]): {"original_key": key} for key in cameras},
+        "annotation": {name.removeprefix("annotation."): {"original_key": name} for name in annotations},
+    }
+
+
+def _part(part: Part, key: str) -> dict:
+    found = {"start": part.start, "end": part.stop, "original_key": key, "absolute": part.kind != "delta",
+             "dtype": "float32"}  # fmt: skip
+    return found | ({"range": list(part.limits)} if part.limits is not None else {})
+
+
+def stats(numbers: dict[str, dict]) -> dict[str, dict]:
+    """`stats.json` from the statistics of all columns."""
+    return {name: {key: found[key] for key in STATS} for name, found in numbers.items()}
+
+
+def relative_stats(robot: Embodiment, states: Sequence[np.ndarray], actions: Sequence[np.ndarray],
+                   horizon: int) -> dict[str, dict]:  # fmt: skip
+    """Per part that sets a state part by value: statistics (horizon, width) of `action[t + h] - state[t]`.
+
+    states (s d) and actions (s a) of each episode; rows without `horizon` rows after them are left out, as there.
+    Empty where no part is absolute or no episode is long enough.
+    """
+    where, found = {part.name: part.slice for part in robot.state}, {}
+    usable = [(state, action) for state, action in zip(states, actions, strict=True) if len(action) >= horizon]
+    for part in robot.action:
+        if part.kind != "absolute" or part.moves is None or not usable:
+            continue
+        rows = []
+        for h in range(horizon):
+            moved = [action[h : len(action) - horizon + 1 + h, part.slice]
+                     - state[: len(state) - horizon + 1, where[part.moves]] for state, action in usable]  # fmt: skip
+            rows.append(statistics.of_numbers(np.concatenate(moved)))
+        found[part.name] = {key: [row[key] for row in rows] for key in STATS}
+    return found

@@ -1,0 +1,23 @@
+"""A dataset -> the same episodes in the format that another program reads."""
+
+from pathlib import Path
+
+from dreamgen.core.manifest import Stage
+from dreamgen.data.export import export_dataset
+from dreamgen.data.lerobot import Dataset
+
+
+def export(data: Dataset, *, out: Path, format: str = "v3.0", horizon: int = 16, codec: str = "h264",
+           workers: int = 1, record: dict) -> dict:  # fmt: skip
+    """Write the episodes of `data` to `out` as LeRobot "v3.0", "v2.1" or "groot" (v2.1 with what GR00T adds).
+
+    horizon: rows of an action chunk for which GR00T's relative statistics are computed. codec: "h264" or "av1", for
+    videos that cannot be copied. The manifest says what was mended, skipped, left out and encoded again.
+
+    Raises ValueError for an unknown format.
+    """
+    with Stage(out, "export", config=record, parents={"data": data.root}) as run:
+        if run.complete:
+            return run.manifest()
+        found = export_dataset(data, out, format=format, horizon=horizon, codec=codec, workers=workers)
+        return run.finish(**found, mended=data.mended, skipped=data.skipped)
