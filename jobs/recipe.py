@@ -40,6 +40,9 @@ class Recipe:
     prompts: Any = None
     labeler: Any = None
     policy: Any = None
+    protocol: Any = None  # of the policy server
+    filter: Any = None  # name to filter
+    judge: Any = None
     stage: Any = None
     launcher: Any = None
     experiment: Any = None

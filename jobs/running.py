@@ -24,7 +24,8 @@ from jobs.recipe import load, register
 ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # where and how a stage runs, which never changes its result: not part of what a manifest remembers. The inputs of a
 # stage are remembered by what they hold (their fingerprints), not by where they lie.
-PLACES = frozenset("out root path folder parent clips dreams counterfactuals demos heldout labels".split())
+PLACES = frozenset("out root path folder parent clips dreams dream_clips counterfactuals demos heldout labels scored "
+                   "truth".split())  # fmt: skip
 MANNER = frozenset("workers shard num_shards command cache_mb memory_gb checkpoint_every description".split())
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]

@@ -1,0 +1,148 @@
+"""A judge of success: (video, instruction) to a probability, a small classifier over any vision-language encoder.
+
+A few frames spread over the clip, the first and the last among them, are encoded under the instruction; each token is
+shown beside its change since the first frame, and a query attends to all. The logit is calibrated on held-out episodes
+(Platt: probability = sigmoid(slope * logit + offset)). An instruction it was not trained on gets nan.
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamgen.core.clip import Clip
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import read_json, replacing, write_json
+from dreamgen.filters.rates import Rates
+from dreamgen.video.sheet import evenly
+from dreamgen.video.tiling import untile
+
+ALLOWED = "dreamgen.policies."  # classes of encoders that a checkpoint may name: a name in a checkpoint is code
+
+
+class VideoJudge(nn.Module):
+    """Judges clips of `robot` of any length.
+
+    encoder: as of a policy (`words`, tokens of `width`, `config`). instructions: those it is trained on. frames: that
+    it looks at. threshold, slope, offset: from calibration. rates: its tpr and tnr, {"real": ..., "dreamt": ...}.
+    """
+
+    name = "judge"
+
+    def __init__(self, *, robot: Embodiment, encoder: nn.Module, instructions: Sequence[str] = (), frames: int = 6,
+                 layers: int = 2, heads: int = 4, dropout: float = 0.1, threshold: float = 0.5, slope: float = 1.0,
+                 offset: float = 0.0, rates: dict | None = None) -> None:  # fmt: skip
+        super().__init__()
+        if frames < 2:
+            raise ValueError(f"a judge compares at least 2 frames, got frames={frames}")
+        self.robot, self.encoder, self.instructions = robot, encoder, tuple(instructions)
+        self.config = dict(frames=frames, layers=layers, heads=heads, dropout=dropout)
+        self.frames, self.threshold, self.slope, self.offset = frames, threshold, slope, offset
+        self.rates = {name: Rates(**found) for name, found in (rates or {}).items()}
+        width = encoder.width
+        self.token = nn.Linear(2 * width, width)
+        self.time = nn.Parameter(0.02 * torch.randn(frames, width))
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        layer = nn.TransformerDecoderLayer(width, heads, 2 * width, dropout, "gelu", batch_first=True, norm_first=True)
+        self.attend = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, pictures: UInt8[Tensor, "b t v h w 3"], words: Int64[Tensor, "b l"]) -> Float[Tensor, " b"]:
+        """The logit of success, not calibrated."""
+        b, t = pictures.shape[:2]
+        seen, said = self.encoder(pictures.flatten(0, 1), words.repeat_interleave(t, 0))
+        seen, said = seen.unflatten(0, (b, t)), said.unflatten(0, (b, t))[:, 0]
+        y = self.token(torch.cat([seen, seen - seen[:, :1]], -1)) + self.time[:t, None]
+        query = self.query + said.mean(1, keepdim=True)
+        return self.out(self.attend(query, torch.cat([y.flatten(1, 2), said], 1)))[:, 0, 0].float()
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy of (pictures, words, success)."""
+        logit = self(batch["pictures"], batch["words"])
+        right = ((logit > 0) == (batch["success"] > 0.5)).float().mean()
+        return F.binary_cross_entropy_with_logits(logit, batch["success"]), {"accuracy": right}
+
+    def pictures(self, video: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
+        """What it looks at of a canvas video (t H W 3): (frames v h w 3); short clips hold their last frame."""
+        chosen = evenly(len(video), self.frames) if chosen is None else chosen
+        chosen = np.pad(chosen, (0, self.frames - len(chosen)), mode="edge")
+        views = untile(self.robot, video[chosen])
+        return np.stack([views[view.name] for view in self.robot.views], axis=1)
+
+    @torch.no_grad()
+    def logits(self, clips: Sequence[Clip], batch_size: int = 16) -> np.ndarray:
+        """(b,) not calibrated, of any instruction. ValueError names a clip that is not of the robot's canvas."""
+        device, training, found = self.out.weight.device, self.training, []
+        self.eval()
+        for clip in clips:
+            if clip.video.shape[1:] != (*self.robot.canvas, 3):
+                raise ValueError(f"clip '{clip.id}' has frames of {clip.video.shape[1:3]}, the judge looks at "
+                                 f"{self.robot.canvas} of robot '{self.robot.name}'; give it clips of that robot")
+        for start in range(0, len(clips), batch_size):
+            part = clips[start : start + batch_size]
+            pictures = torch.from_numpy(np.stack([self.pictures(clip.video) for clip in part])).to(device)
+            words = self.encoder.words([clip.instruction for clip in part]).to(device)
+            found.append(self(pictures, words).double().cpu().numpy())
+        self.train(training)
+        return np.concatenate(found) if found else np.zeros(0)
+
+    def calibrated(self, logits: np.ndarray) -> np.ndarray:
+        """Logits to probabilities."""
+        return 1 / (1 + np.exp(-np.clip(self.slope * logits + self.offset, -50, 50)))
+
+    def judge(self, clips: Sequence[Clip]) -> np.ndarray:
+        """(b,) probability of success; nan for an instruction that it was not trained on."""
+        known = np.array([clip.instruction in self.instructions for clip in clips], bool)
+        found = np.full(len(clips), np.nan)
+        found[known] = self.calibrated(self.logits([clip for clip, yes in zip(clips, known, strict=True) if yes]))
+        return found
+
+    def save(self, path: Path) -> None:
+        """config.json, contract.json, model.safetensors."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        target = f"{type(self.encoder).__module__}.{type(self.encoder).__qualname__}"
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        with replacing(path / "model.safetensors") as temporary:
+            save_file(weights, temporary)
+        write_json(path / "contract.json", self.robot.contract())
+        write_json(path / "config.json", {
+            **self.config, "instructions": list(self.instructions), "threshold": self.threshold, "slope": self.slope,
+            "offset": self.offset, "rates": {name: vars(rates) for name, rates in self.rates.items()},
+            "encoder": {"_target_": target, **self.encoder.config},
+        })  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path | str, *, robot: Embodiment | None = None) -> "VideoJudge":
+        """The judge saved at `path`; ValueError: missing, broken, or trained on another robot than `robot`."""
+        path = Path(path)
+        if not path.is_dir():
+            raise ValueError(f"judge {path} does not exist; run train_judge first, or mend the path")
+        config, contract = read_json(path / "config.json"), read_json(path / "contract.json")
+        if robot is not None:
+            robot.require(contract, f"judge {path}")
+        encoder = _encoder(config.pop("encoder"), path)
+        self = cls(robot=robot or Embodiment.from_contract(contract), encoder=encoder, **config)
+        try:
+            self.load_state_dict(load_file(path / "model.safetensors"), strict=True)
+        except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+            raise ValueError(f"the weights of judge {path} do not load: {error}. Run train_judge again.") from error
+        self.path = path
+        return self.eval()
+
+
+def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
+    arguments = dict(config)
+    module, _, name = arguments.pop("_target_").rpartition(".")
+    if not f"{module}.".startswith(ALLOWED):
+        raise ValueError(f"{path}/config.json names the encoder {module}.{name}; only classes of {ALLOWED[:-1]} are "
+                         f"loaded: a name in a checkpoint is code")  # fmt: skip
+    return getattr(importlib.import_module(module), name)(**arguments)

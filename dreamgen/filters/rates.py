@@ -1,0 +1,81 @@
+"""What a judge's yes is worth: its error rates, its threshold, and success rates corrected by them.
+
+Of episodes that succeed with rate p a judge calls `p tpr + (1 - p)(1 - tnr)` successes, so (Rogan and Gladen, 1978)
+
+    p = (observed + tnr - 1) / (tpr + tnr - 1)
+
+clipped to [0, 1]. The interval is that of Lang and Reiczigel (2014), which counts the uncertainty of both rates too.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+Z = 1.959963984540054  # two-sided 95%
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Share of `positives` successes called success (tpr), of `negatives` failures called failure (tnr)."""
+
+    tpr: float
+    tnr: float
+    positives: int
+    negatives: int
+
+    @classmethod
+    def measured(cls, probability: np.ndarray, success: np.ndarray, threshold: float) -> "Rates":
+        """Rates of a judge's answers (n,) against the truth (n,) bool; abstentions (nan) do not count.
+
+        ValueError without a success or without a failure among them.
+        """
+        told = np.isfinite(probability)
+        yes, truth = probability[told] >= threshold, np.asarray(success, bool)[told]
+        n, m = int(truth.sum()), int((~truth).sum())
+        if not n or not m:
+            raise ValueError(f"a judge's rates need successes and failures, got {n} and {m}; give it episodes of both")
+        return cls(tpr=float(yes[truth].mean()), tnr=float((~yes[~truth]).mean()), positives=n, negatives=m)
+
+    def corrected(self, successes: int, n: int) -> dict:
+        """Success rate behind `successes` of `n` judged episodes: {observed, rate, low, high, n}.
+
+        ValueError for a judge that is no better than chance, whose answers say nothing about the rate.
+        """
+        if not 0 <= successes <= n or n < 1:
+            raise ValueError(f"{successes} successes in {n} episodes; expected 0 <= successes <= episodes, at least 1")
+        if self.tpr + self.tnr <= 1:
+            raise ValueError(f"the judge's true positive rate {self.tpr:.2f} and true negative rate {self.tnr:.2f} sum "
+                             f"to no more than 1: chance. Train it longer, or on more successes and failures.")
+        observed = successes / n
+        rate = (observed + self.tnr - 1) / (self.tpr + self.tnr - 1)
+        # Lang and Reiczigel: pseudo-counts on all three shares, then a normal interval with a shift
+        size, p = n + Z**2, (successes + Z**2 / 2) / (n + Z**2)
+        a, b = self.positives + 2, self.negatives + 2
+        se, sp = (self.positives * self.tpr + 1) / a, (self.negatives * self.tnr + 1) / b
+        span = max(se + sp - 1, 1e-9)
+        middle = float(np.clip((p + sp - 1) / span, 0, 1))
+        shift = 2 * Z**2 * (middle * se * (1 - se) / a - (1 - middle) * sp * (1 - sp) / b)
+        error = p * (1 - p) / size + (1 - middle) ** 2 * sp * (1 - sp) / b + middle**2 * se * (1 - se) / a
+        half = Z * np.sqrt(error) / span
+        low, high = np.clip((middle + shift - half, middle + shift + half), 0, 1)
+        rate = float(np.clip(rate, 0, 1))
+        return {"observed": observed, "rate": rate, "low": float(min(low, rate)), "high": float(max(high, rate)),
+                "n": int(n)}  # fmt: skip
+
+
+def threshold_for(precision: float, probability: np.ndarray, success: np.ndarray) -> tuple[float, float]:
+    """The lowest threshold whose yes is right with at least `precision`, and the precision that it has.
+
+    probability, success: (n,). Where no threshold reaches it, the one with the highest precision, ties to the lowest.
+    """
+    told = np.isfinite(probability)
+    order = np.argsort(-probability[told], kind="stable")
+    score, truth = probability[told][order], np.asarray(success, bool)[told][order]
+    if not truth.any():
+        raise ValueError("a threshold needs at least one success to be chosen by; give episodes of both outcomes")
+    right = truth.cumsum() / np.arange(1, len(truth) + 1)
+    last = np.append(score[1:] < score[:-1], True)  # equal probabilities are told yes together
+    reach = last & (right >= precision)
+    k = np.flatnonzero(reach)[-1] if reach.any() else np.flatnonzero(last & (right == right[last].max()))[-1]
+    below = score[k + 1] if k + 1 < len(score) else 0.0
+    return float((score[k] + below) / 2), float(right[k])
