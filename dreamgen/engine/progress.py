@@ -29,9 +29,9 @@ def file_logger(name: str, path: Path) -> logging.Logger:
     return logger
 
 
-def bar(total: int, desc: str, *, initial: int = 0, unit: str = "it") -> tqdm:
+def bar(total: int, desc: str, *, initial: int = 0, unit: str = "it", hidden: bool = False) -> tqdm:
     """A tqdm bar on stderr; it redraws rarely where nobody watches."""
-    return tqdm(total=total, initial=initial, desc=desc, unit=unit, file=sys.stderr, dynamic_ncols=True,
+    return tqdm(total=total, disable=hidden, initial=initial, desc=desc, unit=unit, file=sys.stderr, dynamic_ncols=True,
                 smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10)  # fmt: skip
 
 

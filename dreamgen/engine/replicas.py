@@ -11,21 +11,11 @@ import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Half = Callable[[int, int], dict[str, float]]
-
-
-def share(batch: Any, rank: int, count: int) -> Any:
-    """What replica `rank` of `count` works on: a contiguous part of each tensor's rows; single numbers as they are."""
-    if isinstance(batch, Tensor) and batch.ndim:
-        return batch.tensor_split(count)[rank]
-    if isinstance(batch, dict):
-        return {key: share(value, rank, count) for key, value in batch.items()}
-    return batch
 
 
 def possible(count: int, device: torch.device) -> int:
