@@ -1,0 +1,187 @@
+"""The openpi protocol: a websocket on which observations come in and action chunks go out.
+
+The server speaks first: its metadata (the robot's contract, the horizon, the keys of an observation). Then each frame
+
+    {"observation/<view>": (h, w, 3) uint8, ..., "observation/state": (d,), "prompt": text, ["seed": int]}
+
+is answered with {"actions": (H, a) float32 in units, "server_timing": {infer_ms, prev_total_ms}}. A frame that cannot
+be used is answered with a string that says why, and the connection stays open; a frame over `max_mb` closes it (1009).
+GET /healthz says OK. With a key, the handshake must bring `Authorization: Api-Key <key>`.
+"""
+
+import hmac
+import http
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from dreamgen.core.clip import Observation
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.protocols import Policy
+from dreamgen.core.seeding import seed_for
+from dreamgen.serve.wire import pack_openpi, unpack_openpi
+
+log = logging.getLogger(__name__)
+
+
+def require_websockets() -> None:
+    """ValueError that names the extra where the package is missing."""
+    try:
+        import websockets  # noqa: F401
+    except ImportError:
+        raise ValueError("the openpi protocol needs websockets: pip install 'dreamgen[serve]'") from None
+
+
+def keys(robot: Embodiment) -> dict[str, Any]:
+    """Under which key of a message each part of an observation lies."""
+    return {"views": {view.name: f"observation/{view.name}" for view in robot.views},
+            "state": "observation/state", "prompt": "prompt"}  # fmt: skip
+
+
+def to_message(seen: Observation, names: Mapping[str, Any]) -> dict[str, Any]:
+    """An observation as the message whose keys are `names`."""
+    views = {names["views"][name]: picture for name, picture in seen.views.items() if name in names["views"]}
+    return {**views, names["state"]: np.asarray(seen.state, np.float32), names["prompt"]: seen.instruction}
+
+
+def from_message(message: Any, robot: Embodiment) -> Observation:
+    """The inverse of `to_message`. Raises ValueError that names what is missing or of another type."""
+    names = keys(robot)
+    if not isinstance(message, dict):
+        raise ValueError(f"a message of type {type(message).__name__}; expected a map with {names}")
+    wanted = [*names["views"].values(), names["state"], names["prompt"]]
+    if missing := [key for key in wanted if key not in message and (key != names["state"] or robot.state_dim)]:
+        raise ValueError(f"the observation lacks {missing}; expected {wanted}")
+    views = {name: message[key] for name, key in names["views"].items()}
+    state = message.get(names["state"], np.zeros(0, np.float32))
+    for key, value in [(names["views"][name], picture) for name, picture in views.items()] + [(names["state"], state)]:
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+            raise ValueError(f"'{key}' of the observation is no array of numbers but {type(value).__name__}")
+    prompt = message[names["prompt"]]
+    if not isinstance(prompt, str):
+        raise ValueError(f"'{names['prompt']}' of the observation is {type(prompt).__name__}; expected text")
+    return Observation(views=views, state=state.astype(np.float32), instruction=prompt)
+
+
+def seed_of(value: Any, otherwise: int) -> int:
+    """The seed that a client asked for, else `otherwise`."""
+    if value is None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
+        raise ValueError(f"seed is {value!r:.60}; expected a whole number from 0 to 2**63 - 1")
+    return int(value)
+
+
+class OpenpiServer:
+    """`policy` at ws://host:port. Use as a context, or `run()` until `stop()` is called from another thread.
+
+    port: 0 takes a free one; `port` then says which. key: clients must show it; None admits all. max_mb: largest frame.
+    clients: connections at a time; others are told 503. Requests of all connections are served one after another.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        key: str | None = None,
+        max_mb: float = 64,
+        clients: int = 16,
+        seed: int = 0,
+    ) -> None:
+        require_websockets()
+        from websockets.sync.server import serve
+
+        self.policy, self.host, self.key, self.seed, self.limit = policy, host, key, seed, clients
+        self.metadata = {"contract": policy.robot.contract(), "horizon": policy.horizon, "keys": keys(policy.robot)}
+        self._turn, self._count, self._served = threading.Lock(), threading.Lock(), 0
+        self._thread: threading.Thread | None = None
+        # without an origin: a page in a browser on this machine is no robot
+        self._server = serve(self._talk, host, port, compression=None, max_size=int(max_mb * 2**20), origins=[None],
+                             process_request=self._admit)  # fmt: skip
+        self.port = self._server.socket.getsockname()[1]
+        self._open = 0
+
+    @property
+    def address(self) -> str:
+        """What a client takes."""
+        return f"ws://{self.host}:{self.port}"
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        self._server.serve_forever()
+
+    def stop(self) -> None:
+        """End `run` and all connections."""
+        self._server.shutdown()
+
+    def __enter__(self) -> "OpenpiServer":
+        self._thread = threading.Thread(target=self.run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+        if self._thread:
+            self._thread.join()
+
+    def _admit(self, connection: Any, request: Any) -> Any:
+        """Answer health checks; refuse who shows no key, and more clients than there are places for."""
+        if request.path == "/healthz":
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        shown = request.headers.get_all("Authorization")
+        if self.key is not None and not (
+            len(shown) == 1 and hmac.compare_digest(shown[0].encode(), f"Api-Key {self.key}".encode())
+        ):
+            return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key ...\n")
+        if self._open >= self.limit:
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"all {self.limit} places are taken\n")
+        return None
+
+    def _talk(self, connection: Any) -> None:
+        """One client, in a thread of its own."""
+        from websockets.exceptions import ConnectionClosed
+
+        with self._count:
+            self._open += 1
+        before: float | None = None
+        try:
+            connection.send(pack_openpi(self.metadata))
+            while True:
+                frame = connection.recv()
+                begun = time.monotonic()
+                connection.send(self._answer(frame, before))
+                before = time.monotonic() - begun
+        except ConnectionClosed as closed:
+            log.info("a client left: %s", closed)
+        finally:
+            with self._count:
+                self._open -= 1
+
+    def _answer(self, frame: bytes | str, before: float | None) -> bytes | str:
+        """The reply to one frame: a packed chunk, or text that says what is wrong."""
+        try:
+            if isinstance(frame, str):
+                raise ValueError("a text frame; expected a msgpack frame")
+            message = unpack_openpi(frame)
+            seen = from_message(message, self.policy.robot)
+            with self._turn:
+                begun = time.monotonic()
+                seed = seed_of(message.get("seed"), seed_for(self.seed, "serve", self._served))
+                self._served += 1
+                actions = self.policy.act([seen], [seed])[0]
+                timing = {"infer_ms": 1000 * (time.monotonic() - begun)}
+            if before is not None:
+                timing["prev_total_ms"] = 1000 * before
+            return pack_openpi({"actions": actions, "server_timing": timing})
+        except ValueError as error:
+            log.warning("refused: %s", error)
+            return f"ValueError: {error}"
+        except Exception as error:  # a fault of the policy's must not take the robot's server down
+            log.exception("the policy failed")
+            return f"the policy failed: {type(error).__name__}: {error}"

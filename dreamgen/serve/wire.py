@@ -1,0 +1,134 @@
+"""Frames of the two protocols: msgpack with arrays in it. Nothing is ever unpickled.
+
+openpi  {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]}, scalars {b"__npgeneric__": True,
+        b"data": value, b"dtype": "<f4"}
+GR00T   {"__ndarray_class__": True, "as_npy": the bytes of np.save}
+
+What arrives is not trusted: an array must be of numbers or text, and its bytes must be exactly those that its shape
+asks for, so no frame makes memory that it did not bring. Any frame that is not of this form is a ValueError.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+DTYPE = re.compile(r"[<>|=]?[?biufSU]\d{0,9}")  # no objects (pointers), no structures
+HEADER = 4096  # bytes of a .npy header
+VERSIONS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def _msgpack() -> Any:
+    try:
+        import msgpack
+    except ImportError:
+        raise ValueError("servers need msgpack: pip install 'dreamgen[serve]'") from None
+    return msgpack
+
+
+def _array(data: Any, dtype: np.dtype, shape: Any) -> np.ndarray:
+    """An array (its own memory) of bytes that must be exactly as many as `shape` takes."""
+    shape = tuple(shape)
+    if not isinstance(data, bytes) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
+        raise ValueError(f"an array of shape {shape} has data of type {type(data).__name__}; expected bytes")
+    if math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"an array of shape {shape} and type {dtype} has {len(data)} bytes of data; expected "
+                         f"{math.prod(shape) * dtype.itemsize}")  # fmt: skip
+    return np.frombuffer(data, dtype).reshape(shape).copy() if len(data) else np.zeros(shape, dtype)
+
+
+def _dtype(name: Any) -> np.dtype:
+    if not isinstance(name, str) or not DTYPE.fullmatch(name):
+        raise ValueError(f"an array has the type {name!r:.60}; expected numbers or text, such as '<f4'")
+    return np.dtype(name)
+
+
+def _plain(value: np.ndarray | np.generic) -> None:
+    if value.dtype.kind not in "?biufSU":
+        raise ValueError(f"arrays of type {value.dtype} are not sent; expected numbers or text")
+
+
+def _openpi_out(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        _plain(value)
+        return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    if isinstance(value, np.generic):
+        _plain(value)
+        return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+    raise ValueError(f"a value of type {type(value).__name__} cannot be sent")
+
+
+def _openpi_in(node: dict) -> Any:
+    if b"__ndarray__" in node:
+        return _array(node[b"data"], _dtype(node[b"dtype"]), node[b"shape"])
+    if b"__npgeneric__" in node:
+        with np.errstate(over="ignore"):
+            return _dtype(node[b"dtype"]).type(node[b"data"])
+    return node
+
+
+def _groot_out(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        _plain(value)
+        file = io.BytesIO()
+        np.save(file, value, allow_pickle=False)
+        return {"__ndarray_class__": True, "as_npy": file.getvalue()}
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ValueError(f"a value of type {type(value).__name__} cannot be sent")
+
+
+def _groot_in(node: dict) -> Any:
+    return load_npy(node["as_npy"]) if "__ndarray_class__" in node else node
+
+
+def load_npy(data: bytes) -> np.ndarray:
+    """What `np.load(io.BytesIO(data), allow_pickle=False)` gives for a .npy file, and ValueError for all else.
+
+    np.load itself also opens zip archives, and makes the memory that a header promises before it reads.
+    """
+    if not isinstance(data, bytes):
+        raise ValueError(f"an array came as {type(data).__name__}; expected the bytes of np.save")
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    if version not in VERSIONS:
+        raise ValueError(f"an array has the .npy version {version}; expected one of {list(VERSIONS)}")
+    shape, fortran, dtype = VERSIONS[version](file, max_header_size=HEADER)
+    array = _array(data[file.tell() :], _dtype(dtype.str), shape)
+    return array.ravel().reshape(shape[::-1]).T if fortran else array
+
+
+def _pack(value: Any, hook: Callable) -> bytes:
+    return _msgpack().packb(value, default=hook)
+
+
+def _unpack(frame: bytes, hook: Callable) -> Any:
+    msgpack = _msgpack()
+    try:
+        return msgpack.unpackb(frame, object_hook=hook)
+    except Exception as error:  # what a hostile header makes numpy raise has no end
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"a frame of {len(frame)} bytes is malformed: {reason:.300}") from None
+
+
+def pack_openpi(value: Any) -> bytes:
+    """A frame of the openpi protocol; ValueError for what cannot be sent."""
+    return _pack(value, _openpi_out)
+
+
+def unpack_openpi(frame: bytes) -> Any:
+    """The inverse of `pack_openpi`; ValueError for a malformed or hostile frame."""
+    return _unpack(frame, _openpi_in)
+
+
+def pack_groot(value: Any) -> bytes:
+    """A frame of the GR00T protocol; ValueError for what cannot be sent."""
+    return _pack(value, _groot_out)
+
+
+def unpack_groot(frame: bytes) -> Any:
+    """The inverse of `pack_groot`; ValueError for a malformed or hostile frame."""
+    return _unpack(frame, _groot_in)
