@@ -1,0 +1,119 @@
+"""The judge: what it looks at, what it refuses, what its answers are worth."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dreamgen.core.clip import Clip
+from dreamgen.core.manifest import read_json, write_json
+from dreamgen.filters.judge import VideoJudge
+from dreamgen.filters.judged import Judged
+from dreamgen.filters.rates import Rates, threshold_for
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
+from toy import encoder, robot  # noqa: E402
+
+RATES = {"real": dict(tpr=0.9, tnr=0.8, positives=30, negatives=50)}
+
+
+def judge(**changes) -> VideoJudge:
+    torch.manual_seed(3)
+    known = dict(robot=robot(), encoder=encoder(), instructions=["open it", "lift the red block"], frames=4, heads=2,
+                 layers=1, slope=1.5, offset=-0.25, threshold=0.4, rates=RATES)  # fmt: skip
+    return VideoJudge(**{**known, **changes}).eval()
+
+
+def clips(*texts: str, frames: int = 7) -> list[Clip]:
+    rng = np.random.default_rng(5)
+    return [Clip(id=f"c{k}", video=rng.integers(0, 256, (frames, 24, 32, 3), dtype=np.uint8), video_hz="10",
+                 instruction=text) for k, text in enumerate(texts)]  # fmt: skip
+
+
+def test_a_clip_is_judged_alone_and_unknown_instructions_are_not():
+    one = judge()
+    asked = clips("open it", "dance", "lift the red block", "open it")
+    together = one.judge(asked)
+    assert np.isnan(together).tolist() == [False, True, False, False]
+    alone = np.concatenate([one.judge([clip]) for clip in asked])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    logits = one.logits(asked)
+    np.testing.assert_allclose(together[[0, 2, 3]], 1 / (1 + np.exp(0.25 - 1.5 * logits[[0, 2, 3]])), atol=1e-9)
+    np.testing.assert_array_equal(Judged(judge=one).score(asked, []), together)
+
+
+def test_it_looks_at_the_first_and_the_last_frame_of_all_views():
+    one, video = judge(), clips("open it", frames=10)[0].video
+    seen = one.pictures(video)
+    assert seen.shape == (4, 2, 24, 16, 3)
+    np.testing.assert_array_equal(seen[[0, 3], 1], video[[0, 9]][:, :, 16:])
+    np.testing.assert_array_equal(one.pictures(video[:2])[1:, 0], video[[1, 1, 1]][:, :, :16])
+    with pytest.raises(ValueError, match="clip 'c0' has frames of"):
+        one.judge([dataclasses.replace(clips("open it")[0], video=video[:, :8])])
+    with pytest.raises(ValueError, match="at least 2 frames"):
+        judge(frames=1)
+
+
+def test_saved_and_loaded_it_says_the_same(tmp_path):
+    one, asked = judge(), clips("open it", "lift the red block")
+    one.save(tmp_path / "judge")
+    other = VideoJudge.load(tmp_path / "judge")
+    np.testing.assert_array_equal(one.judge(asked), other.judge(asked))
+    assert other.threshold == 0.4 and other.rates == {"real": Rates(**RATES["real"])}
+    with pytest.raises(ValueError, match="made for another robot"):
+        VideoJudge.load(tmp_path / "judge", robot=robot(robot_hz="30"))
+    with pytest.raises(ValueError, match="does not exist; run train_judge"):
+        VideoJudge.load(tmp_path / "none")
+    config = read_json(tmp_path / "judge" / "config.json")
+    write_json(tmp_path / "judge" / "config.json", {**config, "encoder": {"_target_": "os.path.join"}})
+    with pytest.raises(ValueError, match="a name in a checkpoint is code"):
+        VideoJudge.load(tmp_path / "judge")
+    write_json(tmp_path / "judge" / "config.json", config)
+    (tmp_path / "judge" / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="do not load.*train_judge again"):
+        VideoJudge.load(tmp_path / "judge")
+
+
+def test_rates_are_counted_and_inverted():
+    probability = np.array([0.9, 0.4, np.nan, 0.6, 0.1, 0.7, 0.2])
+    success = np.array([1, 1, 1, 0, 0, 1, 0], bool)
+    rates = Rates.measured(probability, success, 0.5)
+    assert rates == Rates(tpr=2 / 3, tnr=2 / 3, positives=3, negatives=3)
+    exact = Rates(tpr=0.9, tnr=0.8, positives=10**7, negatives=10**7)
+    for true in (0.0, 0.3, 1.0):  # what would be observed, corrected, is the truth
+        found = exact.corrected(round(10**6 * (true * 0.9 + (1 - true) * 0.2)), 10**6)
+        assert found["rate"] == pytest.approx(true, abs=1e-6) and found["low"] <= true <= found["high"]
+        assert found["high"] - found["low"] < 0.01
+    assert exact.corrected(10, 100)["rate"] == 0.0 and exact.corrected(10, 100)["observed"] == 0.1
+    with pytest.raises(ValueError, match="no more than 1: chance"):
+        Rates(tpr=0.5, tnr=0.5, positives=9, negatives=9).corrected(3, 5)
+    with pytest.raises(ValueError, match="got 4 and 0"):
+        Rates.measured(np.ones(4), np.ones(4, bool), 0.5)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng, draws = np.random.default_rng(2), 1500
+    for tpr, tnr, n, m, episodes, true in ((0.9, 0.8, 40, 60, 100, 0.3), (0.85, 0.95, 30, 200, 50, 0.05)):
+        hits = 0
+        for _ in range(draws):
+            rates = Rates(tpr=rng.binomial(n, tpr) / n, tnr=rng.binomial(m, tnr) / m, positives=n, negatives=m)
+            seen = rates.corrected(rng.binomial(episodes, true * tpr + (1 - true) * (1 - tnr)), episodes)
+            hits += seen["low"] <= true <= seen["high"]
+        assert 0.93 <= hits / draws <= 0.99
+
+
+def test_the_threshold_is_the_lowest_of_the_wanted_precision():
+    p = np.array([0.9, 0.8, 0.8, 0.7, 0.6, 0.5, np.nan])
+    y = np.array([1, 1, 1, 0, 1, 0, 0], bool)
+    for wanted in (1.0, 0.8, 0.75, 0.5):
+        threshold, reached = threshold_for(wanted, p, y)
+        every = {t: y[p >= t].mean() for t in (0.9, 0.8, 0.7, 0.6, 0.5)}  # all that differ, one by one
+        lowest = min(t for t, precision in every.items() if precision >= wanted)
+        assert (p >= threshold)[:6].tolist() == (p >= lowest)[:6].tolist() and reached == pytest.approx(every[lowest])
+    threshold, reached = threshold_for(0.9, np.array([0.9, 0.7, 0.6]), np.array([0, 1, 1], bool))
+    assert reached == pytest.approx(2 / 3) and threshold < 0.6  # out of reach: the highest precision there is
+    with pytest.raises(ValueError, match="at least one success"):
+        threshold_for(0.9, p, np.zeros(7, bool))
