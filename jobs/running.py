@@ -75,6 +75,15 @@ def run_stage(cfg: DictConfig) -> dict:
     return partial(**paths, record=record(cfg.stage))
 
 
+def run_check(cfg: DictConfig) -> None:
+    """Run a stage that judges its input: print its table, and end with status 1 if it found errors."""
+    results = run_stage(cfg)["results"]
+    sys.stdout.write(results["table"])
+    sys.stdout.flush()
+    if results["errors"]:
+        raise SystemExit(1)
+
+
 def check(stage: DictConfig) -> Callable[..., dict]:
     """The stage function; ValueError if a configuration names code that is not ours, or settings that it has not."""
     for key, target in walk(OmegaConf.to_container(stage, resolve=True, throw_on_missing=True)):

@@ -104,6 +104,20 @@ def read_jsonl(path: Path, *keys: str) -> list[dict]:
     return rows
 
 
+def episode_stats(root: Path) -> dict[int, dict]:
+    """Episode index to its statistics by feature, from the episode tables of a v3.0 dataset."""
+    found: dict[int, dict] = {}
+    for file in sorted((root / "meta/episodes").glob("*/*.parquet")):
+        names = [name for name in pq.read_schema(file).names if name.startswith("stats/")]
+        for row in pq.read_table(file, columns=["episode_index", *names]).to_pylist():
+            own = found.setdefault(int(row["episode_index"]), {})
+            for name in names:
+                feature, _, kind = name.removeprefix("stats/").rpartition("/")
+                if row[name] is not None:
+                    own.setdefault(feature, {})[kind] = row[name]
+    return found
+
+
 def _read_v2(root: Path, version: str, info: dict) -> Layout:
     rows = read_jsonl(root / "meta/tasks.jsonl", "task_index", "task")
     tasks = {int(row["task_index"]): row["task"] for row in rows}

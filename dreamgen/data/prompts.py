@@ -54,6 +54,11 @@ class DatasetPrompts:
     repeats: int = 1
     seed: int = 0
 
+    @property
+    def source(self) -> Path:
+        """What the first frames are taken from."""
+        return self.dataset.root
+
     def __call__(self) -> list[Prompt]:
         data = self.dataset
         known = list(dict.fromkeys(data.instruction(i) for i in range(len(data))))
@@ -118,6 +123,11 @@ class FolderPrompts:
     instructions: Sequence[str] = ()
     repeats: int = 1
     seed: int = 0
+
+    @property
+    def source(self) -> Path:
+        """What the first frames are taken from."""
+        return Path(self.folder)
 
     def __call__(self) -> list[Prompt]:
         from PIL import Image, UnidentifiedImageError

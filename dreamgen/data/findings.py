@@ -1,0 +1,57 @@
+"""What a validator says: one finding for all episodes that show it, with what to do about it."""
+
+from dataclasses import dataclass, field
+
+LEVELS = ("error", "warning", "note")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """level: "error" (readers refuse it, or it would teach something wrong), "warning" (mended by this reader, or
+    suspicious), "note". check: the kind of check that found it; episodes: which show it, none for the whole dataset.
+    """
+
+    level: str
+    check: str
+    what: str
+    mend: str
+    episodes: list[int] = field(default_factory=list)
+
+    def where(self) -> str:
+        """The episodes in a few words."""
+        shown = ", ".join(map(str, self.episodes[:4]))
+        if len(self.episodes) > 4:
+            return f"episodes {shown} and {len(self.episodes) - 4} more"
+        return f"episode{'s' * (len(self.episodes) > 1)} {shown}" if self.episodes else "dataset"
+
+
+class Findings:
+    """Collects findings; those that differ in the episode alone become one."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str, str], Finding] = {}
+
+    def add(self, level: str, check: str, what: str, mend: str, episode: int | None = None) -> None:
+        """Say something; with an episode, of that episode."""
+        own = Finding(level=level, check=check, what=what, mend=mend)
+        found = self._found.setdefault((level, check, what), own)
+        if episode is not None and episode not in found.episodes:
+            found.episodes.append(episode)
+
+    def list(self) -> list[Finding]:
+        """Errors first, then in the order in which they were found."""
+        return sorted(self._found.values(), key=lambda finding: LEVELS.index(finding.level))
+
+    def count(self, level: str) -> int:
+        return sum(finding.level == level for finding in self._found.values())
+
+
+def table(found: list[Finding], title: str) -> str:
+    """The findings for people to read."""
+    counts = ", ".join(f"{n} {level}{'s' * (n != 1)}" for level in LEVELS
+                       if (n := sum(finding.level == level for finding in found)))  # fmt: skip
+    lines = [f"{title}: {counts or 'nothing to mend'}"]
+    for finding in found:
+        lines += [f"  {finding.level:<8}{finding.check:<11}{finding.where()}: {finding.what}",
+                  f"  {'':<19}-> {finding.mend}"]  # fmt: skip
+    return "\n".join(lines) + "\n"

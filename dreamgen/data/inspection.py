@@ -1,0 +1,103 @@
+"""Everything that is checked of a dataset, in order: index, tables, videos, statistics, units, fit to a robot."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import read_json
+from dreamgen.data import statistics
+from dreamgen.data.file_checks import Tables, check_videos
+from dreamgen.data.findings import Finding, Findings
+from dreamgen.data.fit import misfits
+from dreamgen.data.layout import CONTRACT, Layout, cameras, episode_stats, read_jsonl, read_layout
+from dreamgen.data.number_checks import check_statistics, check_units
+from dreamgen.video.mp4 import open_mp4, read_frames
+
+BLOCK = 64  # frames that are decoded at once
+
+
+def inspect(root: Path, robot: Embodiment, *, pictures: bool = True) -> tuple[list[Finding], dict]:
+    """All that is wrong or suspicious about the dataset at `root`, and counts of what was looked at.
+
+    pictures: decode every frame of the robot's views, and compare their statistics too; without it videos are checked
+    by their packets.
+    """
+    found = Findings()
+    try:
+        layout = read_layout(root)
+    except ValueError as error:
+        found.add("error", "schema", str(error), "copy the dataset again, or write its index anew")
+        return found.list(), {"episodes": 0, "frames": 0}
+    for note in layout.mended:
+        found.add("warning", "counts", note, "correct info.json; `jobs.export` writes it anew")
+    for misfit in misfits(root, layout.info, robot):
+        found.add("error", "contract", misfit, "choose the embodiment of the recording (embodiment=...)")
+    if not (root / CONTRACT).is_file():
+        found.add("note", "contract", f"there is no {CONTRACT}: parts, units and scales are those of embodiment "
+                  f"'{robot.name}', unchecked", "see that it is the robot of the recording")  # fmt: skip
+    tables = Tables(layout, found)
+    tables.check()
+    check_videos(layout, found)
+    true = {name: statistics.of_numbers(np.concatenate(arrays)) for name, arrays in tables.values.items() if arrays}
+    if pictures:
+        true |= _picture_stats(layout, robot, found)
+    for where, said in _stored(layout, found):
+        check_statistics(said, true, found, where)
+    _episodes(layout, tables, found)
+    check_units(robot, tables.values.get(robot.state_key, []), tables.values.get(robot.action_key, []), found)
+    return found.list(), {"episodes": len(layout.entries), "frames": tables.rows}
+
+
+def _stored(layout: Layout, found: Findings) -> Iterator[tuple[str, dict]]:
+    """The statistics of the whole dataset, as stored."""
+    path = layout.root / "meta/stats.json"
+    if path.is_file():
+        try:
+            yield "meta/stats.json", read_json(path)
+        except ValueError as error:
+            found.add("error", "statistics", str(error), "`jobs.export` computes them anew")
+    elif layout.version != "v2.1":  # there each episode has its own
+        found.add("warning", "statistics", "meta/stats.json is missing", "`jobs.export` computes it")
+
+
+def _episodes(layout: Layout, tables: Tables, found: Findings) -> None:
+    """The statistics of each episode, where it has its own."""
+    stored = episode_stats(layout.root) if layout.version.startswith("v3.") else {}
+    path = layout.root / "meta/episodes_stats.jsonl"
+    if layout.version == "v2.1":
+        if not path.is_file():
+            found.add("warning", "statistics", "meta/episodes_stats.jsonl is missing; lerobot reads v2.1 by it",
+                      "`jobs.export stage.format=v2.1` writes it")  # fmt: skip
+            return
+        stored = {row["episode_index"]: row["stats"] for row in read_jsonl(path, "episode_index", "stats")}
+    for number, index in enumerate(tables.episodes):
+        said = stored.get(index, {})
+        true = {name: statistics.of_numbers(arrays[number]) for name, arrays in tables.values.items() if name in said
+                and len(arrays) == len(tables.episodes)}  # fmt: skip
+        check_statistics({name: said[name] for name in true}, true, found, "its own statistics", index)
+
+
+def _picture_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:
+    """Statistics of all pictures of the robot's views, decoded."""
+    true = {}
+    for key in sorted({view.key for view in robot.views} & set(cameras(layout.info))):
+        counts, frames, whole = np.zeros((3, 256), np.int64), 0, True
+        for entry in layout.entries:
+            path, first, length = entry.videos.get(key, (None, 0, 0))
+            if path is None:
+                continue
+            try:
+                reader = open_mp4(path)
+                stop = first + (len(reader) if length is None else length)
+                for at in range(first, stop, BLOCK):
+                    counts += statistics.histogram(read_frames(reader, np.arange(at, min(at + BLOCK, stop)), path))
+                frames += stop - first
+            except ValueError as error:
+                whole = False
+                if path.is_file():  # a missing file was named before
+                    found.add("error", "video", str(error), "copy it again, or leave the episode out", entry.index)
+        if whole and frames:
+            true[key] = statistics.of_pictures(counts, frames)
+    return true
