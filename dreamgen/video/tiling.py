@@ -40,6 +40,32 @@ def untile(robot: Embodiment, canvas: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+def describe(robot: Embodiment) -> str:
+    """Where the views lie on the canvas, in words for a video model's prompt; "" for a single view.
+
+    For instance "The video shows 2 views of one robot: left is the view 'front', right is the view 'wrist'."
+    """
+    rows, columns = len(robot.grid), len(robot.grid[0])
+    if len(robot.views) == 1:
+        return ""
+    high = _places(rows, "top", "middle", "bottom")
+    wide = _places(columns, "left", "centre", "right")
+    words = []
+    for i, row in enumerate(robot.grid):
+        for j, name in enumerate(row):
+            place = " ".join(word for word in (high[i], wide[j]) if word)
+            words.append(f"{place} is " + (f"the view '{name}'" if name else "black"))
+    return f"The video shows {len(robot.views)} views of one robot: {', '.join(words)}."
+
+
+def _places(count: int, first: str, middle: str, last: str) -> list[str]:
+    """Names of rows or columns; none where there is one, numbers where more than one lies between."""
+    if count == 1:
+        return [""]
+    between = [middle] if count == 3 else [f"{middle} {k}" for k in range(1, count - 1)]
+    return [first, *between, last]
+
+
 def resize(frames: UInt8[np.ndarray, "*b h w 3"], height: int, width: int) -> UInt8[np.ndarray, "*b H W 3"]:
     """Frames at another size: bilinear, and averaged over what a smaller pixel covers."""
     import torch

@@ -1,12 +1,14 @@
-"""Flow matching in diffusers' convention, converted here and nowhere else.
+"""How noise is added, what is predicted, and how a sampler goes back: diffusers' conventions, converted here alone.
 
-sigma runs from 1 (noise) to 0 (data): x_sigma = (1 - sigma) * x + sigma * noise, velocity v = noise - x, and a step of
-the sampler is x += (sigma_next - sigma) * v (Lipman et al. 2023, arXiv:2210.02747; Esser et al. 2024,
-arXiv:2403.03206, for the logit-normal times and their shift).
+Flow matching: sigma runs from 1 (noise) to 0 (data), x_sigma = (1 - sigma) * x + sigma * noise, velocity v = noise - x,
+and a step of the sampler is x += (sigma_next - sigma) * v (Lipman et al. 2023, arXiv:2210.02747; Esser et al. 2024,
+arXiv:2403.03206, for the logit-normal times and their shift). Diffusion with v-prediction (Salimans & Ho 2022,
+arXiv:2202.00512), as in CogVideoX: x_t = sqrt(a) * x + sqrt(1 - a) * noise, v = sqrt(a) * noise - sqrt(1 - a) * x.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +22,14 @@ def draw_sigma(count: int, *, shift: float, device: torch.device | None = None) 
     return shift * u / (1 + (shift - 1) * u)
 
 
+def spread(value: Float[Tensor, " b"], like: Tensor) -> Tensor:
+    """One value per row, to be multiplied with `like` (b ...)."""
+    return value.view(-1, *[1] * (like.ndim - 1))
+
+
 def noised(x: Tensor, noise: Tensor, sigma: Float[Tensor, " b"]) -> Tensor:
     """x_sigma for a batch."""
-    s = sigma.view(-1, *[1] * (x.ndim - 1))
+    s = spread(sigma, x)
     return (1 - s) * x + s * noise
 
 
@@ -31,11 +38,64 @@ def velocity(x: Tensor, noise: Tensor) -> Tensor:
     return noise - x
 
 
+@dataclass(frozen=True)
+class Flow:
+    """Flow matching; unit: what the model calls the time sigma = 1."""
+
+    shift: float
+    unit: float = 1000.0
+
+    def draw(self, count: int, device: torch.device | None = None) -> Float[Tensor, " b"]:
+        return draw_sigma(count, shift=self.shift, device=device)
+
+    def noised(self, x: Tensor, noise: Tensor, sigma: Float[Tensor, " b"]) -> Tensor:
+        return noised(x, noise, sigma)
+
+    def target(self, x: Tensor, noise: Tensor, sigma: Float[Tensor, " b"]) -> Tensor:
+        return velocity(x, noise)
+
+    def time(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        """The model's name for sigma."""
+        return sigma * self.unit
+
+
+@dataclass(frozen=True, eq=False)
+class Diffusion:
+    """v-prediction on a table of alpha_t (cumulated, first step first); sigma in [0, 1] is the place in the table."""
+
+    alphas: Float[Tensor, " n"]
+
+    def draw(self, count: int, device: torch.device | None = None) -> Float[Tensor, " b"]:
+        return torch.rand(count, device=device)
+
+    def time(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
+        return (sigma * (len(self.alphas) - 1)).round()
+
+    def _roots(self, sigma: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = spread(self.alphas.to(sigma.device)[self.time(sigma).long()], like)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def noised(self, x: Tensor, noise: Tensor, sigma: Float[Tensor, " b"]) -> Tensor:
+        signal, rest = self._roots(sigma, x)
+        return signal * x + rest * noise
+
+    def target(self, x: Tensor, noise: Tensor, sigma: Float[Tensor, " b"]) -> Tensor:
+        signal, rest = self._roots(sigma, x)
+        return signal * noise - rest * x
+
+
+def integrate(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, scheduler: Any, times: Iterable[Tensor]) -> Tensor:
+    """All steps of a diffusers scheduler whose steps are set; `model(x, time)` predicts what the scheduler expects.
+
+    times: the model's name for each of the scheduler's steps.
+    """
+    for t, time in zip(scheduler.timesteps, times, strict=True):
+        x = scheduler.step(model(x, time), t, x, return_dict=False)[0]
+    return x
+
+
 def sample(model: Callable[[Tensor, Tensor], Tensor], noise: Tensor, scheduler: Any, steps: int) -> Tensor:
     """Integrate from noise to data with a diffusers scheduler; `model(x, timestep)` predicts the velocity."""
     scheduler = deepcopy(scheduler)
     scheduler.set_timesteps(steps, device=noise.device)
-    x = noise
-    for t in scheduler.timesteps:
-        x = scheduler.step(model(x, t), t, x, return_dict=False)[0]
-    return x
+    return integrate(model, noise, scheduler, scheduler.timesteps)

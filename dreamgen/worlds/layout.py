@@ -1,0 +1,144 @@
+"""What one diffusers pipeline class asks of those who use its parts: pictures to latents, text, the transformer's call.
+
+A conditioning family (clean prefix, channel concat) is the same for many pipelines; what differs between them is a
+`Layout`, one file each. Defaults are those of most: a causal video VAE, flow matching, guidance from the plain
+prediction.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers import DiffusionPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dreamgen.worlds.flow import Diffusion, Flow
+
+TINY = "tiny"  # the base that ships with the package
+
+
+def locate(path: str) -> str:
+    """The folder of the base that ships, for "tiny"; else the path or hub id as it is."""
+    return str(files("dreamgen.worlds") / "tiny_base") if path == TINY else path
+
+
+class Layout:
+    """pipeline: the diffusers class; opens: the names in `model_index.json` that it takes; targets: LoRA's modules.
+
+    clean: the model's time of a clean latent frame. video_hz: frames a second, for those who tell the model.
+    """
+
+    pipeline: ClassVar[Any]
+    opens: ClassVar[tuple[str, ...]]
+    targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+    clean: ClassVar[float] = 0.0
+
+    def __init__(self, pipe: Any, *, video_hz: float, text_length: int) -> None:
+        self.pipe, self.video_hz, self.text_length = pipe, video_hz, text_length
+
+    @classmethod
+    def open(cls, path: str, *, revision: str | None = None, weights: torch.dtype | None = None, **parts: Any) -> Any:
+        """The pipeline in a folder, on the hub, or "tiny". weights: of transformers and encoders; the VAE stays fp32.
+
+        parts: components that are given, not loaded.
+
+        Raises ValueError where there is no pipeline, or another one.
+        """
+        path = locate(path)
+        if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+            raise ValueError(f"{path} is no diffusers pipeline (no model_index.json)")
+        options: dict[str, Any] = {} if revision is None else {"revision": revision}
+        try:
+            name = DiffusionPipeline.load_config(path, **options).get("_class_name")
+            if name not in cls.opens:
+                raise ValueError(f"{path} is a {name}; this world model takes {' or '.join(cls.opens)}. Choose the "
+                                 "`world_model` that is made for it.")  # fmt: skip
+            if weights is not None:
+                low = dict.fromkeys(("transformer", "transformer_2", "text_encoder", "image_encoder"), weights)
+                options["torch_dtype"] = low | {"default": torch.float32}
+            return cls.pipeline.from_pretrained(path, **options, **parts)
+        except OSError as error:
+            raise ValueError(f"no world model at '{path}': {str(error).splitlines()[0]}. Give a diffusers folder, a "
+                             "hub id that this machine can reach, or 'tiny'.") from error  # fmt: skip
+
+    @property
+    def experts(self) -> dict[str, nn.Module]:
+        """The transformers by their names in the pipeline, from high noise to low."""
+        return {"transformer": self.pipe.transformer}
+
+    @property
+    def pixels(self) -> int:
+        """Sides of a picture are multiples of this."""
+        return self.pipe.vae_scale_factor_spatial * self.patch
+
+    @property
+    def patch(self) -> int:
+        """Latent cells along the side of a token."""
+        return self.pipe.transformer.config.patch_size[1]
+
+    @property
+    def scale(self) -> tuple[int, int]:
+        """Frames in a latent frame, pixels along the side of a latent cell."""
+        return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
+
+    @property
+    def channels(self) -> int:
+        return self.pipe.vae.config.z_dim
+
+    def moments(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+        """Mean and spread by which the latents of the VAE are normalised."""
+        config = self.pipe.vae.config
+        return torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+
+    def encode(self, video: Float[Tensor, "b 3 t h w"]) -> Float[Tensor, "b c lt lh lw"]:
+        """The posterior's mean, not normalised, of pictures in [-1, 1]."""
+        return self.pipe.vae.encode(video).latent_dist.mode()
+
+    def decode(self, z: Float[Tensor, "b c lt lh lw"]) -> Float[Tensor, "b 3 t h w"]:
+        return self.pipe.vae.decode(z).sample
+
+    def embed(self, texts: Sequence[str], device: torch.device) -> Float[Tensor, "b l d"]:
+        """Embeddings of finished prompts, as the stock pipeline makes them."""
+        found = self.pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, device=device,
+                                        max_sequence_length=self.text_length)  # fmt: skip
+        return found[0].to(self.pipe.transformer.dtype)
+
+    def forward(self, transformer: nn.Module, x: Float[Tensor, "b c t h w"], times: Tensor, text: Tensor,
+                image: Tensor | None = None) -> Float[Tensor, "b k t h w"]:  # fmt: skip
+        """The transformer's prediction; times (b,), or (b t) one for each latent frame."""
+        raise NotImplementedError
+
+    def process(self, shape: Sequence[int]) -> Flow | Diffusion:
+        """How it was trained, on latents of `shape` (c t h w)."""
+        config = self.pipe.scheduler.config
+        return Flow(config.get("shift") or config.get("flow_shift") or 1.0)
+
+    def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> tuple[Any, Iterable[Tensor]]:
+        """The scheduler of the pipeline with its steps set, and the model's name for each step."""
+        scheduler = deepcopy(self.pipe.scheduler)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler, scheduler.timesteps
+
+    def begin(self, noise: Tensor) -> Tensor:
+        """Unit noise as the sampler starts from it."""
+        return noise
+
+    def guide(self, found: Tensor, plain: Tensor, guidance: float) -> Tensor:
+        """The prediction with a prompt, pushed away from the one without (Ho & Salimans 2022, arXiv:2207.12598)."""
+        return plain + guidance * (found - plain)
+
+    def published(self) -> contextlib.AbstractContextManager:
+        """The pipeline as it was published, to be saved."""
+        return contextlib.nullcontext()
+
+    def allow(self, texts: Sequence[str]) -> None:
+        """Raise ValueError for prompts that the model's licence asks to be refused."""
+
+    def censor(self, video: Any) -> Any:
+        """Pictures (b t h w 3) uint8 as the model's licence asks for them."""
+        return video

@@ -1,0 +1,158 @@
+"""How fast and within which memory a world model dreams: guidance in one pass or two, step caches, attention, compile.
+
+Batched guidance doubles the batch, two passes do not: the same predictions, half the memory. A step cache leaves out
+blocks whose input hardly changed since the last step (first-block cache, pyramid attention broadcast and others, as
+diffusers hooks); what it leaves out may depend on the whole batch, so clips may then depend on their batch.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dreamgen.engine.precision import best_device, resolve
+from dreamgen.worlds.layout import Layout
+
+if TYPE_CHECKING:
+    from dreamgen.worlds.world import VideoWorld
+
+MODES = ("auto", "batched", "two_pass")
+Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class Sampler:
+    """mode: "batched", "two_pass" or "auto" (batched where the machine's memory holds it). backend: a name of
+    diffusers' attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: compile
+    the repeated blocks, once, at the first step. frames: latent frames of a window.
+
+    Raises ValueError for an unknown mode or backend, and for a cache on a model that takes none.
+    """
+
+    def __init__(self, layout: Layout, *, frames: int, mode: str, backend: str | None, cache: Any,
+                 compile: bool) -> None:  # fmt: skip
+        if mode not in MODES:
+            raise ValueError(f"guidance_mode is '{mode}'; expected one of {', '.join(MODES)}")
+        self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, frames, torch.zeros(())
+        if backend is None and best_device().type == "cpu":
+            backend = "_native_math"  # the fused backward pass is three times slower there at these lengths
+        for module in layout.experts.values():
+            if backend is not None:
+                try:
+                    module.set_attention_backend(backend)
+                except (ValueError, RuntimeError, ImportError) as error:
+                    raise ValueError(f"attention_backend is '{backend}': {error}") from error
+            if cache is not None:
+                self._cache(module)
+            if compile:
+                for block in blocks(module):
+                    block.compile()
+
+    def _cache(self, module: nn.Module) -> None:
+        if not hasattr(module, "enable_cache"):
+            raise ValueError(f"step_cache is set, but {type(module).__name__} takes none; leave it out")
+        if hasattr(self.cache, "current_timestep_callback"):
+            self.cache.current_timestep_callback = lambda: int(self.now)
+        module.enable_cache(self.cache)
+
+    def require_plain(self) -> None:
+        """Raise ValueError if a step cache is on: it is no part of training."""
+        if self.cache is not None:
+            raise ValueError("step_cache is for dreaming; leave it out of the world model that is trained")
+
+    def _context(self, name: str) -> contextlib.AbstractContextManager:
+        """All transformers' caches told which of the predictions comes next."""
+        stack = contextlib.ExitStack()
+        if self.cache is not None:
+            for module in self.layout.experts.values():
+                stack.enter_context(module.cache_context(name))
+        return stack
+
+    def guided(self, predict: Predict, given: Tensor, text: Tensor, plain: Tensor | None,
+               guidance: float) -> Callable[[Tensor, Tensor], Tensor]:  # fmt: skip
+        """`predict(x, given, time, text)` with classifier-free guidance, as a function of x and the model's time.
+
+        plain: the negative prompt's text, None to leave guidance out.
+        """
+        if self.cache is not None:
+            for module in self.layout.experts.values():
+                module._reset_stateful_cache()
+        batched = self.mode == "batched" or (self.mode == "auto" and self._holds(text, given))
+        both = None if plain is None else (torch.cat([given, given]), torch.cat([text, plain]))
+
+        def model(x: Tensor, time: Tensor) -> Tensor:
+            self.now, times = time, time.to(x.device).expand(len(x))
+            if plain is None or both is None:
+                with self._context("cond"):
+                    return predict(x, given, times, text)
+            if batched:
+                with self._context("cond_uncond"):
+                    found, rest = predict(torch.cat([x, x]), both[0], times.repeat(2), both[1]).chunk(2)
+            else:
+                with self._context("cond"):
+                    found = predict(x, given, times, text)
+                with self._context("uncond"):
+                    rest = predict(x, given, times, plain)
+            return self.layout.guide(found, rest, guidance)
+
+        return model
+
+    def _holds(self, text: Tensor, given: Tensor) -> bool:
+        """Whether the machine holds the doubled batch; its size, not what is free now, so that shards agree."""
+        need = 2 * len(text) * row_bytes(self.layout, given.shape[-2:], self.frames, text.shape[1])
+        return need <= capacity(self.layout)
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer."""
+    return [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def row_bytes(layout: Layout, cells: Any, frames: int, text: int) -> int:
+    """About what one clip's forward pass holds at its peak: a block's inputs, queries, keys, values and hidden layer.
+
+    cells: height and width in latent cells; frames: latent frames; text: tokens of the prompt.
+    """
+    config = layout.pipe.transformer.config
+    width = config.num_attention_heads * config.attention_head_dim
+    hidden = config.get("ffn_dim") or int(width * (config.get("mlp_ratio") or 4))
+    tokens = frames * cells[0] * cells[1] // layout.patch**2 + text
+    return tokens * (10 * width + 2 * hidden) * 4
+
+
+def capacity(layout: Layout) -> int:
+    """Bytes that the device leaves to activations, whatever else runs on it now."""
+    device = best_device()
+    held = sum(p.numel() * p.element_size() for part in layout.pipe.components.values() if isinstance(part, nn.Module)
+               for p in part.parameters())  # fmt: skip
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory * 0.9) - held
+    import psutil
+
+    return psutil.virtual_memory().total // 2 - held
+
+
+@contextlib.contextmanager
+def fitting(world: "VideoWorld", rows: int) -> Iterator[None]:
+    """Turn an allocation that fails into a ValueError that says what would fit."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        _, t, h, w = world.latent_shape
+        one = row_bytes(world.layout, (h, w), t, world.text_length)
+        room, guided = capacity(world.layout), world.guidance > 1
+        each = one * (2 if guided and world.sampler.mode != "two_pass" else 1)
+        fits, fewer = max(0, min(rows - 1, room // each)), world.clock.frames // 2 // world.layout.scale[0]
+        advice = [f"a batch_size of {max(1, fits)}"] if rows > 1 else []
+        advice += ["guidance_mode=two_pass"] if guided and world.sampler.mode != "two_pass" else []
+        advice += [f"frames={fewer * world.layout.scale[0] + 1} in more windows"] if rows == 1 and fewer else []
+        advice += ["weights=bf16"] if world.weights == "fp32" else []
+        raise ValueError(
+            f"out of memory with {rows} clips of {world.clock.frames} frames at {h * world.layout.scale[1]}x"
+            f"{w * world.layout.scale[1]} ({resolve(world.precision, world.device)}): a clip needs about "
+            f"{each / 2**30:.1f} GiB, {max(0, room) / 2**30:.1f} GiB are left beside the weights. Try "
+            + (", or ".join(advice) or "a smaller canvas or a larger device") + "."
+        ) from error  # fmt: skip

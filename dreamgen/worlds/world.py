@@ -1,0 +1,312 @@
+"""A diffusers image-to-video pipeline as a world model: what both conditioning families share.
+
+A family says how the first picture enters (`condition`, `predict`, `finish`); a `Layout` says what its pipeline class
+wants. Distinct first frames and instructions are encoded once and dreamed in one batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from dreamgen.core.clip import Clip, Prompt
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import digest, read_json, tree_digest, write_json
+from dreamgen.core.seeding import seed_for
+from dreamgen.engine.precision import autocast, best_device
+from dreamgen.video.tiling import describe
+from dreamgen.worlds.adapters import add_lora, load_adapters, save_adapters
+from dreamgen.worlds.autoencoder import to_frames, to_video
+from dreamgen.worlds.flow import integrate
+from dreamgen.worlds.layout import TINY, Layout, locate
+from dreamgen.worlds.sampler import Sampler, fitting
+
+FILE = "world.json"
+WEIGHTS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+class VideoWorld(nn.Module):
+    """A pipeline as a world model of `robot`.
+
+    path: a diffusers folder or a hub id (of `revision`), or "tiny". adapter: a folder with LoRA weights on top of it;
+    adapters: further ones, {path, weight, expert, weight_name} each, for instance for few steps. weights: "fp32" or
+    "bf16", how transformers and text encoders are held. video_hz, frames: the clip of one window; windows: how many
+    are dreamed on end, each from the last frame of the one before. text_length: tokens of a prompt (the stock
+    pipeline's `max_sequence_length`). template: the prompt around an {instruction}; {views} says where the views lie.
+    steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second prediction. guidance_mode,
+    attention_backend, step_cache, compile: see `Sampler`. lora: rank, alpha and targets where a training names none.
+    precision: "auto", "fp32", "bf16". parts: components that are given, not loaded.
+
+    Raises ValueError: no such pipeline, another layout, sizes that its VAE cannot take, an adapter that fits nowhere.
+    """
+
+    kind: ClassVar[type[Layout]]
+    start: ClassVar[int] = 0  # the first latent frame that is predicted
+
+    def __init__(
+        self,
+        *,
+        robot: Embodiment,
+        path: str = TINY,
+        revision: str | None = None,
+        weights: str = "fp32",
+        adapter: str | None = None,
+        adapters: Sequence[Mapping[str, Any]] = (),
+        lora: Mapping[str, Any] | None = None,
+        video_hz: str | int = "10",
+        frames: int = 17,
+        windows: int = 1,
+        text_length: int = 32,
+        steps: int = 20,
+        guidance: float = 2.0,
+        guidance_mode: str = "auto",
+        negative_prompt: str = "",
+        template: str = "{instruction}",
+        precision: str = "auto",
+        attention_backend: str | None = None,
+        step_cache: Any = None,
+        compile: bool = False,
+        pipeline: Any = None,
+        parts: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.robot, self.path, self.precision, self.weights = robot, path, precision, weights
+        self.clock = Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames)
+        self.windows, self.text_length, self.steps, self.guidance = windows, text_length, steps, guidance
+        self.negative_prompt, self.template = negative_prompt, template
+        self.lora = {"rank": 16, "alpha": 16, **(lora or {})}
+        if weights not in WEIGHTS or windows < 1:
+            raise ValueError(f"weights is '{weights}', windows is {windows}; expected 'fp32' or 'bf16', and at least 1")
+        if pipeline is None:
+            pipeline = self.kind.open(path, revision=revision, weights=WEIGHTS[weights], **(parts or {}))
+        self.pipe = pipeline
+        hz = float(robot.rate / self.clock.stride)
+        self.layout = self.kind(pipeline, video_hz=hz, text_length=text_length)
+        self._check()
+        for name, module in self.layout.experts.items():
+            self.add_module(name, module)
+        mean, std = self.layout.moments()
+        self.register_buffer("mean", mean.float().view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("std", std.float().view(-1, 1, 1, 1), persistent=False)
+        self.adapters = [*([{"path": adapter}] if adapter else []), *map(dict, adapters)]
+        load_adapters(pipeline, self.layout.experts, self.adapters)
+        self.sampler = Sampler(self.layout, mode=guidance_mode, backend=attention_backend, cache=step_cache,
+                               compile=compile, frames=self.latent_shape[1])  # fmt: skip
+        self._texts: dict[str, Tensor] = {}
+        self.requires_grad_(False).eval()
+
+    def _check(self) -> None:
+        """Sizes that the VAE and the tokens can take."""
+        (h, w), side, (time, _) = self.robot.canvas, self.layout.pixels, self.layout.scale
+        if h % side or w % side:
+            raise ValueError(f"the canvas of embodiment '{self.robot.name}' is {h}x{w}; {self.path} takes multiples of "
+                             f"{side}. Change the size of its views.")  # fmt: skip
+        if (self.clock.frames - 1) % time:
+            near = (self.clock.frames - 1) // time * time + 1
+            raise ValueError(f"frames is {self.clock.frames}; {self.path} takes 1 + a multiple of {time}, for instance "
+                             f"{near} or {near + time}")  # fmt: skip
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """Channels, latent frames, height, width of one window."""
+        (h, w), (time, side) = self.robot.canvas, self.layout.scale
+        return self.layout.channels, (self.clock.frames - 1) // time + 1, h // side, w // side
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def place(self) -> "VideoWorld":
+        """Move everything to the accelerator, if there is one."""
+        with fitting(self, 0):
+            self.to(best_device())
+            self.pipe.to(best_device())
+        return self
+
+    def cache_key(self) -> dict:
+        """Names what `encode` depends on."""
+        state = self.pipe.vae.state_dict()
+        total = [float(v.float().abs().sum()) for v in state.values() if v.is_floating_point()]
+        return {"vae": total, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist(),
+                "clock": self.clock.spec(), "canvas": self.robot.canvas}  # fmt: skip
+
+    @torch.no_grad()
+    def encode(self, frames: UInt8[Tensor, "b t h w 3"]) -> Float[Tensor, "b c lt lh lw"]:
+        """Normalised latents (the posterior's mean) of clips or, with t = 1, of first frames."""
+        with autocast(self.precision, self.device):
+            z = self.layout.encode(to_video(frames.to(self.device)))
+        return (z.float() - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Float[Tensor, "b c lt lh lw"]) -> UInt8[Tensor, "b t h w 3"]:
+        """The inverse of `encode`, as pictures; windows are joined where one begins with the other's last frame."""
+        length = self.latent_shape[1] if self.windows > 1 else latents.shape[2]
+        with fitting(self, len(latents)), autocast(self.precision, self.device):
+            parts = [to_frames(self.layout.decode(z * self.std + self.mean))
+                     for z in latents[:, : len(self.mean)].split(length, 2)]  # fmt: skip
+        return self.layout.censor(torch.cat([parts[0], *(part[:, 1:] for part in parts[1:])], 1))
+
+    def prompt(self, instruction: str) -> str:
+        """The text that the model reads for an instruction; "" stands for the negative prompt."""
+        text = self.template.format(instruction=instruction, views=describe(self.robot))
+        return text.strip() if instruction else self.negative_prompt
+
+    @torch.no_grad()
+    def embed(self, instructions: Sequence[str]) -> Float[Tensor, "b l d"]:
+        """Text embeddings of `instructions`; each distinct text is encoded once. "" is the negative prompt."""
+        for text in dict.fromkeys(instructions):
+            if text not in self._texts:
+                self.layout.allow([self.prompt(text)])
+                self._texts[text] = self.layout.embed([self.prompt(text)], self.device)[0]
+        return torch.stack([self._texts[text] for text in instructions])
+
+    def condition(self, images: UInt8[Tensor, "b 1 h w 3"]) -> Float[Tensor, "b k t h w"]:
+        """What `predict` is given of the first pictures, one row each."""
+        raise NotImplementedError
+
+    def predict(self, x: Tensor, given: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """The prediction for latents x (b c t h w) at the model's times (b,)."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor, given: Tensor) -> Tensor:
+        """Sampled latents as they are decoded."""
+        return x
+
+    def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents of a training batch, and what `predict` is given of their first picture."""
+        raise NotImplementedError
+
+    def draw(self, count: int, shape: Sequence[int], device: torch.device) -> Float[Tensor, " b"]:
+        """Times to train at."""
+        return self.layout.process(shape).draw(count, device)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch: latents as `encode` makes them of clips; text (b l d), or ids and mask (b l) to train its encoder too.
+
+        Optional noise (as latents) and sigma (b,) fix what is drawn otherwise. Mean squared error of the prediction,
+        on all frames that are not given.
+        """
+        x, given = self.split(batch["latents"])
+        text = batch["text"] if "text" in batch else self.layout.embed_tokens(batch["ids"], batch["mask"])
+        noise = batch["noise"][:, : x.shape[1]] if "noise" in batch else torch.randn_like(x)
+        sigma = batch["sigma"] if "sigma" in batch else self.draw(len(x), x.shape[1:], x.device)
+        process = self.layout.process(x.shape[1:])
+        found = self.predict(process.noised(x, noise, sigma), given, process.time(sigma), text)
+        return (found.float() - process.target(x, noise, sigma))[:, :, self.start :].square().mean(), {}
+
+    def noise(self, prompts: Sequence[Prompt], window: int = 0) -> Tensor:
+        """Each prompt's own noise (b c t h w) for a window, a function of its seed alone."""
+        seeds = [seed_for(p.seed, "window", window) if window else p.seed for p in prompts]
+        rows = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(rows).to(self.device)
+
+    def dream(self, prompts: Sequence[Prompt], *, noise: Tensor | None = None) -> list[Clip]:
+        """One clip per prompt, in order. Prompts with one first frame or instruction share its encoding.
+
+        noise: (b c t h w) in place of the seeds'. Raises ValueError for a picture of another size than the canvas, and
+        where memory does not suffice.
+        """
+        return self.clips(prompts, self.decode(self.denoise(prompts, noise=noise)))
+
+    @torch.no_grad()
+    def denoise(self, prompts: Sequence[Prompt], *, noise: Tensor | None = None) -> Float[Tensor, "b c lt lh lw"]:
+        """The first part of `dream`: normalised latents of all windows, on the device; `decode` makes them pictures."""
+        h, w = self.robot.canvas
+        for prompt in prompts:
+            if prompt.image.shape != (h, w, 3):
+                raise ValueError(f"the first frame of prompt '{prompt.id}' is {prompt.image.shape}; embodiment "
+                                 f"'{self.robot.name}' has a canvas of {(h, w, 3)}")  # fmt: skip
+        images = torch.from_numpy(np.stack([prompt.image for prompt in prompts]))[:, None]
+        text = self.embed([prompt.instruction for prompt in prompts])
+        plain = self.embed([""] * len(prompts)) if self.guidance > 1 else None
+        found = []
+        with fitting(self, len(prompts)):
+            for k in range(self.windows):
+                start = self.noise(prompts, k) if noise is None else noise.split(self.latent_shape[1], 2)[k]
+                found.append(self._window(images, start, text, plain))
+                if k + 1 < self.windows:
+                    with autocast(self.precision, self.device):
+                        images = to_frames(self.layout.decode(found[-1] * self.std + self.mean))[:, -1:]
+        return torch.cat(found, 2)
+
+    def _window(self, images: Tensor, noise: Tensor, text: Tensor, plain: Tensor | None) -> Tensor:
+        """Latents of one window for pictures (b 1 h w 3), each distinct picture conditioned once."""
+        distinct = {image.numpy(force=True).tobytes(): i for i, image in enumerate(images)}
+        place = {key: k for k, key in enumerate(distinct)}
+        rows = [place[image.numpy(force=True).tobytes()] for image in images]
+        given = self.condition(images[list(distinct.values())])[rows]
+        scheduler, times = self.layout.schedule(self.steps, noise.shape[1:], self.device)
+
+        def predict(x: Tensor, given: Tensor, time: Tensor, text: Tensor) -> Tensor:
+            with autocast(self.precision, self.device):
+                return self.predict(x, given, time, text).float()
+
+        model = self.sampler.guided(predict, given, text, plain, self.guidance)
+        return self.finish(integrate(model, self.layout.begin(noise), scheduler, times), given)
+
+    def clips(self, prompts: Sequence[Prompt], frames: UInt8[Tensor, "b t h w 3"]) -> list[Clip]:
+        """The last part of `dream`: decoded frames with the provenance of their prompts."""
+        return [
+            Clip(id=p.id, video=v, video_hz=self.clock.video_hz, instruction=p.instruction, seed=p.seed, pair=p.pair,
+                 state=p.state, origin=p.origin)
+            for p, v in zip(prompts, frames.cpu().numpy(), strict=True)
+        ]  # fmt: skip
+
+    def trained(self) -> dict[str, nn.Module]:
+        """The transformers that a training changes, by their names in the pipeline."""
+        return self.layout.experts
+
+    def train_full(self) -> None:
+        """Make all weights of the transformers trainable."""
+        self.sampler.require_plain()
+        for module in self.trained().values():
+            module.requires_grad_(True)
+
+    def train_lora(self, *, rank: int | None = None, alpha: int | None = None) -> None:
+        """Put a LoRA on the attention and feed-forward layers; only it is trained, in fp32."""
+        self.sampler.require_plain()
+        targets = self.lora.get("targets") or self.layout.targets
+        for module in self.trained().values():
+            add_lora(module, rank=rank or self.lora["rank"], alpha=alpha or self.lora["alpha"], targets=targets)
+
+    def spec(self) -> dict[str, Any]:
+        """Constructor arguments as plain JSON, without the weights' place."""
+        return {"video_hz": self.clock.video_hz, "frames": self.clock.frames, "text_length": self.text_length,
+                "steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt,
+                "template": self.template, "precision": self.precision, "windows": self.windows,
+                "weights": self.weights}  # fmt: skip
+
+    def save(self, out: Path, *, dtype: torch.dtype | None = None) -> None:
+        """A diffusers pipeline folder `out/model`, or an adapter in `out/adapter`, and `world.json` last."""
+        lora = save_adapters(self.pipe, self.layout.experts, out / "adapter")
+        if not lora:
+            if dtype is not None:
+                self.pipe.to(dtype=dtype)
+            with self.layout.published():
+                self.pipe.save_pretrained(out / "model")
+        write_json(out / FILE, {"spec": self.spec(), "contract": self.robot.contract(),
+                                "base": self.path if lora else None})  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path | str, **changed: Any) -> "VideoWorld":
+        """A world model that `save` wrote; `changed` overrides its sampler settings."""
+        path = Path(path)
+        saved = read_json(path / FILE)
+        robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
+        robot.require(saved["contract"], str(path))
+        lora = {"path": saved["base"], "adapter": str(path / "adapter")}
+        where = lora if saved["base"] else {"path": str(path / "model")}
+        world = cls(robot=robot, **{**saved["spec"], **where, **changed})
+        world.folder = path
+        return world
+
+    def fingerprint(self) -> str:
+        """Names the weights that this world model was opened with."""
+        where = [Path(locate(self.path)), *(Path(entry["path"]) for entry in self.adapters)]
+        names = [tree_digest(path) if path.exists() else str(path) for path in where]
+        return names[0] if len(names) == 1 else digest(names)
