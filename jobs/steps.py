@@ -86,8 +86,9 @@ def inputs(stage: DictConfig) -> Iterator[Path]:
     """What is there of the files and folders that a step's configuration names, but for the one it writes."""
     for key, text in walk(OmegaConf.to_container(stage, resolve=True)):
         path = Path(text)
-        if key == "folder":  # of a whole run
-            yield from (child for child in sorted(path.glob("*")) if is_complete(child) and child != Path(stage.out))
+        if key == "folder":  # of a whole run, or of pictures
+            made = [child for child in sorted(path.glob("*")) if is_complete(child)]
+            yield from [child for child in made or [path] if child.exists() and child != Path(stage.out)]
         elif key in PLACES - {"out"} and path.exists():
             yield path
 

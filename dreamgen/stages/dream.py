@@ -5,13 +5,16 @@ same for any number of shards and after any kill, and its bytes are too.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from dreamgen.core.clip import Prompt
 from dreamgen.core.manifest import Stage, digest
-from dreamgen.core.protocols import WorldModel
+from dreamgen.core.protocols import Filter, Labeler, WorldModel
 from dreamgen.data.clips import ClipFolder
 from dreamgen.engine.progress import progress
+from dreamgen.stages.dreaming import Best, Dreamer, clips_at_once
+from dreamgen.stages.sharing import Shard, grouped, sweep
 
 
 def dream(
@@ -20,6 +23,11 @@ def dream(
     *,
     out: Path,
     batch_size: int = 16,
+    token_budget: int | None = None,
+    best_of: int = 1,
+    filter: Filter | None = None,
+    labeler: Labeler | None = None,
+    overlap: bool | None = None,
     shard: int = 0,
     num_shards: int = 1,
     seed: int = 0,
@@ -28,31 +36,48 @@ def dream(
 ) -> dict:
     """Dream one clip per prompt into `out/clips`; returns the manifest once the clips of all shards are there.
 
-    prompts: makes the list (see `dreamgen.data.prompts`). parent: the checkpoint's folder, for the manifest.
-    Raises ValueError for a shard out of range, no prompts, and two prompts of one id.
+    prompts: makes the list (see `dreamgen.data.prompts`). A forward pass takes `batch_size` clips, or as many as hold
+    `token_budget` latent tokens. best_of: seeds for each prompt, of which `filter` keeps the best (a filter of labels
+    needs a `labeler`); with a filter the scores stand with the clips. overlap: decode and write while the next batch
+    is denoised (None: where it pays). parent: the checkpoint's folder, for the manifest.
+
+    Raises ValueError for a shard out of range, no prompts, two prompts of one id, a budget smaller than a clip, and
+    best_of without a filter.
     """
-    if not 0 <= shard < num_shards:
-        raise ValueError(f"shard is {shard} of {num_shards}; expected 0 <= shard < num_shards")
-    parents = {"world_model": parent} if parent is not None else {}
-    with Stage(out, "dream", config=record, parents=parents, seed=seed) as run:
+    mine, best = Shard(shard, num_shards), Best(best_of, filter, labeler)
+    with Stage(out, "dream", config=record, parents=parents(parent, prompts, labeler), seed=seed) as run:
         if run.complete:
             return run.manifest()
-        listed = list(prompts())
+        listed = _listed(prompts)
         ids = [prompt.id for prompt in listed]
         if not ids or len(set(ids)) < len(ids):
             raise ValueError(f"{len(ids)} prompts, {len(set(ids))} different ids; expected at least one, each unique")
-        folder = ClipFolder(out / "clips")
-        groups = [listed[i : i + batch_size] for i in range(0, len(listed), batch_size)]
-        mine = [group for group in groups[shard::num_shards] if not all(folder.has(p.id) for p in group)]
-        if mine and hasattr(world_model, "place"):
+        folder = ClipFolder(Path(out) / "clips")
+        stored, size = set(folder.ids()), clips_at_once(world_model, batch_size, token_budget)
+        groups = mine.of(grouped(listed, max(1, size // best_of)))
+        left = [group for group in groups if not stored.issuperset(prompt.id for prompt in group)]
+        if left and hasattr(world_model, "place"):
             world_model.place()
-        name = "dream" if num_shards == 1 else f"dream {shard} of {num_shards}"
-        for group in progress(mine, len(mine), name, out, unit="batch"):
-            for clip in world_model.dream(group):
-                folder.write(clip)
-        left = sum(not folder.has(id) for id in ids)
-        if left:
-            return {"complete": False, "clips": len(ids) - left, "left": left}
+        with Dreamer(world_model, folder.write, size=size, best=best, overlap=overlap) as dreamer:
+            for group in progress(left, len(left), mine.title("dream"), out, unit="batch"):
+                dreamer(group)
+        missing = set(ids) - set(folder.ids())
+        if missing:
+            return {"complete": False, "clips": len(ids) - len(missing), "left": len(missing)}
+        sweep(folder.root)
         texts = {prompt.instruction for prompt in listed}
         pairs = {prompt.pair for prompt in listed}
         return run.finish(clips=len(ids), instructions=len(texts), first_frames=len(pairs), prompts=digest(ids))
+
+
+def parents(world_model: Path | None, prompts: object, labeler: object) -> dict[str, Path]:
+    """What the dreams are made of, by name, as far as it lies on disk."""
+    found = {"world_model": world_model, "prompts": getattr(prompts, "source", None),
+             "labeler": getattr(labeler, "path", None)}  # fmt: skip
+    return {name: Path(path) for name, path in found.items() if path is not None}
+
+
+@lru_cache(maxsize=1)
+def _listed(prompts: Callable[[], Sequence[Prompt]]) -> tuple[Prompt, ...]:
+    """The list, made once by a worker that dreams one shard after another."""
+    return tuple(prompts())

@@ -4,6 +4,7 @@ Rows are robot steps: a dream's frame stands at the row that shows it and is rep
 `frame_fresh` marks the rows whose picture is new (`meta["frame_rows"]` lists them): only these are observations.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,12 +13,16 @@ import numpy as np
 from dreamgen.core.clip import Clip, Episode, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.manifest import Stage, require_complete
+from dreamgen.core.manifest import Stage, is_complete, require_complete
 from dreamgen.core.protocols import Labeler
 from dreamgen.data.clips import ClipFolder
+from dreamgen.data.layout import INFO
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.progress import progress
+from dreamgen.stages.sharing import Parts, Shard, alone, grouped
 from dreamgen.video.tiling import untile
+
+PART = ("value", "spread", "state", "known")  # what is stored of a clip's labels until all are there
 
 
 def integrated(robot: Embodiment, first: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -81,39 +86,77 @@ def labelled_episode(robot: Embodiment, clip: Clip, label: Labels, state: np.nda
     return Episode(instruction=clip.instruction, state=state, action=label.value, video=views, extra=extra, meta=meta)
 
 
-def label(labeler: Labeler, clips: Path, *, out: Path, robot: Embodiment, batch_size: int = 16, codec: str = "h264",
-          crf: int | None = None, workers: int = 1, seed: int = 0, record: dict) -> dict:  # fmt: skip
+def label(
+    labeler: Labeler,
+    clips: Path,
+    *,
+    out: Path,
+    robot: Embodiment,
+    batch_size: int = 16,
+    codec: str = "h264",
+    crf: int | None = None,
+    workers: int = 1,
+    shard: int = 0,
+    num_shards: int = 1,
+    seed: int = 0,
+    record: dict,
+) -> dict:
     """Label the dreams of the finished stage `clips` and write them as a LeRobot dataset to `out`, in order of id.
 
-    Raises ValueError for unfinished dreams, no dreams, a labeler of another robot, and clips that it cannot label
-    (rate, size or length; names the clip).
+    Shards share out the labelling, batch by batch; the call that finds all labels there writes the dataset, on
+    `workers` threads.
+
+    Raises ValueError for unfinished dreams, no dreams, a shard out of range, a labeler of another robot, and clips that
+    it cannot label (rate, size or length; names the clip).
     """
-    clips = Path(clips)
+    clips, mine = Path(clips), Shard(shard, num_shards)
     made = require_complete(clips, "dreams")
-    labeler.robot.require(robot.contract(), "the dreams' robot")
+    # a labeler of latent actions reads the videos of one embodiment and writes the actions of another
+    getattr(labeler, "source", labeler.robot).require(robot.contract(), "the dreams' robot")
+    robot = labeler.robot
     parents = {"dreams": clips} | ({"labeler": labeler.path} if getattr(labeler, "path", None) else {})
     with Stage(out, "label", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
-        folder = ClipFolder(clips / "clips")
-        ids = folder.ids()
-        if not ids:
+        folder, parts = ClipFolder(clips / "clips"), Parts(Path(out) / "parts")
+        batches = grouped(folder.ids(), batch_size)
+        if not batches:
             raise ValueError(f"{clips} holds no dreams; give its stage at least one prompt")
+        stored = parts.stored()
+        left = [number for number in mine.of(range(len(batches))) if number not in stored]
+        for number in progress(left, len(left), mine.title("label"), out, unit="batch"):
+            parts.write(number, _labelled(labeler, [folder.read(id) for id in batches[number]]))
+        missing = len(batches) - len(parts.stored())
+        if missing:
+            return {"complete": False, "batches": len(batches) - missing, "left": missing}
         source = {"dreams": made["id"], "world_model": made.get("parents", {}).get("world_model", ""),
                   "labeler": run.spec["parents"].get("labeler", "")}  # fmt: skip
-        spreads: list[np.ndarray] = []
 
         def episodes() -> Iterator[Episode]:
-            batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
-            for batch in progress(batches, len(batches), "label", out, unit="batch"):
-                read = [folder.read(id) for id in batch]
-                labels = labeler.label(read)
-                states = pseudo_states(labeler, read, labels)
-                for clip, found, (state, known) in zip(read, labels, states, strict=True):
-                    spreads.append(found.spread.mean(0))
-                    yield labelled_episode(robot, clip, found, state, known, source)
+            for number, ids in enumerate(batches):
+                part = parts.read(number)
+                for row, id in enumerate(ids):
+                    value, spread, state, known = (part[f"{row}/{name}"] for name in PART)
+                    found = Labels(value=value, spread=spread)
+                    yield labelled_episode(robot, folder.read(id), found, state, known, source)
 
-        counts = write_dataset(out, episodes(), robot, codec=codec, crf=crf, workers=workers)
-        spread = np.mean(spreads, axis=0)
-        return run.finish(episodes=counts["episodes"], rows=counts["frames"],
-                          spread={part.name: float(spread[part.slice].mean()) for part in robot.action})  # fmt: skip
+        with alone(out):  # shards that end together do not write twice
+            if is_complete(out):
+                return run.manifest()
+            if not (Path(out) / INFO).is_file():  # else killed between the dataset and the manifest
+                write_dataset(out, episodes(), robot, codec=codec, crf=crf, workers=workers)
+            spreads = [parts.read(number)[f"{row}/spread"] for number, ids in enumerate(batches)
+                       for row in range(len(ids))]  # fmt: skip
+            spread = np.mean([rows.mean(0) for rows in spreads], axis=0)
+            by_part = {part.name: float(spread[part.slice].mean()) for part in robot.action}
+            manifest = run.finish(episodes=len(spreads), rows=sum(map(len, spreads)), spread=by_part)
+            shutil.rmtree(parts.root)
+            return manifest
+
+
+def _labelled(labeler: Labeler, clips: Sequence[Clip]) -> dict[str, np.ndarray]:
+    """Labels and pseudo-states of a batch, by row and name."""
+    labels = labeler.label(clips)
+    states = pseudo_states(labeler, clips, labels)
+    rows = [(found.value, found.spread, *state) for found, state in zip(labels, states, strict=True)]
+    return {f"{row}/{name}": array for row, arrays in enumerate(rows) for name, array in zip(PART, arrays, strict=True)}

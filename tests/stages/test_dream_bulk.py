@@ -1,0 +1,132 @@
+"""Dreaming many: batches by tokens, decoding behind, best of n, shares of one list, and what cannot be done."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dreamgen.core.clip import Clip, Labels
+from dreamgen.core.manifest import tree_digest
+from dreamgen.data.clips import ClipFolder
+from dreamgen.data.prompts import DatasetPrompts, FolderPrompts
+from dreamgen.engine.behind import Behind
+from dreamgen.stages.dream import dream
+from tests.stages.drawn_world import DrawnWorld, WholeWorld, prompts
+from tests.worlds.conftest import tiny_robot
+
+run = partial(dream, record={})
+
+
+class Brightness:
+    """Likes the third seed of even prompts, and has no opinion on p1."""
+
+    name, needs_labels = "brightness", False
+
+    def score(self, clips: list[Clip], labels: list[Labels]) -> np.ndarray:
+        assert len(clips) == len(labels)
+        if clips[0].id == "p1":
+            return np.full(len(clips), np.nan)
+        return np.array([clip.video.mean() / 255 for clip in clips])
+
+
+def test_a_batch_holds_as_many_tokens_as_it_may(tmp_path):
+    world = DrawnWorld()
+    run(world, lambda: prompts(7), out=tmp_path / "a", token_budget=100)
+    assert [len(batch) for batch in world.batches] == [3, 3, 1] == world.decoded
+    world = DrawnWorld()
+    run(world, lambda: prompts(7), out=tmp_path / "b", token_budget=100, batch_size=2)
+    assert [len(batch) for batch in world.batches] == [2, 2, 2, 1]
+    with pytest.raises(ValueError, match="token_budget is 29; one clip has 30 latent tokens"):
+        run(DrawnWorld(), lambda: prompts(7), out=tmp_path / "c", token_budget=29)
+    with pytest.raises(ValueError, match="WholeWorld does not say how many"):
+        run(WholeWorld(), lambda: prompts(7), out=tmp_path / "d", token_budget=29)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        run(DrawnWorld(), lambda: prompts(7), out=tmp_path / "e", batch_size=0)
+
+
+@pytest.mark.parametrize("overlap", [True, False, None])
+def test_clips_are_the_same_in_any_batches_order_shares_and_halves(tmp_path, overlap):
+    one = run(DrawnWorld(), lambda: prompts(7), out=tmp_path / "one", batch_size=1, overlap=False)
+    expected = tree_digest(tmp_path / "one" / "clips")
+    run(DrawnWorld(), lambda: prompts(7), out=tmp_path / "three", batch_size=3, overlap=overlap)
+    run(DrawnWorld(), lambda: prompts(7)[::-1], out=tmp_path / "back", batch_size=3, overlap=overlap)
+    run(WholeWorld(), lambda: prompts(7), out=tmp_path / "whole", batch_size=3, overlap=overlap)
+    for shard in (1, 2, 0):
+        last = run(DrawnWorld(), lambda: prompts(7), out=tmp_path / "shares", batch_size=1, shard=shard, num_shards=3,
+                   overlap=overlap)  # fmt: skip
+    assert last["id"] == one["id"] and last["results"] == one["results"]
+    assert {tree_digest(tmp_path / name / "clips") for name in ("three", "back", "whole", "shares")} == {expected}
+
+
+def test_the_next_batch_is_denoised_while_the_last_is_decoded():
+    seen, done = [], []
+
+    def decode(k: int) -> None:
+        while len(seen) <= min(k + 1, 3):  # until the next one has been begun
+            pass
+        done.append((k, torch.get_num_threads()))
+
+    with Behind(decode) as behind:
+        for k in range(4):
+            seen.append(k)
+            behind(k)
+        seen.append(4)
+    assert done == [(k, torch.get_num_threads()) for k in range(4)]
+
+
+def test_an_error_of_the_thread_is_told_and_stops_the_run(tmp_path):
+    world = DrawnWorld()
+    world.decode = lambda latents: (_ for _ in ()).throw(ValueError("cannot be decoded"))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        run(world, lambda: prompts(7), out=tmp_path, batch_size=1, overlap=True)
+    assert len(world.batches) < 5 and not (tmp_path / "manifest.json").exists()
+    run(DrawnWorld(), lambda: prompts(7), out=tmp_path, batch_size=1, overlap=True)
+    assert len(ClipFolder(tmp_path / "clips")) == 7
+
+
+def test_the_best_of_three_seeds_is_kept_and_its_score_with_it(tmp_path):
+    plain, chosen = DrawnWorld(), DrawnWorld()
+    run(plain, lambda: prompts(5), out=tmp_path / "plain")
+    run(chosen, lambda: prompts(5), out=tmp_path / "best", best_of=3, filter=Brightness(), batch_size=4)
+    assert [len(batch) for batch in chosen.batches] == [3] * 5  # all seeds of a prompt in one batch
+    folder = ClipFolder(tmp_path / "best" / "clips")
+    for prompt in prompts(5):
+        clip = folder.read(prompt.id)
+        if prompt.id == "p1":
+            assert clip.scores == {} and clip.seed == prompt.seed
+            continue
+        draws = [np.random.default_rng(s).integers(0, 256, (5, 16, 24, 3), np.uint8).mean() / 255
+                 for s in (prompt.seed, clip.seed)]  # fmt: skip
+        assert clip.scores["brightness"] == pytest.approx(draws[1]) and draws[1] >= draws[0]
+        assert clip.scores["brightness_mean_of_3"] <= clip.scores["brightness"]
+    assert any(folder.info(p.id)["seed"] != p.seed for p in prompts(5))
+    # more seeds than a batch holds: the same clips
+    run(DrawnWorld(), lambda: prompts(5), out=tmp_path / "small", best_of=3, filter=Brightness(), batch_size=2)
+    assert tree_digest(tmp_path / "small" / "clips") == tree_digest(tmp_path / "best" / "clips")
+
+
+def test_a_choice_needs_something_to_choose_by(tmp_path):
+    with pytest.raises(ValueError, match="best_of is 2 and filter is NoneType"):
+        run(DrawnWorld(), lambda: prompts(2), out=tmp_path, best_of=2)
+    labelled = Brightness()
+    labelled.needs_labels = True
+    with pytest.raises(ValueError, match="'brightness' scores labels; give the stage a labeler"):
+        run(DrawnWorld(), lambda: prompts(2), out=tmp_path, best_of=2, filter=labelled)
+
+
+def test_what_first_frames_come_from_is_a_parent(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_text("pictures")
+
+    class Listed(FolderPrompts):
+        def __call__(self):
+            return prompts(2)
+
+    listed = Listed(folder=tmp_path / "data", robot=tiny_robot())
+    done = run(DrawnWorld(), listed, out=tmp_path / "out")
+    assert done["parents"] == {"prompts": tree_digest(tmp_path / "data")}
+    assert DatasetPrompts(dataset=type("D", (), {"root": tmp_path})()).source == tmp_path
+    (tmp_path / "data" / "a.txt").write_text("other pictures")
+    with pytest.raises(ValueError, match="another configuration.*parents.prompts"):
+        run(DrawnWorld(), listed, out=tmp_path / "out")
