@@ -24,8 +24,10 @@ class Prompt:
     """What is dreamed: a first frame (canvas), an instruction, a seed.
 
     id: unique, fit for a file name. pair: shared by all prompts with one first frame (counterfactuals).
-    state: proprioception at the first frame, empty where unknown. origin: where the first frame came from, plain JSON
-    (e.g. {"dataset": ..., "episode": 3, "row": 0} or {"sim": "tabletop", "instruction": ..., "seed": 7}).
+    state: proprioception at the first frame, empty where unknown. action: what the robot does from there on, one row
+    per robot step, for action-conditioned models; empty where the instruction alone decides. origin: where the first
+    frame came from, plain JSON (e.g. {"dataset": ..., "episode": 3, "row": 0} or {"sim": "tabletop", "instruction":
+    ..., "seed": 7}).
     """
 
     id: str
@@ -34,7 +36,27 @@ class Prompt:
     seed: int
     pair: str = ""
     state: Float32[np.ndarray, " d"] = field(default_factory=lambda: np.zeros(0, np.float32))
+    action: Float32[np.ndarray, "s a"] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     origin: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Past:
+    """An episode so far: its prompt, the frames since the first (the last is now), the actions executed since then.
+
+    state: proprioception now, empty where unknown.
+    """
+
+    prompt: Prompt
+    video: UInt8[np.ndarray, "t h w 3"]
+    action: Float32[np.ndarray, "s a"]
+    state: Float32[np.ndarray, " d"] = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    @classmethod
+    def begin(cls, prompt: Prompt, width: int) -> "Past":
+        """Nothing has happened yet; width: entries of an action."""
+        return cls(prompt=prompt, video=prompt.image[None], action=np.zeros((0, width), np.float32),
+                   state=prompt.state)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

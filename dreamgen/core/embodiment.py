@@ -3,23 +3,30 @@
 An embodiment is a YAML file in `conf/embodiment`; adding a robot needs no Python.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
+
+from dreamgen.core.camera import Camera, Tool
 
 Kind = Literal["absolute", "delta", "binary"]
 KINDS = ("absolute", "delta", "binary")
+OPTIONAL = ("camera", "sets", "travel", "tools")  # what a saved contract may lack: data need not know of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One camera: its LeRobot feature key and the size, in pixels, at which the models see it."""
+    """One camera: its LeRobot feature key and the size, in pixels, at which the models see it.
+
+    camera: its place and lens where they are known, for pose maps.
+    """
 
     name: str
     key: str
     height: int
     width: int
+    camera: Camera | None = None
 
     def __post_init__(self) -> None:
         if self.height <= 0 or self.width <= 0:
@@ -36,6 +43,8 @@ class Part:
         it moves.
     moves: for an action part, the state part that it changes (delta: adds to; absolute, binary: sets); None if none.
     limits: lowest and highest value of any entry, if known.
+    sets: for a binary action part, what its low and its high command make of the state part that it moves, and
+        `travel`, the seconds that the whole way takes.
     """
 
     name: str
@@ -47,6 +56,8 @@ class Part:
     moves: str | None = None
     scale: float = 1.0
     limits: Sequence[float | int] | None = None
+    sets: Sequence[float | int] | None = None
+    travel: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -55,6 +66,8 @@ class Part:
             raise ValueError(f"part '{self.name}' covers [{self.start}, {self.stop}); expected 0 <= start < stop")
         if self.limits is not None:
             object.__setattr__(self, "limits", (float(self.limits[0]), float(self.limits[1])))
+        if self.sets is not None:
+            object.__setattr__(self, "sets", (float(self.sets[0]), float(self.sets[1])))
 
     @property
     def width(self) -> int:
@@ -77,6 +90,21 @@ def _cover(kind: str, parts: Sequence[Part]) -> int:
     return at
 
 
+def _without(node: Any, unwanted: Callable[[str, Any], bool]) -> Any:
+    """A plain structure without the keys that are `unwanted`."""
+    if isinstance(node, dict):
+        return {key: _without(value, unwanted) for key, value in node.items() if not unwanted(key, value)}
+    return type(node)(_without(item, unwanted) for item in node) if isinstance(node, list | tuple) else node
+
+
+def _agree(left: dict | None, right: dict | None) -> bool:
+    """Whether two parts or views are the same as far as both tell."""
+    if left is None or right is None:
+        return left == right
+    lacking = {key for key in OPTIONAL if not (left.get(key) and right.get(key))}
+    return all(left.get(key) == right.get(key) for key in (left.keys() | right.keys()) - lacking)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Embodiment:
     """One robot.
@@ -85,6 +113,7 @@ class Embodiment:
     views: the cameras the models see; `grid` lays them out on one canvas, row by row, by name (None is black).
         Without a grid the views stand side by side. All views of a grid have one size.
     state, action: the parts of `state_key` and `action_key`, in order and without gaps.
+    tools: grippers that pose maps draw, in views with a camera.
     """
 
     name: str
@@ -95,10 +124,11 @@ class Embodiment:
     grid: Sequence[Sequence[str | None]] = ()
     state_key: str = "observation.state"
     action_key: str = "action"
+    tools: Sequence[Tool] = ()
     description: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for key in ("views", "action", "state"):
+        for key in ("views", "action", "state", "tools"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
         object.__setattr__(self, "robot_hz", str(self.robot_hz))
         if not self.views:
@@ -125,6 +155,12 @@ class Embodiment:
             if part.moves is not None and names[part.moves].width != part.width:
                 raise ValueError(f"action part '{part.name}' is {part.width} wide and moves '{part.moves}', which is "
                                  f"{names[part.moves].width} wide; they must agree")  # fmt: skip
+
+        for tool in self.tools:
+            for part, width in ((tool.position, 3), (tool.opening, 1)):
+                if part is not None and (part not in names or names[part].width != width):
+                    raise ValueError(f"a tool of embodiment '{self.name}' names the state part '{part}'; expected one "
+                                     f"of {width} entries among {sorted(names)}")  # fmt: skip
 
     @property
     def rate(self) -> Fraction:
@@ -153,7 +189,7 @@ class Embodiment:
 
     def contract(self) -> dict:
         """All that data and its users must agree on, as plain JSON: saved with every dataset and checkpoint."""
-        contract = asdict(self)
+        contract = _without(asdict(self), lambda key, value: key in OPTIONAL and not value)
         contract.pop("description")
         return contract
 
@@ -161,7 +197,10 @@ class Embodiment:
     def from_contract(cls, contract: dict) -> "Embodiment":
         """The robot that `contract()` describes."""
         parts = {key: tuple(Part(**part) for part in contract[key]) for key in ("state", "action")}
-        return cls(**{**contract, **parts, "views": tuple(View(**view) for view in contract["views"])})
+        views = [View(**{**view, "camera": Camera(**view["camera"])} if view.get("camera") else view)
+                 for view in contract["views"]]  # fmt: skip
+        tools = tuple(Tool(**tool) for tool in contract.get("tools", ()))
+        return cls(**{**contract, **parts, "views": tuple(views), "tools": tools})
 
     def mismatches(self, contract: dict) -> list[str]:
         """What differs between this robot and a saved `contract`, one sentence each."""
@@ -177,11 +216,11 @@ class Embodiment:
             if key in ("views", "state", "action"):
                 a, b = {p["name"]: p for p in left or ()}, {p["name"]: p for p in right or ()}
                 for name in list(a) + [n for n in b if n not in a]:
-                    if a.get(name) != b.get(name):
+                    if not _agree(a.get(name), b.get(name)):
                         found.append(f"{key} '{name}': here {a.get(name)}, saved {b.get(name)}")
                 if list(a) != list(b) and sorted(a) == sorted(b):
                     found.append(f"{key}: order here {list(a)}, saved {list(b)}")
-            else:
+            elif not (key in OPTIONAL and not (left and right)):
                 found.append(f"{key}: here {left}, saved {right}")
         return found
 

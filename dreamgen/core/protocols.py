@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from dreamgen.core.clip import Clip, Labels, Observation, Prompt
+from dreamgen.core.clip import Clip, Labels, Observation, Past, Prompt
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 
@@ -54,16 +54,16 @@ class WorldModel(Protocol):
 
 @runtime_checkable
 class ActionWorldModel(Protocol):
-    """First frames and action streams to videos: what would have been seen."""
+    """Frames and actions to the frames that follow."""
 
     robot: Embodiment
     clock: Clock
 
-    def dream_actions(self, prompts: Sequence[Prompt], actions: Sequence[np.ndarray]) -> list[Clip]:
-        """One clip per prompt under its own actions (s a), in the embodiment's units, in order.
+    def imagine(self, pasts: Sequence[Past], actions: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The new frames (n h w 3) of each past under its next actions (s a); all pasts are equally long.
 
-        A clip has the frames that its actions span: `clock.frames_in(s + 1)`. It depends on its own prompt and actions
-        alone, never on its batch. An empty instruction is none (classifier-free).
+        A past's frames depend on it, its actions and its prompt's seed alone, never on the batch. ValueError unless
+        the actions end on a frame that the model can end on.
         """
         ...
 

@@ -1,0 +1,64 @@
+"""What a robot's state becomes when its commands are followed exactly: the embodiment's rule, no simulator.
+
+A delta adds `scale` times itself to the part it moves; an absolute part sets it; a binary part moves it towards the
+value that the embodiment's `sets` names, within `travel` seconds. Parts that no such command moves keep their value.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32
+
+from dreamgen.core.embodiment import Embodiment, Part
+
+
+def commands(part: Part) -> tuple[float, float]:
+    """The two values of a binary part: its limits, else 0 and 1."""
+    low, high = part.limits or (0.0, 1.0)
+    return float(low), float(high)
+
+
+def follow(
+    robot: Embodiment, first: Float[np.ndarray, " d"], action: Float[np.ndarray, "s a"]
+) -> tuple[Float32[np.ndarray, "n d"], Bool[np.ndarray, " d"]]:
+    """States before each action and after the last (s + 1, d), and which entries (d,) the rule knows."""
+    state, known = np.repeat(first[None], len(action) + 1, axis=0).astype(np.float32), np.zeros(robot.state_dim, bool)
+    where = {part.name: part.slice for part in robot.state}
+    for part in robot.action:
+        if part.moves is None or (part.kind == "binary" and part.sets is None):
+            continue
+        target, entry = where[part.moves], action[:, part.slice]
+        known[target] = True
+        if part.kind == "delta":
+            state[1:, target] = first[target] + (part.scale * entry).cumsum(0)
+        elif part.kind == "absolute":
+            state[1:, target] = part.scale * entry
+        else:
+            low, high = commands(part)
+            goal = np.where(entry > (low + high) / 2, part.sets[1], part.sets[0])
+            span = abs(part.sets[1] - part.sets[0])
+            most = span / max(1.0, part.travel * float(robot.rate))
+            for row in range(len(action)):
+                before = state[row, target]
+                state[row + 1, target] = before + np.clip(goal[row] - before, -most, most)
+    return state, known
+
+
+def within(robot: Embodiment, action: Float[np.ndarray, "*s a"], where: str, *, slack: float = 1e-3) -> np.ndarray:
+    """`action`, if it has the robot's width, is finite and stays inside the limits of its parts.
+
+    Raises ValueError that names the part, the entry and its limits.
+    """
+    action = np.asarray(action, np.float32)
+    if action.shape[-1] != robot.action_dim:
+        raise ValueError(f"{where}: actions are {action.shape[-1]} wide; robot '{robot.name}' has {robot.action_dim}")
+    if not np.isfinite(action).all():
+        raise ValueError(f"{where}: actions hold numbers that are not finite")
+    for part in robot.action:
+        if part.limits is None:
+            continue
+        low, high = part.limits
+        entry, room = action[..., part.slice], slack * (high - low)
+        if entry.size and (entry.min() < low - room or entry.max() > high + room):
+            worst = entry.min() if low - entry.min() > entry.max() - high else entry.max()
+            raise ValueError(f"{where}: action part '{part.name}' is {worst:.3g}; embodiment '{robot.name}' allows "
+                             f"{low:g} to {high:g}. Clip the actions, or mend its limits.")  # fmt: skip
+    return action

@@ -1,0 +1,277 @@
+"""A world model that actions move: any of the image-conditioned families, extended from outside.
+
+The same checkpoint dreams as before where no actions are given; with them, each latent frame knows the robot steps that
+it shows (`action_frames`), and the frames of an episode's past: its first one (anchor) and a sparse history, with noise
+whose level is an input (arXiv:2408.14837, arXiv:2407.01392). `imagine` goes on from any past, so episodes of any length
+are rolled out in chunks, batched over episodes.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dreamgen.core.clip import Clip, Past, Prompt
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.kinematics import within
+from dreamgen.core.manifest import read_json, write_json
+from dreamgen.core.seeding import seed_for, torch_rng_for
+from dreamgen.worlds.action_frames import latent_actions, pose_maps
+from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks
+from dreamgen.worlds.rollout import extend, frame_rows, rollout
+
+FILE, WEIGHTS = "action_world.json", "actions.safetensors"
+ROOM = "dreamgen.worlds."
+
+
+class ActionWorld(nn.Module):
+    """world: the world model that is extended. width: of the action encoder. maps: draw pose maps as well.
+
+    history: ages (s) of remembered frames, oldest first, beside the first frame of the episode (`anchor`).
+    level: of the noise on remembered and first frames when dreaming, in [0, 1]; context_noise: the highest in training.
+    action_guidance: 1 takes one pass. action_dropout: share of training rows without actions.
+
+    Raises ValueError: a transformer that cannot be hooked; maps for an embodiment without cameras or tools.
+    """
+
+    def __init__(
+        self,
+        *,
+        world: nn.Module,
+        width: int = 128,
+        maps: bool = False,
+        anchor: bool = True,
+        history: Sequence[float] = (0.4,),
+        level: float = 0.0,
+        context_noise: float = 0.2,
+        action_guidance: float = 1.0,
+        action_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.world, self.width, self.maps, self.anchor = world, width, maps, anchor
+        self.history = tuple(sorted((float(age) for age in history), reverse=True))
+        self.level, self.context_noise = level, context_noise
+        self.action_guidance, self.action_dropout = action_guidance, action_dropout
+        self.gaps = (self.clock.frames - 1) // (world.latent_shape[1] - 1)
+        tools = len(self.robot.tools)
+        if maps:  # says what is missing
+            still = np.zeros((self.gaps, self.robot.action_dim), np.float32)
+            pose_maps(self.robot, np.arange(self.gaps + 1), still, np.zeros(self.robot.state_dim, np.float32),
+                      size=self.latent_size, gaps=self.gaps)  # fmt: skip
+        self.extension = ActionExtension(
+            world.transformer, features=self.gaps * self.robot.action_dim, width=width,
+            channels=2 * tools * self.gaps if maps else 0,
+        )  # fmt: skip
+        experts = [m for m in world.modules() if type(m) is type(world.transformer)]  # A14B has two
+        self.hooks = [Hooks(expert, self.extension, latents=world.latent_shape[0]) for expert in experts]
+        self.requires_grad_(False).eval()
+
+    @property
+    def robot(self) -> Embodiment:
+        return self.world.robot
+
+    @property
+    def clock(self) -> Clock:
+        """Rates and frames of one chunk."""
+        return self.world.clock
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        return self.world.latent_shape[2], self.world.latent_shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        return self.world.device
+
+    @property
+    def precision(self) -> str:
+        return self.world.precision
+
+    @property
+    def remembered(self) -> int:
+        """Frames of the past that a chunk sees beside the last one."""
+        return int(self.anchor) + len(self.history)
+
+    def place(self) -> "ActionWorld":
+        """Move everything to the accelerator, if there is one."""
+        self.world.place()
+        self.extension.to(self.world.device)
+        return self
+
+    def memory_rows(self, now: int) -> list[int]:
+        """Frames (video frames since the first) that are remembered at frame `now`; before the first, the first."""
+        per_second = float(self.robot.rate / self.clock.stride)
+        return [0] * self.anchor + [max(0, now - round(age * per_second)) for age in self.history]
+
+    def features(self, rows: np.ndarray, action: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
+        """(lt - 1, f) in units, of the actions of frames at `rows`."""
+        return latent_actions(self.robot, rows, action, gaps=self.gaps, state=state)
+
+    def drawn(self, rows: np.ndarray, action: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Pose maps (c lt lh lw)."""
+        return pose_maps(self.robot, rows, action, state, size=self.latent_size, gaps=self.gaps)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The world's own loss under actions. batch: what it needs, and features (b lt-1 f), and where they are used
+        maps (b c lt lh lw), memory (b c m lh lw) and ages (b m). Actions are dropped, and context is noised, at random
+        while training."""
+        x = batch["latents"]
+        b, live = len(x), self.training
+        present = torch.rand(b, device=x.device) >= (self.action_dropout if live else 0.0)
+        level = torch.rand(b, device=x.device) * (self.context_noise if live else 0.0)
+        m = self.remembered
+        noise = torch.randn(b, x.shape[1], m + 1, *x.shape[3:], device=x.device) if live else None
+        given = Given(features=batch["features"], present=present, level=level, maps=batch.get("maps"),
+                      memory=batch.get("memory"), ages=batch.get("ages"), noise=noise)  # fmt: skip
+        with self._given(given):
+            return self.world.loss({k: v for k, v in batch.items() if k not in ("features", "maps", "memory", "ages")})
+
+    def _given(self, given: Given, guidance: float = 1.0) -> "_All":
+        return _All(self.hooks, given, guidance)
+
+    def _context(self, pasts: Sequence[Past]) -> tuple[Tensor | None, Tensor | None]:
+        """Latents (b c m lh lw) and ages (b m) of what is remembered."""
+        if not self.remembered:
+            return None, None
+        now = len(pasts[0].video) - 1
+        rows = self.memory_rows(now)
+        frames = torch.from_numpy(np.stack([past.video[rows] for past in pasts]))
+        latents = self.world.encode(frames.flatten(0, 1)[:, None])
+        per_second = float(self.robot.rate / self.clock.stride)
+        ages = torch.tensor([[(now - row) / per_second for row in rows]] * len(pasts), device=self.device)
+        return latents[:, :, 0].unflatten(0, (len(pasts), -1)).transpose(1, 2), ages
+
+    @torch.no_grad()
+    def imagine(self, pasts: Sequence[Past], actions: Sequence[Float[np.ndarray, "s a"]]) -> list[np.ndarray]:
+        """See `ActionWorldModel.imagine`; longer actions than a chunk's are taken chunk by chunk."""
+        return rollout(self._chunk, self.robot, self.clock, pasts, actions, multiple=self.gaps)
+
+    def _chunk(self, pasts: Sequence[Past], actions: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """At most one chunk of frames (n h w 3) per past."""
+        now = len(pasts[0].video) - 1
+        rows = frame_rows(self.clock, now, len(actions[0]), self.gaps)
+        known = [past.state if len(past.state) == self.robot.state_dim else None for past in pasts]
+        for past, action in zip(pasts, actions, strict=True):
+            within(self.robot, action, f"actions of '{past.prompt.id}'")
+        features = np.stack([self.features(rows, a, s) for a, s in zip(actions, known, strict=True)])
+        maps = None
+        if self.maps:
+            drawn = [self.drawn(rows, a, p.state) for a, p in zip(actions, pasts, strict=True)]
+            maps = torch.from_numpy(np.stack(drawn)).to(self.device)
+        memory, ages = self._context(pasts)
+        prompts = [Prompt(id=p.prompt.id, image=np.ascontiguousarray(p.video[-1]), instruction=p.prompt.instruction,
+                          seed=p.prompt.seed if now == 0 else seed_for(p.prompt.seed, "chunk", now))
+                   for p in pasts]  # fmt: skip
+        shape = (self.world.latent_shape[0], self.remembered + 1, *self.latent_size)
+        noise = [torch.randn(shape, generator=torch_rng_for(p.seed, "context")) for p in prompts]
+        given = Given(
+            features=torch.from_numpy(features).to(self.device), maps=maps, memory=memory, ages=ages,
+            present=torch.ones(len(pasts), dtype=torch.bool, device=self.device),
+            level=torch.full((len(pasts),), self.level, device=self.device),
+            noise=torch.stack(noise).to(self.device),
+        )  # fmt: skip
+        chunk = self.world.clock
+        self.world.clock = chunk.with_frames(len(rows))
+        try:
+            with self._given(given, self.action_guidance):
+                clips = self.world.dream(prompts)
+        finally:
+            self.world.clock = chunk
+        return [clip.video[1:] for clip in clips]
+
+    def dream(self, prompts: Sequence[Prompt]) -> list[Clip]:
+        """One clip per prompt, in order: under its actions where it has some (as long as they last), else as the world
+        model would without this extension."""
+        found: dict[int, Clip] = {}
+        plain = [i for i, prompt in enumerate(prompts) if not prompt.action.size]
+        if plain:
+            found |= dict(zip(plain, self.world.dream([prompts[i] for i in plain]), strict=True))
+        lengths = sorted({len(prompt.action) for prompt in prompts if prompt.action.size})
+        for length in lengths:
+            mine = [i for i, prompt in enumerate(prompts) if prompt.action.size and len(prompt.action) == length]
+            pasts = [Past.begin(prompts[i], self.robot.action_dim) for i in mine]
+            ended = extend(self, pasts, [prompts[i].action for i in mine])
+            for i, past in zip(mine, ended, strict=True):
+                p = past.prompt
+                found[i] = Clip(id=p.id, video=past.video, video_hz=self.clock.video_hz, instruction=p.instruction,
+                                seed=p.seed, pair=p.pair, state=p.state, origin=p.origin)  # fmt: skip
+        return [found[i] for i in range(len(prompts))]
+
+    def train_full(self) -> None:
+        """Make the transformer and the extension trainable."""
+        self.world.train_full()
+        self.extension.requires_grad_(True)
+
+    def train_lora(self, *, rank: int, alpha: int) -> None:
+        """Train an adapter of the transformer, and the extension."""
+        self.world.train_lora(rank=rank, alpha=alpha)
+        self.extension.requires_grad_(True)
+
+    def train_actions(self) -> None:
+        """Train the extension alone."""
+        self.extension.requires_grad_(True)
+
+    def spec(self) -> dict[str, Any]:
+        """Constructor arguments as plain JSON, without the world model's."""
+        return {"width": self.width, "maps": self.maps, "anchor": self.anchor, "history": list(self.history),
+                "level": self.level, "context_noise": self.context_noise, "action_guidance": self.action_guidance,
+                "action_dropout": self.action_dropout}  # fmt: skip
+
+    def save(self, out: Path) -> None:
+        """What the world model saves, the extension's weights, and `action_world.json` last."""
+        self.world.save(out)
+        save_file({k: v.contiguous() for k, v in self.extension.state_dict().items()}, Path(out) / WEIGHTS)
+        kind = type(self.world)
+        write_json(Path(out) / FILE, {"spec": self.spec(), "world": f"{kind.__module__}.{kind.__qualname__}",
+                                      "contract": self.robot.contract()})  # fmt: skip
+
+    @classmethod
+    def load(cls, path: Path | str, **changed: Any) -> "ActionWorld":
+        """What `save` wrote; `changed` overrides its own settings and the world model's sampler settings."""
+        path = Path(path)
+        saved = read_json(path / FILE)
+        module, _, name = saved["world"].rpartition(".")
+        if not module.startswith(ROOM):
+            raise ValueError(f"{path / FILE} names the class '{saved['world']}'; only classes of {ROOM}* are opened")
+        robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
+        robot.require(saved["contract"], str(path))
+        mine = {key: changed.pop(key) for key in list(changed) if key in saved["spec"]}
+        world = getattr(import_module(module), name).load(path, robot=robot, **changed)
+        self = cls(world=world, **{**saved["spec"], **mine})
+        self.extension.load_state_dict(load_file(path / WEIGHTS))
+        return self
+
+    def fingerprint(self) -> str:
+        """Names the weights that the world model was opened with."""
+        return self.world.fingerprint()
+
+    def cache_key(self) -> dict:
+        return self.world.cache_key()
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return self.world.encode(frames)
+
+    def embed(self, instructions: Sequence[str]) -> Tensor:
+        return self.world.embed(instructions)
+
+
+class _All:
+    """All hooks of a world model, entered together."""
+
+    def __init__(self, hooks: Sequence[Hooks], given: Given, guidance: float) -> None:
+        self.blocks = [hook(given, guidance=guidance) for hook in hooks]
+
+    def __enter__(self) -> None:
+        for block in self.blocks:
+            block.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        for block in reversed(self.blocks):
+            block.__exit__(*error)
