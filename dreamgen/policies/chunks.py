@@ -95,6 +95,11 @@ class Chunks:
         kept = [action for action, valid, _ in found if valid.all()]
         return np.stack(kept) if kept else np.zeros((0, *found[0][0].shape), np.float32)
 
+    def sample(self, most: int = 2000) -> np.ndarray:
+        """Pictures (n v h w 3) of evenly spread observations, for an encoder that is fitted to some."""
+        wanted = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
+        return np.stack([self.pictures(*self.at(int(k))) for k in wanted])
+
     def pictures(self, episode: int, row: int) -> np.ndarray:
         """All views (v h w 3) at an observation row."""
         if self._memory is None:

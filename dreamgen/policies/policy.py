@@ -6,14 +6,15 @@ time t. The loss is the mean of w |v - u|^2 over the steps that exist; acting in
 actions enter and leave through weights of each body (the real robot, its dreams). An unknown state is a learned token.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
@@ -23,26 +24,45 @@ from dreamgen.policies.body import ActionEncoder, BodyMLP
 from dreamgen.policies.dit import DiT, KeyValue, repeat_context
 from dreamgen.policies.encoder import TinyEncoder
 from dreamgen.policies.flare import Flare
-from dreamgen.policies.flow import euler, interpolate, sample_time
+from dreamgen.policies.flow import interpolate, sample_time
+from dreamgen.policies.inference import compiled
+from dreamgen.policies.qformer import QFormer
+from dreamgen.policies.sight import look, tensors
+from dreamgen.policies.space import Space, Spaces
 
 Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """Observations as the action head knows them: keys and values of the context, the state token, the states (b d) in
+    units where chunks are told relative to them, and which body acts."""
+
+    context: list[KeyValue | None]
+    state: Tensor
+    start: Tensor | None
+    body: Tensor
 
 
 class FlowPolicy(nn.Module):
     """A batch, made by `dreamgen.policies.chunks`, holds
 
-    pictures (b v h w 3) uint8, words (b l) int64, state (b d) float32 in units, state_known (b) bool, body (b) int64,
+    pictures (b v h w 3) uint8, or their features by a frozen encoder (b n c), words (b l) int64, state (b d) float32 in units, state_known (b) bool, body (b) int64,
     action (b H a) float32 in units, valid (b H) bool: steps that exist, weight (b H) float32;
-    with FLARE also future (b v h w 3) uint8 and future_known (b) bool.
+    with FLARE also future (b v h w 3) uint8, or features, and future_known (b) bool.
 
     horizon: H, robot steps in a chunk. euler_steps: K. draws: noise draws that share one encoded observation in
     training. cumulative: a chunk says where its delta parts lead, summed from its first step, instead of single
-    displacements: small errors then do not add up on the way. bodies: names of the embodiments; `act` speaks for the
-    first. state_dropout: share of training rows whose state is hidden. shift, jitter: see `dreamgen.policies.augment`.
+    displacements: small errors then do not add up on the way; frame: see `dreamgen.policies.space`. bodies: names of
+    the embodiments; `act` speaks for the first, or for `speaks`. robots: of the bodies that are another embodiment than
+    `robot`, such as a latent action space; they share its cameras, and narrower actions are padded. prefix: in training
+    up to so many first steps of a chunk are given, clean, for real-time chunking. compile: mode of torch.compile for
+    acting. state_dropout: share of training rows whose state is hidden. shift, jitter: see `dreamgen.policies.augment`.
     future_tokens, align_weight, align_layer, target, target_decay: FLARE's M, lambda, k and targets. With
     align_weight 0 FLARE is off and leaves no trace in the model.
 
-    Raises ValueError for a binary action part without limits (open and close would have no value).
+    Raises ValueError for a binary action part without limits (open and close would have no value), a layer or a body
+    that is not there, cameras that differ between bodies.
     """
 
     def __init__(
@@ -59,7 +79,12 @@ class FlowPolicy(nn.Module):
         draws: int = 2,
         cumulative: bool = True,
         activation: str = "gelu-approximate",
+        frame: str = "recorded",
         bodies: Sequence[str] = ("real", "dream"),
+        robots: Mapping[str, Embodiment | dict] | None = None,
+        speaks: str | None = None,
+        prefix: int = 0,
+        compile: str | None = None,
         state_dropout: float = 0.1,
         shift: int = 0,
         jitter: float = 0.0,
@@ -70,76 +95,86 @@ class FlowPolicy(nn.Module):
         target_decay: float = 0.995,
     ) -> None:
         super().__init__()
+        others = {name: other if isinstance(other, Embodiment) else Embodiment.from_contract(other)
+                  for name, other in (robots or {}).items()}  # fmt: skip
         self.config = dict(horizon=horizon, layers=layers, heads=heads, head_width=head_width, out_width=out_width,
                            euler_steps=euler_steps, draws=draws, cumulative=cumulative, activation=activation,
-                           bodies=list(bodies), state_dropout=state_dropout, shift=shift, jitter=jitter,
-                           future_tokens=future_tokens, align_weight=align_weight,
+                           frame=frame, bodies=list(bodies), robots={n: r.contract() for n, r in others.items()},
+                           speaks=speaks, prefix=prefix, compile=compile, state_dropout=state_dropout, shift=shift,
+                           jitter=jitter, future_tokens=future_tokens, align_weight=align_weight,
                            align_layer=align_layer, target=target, target_decay=target_decay)  # fmt: skip
-        for part in robot.action:
-            if part.kind == "binary" and part.limits is None:
-                raise ValueError(f"binary action part '{part.name}' of embodiment '{robot.name}' has no limits; give "
-                                 f"it the two values of its command, e.g. limits: [-1, 1]")  # fmt: skip
         if align_weight and not 1 <= align_layer <= layers:
             raise ValueError(f"align_layer is {align_layer}; expected 1 to {layers}, the layers of the transformer")
+        if not 0 <= prefix < horizon:
+            raise ValueError(f"prefix is {prefix}; expected 0 to {horizon - 1}: something of a chunk must be left")
         self.robot, self.horizon, self.euler_steps, self.draws = robot, horizon, euler_steps, draws
-        self.cumulative = cumulative
         self.bodies, self.state_dropout, self.shift, self.jitter = list(bodies), state_dropout, shift, jitter
-        self.align_weight, self.align_layer = align_weight, align_layer
+        self.align_weight, self.align_layer, self.prefix = align_weight, align_layer, prefix
         self.encoder = encoder if encoder is not None else TinyEncoder()
+        told = dict(horizon=horizon, cumulative=cumulative, frame=frame)
         self.normalise_state = Normaliser(robot.state_dim)
         self.normalise_action = Normaliser(horizon * robot.action_dim)
+        self.space = Space(robot, **told, state=self.normalise_state, action=self.normalise_action)
+        spaces, self.other_normalisers = {}, nn.ModuleDict()
+        for name, other in others.items():
+            if other.views != robot.views:
+                raise ValueError(f"the body '{name}' is seen by {other.views}, the robot by {robot.views}; bodies of a "
+                                 f"policy share their cameras")  # fmt: skip
+            made = {"state": Normaliser(other.state_dim), "action": Normaliser(horizon * other.action_dim)}
+            self.other_normalisers[name] = nn.ModuleDict(made)
+            spaces[self.body(name)] = Space(other, **told, **made)
+        self.spaces = Spaces(self.space, spaces)
+        self.speaks = 0 if speaks is None else self.body(speaks)
+        if self.speaks in spaces:
+            raise ValueError(f"speaks is '{speaks}', which is another embodiment than '{robot.name}'; a policy acts for "
+                             f"bodies of its own robot")  # fmt: skip
+        self.integrate = compiled(compile)
         width, out_width, count = heads * head_width, out_width or heads * head_width, len(bodies)
         self.dit = DiT(layers=layers, heads=heads, head_width=head_width, context_width=self.encoder.width,
                        out_width=out_width, activation=activation)  # fmt: skip
-        self.encode_state = BodyMLP(count, max(1, robot.state_dim), width, width)
+        self.encode_state = BodyMLP(count, max(1, self.spaces.state_dim), width, width)
         self.unknown_state = nn.Parameter(0.02 * torch.randn(width))
-        self.encode_action = ActionEncoder(count, robot.action_dim, width)
-        self.decode_action = BodyMLP(count, out_width, out_width, robot.action_dim)
+        self.encode_action = ActionEncoder(count, self.spaces.action_dim, width)
+        self.decode_action = BodyMLP(count, out_width, out_width, self.spaces.action_dim)
         self.position = nn.Parameter(0.02 * torch.randn(horizon, width))
-        self.flare, self.future_steps = None, None
+        self.flare, self.future_steps, self.queries = None, None, None
         if align_weight:
+            if target == "qformer":
+                self.queries = QFormer(width=self.encoder.width, queries=future_tokens)
             self.future_steps = horizon
             self.flare = Flare(encoder=self.encoder, tokens=future_tokens, width=width, target=target,
-                               decay=target_decay)  # fmt: skip
+                               decay=target_decay, queries=self.queries)  # fmt: skip
 
-    def fit(self, state: Float32[np.ndarray, "n d"], action: Float32[np.ndarray, "m h a"]) -> None:
-        """Take the normalisers' statistics from recorded rows and whole chunks, in units. Each step of a chunk has its
-        own. Rows that hold NaN are left out."""
-        if self.robot.state_dim:
-            self.normalise_state = Normaliser.fit(state[np.isfinite(state).all(1)], self.robot.state)
-        chunks = self._sum(torch.from_numpy(action)).flatten(1).numpy()
-        parts = [replace(part, start=part.start + k * self.robot.action_dim, stop=part.stop + k * self.robot.action_dim)
-                 for k in range(self.horizon) for part in self.robot.action]  # fmt: skip
-        self.normalise_action = Normaliser.fit(chunks, parts)
+    def fit(self, state: Float32[np.ndarray, "n d"], action: Float32[np.ndarray, "m h a"],
+            pictures: UInt8[np.ndarray, "p v h w 3"] | None = None, *, start: Float32[np.ndarray, "m d"] | None = None,
+            body: int = 0) -> None:  # fmt: skip
+        """Statistics of a body from recorded rows and whole chunks, in units, with the states at which these start
+        (see `Space.fit`). An encoder that is fitted to pictures takes what it needs from some."""
+        if pictures is not None and hasattr(self.encoder, "fit"):
+            for encoder in [self.encoder, *([self.flare.target] if self.flare else [])]:
+                encoder.fit(torch.from_numpy(pictures))
+        self.spaces.of(body).fit(state, action, start)
 
-    def _sum(self, action: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
-        """Steps to where they lead, for delta parts of a cumulative policy."""
-        parts = [part for part in self.robot.action if self.cumulative and part.kind == "delta"]
-        action = action.clone() if parts else action
-        for part in parts:
-            action[..., part.slice] = action[..., part.slice].cumsum(1)
-        return action
+    def chunk(self, action: Float[Tensor, "b h a"], state: Float[Tensor, "b d"] | None = None) -> Tensor:
+        """Actions of the robot in units to what the transformer works on."""
+        return self.space.chunk(action, state)
 
-    def chunk(self, action: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
-        """Actions in units to what the transformer works on."""
-        return self.normalise_action.normalise(self._sum(action).flatten(1)).view_as(action)
-
-    def unchunk(self, x: Float[Tensor, "b h a"]) -> Float[Tensor, "b h a"]:
+    def unchunk(self, x: Float[Tensor, "b h a"], state: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b h a"]:
         """The inverse of `chunk`."""
-        action = self.normalise_action.denormalise(x.flatten(1)).view_as(x)
-        for part in self.robot.action:
-            if self.cumulative and part.kind == "delta":
-                action[:, 1:, part.slice] = action[:, :, part.slice].diff(dim=1)
-        return action
+        return self.space.unchunk(x, state)
+
+    def command(self, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
+        """Inside the limits; binary entries become the nearer of their two values."""
+        return self.space.command(action)
 
     def state_token(
         self, state: Float[Tensor, "b d"], known: Bool[Tensor, " b"], body: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b 1 w"]:
         """Encoded state, or the learned token where it is not known (what stands in `state` there is never read)."""
-        if not self.robot.state_dim:
+        if not self.spaces.state_dim:
             return self.unknown_state.expand(len(body), 1, -1)
         x = torch.where(known[:, None], state, torch.zeros_like(state))
-        token = self.encode_state(self.normalise_state.normalise(x)[:, None], body)
+        token = self.encode_state(self.spaces.states(x, body)[:, None], body)
         return torch.where(known[:, None, None], token, self.unknown_state.to(token.dtype))
 
     def velocity(
@@ -150,9 +185,12 @@ class FlowPolicy(nn.Module):
         context: list[KeyValue | None],
         body: Int64[Tensor, " b"],
         valid: Bool[Tensor, "b h"] | None = None,
+        clean: Bool[Tensor, "b h"] | None = None,
     ) -> tuple[Float[Tensor, "b h a"], Float[Tensor, "b m w"] | None]:
-        """The velocity of a noisy chunk and, with FLARE, the activations of the future tokens."""
-        chunk = self.encode_action(x_t, t, body) + self.position
+        """The velocity of a noisy chunk and, with FLARE, the activations of the future tokens. clean: steps that are
+        given, at time 1."""
+        times = t if clean is None else torch.where(clean, torch.ones_like(t)[:, None], t[:, None])
+        chunk = self.encode_action(x_t, times, body) + self.position
         sequence = [state, chunk]
         if self.flare:
             sequence.insert(1, self.flare.tokens.expand(len(chunk), -1, -1))
@@ -161,86 +199,90 @@ class FlowPolicy(nn.Module):
             valid = torch.cat([valid.new_ones(len(x), x.shape[1] - self.horizon), valid], 1)
         y, tapped = self.dit(x, t, context, valid=valid, tap=self.align_layer if self.flare else None)
         velocity = self.decode_action(y[:, -self.horizon :], body).float()
+        entries = self.spaces.entries(body, len(self.bodies))
+        velocity = velocity if entries is None else velocity * entries
         return velocity, None if tapped is None else tapped[:, 1 : -self.horizon]
 
     def encode(self, pictures: Tensor, words: Tensor) -> Float[Tensor, "b n c"]:
-        """Vision-language tokens."""
-        return torch.cat(self.encoder(pictures, words), 1)
+        """Vision-language tokens of pictures (uint8), or of their features by a frozen encoder; with a Q-Former, its
+        queries behind them."""
+        tokens = torch.cat(look(self.encoder, pictures, words), 1)
+        return tokens if self.queries is None else torch.cat([tokens, self.queries(tokens)], 1)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow-matching loss, plus align_weight times FLARE's."""
         pictures, state_known, body = batch["pictures"], batch["state_known"], batch["body"]
+        valid, entries = batch["valid"], self.spaces.entries(body, len(self.bodies))
+        if self.space.needs_state:
+            valid = valid & state_known[:, None]
         if self.training:
-            pictures = augment.jitter(augment.shift(pictures, self.shift), self.jitter)
+            if pictures.dtype == torch.uint8:
+                pictures = augment.jitter(augment.shift(pictures, self.shift), self.jitter)
             state_known = state_known & (torch.rand(len(body), device=body.device) >= self.state_dropout)
         context = repeat_context(self.dit.context(self.encode(pictures, batch["words"])), self.draws)
         state = self.state_token(batch["state"], state_known, body)
+        action = self.spaces.chunk(batch["action"], batch["state"], body).repeat_interleave(self.draws, 0)
         state, body, valid, weight = (x.repeat_interleave(self.draws, 0)
-                                      for x in (state, body, batch["valid"], batch["weight"]))  # fmt: skip
-        action = self.chunk(batch["action"]).repeat_interleave(self.draws, 0)
+                                      for x in (state, body, valid, batch["weight"]))  # fmt: skip
         x = torch.where(valid[..., None], action, torch.zeros_like(action))
         noise, t = torch.randn_like(x), sample_time(len(x), like=x)
-        velocity, tapped = self.velocity(interpolate(x, noise, t), t, state, context, body, valid)
-        weight = weight * valid
-        flow = ((velocity - (x - noise)).square().mean(-1) * weight).sum() / weight.sum().clamp(min=1e-6)
+        if entries is not None:
+            entries = entries.repeat_interleave(self.draws, 0)
+            noise = noise * entries
+        x_t, clean, weight = interpolate(x, noise, t), None, weight * valid
+        if self.training and self.prefix:
+            length = torch.randint(0, self.prefix + 1, (len(x), 1), device=x.device)
+            clean = (torch.arange(self.horizon, device=x.device) < length) & valid
+            x_t, weight = torch.where(clean[..., None], x, x_t), weight * ~clean
+        velocity, tapped = self.velocity(x_t, t, state, context, body, valid, clean)
+        error = (velocity - (x - noise)).square()
+        error = error.mean(-1) if entries is None else (error * entries).sum(-1) / entries.sum(-1)
+        flow = (error * weight).sum() / weight.sum().clamp(min=1e-6)
         if not self.flare:
             return flow, {"flow": flow}
         if self.training:
-            self.flare.follow(self.encoder)
+            self.flare.follow(self.encoder, self.queries)
         future = self.flare.embed(batch["future"], batch["words"]).repeat_interleave(self.draws, 0)
         align = self.flare.loss(tapped, future, batch["future_known"].repeat_interleave(self.draws, 0))
         return flow + self.align_weight * align, {"flow": flow, "align": align}
 
     @torch.no_grad()
-    def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
-        """Action chunks in units, inside the limits, binary parts at one of their two values. Seed i draws row i's
-        noise. A state that holds NaN is unknown.
+    def observe(self, observations: Sequence[Observation]) -> Seen:
+        """Encode observations once. A state that holds NaN is unknown.
 
-        Raises ValueError for an observation that lacks a view or whose view or state has another shape.
+        Raises ValueError for an observation that lacks a view, whose view or state has another shape, or whose state
+        is unknown where chunks are told relative to it.
         """
         device = self.position.device
-        pictures = torch.from_numpy(np.stack([self._pictures(o) for o in observations])).to(device)
-        states = torch.from_numpy(np.stack([self._state(o) for o in observations])).to(device)
-        body = torch.zeros(len(states), dtype=torch.int64, device=device)
-        noise = torch.stack([torch.randn(self.horizon, self.robot.action_dim,
-                                         generator=torch.Generator().manual_seed(seed)) for seed in seeds])  # fmt: skip
+        pictures, states = (x.to(device) for x in tensors(self.robot, observations))
+        known, body = states.isfinite().all(1), torch.full((len(states),), self.speaks, device=device)
+        if self.space.needs_state and not known.all():
+            raise ValueError("the state of an observation is unknown (NaN), and this policy's chunks are told relative "
+                             "to it; give the state, or train with frame=recorded")  # fmt: skip
         words = self.encoder.words([o.instruction for o in observations]).to(device)
-        context = self.dit.context(self.encode(pictures, words))
-        state = self.state_token(states, states.isfinite().all(1), body)
-        x = euler(lambda x_t, t: self.velocity(x_t, t, state, context, body)[0], noise.to(device), self.euler_steps)
-        return self.command(self.unchunk(x.float()).cpu().numpy())
+        padded = F.pad(states, (0, self.spaces.state_dim - states.shape[1]))
+        return Seen(context=self.dit.context(self.encode(pictures, words)), body=body,
+                    state=self.state_token(padded, known, body),
+                    start=states if self.space.needs_state else None)  # fmt: skip
 
-    def command(self, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
-        """Inside the limits; binary entries become the nearer of their two values."""
-        action = action.copy()
-        for part in self.robot.action:
-            if part.limits is not None:
-                low, high = part.limits
-                entry = action[..., part.slice]
-                binary = np.where(entry > (low + high) / 2, high, low)
-                action[..., part.slice] = binary if part.kind == "binary" else entry.clip(low, high)
-        return action
+    def noise(self, seeds: Sequence[int]) -> Float[Tensor, "b h a"]:
+        """What a chunk begins as; each row depends on its own seed alone."""
+        shape = (self.horizon, self.robot.action_dim)
+        rows = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return F.pad(rows, (0, self.spaces.action_dim - shape[1])).to(self.position.device)
 
-    def _pictures(self, observation: Observation) -> np.ndarray:
-        """(v h w 3) uint8, views in the embodiment's order."""
-        found = []
-        for view in self.robot.views:
-            if view.name not in observation.views:
-                raise ValueError(f"the observation lacks view '{view.name}'; it has {sorted(observation.views)}, the "
-                                 f"policy was made for {[v.name for v in self.robot.views]}")  # fmt: skip
-            picture = np.asarray(observation.views[view.name])
-            if picture.shape != (view.height, view.width, 3) or picture.dtype != np.uint8:
-                raise ValueError(f"view '{view.name}' of the observation is {picture.shape} {picture.dtype}; expected "
-                                 f"({view.height}, {view.width}, 3) uint8: resize it first")  # fmt: skip
-            found.append(picture)
-        return np.stack(found)
+    def finish(self, x: Float[Tensor, "b h a"], seen: Seen) -> Float32[np.ndarray, "b h a"]:
+        """Chunks as commands in units."""
+        x = x[..., : self.robot.action_dim].float()
+        return self.command(self.unchunk(x, seen.start).cpu().numpy())
 
-    def _state(self, observation: Observation) -> np.ndarray:
-        state = np.asarray(observation.state, np.float32)
-        if state.shape != (self.robot.state_dim,):
-            raise ValueError(f"the state of the observation has shape {state.shape}; embodiment '{self.robot.name}' "
-                             f"has ({self.robot.state_dim},); fill unknown states with NaN")  # fmt: skip
-        return state
+    @torch.no_grad()
+    def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
+        """Action chunks in units, inside the limits, binary parts at one of their two values. Seed i draws row i's
+        noise. Errors: see `observe`."""
+        seen = self.observe(observations)
+        x = self.integrate(self, self.noise(seeds), seen.state, seen.context, self.euler_steps, self.speaks)
+        return self.finish(x, seen)
 
     def body(self, name: str) -> int:
         """Number of a body; ValueError if the policy has none of this name."""
@@ -254,6 +296,7 @@ class FlowPolicy(nn.Module):
         checkpoint.save(self, path)
 
     @classmethod
-    def load(cls, path: Path | str, *, robot: Embodiment | None = None) -> "FlowPolicy":
-        """The policy saved at `path`, strictly; ValueError names what differs from `robot` where one is given."""
-        return checkpoint.load(cls, path, robot=robot)
+    def load(cls, path: Path | str, *, robot: Embodiment | None = None, **changes: object) -> "FlowPolicy":
+        """The policy saved at `path`, strictly; ValueError names what differs from `robot` where one is given, and a
+        body that it has not. changes: how it acts (speaks, compile, euler_steps)."""
+        return checkpoint.load(cls, path, robot=robot, **changes)

@@ -80,7 +80,8 @@ def train_policy(
         chunks += [Chunks(d, body=model.body(dream_body), state=dream_state, **common, **trust) for d in dreams]
         fitted = range(1) if real is not None else range(len(dreams))
         model.fit(np.concatenate([datasets[k].states() for k in fitted]),
-                  np.concatenate([chunks[k].whole() for k in fitted]))  # fmt: skip
+                  np.concatenate([chunks[k].whole() for k in fitted]),
+                  np.concatenate([chunks[k].sample() for k in fitted]))  # fmt: skip
         mixture = Mixture(real=chunks[: len(chunks) - len(dreams)], dreams=chunks[len(chunks) - len(dreams) :],
                           batch_size=batch_size, ratio=ratio if real is not None else "0:1", seed=seed)  # fmt: skip
 

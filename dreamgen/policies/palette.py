@@ -1,0 +1,135 @@
+"""Pictures to tokens by the colours that things have: a small frozen front, fitted to the data, and a trained back.
+
+A few colours are chosen from the training pictures so that rare ones, which small objects have, are not left out. For
+each colour the pixels that are like it are summed up: their share of the picture, centre and extent. That is exact to
+a fraction of a pixel, costs one table look-up a pixel and has nothing to learn, so what an instruction means for where
+the hand must go is learned from few demonstrations. One token a colour, and `summary` tokens by an MLP over all
+colours that the instruction steers (FiLM, Perez et al. 2018, arXiv:1709.07871).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamgen.policies.encoder import WordHash, grid
+
+LEVELS = 32  # of each channel in the table of colours
+FEATURES = 5  # centre (2), extent (2), share
+BLEND = 12.0  # how far, of 255, a colour reaches
+FEW = 0.25  # pixels: what a colour that is hardly there counts for, so that its centre stays put
+
+
+def choose_colours(pictures: UInt8[Tensor, "n v h w 3"], count: int) -> Float[Tensor, "k 3"]:
+    """`count` colours in [0, 255]: k-means over the occupied cells of colour space, begun far apart.
+
+    A cell weighs the cube root of its pixels, not their number: a block counts for something beside a table.
+    """
+    pixels = pictures.flatten(0, -2)
+    pixels = pixels[:: max(1, len(pixels) // 4_000_000)].float()
+    cell = (pixels / 12).round().long()
+    number = (cell[:, 0] * 32 + cell[:, 1]) * 32 + cell[:, 2]
+    _, inverse, size = number.unique(return_inverse=True, return_counts=True)
+    mean = torch.zeros(len(size), 3).index_add_(0, inverse, pixels) / size[:, None]
+    usual = size > 1e-5 * len(pixels)
+    mean, weight = mean[usual], size[usual].double() ** (1 / 3)
+    chosen = [mean[weight.argmax()]]
+    for _ in range(count - 1):
+        chosen.append(mean[(torch.cdist(mean, torch.stack(chosen)).min(1).values.double() ** 2 * weight).argmax()])
+    colours = torch.stack(chosen)
+    for _ in range(20):
+        share = F.one_hot(torch.cdist(mean, colours).argmin(1), count).double() * weight[:, None]
+        total = share.sum(0)[:, None]
+        colours = torch.where(total > 0, (share.T @ mean.double()) / total.clamp(min=1e-9), colours.double()).float()
+    return colours
+
+
+class PaletteEncoder(nn.Module):
+    """See the module. `fit` takes colours and statistics from training pictures; they are saved with the weights.
+
+    width: of a token. colours, summary: numbers of tokens. hidden: width of the MLP. views: of the embodiment.
+    noise: added to features in training, in standard deviations; episodes are few and easily learned by heart.
+    dropout: of the MLP's hidden entries.
+    """
+
+    def __init__(self, *, width: int = 128, colours: int = 32, summary: int = 4, hidden: int = 384, views: int = 1,
+                 noise: float = 0.1, dropout: float = 0.1, text_width: int = 64, buckets: int = 512,
+                 length: int = 16) -> None:  # fmt: skip
+        super().__init__()
+        self.config = dict(width=width, colours=colours, summary=summary, hidden=hidden, views=views, noise=noise,
+                           dropout=dropout, text_width=text_width, buckets=buckets, length=length)  # fmt: skip
+        self.width, self.summary, self.noise, self.dropout = width, summary, noise, dropout
+        self.text = WordHash(width=text_width, buckets=buckets, length=length)
+        self.token = nn.Linear(FEATURES + 16, width)
+        self.name = nn.Parameter(0.2 * torch.randn(views * colours, width))
+        self.enter = nn.Linear(views * colours * FEATURES, hidden)
+        self.inner = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, hidden)
+        self.film = nn.Linear(text_width, 4 * hidden)
+        self.leave = nn.Linear(hidden, summary * width)
+        self.summary_name = nn.Parameter(0.2 * torch.randn(summary, width))
+        self.language = nn.Linear(text_width, width)
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("palette", torch.rand(colours, 3) * 255)
+        self.register_buffer("mean", torch.zeros(views * colours, FEATURES))
+        self.register_buffer("std", torch.ones(views * colours, FEATURES))
+        self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(4), persistent=False)
+        self._table: Tensor | None = None
+
+    def words(self, instructions: Sequence[str]) -> Int64[Tensor, "b l"]:
+        return self.text.words(instructions)
+
+    @torch.no_grad()
+    def fit(self, pictures: UInt8[Tensor, "n v h w 3"]) -> None:
+        """Choose the colours and take the features' statistics. Raises ValueError for another number of views."""
+        if pictures.shape[1] * len(self.palette) != len(self.mean):
+            raise ValueError(f"pictures have {pictures.shape[1]} views; this encoder was made for "
+                             f"{len(self.mean) // len(self.palette)}: set policy.encoder.views")  # fmt: skip
+        self.palette.copy_(choose_colours(pictures.cpu(), len(self.palette)))
+        self._table = None
+        found = torch.cat([self.features(part) for part in pictures.split(64)])
+        self.mean.copy_(found.mean(0))
+        self.std.copy_(found.std(0) + 0.02)
+
+    def _lookup(self) -> Float[Tensor, "cells k"]:
+        """How much each cell of colour space belongs to each colour; rows sum to 1 near a colour, to 0 far off."""
+        if self._table is None or self._table.device != self.palette.device:
+            level = (torch.arange(LEVELS, device=self.palette.device) + 0.5) * 256 / LEVELS
+            cells = torch.stack(torch.meshgrid(level, level, level, indexing="ij"), -1).view(-1, 3)
+            near = (-(torch.cdist(cells, self.palette.float()) / BLEND).square() / 2).exp()
+            self._table = near / (near.sum(1, keepdim=True) + 1e-3)
+        return self._table
+
+    @torch.no_grad()
+    def features(self, pictures: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b n 5"]:
+        """Centre and extent (rows, columns, in half pictures) and log share of each colour in each view."""
+        b, v, h, w, _ = pictures.shape
+        with torch.autocast(pictures.device.type, enabled=False):
+            x = pictures.flatten(0, 1).flatten(1, 2).long() * LEVELS // 256
+            like = self._lookup()[(x[..., 0] * LEVELS + x[..., 1]) * LEVELS + x[..., 2]]  # (b*v h*w k)
+            places = grid(h, w, like)
+            moments = torch.cat([torch.ones_like(places[:, :1]), places, places.square()], 1)
+            total, centre, square = (moments.T @ like).transpose(1, 2).split([1, 2, 2], -1)
+            centre, square = centre / (total + FEW), square / (total + FEW)
+            extent = (square - centre.square()).clamp(min=0).sqrt()
+            share = (total * (4096 / (h * w)) / 40).log1p()
+        return torch.cat([centre, extent, share], -1).unflatten(0, (b, v)).flatten(1, 2)
+
+    def forward(
+        self, pictures: UInt8[Tensor, "b v h w 3"], words: Int64[Tensor, "b l"]
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b m c"]]:
+        text = self.text(words)
+        found = self.features(pictures)
+        if self.training and self.noise:
+            found = found + self.noise * self.std * torch.randn_like(found)
+        angle = (found[..., :2, None] * self.frequencies).flatten(2)
+        x = (found - self.mean) / self.std
+        colour = self.token(torch.cat([x, angle.sin(), angle.cos()], -1)) + self.name
+        scale1, shift1, scale2, shift2 = self.film(text).chunk(4, -1)
+        y = F.gelu(self.enter(x.flatten(1)) * (1 + scale1) + shift1)
+        y = y + F.gelu(self.inner(F.dropout(y, self.dropout, self.training)) * (1 + scale2) + shift2)
+        y = y + F.gelu(self.last(F.dropout(y, self.dropout, self.training)))
+        summary = self.leave(y).unflatten(1, (self.summary, self.width)) + self.summary_name
+        return self.norm(torch.cat([summary, colour], 1)), self.norm(self.language(text)[:, None])

@@ -1,0 +1,88 @@
+"""Colours that things have: exact places, rare colours kept, saved with the policy."""
+
+import numpy as np
+import pytest
+import torch
+
+from dreamgen.policies.palette import PaletteEncoder, choose_colours
+
+GREY, RED, BLUE = (90, 92, 91), (250, 20, 25), (20, 30, 240)
+
+
+def scene(rows: list[int], cols: list[int], *, size: int = 48, views: int = 1) -> torch.Tensor:
+    """A grey table with a red 4x6 block at each (row, column), and a blue one that stays."""
+    pictures = torch.tensor(GREY, dtype=torch.uint8).repeat(len(rows), views, size, size, 1)
+    for picture, row, col in zip(pictures, rows, cols, strict=True):
+        picture[:, row : row + 4, col : col + 6] = torch.tensor(RED, dtype=torch.uint8)
+        picture[:, 40:44, 2:6] = torch.tensor(BLUE, dtype=torch.uint8)
+    return pictures
+
+
+def fitted(**options) -> tuple[PaletteEncoder, torch.Tensor]:  # noqa: ANN003
+    torch.manual_seed(3)
+    pictures = scene([3, 11, 20, 27, 31], [30, 7, 12, 21, 35])
+    encoder = PaletteEncoder(width=24, colours=3, summary=2, hidden=40, **options).eval()
+    encoder.fit(pictures)
+    return encoder, pictures
+
+
+def test_rare_colours_are_chosen():
+    found = choose_colours(scene([3, 11, 20], [30, 7, 12]), 3)
+    for colour in (GREY, RED, BLUE):
+        assert (found - torch.tensor(colour)).abs().amax(1).min() < 1
+
+
+def test_centre_extent_and_share_are_exact():
+    encoder, _ = fitted()
+    red = int((encoder.palette - torch.tensor(RED)).abs().sum(1).argmin())
+    found = encoder.features(scene([17], [26]))[0, red]
+    few = 24 / (24 + 0.25)  # a colour's own pixels against those it is shrunk by
+    rows, cols = (np.arange(17, 21) + 0.5) / 24 - 1, (np.arange(26, 32) + 0.5) / 24 - 1
+    assert found[0] == pytest.approx(rows.mean() * few, abs=2e-3)
+    assert found[1] == pytest.approx(cols.mean() * few, abs=2e-3)
+    extent = np.sqrt((rows**2).mean() * few - (rows.mean() * few) ** 2)
+    assert found[2] == pytest.approx(extent, abs=2e-3)
+    assert found[4] == pytest.approx(np.log1p(24 * (4096 / 48**2) / 40), abs=1e-2)
+
+
+def test_the_other_block_does_not_move():
+    encoder, pictures = fitted()
+    blue = int((encoder.palette - torch.tensor(BLUE)).abs().sum(1).argmin())
+    found = encoder.features(pictures)[:, blue]
+    torch.testing.assert_close(found, found[:1].expand_as(found), atol=1e-5, rtol=0)
+
+
+def test_tokens_depend_on_picture_and_instruction_row_by_row():
+    encoder, pictures = fitted()
+    words = encoder.words(["lift the red block", "lift the blue block", "push the red block", "open it", "close it"])
+    visual, language = encoder(pictures, words)
+    assert visual.shape == (5, 2 + 3, 24) and language.shape == (5, 1, 24)
+    alone, _ = encoder(pictures[2:3], words[2:3])
+    torch.testing.assert_close(alone[0], visual[2], atol=1e-5, rtol=1e-5)
+    other, _ = encoder(pictures[2:3], words[1:2])
+    assert (other[0, :2] - visual[2, :2]).abs().max() > 1e-3  # what is summed up is steered by the instruction
+    torch.testing.assert_close(other[0, 2:], visual[2, 2:], atol=1e-5, rtol=1e-5)
+
+
+def test_noise_acts_in_training_only():
+    encoder, pictures = fitted(noise=0.3)
+    words = encoder.words(["lift it"] * 5)
+    assert torch.equal(encoder(pictures, words)[0], encoder(pictures, words)[0])
+    encoder.train()
+    assert not torch.equal(encoder(pictures, words)[0], encoder(pictures, words)[0])
+
+
+def test_views_must_agree():
+    encoder = PaletteEncoder(colours=3, views=2)
+    with pytest.raises(ValueError, match="1 views; this encoder was made for 2"):
+        encoder.fit(scene([3, 9], [5, 8]))
+    encoder.fit(scene([3, 9], [5, 8], views=2))
+
+
+def test_palette_is_saved(tmp_path):
+    encoder, pictures = fitted()
+    torch.save(encoder.state_dict(), tmp_path / "weights")
+    again = PaletteEncoder(**encoder.config).eval()
+    again.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
+    words = encoder.words(["lift it"] * 5)
+    assert torch.equal(again(pictures, words)[0], encoder(pictures, words)[0])
