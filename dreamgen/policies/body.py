@@ -14,14 +14,16 @@ from torch.nn import functional as F
 
 
 class BodyLinear(nn.Module):
-    """y = x W[body] + c[body], (b l inner) -> (b l outer)."""
+    """y = x W[body] + c[body], (b l inner) -> (b l outer); body: of each row, or one for all."""
 
     def __init__(self, bodies: int, inner: int, outer: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(bodies, inner, outer) / math.sqrt(max(1, inner)))
         self.bias = nn.Parameter(torch.zeros(bodies, 1, outer))
 
-    def forward(self, x: Float[Tensor, "b l i"], body: Int64[Tensor, " b"]) -> Float[Tensor, "b l o"]:
+    def forward(self, x: Float[Tensor, "b l i"], body: Int64[Tensor, " b"] | int) -> Float[Tensor, "b l o"]:
+        if isinstance(body, int):
+            return x @ self.weight[body] + self.bias[body]
         # bodies are few: computing all and choosing is cheaper than gathering a matrix for each row
         y = x @ self.weight[0] + self.bias[0]
         for k in range(1, len(self.weight)):
@@ -37,7 +39,7 @@ class BodyMLP(nn.Module):
         self.layer1 = BodyLinear(bodies, inner, hidden)
         self.layer2 = BodyLinear(bodies, hidden, outer)
 
-    def forward(self, x: Float[Tensor, "b l i"], body: Int64[Tensor, " b"]) -> Float[Tensor, "b l o"]:
+    def forward(self, x: Float[Tensor, "b l i"], body: Int64[Tensor, " b"] | int) -> Float[Tensor, "b l o"]:
         return self.layer2(F.relu(self.layer1(x, body)), body)
 
 
@@ -52,8 +54,13 @@ class ActionEncoder(nn.Module):
         self.layer3 = BodyLinear(bodies, width, width)
 
     def forward(
-        self, action: Float[Tensor, "b h a"], time: Float[Tensor, " b"], body: Int64[Tensor, " b"]
+        self,
+        action: Float[Tensor, "b h a"],
+        time: Float[Tensor, " b"] | Float[Tensor, "b h"],
+        body: Int64[Tensor, " b"] | int,
     ) -> Float[Tensor, "b h d"]:
+        """time: of each row, or of each step."""
         x = self.layer1(action, body)
-        t = self.time(time.float() * 1000).to(x.dtype)[:, None].expand(-1, x.shape[1], -1)
+        t = self.time(time.float().flatten() * 1000).to(x.dtype)
+        t = t[:, None].expand(-1, x.shape[1], -1) if time.ndim == 1 else t.view_as(x)
         return self.layer3(F.silu(self.layer2(torch.cat([x, t], -1), body)), body)

@@ -39,17 +39,17 @@ def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
     return getattr(importlib.import_module(module), name)(**arguments)
 
 
-def load(kind: type, path: Path | str, *, robot: Embodiment | None = None) -> Any:
-    """A `kind` saved at `path`; ValueError says what is missing, broken, or made for another robot than `robot`."""
+def load(kind: type, path: Path | str, *, robot: Embodiment | None = None, **changes: Any) -> Any:
+    """A `kind` saved at `path`, with `changes` to its configuration; ValueError says what is missing, broken, or made
+    for another robot than `robot`."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"policy {path} does not exist; run train_policy first, or mend the path")
     config, contract = read_json(path / "config.json"), read_json(path / "contract.json")
     if robot is not None:
         robot.require(contract, f"policy {path}")
-    policy = kind(
-        robot=robot or Embodiment.from_contract(contract), **{**config, "encoder": _encoder(config["encoder"], path)}
-    )
+    config |= {"encoder": _encoder(config["encoder"], path), **changes}
+    policy = kind(robot=robot or Embodiment.from_contract(contract), **config)
     try:
         policy.load_state_dict(load_file(path / "model.safetensors"), strict=True)
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:

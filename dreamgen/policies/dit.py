@@ -3,7 +3,8 @@
 Even layers attend to the vision-language tokens (cross), odd layers attend within the sequence (self). Every layer is
 `x += attention(AdaLN(x, time))`, then `x += feed_forward(LN(x))`; AdaLN shifts and scales by the flow time, without
 gates. Keys and values of the cross attention depend on the observation alone: `context` computes them once and the
-Euler steps share them. 16 layers of 32 x 48 on 1536-wide tokens give N1's published 537.8M parameters.
+Euler steps share them. 16 layers of 32 x 48 on 1536-wide tokens give N1's published 537.8M parameters, 32 on 2048-wide
+tokens N1.6's 1,091.7M.
 """
 
 import contextlib
@@ -59,6 +60,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Float[Tensor, "b d"], kv: KeyValue | None, mask: Tensor | None) -> Tensor:
         scale, shift = self.modulate(F.silu(time))[:, None].chunk(2, dim=-1)
+        return self.modulated(x, scale, shift, kv, mask)
+
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, kv: KeyValue | None, mask: Tensor | None) -> Tensor:
+        """The layer with its AdaLN numbers given."""
         y = self.norm1(x) * (1 + scale) + shift
         x = x + (self.attention(y, kv) if self.crosses else self.attention(y, self.attention.key_value(y), mask))
         return x + self.feed_forward(self.norm2(x))

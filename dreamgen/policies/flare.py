@@ -1,18 +1,21 @@
 """FLARE: M learnable future tokens whose activations are aligned with the embedding of the observation at t + H.
 
-`loss = flow + weight * (1 - cosine(MLP(tokens after layer k), target))`. The target is the pooled visual embedding of
-the future pictures by the policy's own encoder: a copy that follows it ("ema", decay 0.995) or its first state
-("frozen"). Rows without actions train by this term alone.
+`loss = flow + weight * (1 - cosine(MLP(tokens after layer k), target))`. The target is what the policy's own encoder
+makes of the future pictures: its visual tokens, pooled to M, by a copy that follows it ("ema", decay 0.995) or by its
+first state ("frozen"), or the M queries of the policy's Q-Former, by a copy of both that follows ("qformer"). Rows
+without actions train by this term alone.
 """
 
 import copy
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-TARGETS = ("ema", "frozen")
+from dreamgen.policies.sight import look
+
+TARGETS = ("ema", "frozen", "qformer")
 
 
 def as_buffers(module: nn.Module) -> nn.Module:
@@ -27,29 +30,34 @@ def as_buffers(module: nn.Module) -> nn.Module:
 class Flare(nn.Module):
     """The future tokens, their projection, and the encoder that gives the targets."""
 
-    def __init__(self, *, encoder: nn.Module, tokens: int, width: int, target: str, decay: float) -> None:
+    def __init__(self, *, encoder: nn.Module, tokens: int, width: int, target: str, decay: float,
+                 queries: nn.Module | None = None) -> None:  # fmt: skip
         super().__init__()
         if target not in TARGETS:
             raise ValueError(f"flare target is '{target}'; expected one of {', '.join(TARGETS)}")
-        self.count, self.decay = tokens, decay if target == "ema" else 1.0
+        self.count, self.decay = tokens, 1.0 if target == "frozen" else decay
         self.tokens = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.project = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, encoder.width))
         self.target = as_buffers(copy.deepcopy(encoder))
+        self.target_queries = None if queries is None else as_buffers(copy.deepcopy(queries))
 
     @torch.no_grad()
-    def follow(self, encoder: nn.Module) -> None:
-        """One step of the moving average: target <- decay * target + (1 - decay) * encoder."""
+    def follow(self, encoder: nn.Module, queries: nn.Module | None = None) -> None:
+        """One step of the moving average: target <- decay * target + (1 - decay) * encoder, queries alike."""
         if self.decay == 1:
             return
-        live = dict(encoder.named_parameters())
-        for name, value in self.target.named_buffers():
-            if name in live:
-                value.lerp_(live[name].detach(), 1 - self.decay)
+        for copied, source in ((self.target, encoder), (self.target_queries, queries)):
+            live = {} if copied is None else {n: p for n, p in source.named_parameters() if p.requires_grad}
+            for name, value in copied.named_buffers() if live else ():
+                if name in live:
+                    value.lerp_(live[name].detach(), 1 - self.decay)
 
     @torch.no_grad()
-    def embed(self, pictures: UInt8[Tensor, "b v h w 3"], words: Int64[Tensor, "b l"]) -> Float[Tensor, "b m c"]:
-        """Visual tokens of the future, pooled to M."""
-        visual, _ = self.target(pictures, words)
+    def embed(self, pictures: Tensor, words: Int64[Tensor, "b l"]) -> Float[Tensor, "b m c"]:
+        """M tokens of the future; pictures (b v h w 3) uint8, or their features by a frozen encoder."""
+        visual, language = look(self.target, pictures, words)
+        if self.target_queries is not None:
+            return self.target_queries(torch.cat([visual, language], 1)).float()
         return F.adaptive_avg_pool1d(visual.float().transpose(1, 2), self.count).transpose(1, 2)
 
     def loss(self, tapped: Float[Tensor, "b m d"], target: Float[Tensor, "b m c"], known: Bool[Tensor, " b"]) -> Tensor:

@@ -47,7 +47,8 @@ class Seen:
 class FlowPolicy(nn.Module):
     """A batch, made by `dreamgen.policies.chunks`, holds
 
-    pictures (b v h w 3) uint8, or their features by a frozen encoder (b n c), words (b l) int64, state (b d) float32 in units, state_known (b) bool, body (b) int64,
+    pictures (b v h w 3) uint8, or their features by a frozen encoder (b n c), words (b l) int64, state (b d) float32 in
+    units, state_known (b) bool, body (b) int64,
     action (b H a) float32 in units, valid (b H) bool: steps that exist, weight (b H) float32;
     with FLARE also future (b v h w 3) uint8, or features, and future_known (b) bool.
 
@@ -126,8 +127,8 @@ class FlowPolicy(nn.Module):
         self.spaces = Spaces(self.space, spaces)
         self.speaks = 0 if speaks is None else self.body(speaks)
         if self.speaks in spaces:
-            raise ValueError(f"speaks is '{speaks}', which is another embodiment than '{robot.name}'; a policy acts for "
-                             f"bodies of its own robot")  # fmt: skip
+            raise ValueError(f"speaks is '{speaks}', which is another embodiment than '{robot.name}'; a policy acts "
+                             f"for bodies of its own robot")  # fmt: skip
         self.integrate = compiled(compile)
         width, out_width, count = heads * head_width, out_width or heads * head_width, len(bodies)
         self.dit = DiT(layers=layers, heads=heads, head_width=head_width, context_width=self.encoder.width,

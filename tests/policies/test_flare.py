@@ -1,6 +1,7 @@
 """FLARE: off without a trace, gradients where they belong, a target that follows."""
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.policies.toy import B, batch, loss, observations, policy
 
@@ -64,10 +65,41 @@ def test_alignment_is_zero_for_the_true_embedding():
 
 
 def test_future_tokens_only_lengthen_the_sequence():
+    """Acting with M future tokens has the same shapes, and costs at most what M more tokens in each layer do."""
     plain, flare = policy().eval(), policy(**ON).eval()
-    lengths = []
+    cost = []
     for model in (plain, flare):
-        block = model.dit.blocks[0]
-        block.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
-        assert model.act(observations(), range(B)).shape == (B, 6, 7)
-    assert set(lengths[: plain.euler_steps]) == {7} and set(lengths[plain.euler_steps :]) == {7 + 3}
+        seen, noise = model.observe(observations()), model.noise(range(B))
+        with FlopCounterMode(display=False) as counter:
+            x = model.integrate(model, noise, seen.state, seen.context, model.euler_steps, 0)
+        cost.append(counter.get_total_flops())
+        assert x.shape == (B, 6, 7) and model.act(observations(), range(B)).shape == (B, 6, 7)
+    assert 1 < cost[1] / cost[0] < (7 + 3) / 7 * 1.05  # attention alone is not linear
+
+
+def test_a_qformer_is_trained_by_the_action_loss_and_followed():
+    model = policy(**ON, target="qformer", target_decay=0.75, state_dropout=0.0)
+    data = batch()
+    model.encode(data["pictures"], data["words"])
+    before = model.flare.target_queries.layers.norm.bias.clone()
+    with torch.no_grad():
+        model.queries.layers.norm.bias.add_(1)
+    _, metrics = model.loss(data)
+    torch.testing.assert_close(model.flare.target_queries.layers.norm.bias, before + 0.25)
+    metrics["flow"].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.queries.parameters())
+    assert model.flare.project[0].weight.grad is None  # the action loss does not reach the alignment layer
+    assert model.flare.embed(data["future"], data["words"]).shape == (B, 3, 20)
+    assert model.encode(data["pictures"], data["words"]).shape[1] == 3 + policy().encode(
+        data["pictures"], data["words"]).shape[1]  # fmt: skip
+    assert not any("target" in name for name, _ in model.named_parameters())
+
+
+def test_alignment_alone_reaches_the_encoder_and_not_the_targets():
+    model, data = policy(**ON, target="qformer", state_dropout=0.0), batch()
+    data["valid"][:] = False
+    total, metrics = model.loss(data)
+    assert metrics["flow"] == 0
+    total.backward()
+    assert model.encoder.heat.weight.grad.abs().sum() > 0 and model.queries.queries.grad.abs().sum() > 0
+    assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.decode_action.parameters())

@@ -17,6 +17,12 @@ def test_parameters_of_groot_n1():
     assert count(on_meta(**n1, context_width=2048)) == 550_386_688
 
 
+def test_parameters_of_groot_n1_6():
+    """32 layers of 32 x 48 on 2048-wide tokens: what its published server counts when it loads."""
+    n1_6 = dict(layers=32, heads=32, head_width=48, out_width=1024)
+    assert count(on_meta(**n1_6, context_width=2048)) == 1_091_722_240
+
+
 def test_euler_samples_known_fields():
     noise = torch.randn(2, 3, 5)
     goal = torch.randn(2, 3, 5)

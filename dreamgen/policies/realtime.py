@@ -1,0 +1,154 @@
+"""Chunks that go on from the one being executed, because thinking takes time and the robot does not wait.
+
+A chunk asked for at step s takes effect `delay` steps later: its first `delay` actions are those of the chunk before,
+and the rest has to go on from there (Black et al. 2025, Real-Time Execution of Action Chunking Flow Policies).
+
+    guided    any policy: each Euler step is pulled towards the previous chunk,
+              v <- v + min(beta, c(t)) * VJP((prev - x1_hat) * W),  x1_hat = x_t + (1 - t) v,
+              c(t) = (t^2 + (1 - t)^2) / (t (1 - t)),  W as in `weights`
+    trained   policies trained with `prefix`: the frozen actions stand in the chunk, clean, at every step
+
+Wrappers hold nothing: what they remember of an episode lies in its `memory`, a dictionary of whoever runs it.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+from torch.nn import functional as F
+
+from dreamgen.core.clip import Observation
+from dreamgen.core.protocols import Policy
+from dreamgen.policies.flow import euler
+from dreamgen.policies.space import command
+
+MODES = ("guided", "trained")
+
+
+def weights(horizon: int, delay: int, planned: int) -> np.ndarray:
+    """W (H,): 1 for the `delay` steps that will have been executed, decaying to 0 at `planned`, where the previous
+    chunk ends: c (e^c - 1) / (e - 1) with c falling evenly from below 1 to 0."""
+    step = np.arange(horizon)
+    c = np.clip((planned - step) / max(1, planned - delay + 1), 0, 1)
+    return np.where(step < min(delay, planned), 1.0, np.where(step < planned, c * np.expm1(c) / np.expm1(1), 0.0))
+
+
+def guided(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x_t: Float[Tensor, "b h a"],
+    t: Float[Tensor, " b"],
+    previous: Float[Tensor, "b h a"],
+    weight: Float[Tensor, "b h 1"],
+    beta: float,
+) -> Float[Tensor, "b h a"]:
+    """The velocity at (x_t, t), pulled towards `previous`; rows of weight 0 are left as they are."""
+    time = float(t[0])
+    strength = min(beta, (time**2 + (1 - time) ** 2) / (time * (1 - time))) if 0 < time < 1 else beta
+    with torch.enable_grad():
+        x = x_t.detach().requires_grad_()
+        v = velocity(x, t)
+        x1 = x + (1 - time) * v
+        pull = torch.autograd.grad(x1, x, (previous - x1.detach()) * weight)[0]
+    return v.detach() + strength * pull
+
+
+class RealTime:
+    """A flow policy asked `delay` robot steps before its chunk is needed. delay: how long an answer takes, in steps.
+
+    Raises ValueError for an unknown mode, a delay that leaves nothing of a chunk, and mode "trained" for a policy that
+    was trained with shorter prefixes than `delay`.
+    """
+
+    remembers = True
+
+    def __init__(self, policy: Any, *, delay: int, mode: str = "guided", beta: float = 5.0) -> None:
+        if mode not in MODES or not 0 <= delay < policy.horizon:
+            raise ValueError(f"mode is '{mode}', delay is {delay}; expected one of {MODES} and 0 <= delay < "
+                             f"{policy.horizon}, the policy's horizon")  # fmt: skip
+        if mode == "trained" and policy.prefix < delay:
+            raise ValueError(f"the policy was trained with prefixes of up to {policy.prefix} steps; delay is {delay}: "
+                             f"train with prefix={delay}, or use mode 'guided'")  # fmt: skip
+        self.policy, self.delay, self.mode, self.beta = policy, delay, mode, beta
+        self.robot, self.horizon, self.path = policy.robot, policy.horizon, getattr(policy, "path", None)
+
+    @torch.no_grad()
+    def act(
+        self,
+        observations: Sequence[Observation],
+        seeds: Sequence[int],
+        memories: Sequence[dict] | None = None,
+        now: int = 0,
+    ) -> Float32[np.ndarray, "b h a"]:
+        """Action chunks in units from step `now` on; memories: one dictionary an episode, empty at its begin."""
+        memories = [{} for _ in observations] if memories is None else memories
+        policy, shape = self.policy, (len(observations), self.horizon, self.robot.action_dim)
+        before, weight = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
+        for i, memory in enumerate(memories):
+            rest = memory["chunk"][now - memory["start"] :] if "chunk" in memory else np.zeros((0, shape[2]))
+            before[i, : len(rest)] = rest
+            weight[i] = weights(self.horizon, self.delay, len(rest))
+        seen = policy.observe(observations)
+        device = policy.position.device
+        previous = policy.space.chunk(torch.from_numpy(before).to(device), seen.start)
+        previous = F.pad(previous, (0, policy.spaces.action_dim - shape[2]))
+        frozen = torch.from_numpy(weight == 1)[..., None].to(device)
+        pull = torch.from_numpy(weight)[..., None].to(device)
+
+        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+            return policy.velocity(x_t, t, seen.state, seen.context, seen.body)[0]
+
+        def step(x_t: Tensor, t: Tensor) -> Tensor:
+            if self.mode == "guided":
+                return guided(velocity, x_t, t, previous, pull, self.beta)
+            clean = torch.where(frozen, previous, x_t)
+            return policy.velocity(clean, t, seen.state, seen.context, seen.body, clean=frozen[..., 0])[0]
+
+        x = euler(step, policy.noise(seeds), policy.euler_steps)
+        chunk = policy.finish(x, seen)
+        done = weight == 1
+        chunk[done] = before[done]  # will have been executed by then
+        for memory, row in zip(memories, chunk, strict=True):
+            memory.update(start=now, chunk=row)
+        return chunk
+
+
+class Ensembled:
+    """Any policy, its overlapping chunks averaged with weights exp(-decay * i), i = 0 the oldest (Zhao et al. 2023).
+
+    Binary parts become the nearer of their two values. decay 0 is the plain mean.
+    """
+
+    remembers = True
+
+    def __init__(self, policy: Policy, *, decay: float = 0.01) -> None:
+        if not decay >= 0 or not math.isfinite(decay):
+            raise ValueError(f"decay is {decay}; expected 0 or more")
+        self.policy, self.decay = policy, decay
+        self.robot, self.horizon, self.path = policy.robot, policy.horizon, getattr(policy, "path", None)
+
+    def act(
+        self,
+        observations: Sequence[Observation],
+        seeds: Sequence[int],
+        memories: Sequence[dict] | None = None,
+        now: int = 0,
+    ) -> Float32[np.ndarray, "b h a"]:
+        """Action chunks in units from step `now` on; memories: one dictionary an episode, empty at its begin."""
+        memories = [{} for _ in observations] if memories is None else memories
+        fresh = self.policy.act(observations, seeds)
+        merged = np.zeros_like(fresh)
+        for i, memory in enumerate(memories):
+            kept = [(start, c) for start, c in memory.get("chunks", []) if now - start < self.horizon]
+            memory["chunks"] = kept = [*kept, (now, fresh[i])]
+            total = np.zeros((self.horizon, 1), np.float32)
+            for rank, (start, chunk) in enumerate(kept):
+                share = np.float32(math.exp(-self.decay * rank))
+                rest = chunk[now - start :]
+                merged[i, : len(rest)] += share * rest
+                total[: len(rest)] += share
+            merged[i] /= total
+        return command(self.robot, merged)

@@ -1,0 +1,176 @@
+"""What a chunk means to the transformer: the frame that its actions are told in, and numbers of unit size.
+
+Parts that move a state part can be told in three frames:
+
+    recorded   as the dataset has them; deltas are summed from the chunk's first step where `cumulative` is set, so that
+               small errors do not add up on the way
+    relative   where they lead from the state at the chunk's start: deltas are summed, that state is taken off positions
+    absolute   where they lead: deltas are summed from that state, positions stay
+
+Binary parts, and parts that move nothing, stay as they are. A state counts in units of the action that moves it
+(`Part.scale`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+
+from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.data.normaliser import Normaliser
+
+FRAMES = ("recorded", "relative", "absolute")
+
+
+class Space:
+    """Actions of `robot` in units, (b H a), to what the transformer works on, and back. The two normalisers are the
+    policy's own modules: they lie in its checkpoint.
+
+    Raises ValueError for an unknown frame, and for a binary part without limits (its command would have no value).
+    """
+
+    def __init__(
+        self,
+        robot: Embodiment,
+        *,
+        horizon: int,
+        cumulative: bool,
+        frame: str,
+        state: nn.Module,
+        action: nn.Module,
+    ) -> None:
+        if frame not in FRAMES:
+            raise ValueError(f"frame is '{frame}'; expected one of {', '.join(FRAMES)}")
+        for part in robot.action:
+            if part.kind == "binary" and part.limits is None:
+                raise ValueError(f"binary action part '{part.name}' of embodiment '{robot.name}' has no limits; give "
+                                 f"it the two values of its command, e.g. limits: [-1, 1]")  # fmt: skip
+        self.robot, self.horizon, self.state, self.action = robot, horizon, state, action
+        told = {part.name: frame if part.moves is not None else "recorded" for part in robot.action}
+        self.summed = [p for p in robot.action if p.kind == "delta" and (cumulative or told[p.name] != "recorded")]
+        added = [p for p in robot.action if (p.kind, told[p.name]) == ("delta", "absolute")]
+        taken = [p for p in robot.action if (p.kind, told[p.name]) == ("absolute", "relative")]
+        places = {part.name: part.slice for part in robot.state}
+        self.shifts = [(part, places[str(part.moves)], sign) for parts, sign in ((added, 1.0), (taken, -1.0))
+                       for part in parts]  # fmt: skip
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether chunks cannot be told without the state at their start."""
+        return bool(self.shifts)
+
+    def fit(
+        self,
+        state: Float32[np.ndarray, "n d"],
+        action: Float32[np.ndarray, "m h a"],
+        start: Float32[np.ndarray, "m d"] | None = None,
+    ) -> None:
+        """Take statistics from recorded rows and whole chunks, in units, with the states at which these start. Each
+        step of a chunk has its own. Rows that hold NaN are left out."""
+        if self.robot.state_dim:
+            self._set(self.state, state[np.isfinite(state).all(1)], self.robot.state)
+        if self.needs_state:
+            if start is None:
+                raise ValueError("chunks in this frame need the states at which they start: fit(state, action, start)")
+            known = np.isfinite(start).all(1)
+            action, start = action[known], start[known]
+        moved = self._told(torch.from_numpy(action), None if start is None else torch.from_numpy(start))
+        parts = [replace(part, start=part.start + k * self.robot.action_dim, stop=part.stop + k * self.robot.action_dim)
+                 for k in range(self.horizon) for part in self.robot.action]  # fmt: skip
+        self._set(self.action, moved.flatten(1).numpy(), parts)
+
+    @staticmethod
+    def _set(module: nn.Module, values: np.ndarray, parts: Sequence[Part]) -> None:
+        module.load_state_dict(Normaliser.fit(values, parts).state_dict())
+
+    def _told(self, action: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None) -> Float[Tensor, "b h a"]:
+        """Actions in the frame, still in units."""
+        action = action.clone() if self.summed or self.shifts else action
+        for part in self.summed:
+            action[..., part.slice] = action[..., part.slice].cumsum(1)
+        for part, place, sign in self.shifts:
+            action[..., part.slice] += sign * self._start(start)[:, None, place] / part.scale
+        return action
+
+    @staticmethod
+    def _start(start: Tensor | None) -> Tensor:
+        if start is None:
+            raise ValueError("chunks in this frame need the state at which they start; it is not known here")
+        return start
+
+    def chunk(self, action: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None = None) -> Tensor:
+        """Actions in units to what the transformer works on; start: states in units, for frames that need them."""
+        return self.action.normalise(self._told(action, start).flatten(1)).view_as(action)
+
+    def unchunk(self, x: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b h a"]:
+        """The inverse of `chunk`."""
+        action = self.action.denormalise(x.flatten(1)).view_as(x)
+        for part, place, sign in self.shifts:
+            action[..., part.slice] -= sign * self._start(start)[:, None, place] / part.scale
+        for part in self.summed:
+            action[:, 1:, part.slice] = action[:, :, part.slice].diff(dim=1)
+        return action
+
+    def command(self, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
+        """Inside the limits; binary entries become the nearer of their two values."""
+        return command(self.robot, action)
+
+
+class Spaces:
+    """The spaces of a policy's bodies: `own` of its robot, `others` by body number. Rows of other bodies are padded to
+    the widest."""
+
+    def __init__(self, own: Space, others: dict[int, Space]) -> None:
+        self.own, self.others = own, others
+        robots = [own.robot, *(space.robot for space in others.values())]
+        self.action_dim, self.state_dim = max(r.action_dim for r in robots), max(r.state_dim for r in robots)
+
+    def of(self, body: int) -> Space:
+        """The space of a body."""
+        return self.others.get(body, self.own)
+
+    def _each(self, body: Tensor) -> Iterator[tuple[Space, Tensor]]:
+        yield from ((self.of(k), body == k) for k in body.unique().tolist())
+
+    def chunk(self, action: Float[Tensor, "b h a"], state: Float[Tensor, "b d"], body: Int64[Tensor, " b"]) -> Tensor:
+        """Actions in units to what the transformer works on, row by row in the space of its body."""
+        if not self.others:
+            return self.own.chunk(action, state)
+        x = torch.zeros_like(action)
+        for space, rows in self._each(body):
+            a, d = space.robot.action_dim, space.robot.state_dim
+            x[rows, :, :a] = space.chunk(action[rows, :, :a], state[rows, :d])
+        return x
+
+    def states(self, state: Float[Tensor, "b d"], body: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        """States in units to numbers of unit size."""
+        if not self.others:
+            return self.own.state.normalise(state)
+        x = torch.zeros_like(state)
+        for space, rows in self._each(body):
+            d = space.robot.state_dim
+            x[rows, :d] = space.state.normalise(state[rows, :d])
+        return x
+
+    def entries(self, body: Int64[Tensor, " b"], bodies: int) -> Float[Tensor, "b 1 a"] | None:
+        """1 where an action of each row's body has an entry, 0 where it is padded; None where all are full."""
+        widths = [self.of(k).robot.action_dim for k in range(bodies)]
+        if min(widths) == self.action_dim:
+            return None
+        each = torch.tensor(widths, device=body.device)[body, None]
+        return (torch.arange(self.action_dim, device=body.device) < each).float()[:, None]
+
+
+def command(robot: Embodiment, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
+    """Inside the limits of `robot`; binary entries become the nearer of their two values."""
+    action = action.copy()
+    for part in robot.action:
+        if part.limits is not None:
+            low, high = part.limits
+            entry = action[..., part.slice]
+            binary = np.where(entry > (low + high) / 2, high, low)
+            action[..., part.slice] = binary if part.kind == "binary" else entry.clip(low, high)
+    return action

@@ -1,0 +1,118 @@
+"""Frames of chunks, and bodies of other widths in one policy."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.policies.policy import FlowPolicy
+from tests.policies.toy import STEPS, B, batch, encoder, loss, observations, policy, robot
+
+STATE = (Part(name="pose", start=0, stop=2, unit="m"), Part(name="grip", start=2, stop=3))
+ACTION = (Part(name="move", start=0, stop=2, kind="delta", scale=0.5, moves="pose", limits=(-50.0, 50.0)),
+          Part(name="spin", start=2, stop=4, kind="delta"), Part(name="squeeze", start=4, stop=5, moves="grip"),
+          Part(name="lamp", start=5, stop=7, kind="binary", limits=(0.0, 1.0)))  # fmt: skip
+ROBOT: Embodiment = robot(state=STATE, action=ACTION)
+
+
+def framed(frame: str, cumulative: bool = False) -> FlowPolicy:
+    torch.manual_seed(0)
+    made = FlowPolicy(robot=ROBOT, encoder=encoder(), horizon=STEPS, layers=2, heads=2, head_width=8, frame=frame,
+                      cumulative=cumulative)  # fmt: skip
+    rng = np.random.default_rng(0)
+    action, start = rng.normal(size=(40, STEPS, 7)), rng.normal(size=(40, 3))
+    made.fit(start.astype(np.float32), action.astype(np.float32), start=start.astype(np.float32))
+    return made
+
+
+@pytest.mark.parametrize("frame", ["recorded", "relative", "absolute"])
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_chunks_of_every_frame_by_hand(frame, cumulative):
+    model, action, state = framed(frame, cumulative), batch()["action"], batch()["state"]
+    told = model.normalise_action.denormalise(model.chunk(action, state).flatten(1)).view_as(action)
+    torch.testing.assert_close(model.unchunk(model.chunk(action, state), state), action, atol=1e-4, rtol=1e-4)
+    where = action[..., :2].cumsum(1)
+    want = {"recorded": where if cumulative else action[..., :2], "relative": where,
+            "absolute": where + state[:, None, :2] / 0.5}[frame]  # fmt: skip
+    torch.testing.assert_close(told[..., :2], want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(told[..., 2:4], action[..., 2:4].cumsum(1) if cumulative else action[..., 2:4])
+    taken = state[:, None, 2:] if frame == "relative" else 0
+    torch.testing.assert_close(told[..., 4:5], action[..., 4:5] - taken, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(told[..., 5:], action[..., 5:])
+
+
+def test_a_frame_that_needs_the_state_asks_for_it(tmp_path):
+    model, seen = framed("absolute").eval(), observations()
+    assert model.space.needs_state and not framed("recorded").space.needs_state
+    assert model.act(seen, range(B)).shape == (B, STEPS, 7)
+    blind = dataclasses.replace(seen[1], state=np.full(3, np.nan, np.float32))
+    with pytest.raises(ValueError, match="state of an observation is unknown"):
+        model.act([seen[0], blind], [0, 1])
+    data = batch()  # row 3 has no state: its actions are not learned from
+    other = {key: value.clone() for key, value in data.items()}
+    other["action"][3] += 1
+    assert torch.equal(loss(model, data), loss(model, other))
+    with pytest.raises(ValueError, match="frame is 'sideways'"):
+        framed("sideways")
+    model.save(tmp_path)
+    np.testing.assert_array_equal(FlowPolicy.load(tmp_path).act(seen, range(B)), model.act(seen, range(B)))
+
+
+LATENT = dataclasses.replace(robot(), name="toy_latent", action=(Part(name="latent", start=0, stop=9),))
+NARROW = dataclasses.replace(robot(), name="toy_narrow", state=(), action=(Part(name="arm", start=0, stop=4),))
+
+
+def several(**changes) -> FlowPolicy:
+    return policy(bodies=["real", "latent", "narrow"], robots={"latent": LATENT, "narrow": NARROW}, **changes)
+
+
+def mixed() -> dict[str, torch.Tensor]:
+    data = batch()
+    data["action"] = torch.nn.functional.pad(data["action"], (0, 2))
+    data["body"] = torch.tensor([0, 1, 2, 0, 1])
+    data["action"][data["body"] == 0, :, 7:] = 0
+    data["action"][data["body"] == 2, :, 4:] = 0
+    return data
+
+
+def test_bodies_of_other_widths_share_one_policy(tmp_path):
+    model, data = several(state_dropout=0.0), mixed()
+    rng = np.random.default_rng(1)
+    model.fit(np.zeros((5, 3), np.float32), rng.normal(3, 2, (40, STEPS, 9)).astype(np.float32), body=1)
+    other = {key: value.clone() for key, value in data.items()}
+    other["action"][data["body"] == 0, :, 7:] = 5.0  # padding is never read
+    other["action"][data["body"] == 2, :, 4:] = 5.0
+    assert torch.equal(loss(model, data), loss(model, other))
+    loss(model, data).backward()
+    grad = model.decode_action.layer2.weight.grad
+    assert grad[0, :, :7].abs().sum() > 0 and grad[0, :, 7:].abs().sum() == 0
+    assert grad[1].abs().min(0).values.max() > 0 and grad[2, :, 4:].abs().sum() == 0
+    x = model.spaces.chunk(data["action"], data["state"], data["body"])
+    space = model.spaces.of(1)
+    torch.testing.assert_close(space.unchunk(x[data["body"] == 1]), data["action"][data["body"] == 1])
+    chunk = model.eval().act(observations(), range(B))
+    assert chunk.shape == (B, STEPS, 7)
+    seen, noise = model.observe(observations()), model.noise(range(B))
+    noise[..., 7:] = 3.0  # nor does what stands in the padding at the start grow
+    x = model.integrate(model, noise, seen.state, seen.context, model.euler_steps, 0)
+    assert (x[..., 7:] == 3.0).all()
+    model.save(tmp_path)
+    again = FlowPolicy.load(tmp_path)
+    assert again.spaces.of(1).robot == LATENT
+    np.testing.assert_array_equal(again.act(observations(), range(B)), chunk)
+
+
+def test_bodies_say_what_does_not_fit(tmp_path):
+    views = dataclasses.replace(LATENT, views=LATENT.views[:1], grid=())
+    with pytest.raises(ValueError, match="'latent' is seen by"):
+        policy(bodies=["real", "latent"], robots={"latent": views})
+    with pytest.raises(ValueError, match="no embodiment 'other'"):
+        policy(robots={"other": LATENT})
+    several().save(tmp_path)
+    with pytest.raises(ValueError, match="no embodiment 'dream'; it has"):
+        FlowPolicy.load(tmp_path, speaks="dream")
+    with pytest.raises(ValueError, match="another embodiment than 'toy'"):
+        FlowPolicy.load(tmp_path, speaks="latent")
+    assert FlowPolicy.load(tmp_path, speaks="real").speaks == 0
