@@ -66,6 +66,8 @@ def _load(pipe: Any, module: nn.Module, path: str, name: str, options: dict[str,
             expand = getattr(pipe, "_maybe_expand_t2v_lora_for_i2v", None)
             state = expand(transformer=module, state_dict=state) if expand else state
             options = {"metadata": options}
+        else:
+            options = {"prefix": None, **options}
         module.load_lora_adapter(state, adapter_name=name, _pipeline=pipe, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).splitlines()[0][:200]

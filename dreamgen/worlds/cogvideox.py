@@ -21,6 +21,15 @@ class CogVideoXLayout(Layout):
     def patch(self) -> int:
         return self.pipe.transformer.config.patch_size
 
+    def require(self, canvas: tuple[int, int], frames: int) -> None:
+        config, side = self.pipe.transformer.config, self.scale[1]
+        if config.patch_size_t is not None:
+            raise ValueError("this is a CogVideoX1.5, which groups frames; expected CogVideoX-5B-I2V")
+        size = (config.sample_height * side, config.sample_width * side)
+        if config.use_learned_positional_embeddings and (canvas, frames) != (size, config.sample_frames):
+            raise ValueError(f"the canvas is {canvas[0]}x{canvas[1]} with {frames} frames; this transformer has "
+                             f"learned positions for {size[0]}x{size[1]} with {config.sample_frames} frames alone")  # fmt: skip
+
     @property
     def channels(self) -> int:
         return self.pipe.vae.config.latent_channels

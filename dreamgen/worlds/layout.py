@@ -86,6 +86,9 @@ class Layout:
         """Frames in a latent frame, pixels along the side of a latent cell."""
         return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
 
+    def require(self, canvas: tuple[int, int], frames: int) -> None:
+        """Raise ValueError for sizes that the transformer cannot take."""
+
     @property
     def channels(self) -> int:
         return self.pipe.vae.config.z_dim
@@ -127,6 +130,10 @@ class Layout:
     def begin(self, noise: Tensor) -> Tensor:
         """Unit noise as the sampler starts from it."""
         return noise
+
+    def end(self, x: Tensor) -> Tensor:
+        """What the sampler ends at, as clean latents."""
+        return x
 
     def guide(self, found: Tensor, plain: Tensor, guidance: float) -> Tensor:
         """The prediction with a prompt, pushed away from the one without (Ho & Salimans 2022, arXiv:2207.12598)."""

@@ -110,6 +110,7 @@ class VideoWorld(nn.Module):
             near = (self.clock.frames - 1) // time * time + 1
             raise ValueError(f"frames is {self.clock.frames}; {self.path} takes 1 + a multiple of {time}, for instance "
                              f"{near} or {near + time}")  # fmt: skip
+        self.layout.require((h, w), self.clock.frames)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -247,7 +248,8 @@ class VideoWorld(nn.Module):
                 return self.predict(x, given, time, text).float()
 
         model = self.sampler.guided(predict, given, text, plain, self.guidance)
-        return self.finish(integrate(model, self.layout.begin(noise), scheduler, times), given)
+        x = integrate(model, self.layout.begin(noise), scheduler, times)
+        return self.finish(self.layout.end(x), given)
 
     def clips(self, prompts: Sequence[Prompt], frames: UInt8[Tensor, "b t h w 3"]) -> list[Clip]:
         """The last part of `dream`: decoded frames with the provenance of their prompts."""
@@ -294,8 +296,8 @@ class VideoWorld(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str, **changed: Any) -> "VideoWorld":
-        """A world model that `save` wrote; `changed` overrides its sampler settings."""
-        path = Path(path)
+        """A world model that `save` wrote; `changed` overrides its settings, None leaves them."""
+        path, changed = Path(path), {key: value for key, value in changed.items() if value is not None}
         saved = read_json(path / FILE)
         robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
         robot.require(saved["contract"], str(path))
