@@ -121,7 +121,7 @@ class Stage:
     """One run of one stage on one directory. Use as `with Stage(...) as run: if run.complete: return ...`.
 
     config: the resolved configuration, plain JSON, free of paths; parents: name to input path. Together they name
-    the result: `run.id`.
+    the result: `run.id`. writes: False for all but one of several processes that run a stage together.
 
     Raises ValueError if `out` holds the output of another configuration or of another stage.
     """
@@ -131,6 +131,7 @@ class Stage:
     config: Mapping[str, Any]
     parents: Mapping[str, Path | str] = field(default_factory=dict)
     seed: int = 0
+    writes: bool = True
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
@@ -152,7 +153,8 @@ class Stage:
                 raise ValueError(f"{self.out} holds the output of another configuration ({differences(was, spec)}). "
                                  f"Choose another `out`, or delete {self.out} to make it again.")  # fmt: skip
         self.complete = (self.out / FILE).is_file()
-        if not self.complete:
+        self.before = 0.0
+        if not self.complete and self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
             if not (self.out / RUN).is_file():
                 write_json(self.out / RUN, {"id": self.id, "seconds": 0.0, **spec})
@@ -163,7 +165,7 @@ class Stage:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         # time spent by a run that was interrupted in an orderly way counts; that of a killed one is lost
-        if not self.complete and (self.out / RUN).is_file():
+        if not self.complete and self.writes and (self.out / RUN).is_file():
             seconds = self.before + time.time() - self.started
             write_json(self.out / RUN, {"id": self.id, "seconds": seconds, **self.spec})
 
@@ -182,6 +184,8 @@ class Stage:
             "peak_mb": round(peak / 1024, 1),
             "versions": versions(),
         }
+        if not self.writes:
+            return manifest
         write_json(self.out / FILE, manifest)
         (self.out / RUN).unlink(missing_ok=True)
         self.complete = True

@@ -23,6 +23,28 @@ def possible(count: int, device: torch.device) -> int:
     return count if sys.platform == "linux" and device.type == "cpu" else 1
 
 
+def in_forks(work: Callable[[int], None], count: int) -> None:
+    """`work(rank)` in this process, rank 0, and in `count - 1` forks; what they make lies on the disk.
+
+    Raises RuntimeError if a fork failed.
+    """
+    threads = torch.get_num_threads()
+    if count > 1:
+        torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork") if count > 1 else None
+    forks = [context.Process(target=work, args=(rank,), daemon=True) for rank in range(1, count)] if context else []
+    try:
+        for fork in forks:
+            fork.start()
+        work(0)
+    finally:
+        for fork in forks:
+            fork.join()
+        torch.set_num_threads(threads)
+    if any(fork.exitcode for fork in forks):
+        raise RuntimeError("a process that helped has failed (see above); run the job again, it continues")
+
+
 class Replicas:
     """`count - 1` forks beside this process. `work(step, rank)` leaves gradients on the model and returns metrics.
 

@@ -1,175 +1,230 @@
-"""Stage 1: fine-tune a world model on the target robot's dataset, on cached latents and text."""
+"""Stage 1: fine-tune a world model on the target robot's dataset, on cached latents and text.
 
+On one process or, started by `torchrun` or `srun`, on several: they encode together, share each batch, and one writes.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dreamgen.core.clip import Prompt
-from dreamgen.core.manifest import Stage, fingerprint
-from dreamgen.core.seeding import rng_for, seed_for
-from dreamgen.data.cache import Cache
+from dreamgen.core.manifest import Stage
+from dreamgen.core.seeding import rng_for
+from dreamgen.data.buckets import Buckets, ClipPool, Shape
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.windows import Windows
-from dreamgen.engine.progress import progress
+from dreamgen.engine.cost import Transformer, training_memory
+from dreamgen.engine.devices import memory_left
+from dreamgen.engine.precision import best_device
+from dreamgen.engine.processes import join, wait
+from dreamgen.engine.shares import Rows
 from dreamgen.engine.train import clear_state, train
-from dreamgen.video.metrics import psnr
-from dreamgen.video.mp4 import write_mp4
+from dreamgen.stages.latents import Latents
+from dreamgen.stages.validation import Validation
 from dreamgen.worlds.autoencoder import Autoencoding
-from dreamgen.worlds.prefix import PrefixWorld
+from dreamgen.worlds.world import VideoWorld
 
 
 def finetune(
-    world_model: PrefixWorld,
-    dataset: Dataset,
+    world_model: VideoWorld,
+    dataset: Dataset | Sequence[Dataset],
     *,
     out: Path,
     steps: int = 1000,
     batch_size: int = 16,
+    token_budget: int | None = None,
+    lengths: Sequence[int] | None = None,
+    short: str = "drop",
     lr: float = 3e-4,
     muon_lr: float | None = None,
     warmup: int = 50,
     ema: float | None = 0.995,
     method: str = "full",
-    rank: int = 16,
-    alpha: int = 16,
+    rank: int | None = None,
+    alpha: int | None = None,
     text_dropout: float = 0.1,
     validation: int = 8,
+    patience: int = 0,
     hop: int = 1,
     validate_every: int = 250,
     samples: int = 4,
     decoder_steps: int = 0,
     decoder_lr: float = 3e-4,
+    cache: Path | None = None,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    compile: bool = False,
+    sharding: str = "ddp",
     replicas: int = 1,
+    tracker: str | None = None,
     seed: int = 0,
     record: dict,
 ) -> dict:
     """Train on windows of `dataset` (every `hop`-th row); out: a world model for `load`, losses and sample videos.
 
-    method: "full" trains the transformer, "lora" an adapter of `rank` and `alpha`. validation: episodes held out;
-    their loss at fixed noise and `samples` dreamed clips beside the real ones are written every `validate_every` steps.
+    method: "full" trains the transformer, "lora" an adapter of `rank` and `alpha` (the world model's where None).
+    validation: episodes held out; their loss at fixed noise and `samples` dreamed clips beside the real ones are
+    written every `validate_every` steps; patience: validations without a lower loss after which to stop, with the best
+    weights (0: never).
+    batch_size: clips of all processes together; token_budget: instead, as many clips of one shape as have at most so
+    many tokens. lengths: numbers of frames, of which an episode gives the longest that fits (the world model's own
+    where None); short: "drop" or "pad" episodes that none fits.
     decoder_steps: steps in which the VAE's decoder alone learns the look of this dataset, for a small VAE that has not
     seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting.
+    cache: a folder of latents to share between runs; `out/cache` where None. accumulate, sharding, replicas, tracker:
+    see `dreamgen.engine.train`. checkpointing: keep only the inputs of blocks, and compute these again in the backward
+    pass. compile: the blocks, each once.
 
-    Raises ValueError for another method, and if no episode is as long as a clip. The manifest counts windows, episodes
-    too short, and bad episodes left out.
+    Raises ValueError for another method, if no episode is as long as a clip, for a cache of another VAE, dataset or
+    transform, and on a GPU where the first step cannot fit. The manifest counts clips by shape, episodes too short,
+    clips padded, and bad episodes left out.
     """
     if method not in ("full", "lora"):
         raise ValueError(f"method is '{method}'; expected 'full' or 'lora'")
-    world = world_model
-    parents = {"dataset": dataset.root}
-    with Stage(out, "finetune", config={**record, "base": world.fingerprint()}, parents=parents, seed=seed) as run:
+    world, lora = world_model, method == "lora"
+    process, count = join()
+    datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
+    names = ["dataset"] if len(datasets) == 1 else [f"dataset_{i}" for i in range(len(datasets))]
+    parents = {name: d.root for name, d in zip(names, datasets, strict=True)}
+    base = world.fingerprint()
+    with Stage(out, "finetune", config={**record, "base": base}, parents=parents, seed=seed,
+               writes=process == 0) as run:  # fmt: skip
         if run.complete:
             return run.manifest()
+        wait()
         world.place()
-        windows = Windows(dataset, world.clock, hop=hop, short="drop")
-        places = [windows.at(k) for k in range(len(windows))]
-        cache = Cache(out / "cache", {"world": world.cache_key(), "data": fingerprint(dataset.root), "hop": hop,
-                                      "skipped": sorted(dataset.skipped)}, count=len(windows))  # fmt: skip
-
-        def encode(items: range) -> np.ndarray:
-            clips = np.stack([dataset.canvas(places[k][0], windows.rows(*places[k])) for k in items])
-            return world.encode(torch.from_numpy(clips)).cpu().numpy()
-
-        for _ in progress(cache.build(encode), len(cache.missing()), "encode", out, unit="shard"):
-            pass
-        held = _held_out(dataset, validation, seed)
-        train_rows = np.array([k for k, (episode, _) in enumerate(places) if episode not in held])
-        if not len(train_rows):
-            raise ValueError(f"all {len(dataset)} episodes of {dataset.root} are held out for validation "
-                             f"({validation}); hold out fewer")  # fmt: skip
-        texts = sorted({dataset.instruction(i) for i in range(len(dataset))})
-        embedded = world.embed([*texts, ""]).cpu()
-        which = np.array([texts.index(dataset.instruction(episode)) for episode, _ in places])
+        pool = ClipPool(datasets, world.clock, lengths=lengths, hop=hop, short=short)
+        held = _held_out(datasets, validation, seed)
+        rows = np.array([k for k in range(len(pool)) if pool.episode(k) not in held])
+        if not len(rows):
+            raise ValueError(f"all {sum(map(len, datasets))} episodes of {datasets[0].root} are held out for "
+                             f"validation ({validation}); hold out fewer")  # fmt: skip
+        where = out / "cache" if cache is None else Path(cache)
+        latents = Latents(world, pool, where, hop=hop)
+        sizes = Transformer.of({**world.transformer.config, "_class_name": type(world.transformer).__name__})
+        video = {shape: sizes.tokens(_latent(world, shape)) for shape in latents.members}
+        buckets = Buckets(rows, [latents.shapes[k] for k in rows], batch_size=batch_size, budget=token_budget,
+                          tokens=video.__getitem__)  # fmt: skip
+        latents.build(out, rank=process, count=count, replicas=replicas)
+        embedded, which = latents.texts(where, base=base)
         if decoder_steps:
-            _train_decoder(world, dataset, windows, cache, train_rows, out / "decoder", steps=decoder_steps,
-                           lr=decoder_lr, replicas=replicas, seed=seed)  # fmt: skip
-        if method == "full":
-            world.train_full()
-        else:
+            _train_decoder(world, latents, rows, out / "decoder", steps=decoder_steps, lr=decoder_lr,
+                           replicas=replicas, seed=seed)  # fmt: skip
+        if lora:
             world.train_lora(rank=rank, alpha=alpha)
+        else:
+            world.train_full()
+        check = Validation(world, latents, embedded, which, held, out, samples=samples, seed=seed, write=process == 0)
+        if best_device().type == "cuda":
+            world.pipe.text_encoder.to("cpu")  # all its texts are known now
+        for module in world.trained().values():
+            if checkpointing:
+                module.enable_gradient_checkpointing()
+            if compile:
+                module.compile_repeated_blocks()
+        text = embedded.shape[1]
+        clips = [-(-size // (count * accumulate)) for size in buckets.sizes]
+        _require_memory(world, sizes, [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text,
+                        lora=lora, checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate,
+                        shards=count if sharding == "fsdp2" else 1)  # fmt: skip
 
-        def batch_at(step: int) -> dict[str, Tensor]:
+        def batch_at(step: int) -> Rows:
             rng = rng_for(seed, "finetune", step)
-            rows = train_rows[rng.integers(0, len(train_rows), batch_size)]
-            text = np.where(rng.random(batch_size) < text_dropout, len(texts), which[rows])
-            return {"latents": torch.from_numpy(cache.take(rows)), "text": embedded[text]}
+            chosen = buckets.batch(rng)
+            texts = np.where(rng.random(len(chosen)) < text_dropout, len(embedded) - 1, which[chosen])
+            return Rows(len(chosen), lambda part: {"latents": latents.take(chosen[part]),
+                                                   "text": embedded[texts[part]]})  # fmt: skip
 
-        check = _Check(world, dataset, windows, cache, held, out, samples=samples, seed=seed)
+        flops = sum(share * n * sizes.step(video[s], text, lora=lora)
+                    for share, n, s in zip(buckets.share, buckets.sizes, buckets.shapes, strict=True))  # fmt: skip
         result = train(world, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, ema=ema,
-                       precision=world.precision, replicas=replicas, seed=seed,
-                       checkpoint_every=validate_every, validate=check if held else None,
+                       precision=world.precision, replicas=replicas, seed=seed, accumulate=accumulate,
+                       sharding=sharding, patience=patience, tracker=tracker, flops=flops,
+                       checkpoint_every=validate_every, validate=check if check.batch else None,
                        validate_every=validate_every, name="finetune")  # fmt: skip
         world.requires_grad_(False)
-        world.save(out)
-        for folder in (out, out / "decoder"):
-            clear_state(folder)
+        if checkpointing:
+            for module in world.trained().values():
+                module.disable_gradient_checkpointing()
+        if process == 0:
+            world.save(out)
+            for folder in (out, out / "decoder"):
+                clear_state(folder)
+        wait()
+        skipped = {f"{i}/{k}" if len(datasets) > 1 else str(k): v
+                   for i, d in enumerate(datasets) for k, v in d.skipped.items()}  # fmt: skip
         return run.finish(
-            windows=len(windows), episodes=len(dataset), episodes_too_short=windows.too_short,
-            episodes_skipped={str(k): v for k, v in dataset.skipped.items()}, mended=dataset.mended,
-            validation=len(held), parameters=sum(p.numel() for p in world.transformer.parameters()),
+            windows=len(pool), episodes=sum(map(len, datasets)), episodes_too_short=pool.too_short,
+            clips_padded=pool.padded, shapes=pool.counts(), episodes_skipped=skipped,
+            mended=[note for d in datasets for note in d.mended], validation=len(held),
+            parameters=sum(p.numel() for p in world.transformer.parameters()),
             **{f"final_{k}": v for k, v in result.items()},
         )  # fmt: skip
 
 
-def _train_decoder(world: PrefixWorld, dataset: Dataset, windows: Windows, cache: Cache, rows: np.ndarray, out: Path,
+def _latent(world: VideoWorld, shape: Shape) -> tuple[int, int, int]:
+    """Latent frames, height, width of a clip; ValueError if the VAE cannot take it."""
+    time, side = world.layout.scale
+    frames, h, w = shape
+    if (frames - 1) % time or h % world.layout.pixels or w % world.layout.pixels:
+        raise ValueError(f"clips of {frames} frames of {h}x{w}; {world.path} takes 1 + a multiple of {time} frames and "
+                         f"sides that are multiples of {world.layout.pixels}. Change lengths or views.")  # fmt: skip
+    if not world.start and shape != (world.clock.frames, *world.robot.canvas):
+        raise ValueError(f"clips of {shape}; {world.path} is conditioned on a whole clip of {world.clock.frames} "
+                         f"frames of {world.robot.canvas} and trains on such alone")  # fmt: skip
+    return (frames - 1) // time + 1, h // side, w // side
+
+
+def _require_memory(world: VideoWorld, sizes: Transformer, parts: Sequence[tuple[int, int]], text: int, *, lora: bool,
+                    checkpointing: bool, ema: bool, accumulate: int, shards: int) -> None:  # fmt: skip
+    """ValueError, saying what would fit, if a step over any of `parts` (clips, tokens) is too large for this GPU."""
+    if best_device().type != "cuda":
+        return
+    weights = [p for module in world.trained().values() for p in module.parameters()]
+    total, trained = (sum(p.numel() for p in of) for of in (weights, [p for p in weights if p.requires_grad]))
+    held = sum(p.numel() * p.element_size() for p in weights if p.is_cuda)
+    left = memory_left() + held
+
+    def needed(clips: int, video: int, checkpointing: bool) -> float:
+        return training_memory(sizes, parameters=total, trained=trained, clips=clips, video=video, text=text,
+                               lora=lora, checkpointing=checkpointing, ema=ema, shards=shards,
+                               weight_bytes=2 if world.weights == "bf16" else 4).total  # fmt: skip
+
+    clips, video = max(parts, key=lambda part: part[0] * part[1])
+    if needed(clips, video, checkpointing) <= left:
+        return
+    fits = [f"checkpointing={str(on).lower()} with {n} clips at a time (accumulate={accumulate * -(-clips // n)})"
+            for on in sorted({checkpointing, True}) for n in range(clips, 0, -1)
+            if needed(n, video, on) <= left][:1]  # fmt: skip
+    raise ValueError(f"a step of {clips} clips of {video} tokens needs about "
+                     f"{needed(clips, video, checkpointing) / 1e9:.0f} GB; {left / 1e9:.0f} GB are free. What would "
+                     f"fit: {fits[0] if fits else 'method=lora, weights=bf16, or sharding=fsdp2 on more GPUs'}"
+                     )  # fmt: skip
+
+
+def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: Path,
                    *, steps: int, lr: float, replicas: int, seed: int) -> None:  # fmt: skip
     model = Autoencoding(world.pipe.vae)
     for part in (world.pipe.vae.decoder, world.pipe.vae.post_quant_conv):
         part.requires_grad_(True)
     mean, std = world.mean.cpu(), world.std.cpu()
+    longest = max(latents.shapes[k] for k in rows)
+    rows = np.array([k for k in rows if latents.shapes[k] == longest])
 
     def batch_at(step: int) -> dict[str, Tensor]:
         chosen = rows[rng_for(seed, "decoder", step).integers(0, len(rows), 4)]
-        places = [windows.at(int(k)) for k in chosen]
-        video = np.stack([dataset.canvas(episode, windows.rows(episode, row)) for episode, row in places])
-        return {"video": torch.from_numpy(video), "latents": torch.from_numpy(cache.take(chosen)) * std + mean}
+        video = np.stack([latents.pool.frames(int(k)) for k in chosen])
+        z = latents.take(chosen)[:, : len(mean)]
+        return {"video": torch.from_numpy(video), "latents": z * std + mean}
 
     train(model, batch_at, out=out, steps=steps, lr=lr, warmup=20, weight_decay=0.0, ema=0.98, seed=seed,
           precision=world.precision, replicas=replicas, checkpoint_every=100, name="decoder")  # fmt: skip
     model.release()
 
 
-def _held_out(dataset: Dataset, count: int, seed: int) -> set[int]:
-    """Episodes for validation, drawn by the seed; never more than a fifth."""
-    count = min(count, len(dataset) // 5)
-    return set(rng_for(seed, "validation").permutation(len(dataset))[:count].tolist())
-
-
-class _Check:
-    """Validation loss at fixed noise and times; sample videos, real above dreamed."""
-
-    def __init__(self, world: PrefixWorld, dataset: Dataset, windows: Windows, cache: Cache, held: set[int],
-                 out: Path, *, samples: int, seed: int) -> None:  # fmt: skip
-        self.out, first = out, {}
-        for k in range(len(windows)):
-            first.setdefault(windows.at(k)[0], k)
-        chosen = [first[episode] for episode in sorted(held) if episode in first]
-        if not chosen:
-            return
-        rows = np.array(chosen * -(-32 // len(chosen)))[:32]
-        generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
-        latents = torch.from_numpy(cache.take(rows))
-        self.batch = {
-            "latents": latents.to(world.device),
-            "noise": torch.randn(latents.shape, generator=generator).to(world.device),
-            "sigma": torch.linspace(0.05, 0.95, len(rows)).to(world.device),
-            "text": world.embed([dataset.instruction(windows.at(int(k))[0]) for k in rows]),
-        }
-        self.prompts, self.real = [], []
-        for k in chosen[:samples]:
-            episode, row = windows.at(k)
-            video = dataset.canvas(episode, windows.rows(episode, row))
-            self.real.append(video)
-            self.prompts.append(Prompt(id=f"sample_{k}", image=video[0], instruction=dataset.instruction(episode),
-                                       seed=seed_for(seed, "sample", k)))  # fmt: skip
-
-    def __call__(self, world: PrefixWorld, step: int) -> dict[str, float]:
-        figures = {"loss": float(world.loss(self.batch)[0])}
-        if self.prompts:
-            clips = world.dream(self.prompts)
-            pairs = [np.concatenate([r, c.video], 1) for r, c in zip(self.real, clips, strict=True)]
-            write_mp4(self.out / "samples" / f"step_{step:06d}.mp4", np.concatenate(pairs, 2), world.clock.video_hz)
-            figures["psnr"] = float(np.mean([psnr(r[1:], c.video[1:]) for r, c in zip(self.real, clips, strict=True)]))
-        return figures
+def _held_out(datasets: Sequence[Dataset], count: int, seed: int) -> set[tuple[int, int]]:
+    """Episodes (dataset, episode) for validation, drawn by the seed; never more than a fifth."""
+    every = [(i, k) for i, d in enumerate(datasets) for k in range(len(d))]
+    count = min(count, len(every) // 5)
+    return {every[k] for k in rng_for(seed, "validation").permutation(len(every))[:count]}

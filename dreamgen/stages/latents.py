@@ -1,0 +1,80 @@
+"""What fine-tuning reads: latents and text embeddings of a dataset's clips, encoded once and kept on disk."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamgen.core.manifest import digest, fingerprint
+from dreamgen.data.buckets import ClipPool, Shape
+from dreamgen.data.cache import Cache, embeddings, require_known
+from dreamgen.engine.processes import wait
+from dreamgen.engine.progress import progress
+from dreamgen.engine.replicas import in_forks, possible
+from dreamgen.worlds.world import VideoWorld
+
+
+class Latents:
+    """Normalised latents of all clips of `pool`, one cache for each shape, under `root`.
+
+    Raises ValueError if `root` is a cache of another VAE, dataset or transform.
+    """
+
+    def __init__(self, world: VideoWorld, pool: ClipPool, root: Path, *, hop: int) -> None:
+        self.world, self.pool = world, pool
+        shapes = [pool.shape(k) for k in range(len(pool))]
+        self.shapes: list[Shape] = shapes
+        self.number = np.zeros(len(pool), dtype=np.int64)  # of a clip within its shape
+        self.members: dict[Shape, np.ndarray] = {}
+        for shape in dict.fromkeys(shapes):
+            self.members[shape] = np.array([k for k, other in enumerate(shapes) if other == shape])
+            self.number[self.members[shape]] = np.arange(len(self.members[shape]))
+        given = world.cache_key()
+        transform = {key: given.pop(key) for key in ("clock", "canvas") if key in given}
+        about = {"vae": digest(given), "data": [fingerprint(d.root) for d in pool.datasets], "transform": transform,
+                 "hop": hop, "skipped": [sorted(d.skipped) for d in pool.datasets],
+                 "clips": sorted(f"{k} {n}" for k, n in pool.counts().items())}  # fmt: skip
+        keys = {shape: {**about, "shape": list(shape)} for shape in self.members}
+        require_known(root, list(keys.values()))
+        self.caches = {shape: Cache(root, key, count=len(self.members[shape])) for shape, key in keys.items()}
+
+    def build(self, out: Path, *, rank: int, count: int, replicas: int) -> int:
+        """Encode what is missing, over `count` processes with `replicas` forks each; returns how many shards it was."""
+        shards = sum(len(cache.missing()) for cache in self.caches.values())
+        replicas = min(possible(replicas, self.world.device), max(shards, 1))
+
+        def work(replica: int) -> None:
+            mine, parts = rank * replicas + replica, count * replicas
+            for shape, cache in self.caches.items():
+                done = cache.build(lambda items, shape=shape: self._encode(shape, items), mine, parts)
+                for _ in progress(done, len(cache.missing()) // parts, "encode", out if not mine else None,
+                                  unit="shard"):  # fmt: skip
+                    pass
+
+        in_forks(work, replicas if shards else 1)
+        wait()
+        return shards
+
+    def _encode(self, shape: Shape, items: range) -> np.ndarray:
+        clips = np.stack([self.pool.frames(int(k)) for k in self.members[shape][items.start : items.stop]])
+        return self.world.encode(torch.from_numpy(clips)).cpu().numpy()
+
+    def take(self, clips: Sequence[int] | np.ndarray) -> Tensor:
+        """Latents (b c t h w) of clips of one shape."""
+        shape = self.shapes[int(clips[0])]
+        return torch.from_numpy(self.caches[shape].take(self.number[np.asarray(clips)]))
+
+    def texts(self, root: Path, *, base: str) -> tuple[Tensor, np.ndarray]:
+        """Embeddings (n + 1, l, d) of the distinct instructions, the last for none, and which one each clip has.
+
+        base: names the weights of the text encoder.
+        """
+        distinct = sorted({d.instruction(i) for d in self.pool.datasets for i in range(len(d))})
+        number = {text: i for i, text in enumerate(distinct)}
+        key = {"base": base, "prompts": [self.world.prompt(text) for text in [*distinct, ""]],
+               "length": self.world.text_length, "dtype": str(self.world.transformer.dtype)}  # fmt: skip
+        made = embeddings(root, key, [*distinct, ""], self.world.embed)
+        which = np.array([number[self.pool.instruction(k)] for k in range(len(self.pool))])
+        return made, which

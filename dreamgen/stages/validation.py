@@ -1,0 +1,75 @@
+"""What a world model is measured by while it is fine-tuned: loss at fixed noise, and dreams beside what happened."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dreamgen.core.clip import Prompt
+from dreamgen.core.manifest import write_json
+from dreamgen.core.seeding import seed_for
+from dreamgen.stages.latents import Latents
+from dreamgen.video.metrics import by_frame, lpips_or_reason
+from dreamgen.video.mp4 import write_mp4
+from dreamgen.worlds.world import VideoWorld
+
+
+class Validation:
+    """Figures of a world model on the first clip of each held-out episode.
+
+    `loss`: at fixed noise and times. With samples: `psnr`, `ssim` and, where its weights can be had, `lpips`, means
+    over the dreamed frames; each frame's own are in `out/samples/step_*.json`, with the videos, real above dreamed.
+    """
+
+    def __init__(self, world: VideoWorld, latents: Latents, text: Tensor, which: np.ndarray,
+                 held: set[tuple[int, int]], out: Path, *, samples: int, seed: int, write: bool) -> None:  # fmt: skip
+        self.out, self.write, pool, first = out, write, latents.pool, {}
+        for k in range(len(pool)):
+            first.setdefault(pool.episode(k), k)
+        chosen = [first[episode] for episode in sorted(held) if episode in first]
+        shapes = [latents.shapes[k] for k in chosen]
+        chosen = [k for k, shape in zip(chosen, shapes, strict=True) if shape == max(set(shapes), key=shapes.count)]
+        self.prompts: list[Prompt] = []
+        self.real: list[np.ndarray] = []
+        self.batch: dict[str, Tensor] = {}
+        if not chosen:
+            return
+        rows = np.array(chosen * -(-32 // len(chosen)))[:32]
+        generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
+        clips = latents.take(rows)
+        self.batch = {
+            "latents": clips.to(world.device),
+            "noise": torch.randn(clips.shape, generator=generator).to(world.device),
+            "sigma": torch.linspace(0.05, 0.95, len(rows)).to(world.device),
+            "text": text[which[rows]].to(world.device),
+        }
+        window = (world.clock.frames, *world.robot.canvas)  # what the model dreams
+        for k in [k for k in chosen if latents.shapes[k] == window][:samples]:
+            video = pool.frames(k)
+            self.real.append(video)
+            self.prompts.append(Prompt(id=f"sample_{k}", image=video[0], instruction=pool.instruction(k),
+                                       seed=seed_for(seed, "sample", k)))  # fmt: skip
+        if self.prompts:
+            world.embed([*(prompt.instruction for prompt in self.prompts), ""])
+
+    def __call__(self, world: VideoWorld, step: int) -> dict[str, float]:
+        figures = {"loss": float(world.loss(self.batch)[0])}
+        if self.prompts:
+            frames = self._compare([clip.video for clip in world.dream(self.prompts)], world.clock.video_hz, step)
+            figures |= {key: float(np.mean(values)) for key, values in frames.items()}
+        return figures
+
+    def _compare(self, dreamed: Sequence[np.ndarray], hz: str, step: int) -> dict[str, list[float]]:
+        pairs = list(zip(self.real, [video[: len(self.real[0])] for video in dreamed], strict=True))
+        found = [by_frame(real[1:], video[1:]) for real, video in pairs]  # the first frame is given
+        frames = {key: np.mean([row[key] for row in found], 0).round(4).tolist() for key in found[0]}
+        if self.write:
+            stem = self.out / "samples" / f"step_{step:06d}"
+            sheet = np.concatenate([np.concatenate([real, video], 1) for real, video in pairs], 2)
+            write_mp4(stem.with_suffix(".mp4"), sheet, hz)
+            _, reason = lpips_or_reason()
+            left_out = {"left_out": {"lpips": reason}} if reason else {}
+            write_json(stem.with_suffix(".json"), {"frame": list(range(1, len(self.real[0]))), **frames, **left_out})
+        return frames
