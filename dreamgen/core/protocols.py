@@ -114,6 +114,17 @@ class Judge(Protocol):
 
 
 @runtime_checkable
+class Tracker(Protocol):
+    """Where is what, in a picture? It measures dreams."""
+
+    names: Sequence[str]
+
+    def track(self, frames: np.ndarray) -> np.ndarray:
+        """Canvases (t h w 3) to positions (t n 3), m, of everything in `names`."""
+        ...
+
+
+@runtime_checkable
 class Saved(Protocol):
     """A component that is loaded from a directory."""
 

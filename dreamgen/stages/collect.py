@@ -1,9 +1,13 @@
 """Record episodes in a simulator as a LeRobot dataset: of the expert, of play and failures, or of a policy.
 
+Disturbed experts come in groups that share a first state: the expert itself, then others, each with its own outcome.
+They are executed counterfactuals, labelled by the simulator.
+
 Episode k is a pure function of (seed, k): processes take parts of the list, a part is stored once it is whole, and
 the dataset is the same for any number of processes and after any kill.
 """
 
+import inspect
 import json
 import multiprocessing
 import shutil
@@ -18,10 +22,12 @@ from dreamgen.core.clip import Episode
 from dreamgen.core.manifest import Stage, replacing
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
+from dreamgen.data.streams import bounds, noisy, still, stuck
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.progress import progress
 
-SOURCES = ("expert", "play", "policy")
+SOURCES = ("expert", "play", "policy", "perturbed")
+PERTURBED = ("small noise", "large noise", "stuck gripper", "delay", "wrong instruction")
 PART = 10  # episodes in one stored part
 ATTEMPTS = 20  # seeds that an expert may fail on before its task is called broken
 
@@ -32,8 +38,10 @@ def collect(
     out: Path,
     episodes: int,
     instructions: list[str] | None = None,
-    source: Literal["expert", "play", "policy"] = "expert",
+    source: Literal["expert", "play", "policy", "perturbed"] = "expert",
     policy: Policy | None = None,
+    pairs: int = 1,
+    truth: bool = False,
     execute: int = 8,
     rows: int = 36,
     keep_failures: bool = False,
@@ -46,30 +54,37 @@ def collect(
     sim: makes a simulator; must be picklable. source: "expert" keeps successes alone (failed seeds are counted), or
     all that it does with `keep_failures`;
     "play" mixes random motion and experts with noise and bias, failures included;
-    "policy" runs `policy`, `execute` steps a chunk. Episode.meta: sim, instruction, seed, source, success.
+    "policy" runs `policy`, `execute` steps a chunk; "perturbed" is an expert with noise, a stuck gripper, a delay or a
+    wrong instruction (meta `perturbed`), failures included. pairs: so many episodes on end share a first state and the
+    meta `pair`; of perturbed ones the first is undisturbed. truth: also record where things are (columns object.*).
+    Episode.meta: sim, instruction, seed, source, success.
 
     Raises ValueError for an unknown instruction or source, and for an expert that fails on 20 seeds in a row.
     """
     if source not in SOURCES or (source == "policy") != (policy is not None):
         raise ValueError(f"source is '{source}' and policy is {type(policy).__name__}; expected one of "
                          f"{', '.join(SOURCES)}, and a policy for 'policy' alone")  # fmt: skip
-    if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; expected 1 or more")
+    if episodes < 1 or pairs < 1:
+        raise ValueError(f"episodes is {episodes}, pairs is {pairs}; expected 1 or more")
+    if pairs > 1 and source == "expert":
+        raise ValueError("experts from one first state are all alike; for pairs use source=perturbed, play or policy")
     with Stage(out, "collect", config=record, seed=seed) as run:
         if run.complete:
             return run.manifest()
         world = sim()
         robot, known = world.robot, list(world.instructions)
+        if truth and not hasattr(world, "objects"):
+            raise ValueError(f"{type(world).__name__} does not tell where its objects are; collect with truth=false")
         world.close()
         wanted = list(instructions) if instructions is not None else known
         unknown = [text for text in wanted if text not in known]
         if unknown:
             raise ValueError(f"the simulator does not know {unknown}; it knows {known}")
         # neighbours share an instruction: a simulator may have to rebuild its scene for another one
-        plan = [(k, wanted[k * len(wanted) // episodes]) for k in range(episodes)]
+        plan = [(k, wanted[k // pairs * pairs * len(wanted) // episodes]) for k in range(episodes)]
         parts = [plan[i : i + PART] for i in range(0, episodes, PART)]
         task = partial(_part, sim=sim, policy=policy, source=source, execute=execute, rows=rows, seed=seed,
-                       keep_failures=keep_failures, folder=out / "parts")  # fmt: skip
+                       keep_failures=keep_failures, pairs=pairs, truth=truth, folder=out / "parts")  # fmt: skip
         stored = progress(_mapped(task, parts, workers), len(parts), "collect", out, unit="part")
         counts = {"failed_seeds": 0, "successes": 0}
 
@@ -98,7 +113,7 @@ _SIMS: dict[str, Sim] = {}  # one per process and configuration: a scene takes s
 
 
 def _part(plan: list[tuple[int, str]], *, sim: Callable[[], Sim], policy: Policy | None, source: str, execute: int,
-          rows: int, seed: int, keep_failures: bool, folder: Path) -> Path:  # fmt: skip
+          rows: int, seed: int, keep_failures: bool, pairs: int, truth: bool, folder: Path) -> Path:  # fmt: skip
     """Record one part and store it; a stored one is only named."""
     path = folder / f"{plan[0][0]:06d}.npz"
     if path.is_file():
@@ -108,8 +123,9 @@ def _part(plan: list[tuple[int, str]], *, sim: Callable[[], Sim], policy: Policy
     arrays: dict[str, np.ndarray] = {}
     for number, (k, instruction) in enumerate(plan):
         episode = _record(world, k, instruction, policy=policy, source=source, execute=execute, rows=rows, seed=seed,
-                          keep_failures=keep_failures)  # fmt: skip
+                          keep_failures=keep_failures, pairs=pairs, truth=truth)  # fmt: skip
         arrays |= {f"{number}/video/{view}": frames for view, frames in episode.video.items()}
+        arrays |= {f"{number}/extra/{name}": values for name, values in episode.extra.items()}
         arrays |= {f"{number}/state": episode.state, f"{number}/action": episode.action}
         arrays[f"{number}/meta"] = np.frombuffer(json.dumps(episode.meta).encode(), np.uint8)
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -121,23 +137,35 @@ def _read(path: Path) -> Iterator[Episode]:
     with np.load(path, allow_pickle=False) as arrays:
         for number in range(sum(name.endswith("/meta") for name in arrays.files)):
             meta = json.loads(arrays[f"{number}/meta"].tobytes())
-            views = [name for name in arrays.files if name.startswith(f"{number}/video/")]
+            video, extra = (
+                {name.split("/", 2)[2]: arrays[name] for name in arrays.files if name.startswith(f"{number}/{kind}/")}
+                for kind in ("video", "extra")
+            )
             yield Episode(
                 instruction=meta["instruction"], state=arrays[f"{number}/state"], action=arrays[f"{number}/action"],
-                video={name.split("/", 2)[2]: arrays[name] for name in views}, meta=meta,
+                video=video, extra=extra, meta=meta,
             )  # fmt: skip
 
 
 def _record(world: Sim, k: int, instruction: str, *, policy: Policy | None, source: str, execute: int, rows: int,
-            seed: int, keep_failures: bool) -> Episode:  # fmt: skip
+            seed: int, keep_failures: bool, pairs: int, truth: bool) -> Episode:  # fmt: skip
     """Episode k. An expert is given seeds until it succeeds."""
+    group, member = divmod(k, pairs)
     for attempt in range(ATTEMPTS):
-        own = seed_for(seed, "collect", k, attempt)
+        own = seed_for(seed, "collect", group, attempt)
+        mine = own if pairs == 1 else seed_for(own, "member", member)
         world.reset(instruction, own)
-        motion = _motion(world, instruction, own, source, policy, execute)
-        views, states, actions, success = [], [], [], False
+        kind = "none"
+        if source == "perturbed":
+            kind = str(rng_for(mine, "perturbed").choice(possible(world))) if pairs == 1 or member else "none"
+            motion = perturbed(world, instruction, kind, mine, rows)
+        else:
+            motion = _motion(world, instruction, mine, source, policy, execute)
+        views, states, actions, objects, success = [], [], [], [], False
         for _ in range(rows):
             seen = world.observe()
+            if truth:
+                objects.append(world.objects())
             action = np.asarray(motion(seen), np.float32)
             views.append(seen.views)
             states.append(seen.state)
@@ -149,7 +177,11 @@ def _record(world: Sim, k: int, instruction: str, *, policy: Policy | None, sour
         raise ValueError(f"the expert failed at '{instruction}' on {ATTEMPTS} seeds in a row within {rows} steps")
     meta = {"sim": type(world).__name__.lower(), "instruction": instruction, "seed": own, "source": source,
             "success": success, "failed_seeds": attempt}  # fmt: skip
-    return Episode(instruction=instruction, state=np.stack(states), action=np.stack(actions), meta=meta,
+    meta |= {"pair": f"p{group:06d}"} if pairs > 1 else {}
+    meta |= {"perturbed": kind} if source == "perturbed" else {}
+    extra = {f"object.{name}": np.stack([row[name] for row in objects]).astype(np.float32)
+             for name in (objects[0] if truth else ())}  # fmt: skip
+    return Episode(instruction=instruction, state=np.stack(states), action=np.stack(actions), meta=meta, extra=extra,
                    video={name: np.stack([view[name] for view in views]) for name in views[0]})  # fmt: skip
 
 
@@ -179,6 +211,45 @@ def _motion(world: Sim, instruction: str, seed: int, source: str, policy: Policy
         action = np.asarray(next(actions))
         moved = action + bias + rng.normal(0, sigma, len(low))
         return np.where(binary, action, moved).clip(low, high)
+
+    return act
+
+
+def possible(world: Sim) -> list[str]:
+    """The ways of PERTURBED that this simulator and robot allow."""
+    lacking = set()
+    if len(world.instructions) < 2 or not inspect.signature(world.expert).parameters:
+        lacking.add("wrong instruction")
+    if not any(part.kind == "binary" for part in world.robot.action):
+        lacking.add("stuck gripper")
+    return [kind for kind in PERTURBED if kind not in lacking]
+
+
+def perturbed(world: Sim, instruction: str, kind: str, seed: int, rows: int) -> Callable:
+    """The expert of the episode that was reset last, disturbed in one of the ways of PERTURBED, or "none"."""
+    rng, robot = rng_for(seed, "perturbed", kind), world.robot
+    others = [text for text in world.instructions if text != instruction]
+    of = (str(rng.choice(others)),) if kind == "wrong instruction" else ()
+    actions = world.expert(*of)
+    if kind in ("small noise", "large noise"):
+        size = rng.uniform(0.05, 0.2) if kind == "small noise" else rng.uniform(0.4, 1.0)
+        noise = noisy(robot, np.zeros((rows, robot.action_dim), np.float32), size, rng, smooth=0.6)
+    wait, high = int(rng.integers(4, 16)), bool(rng.integers(2))
+    row = -1
+
+    def act(seen: object) -> np.ndarray:
+        nonlocal row
+        row += 1
+        if kind == "delay" and row < wait:
+            return still(robot, np.zeros((1, robot.action_dim), np.float32))[0]
+        action = np.asarray(next(actions), np.float32)
+        if kind == "stuck gripper":
+            return stuck(robot, action[None], high=high)[0]
+        if kind.endswith("noise"):
+            low, top = np.array([bounds(part) for part in robot.action for _ in range(part.width)]).T
+            binary = [part.kind == "binary" for part in robot.action for _ in range(part.width)]
+            return np.where(binary, action, action + noise[row]).clip(low, top)
+        return action
 
     return act
 

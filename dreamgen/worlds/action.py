@@ -48,7 +48,7 @@ class ActionWorld(nn.Module):
         width: int = 128,
         maps: bool = False,
         anchor: bool = True,
-        history: Sequence[float] = (0.4,),
+        history: Sequence[float | int] = (0.4,),
         level: float = 0.0,
         context_noise: float = 0.2,
         action_guidance: float = 1.0,

@@ -92,7 +92,9 @@ def test_concatenated_channels_are_the_base_to_the_bit_and_listen():
     hooks = Hooks(transformer, extension, latents=6)
     x, text = torch.randn(2, 16, 3, 4, 6), torch.randn(2, 5, 10)
 
-    def call(time=torch.tensor([300.0, 800.0])) -> torch.Tensor:
+    clip_time = torch.tensor([300.0, 800.0])
+
+    def call(time=clip_time) -> torch.Tensor:
         return transformer(hidden_states=x, timestep=time, encoder_hidden_states=text, return_dict=False)[0]
 
     given = Given(features=torch.randn(2, 2, 8), present=torch.tensor([True, True]), level=torch.zeros(2),
@@ -117,7 +119,7 @@ def test_concatenated_channels_are_the_base_to_the_bit_and_listen():
             assert call().shape == base.shape
         # a time per token gives what a time per clip gives
         with hooks(given):
-            assert torch.allclose(call(torch.tensor([300.0, 800.0])[:, None].expand(2, 18)), once, atol=1e-5)
+            assert torch.allclose(call(clip_time[:, None].expand(2, 18)), once, atol=1e-5)
         assert torch.equal(call(), base)
 
 

@@ -154,6 +154,13 @@ class Tabletop:
         """Hand position (m) and gripper opening, (4,) float32."""
         return np.array([*self.data.body("hand").xpos, self.opening], np.float32)
 
+    def objects(self) -> dict[str, np.ndarray]:
+        """Where things are (3,), m: the blocks, the drawer's tray, the button's top (it moves along z) and the hand."""
+        found = {colour: self.block(colour) for colour in scene.COLOURS}
+        button = self.data.body("button").xpos + [0, 0, scene.BUTTON_TOP]
+        hand = self.data.body("hand").xpos.copy()
+        return found | {"tray": np.array([*self.tray, 0.0]), "button": button, "hand": hand}
+
     def observe(self) -> Observation:
         """All views of the embodiment, the state and the instruction."""
         views = {}

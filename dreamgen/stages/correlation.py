@@ -1,0 +1,247 @@
+"""Does success in the dream foretell success in reality? k policies, the same first states in both.
+
+Blind evaluators stand beside the dream: what they know is not what the policy does from these first states, so a dream
+that is no better than they are evaluates nothing. Every policy is one item on disk; a killed run goes on.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.manifest import Stage, read_json, write_json
+from dreamgen.core.protocols import ActionWorldModel, Judge, Policy, Sim
+from dreamgen.core.seeding import rng_for, seed_for
+from dreamgen.data.lerobot import Dataset
+from dreamgen.engine.progress import progress
+from dreamgen.sims.rollout import rollout
+from dreamgen.stages.label_scores import auroc
+from dreamgen.stages.open_loop import open_loop_error
+from dreamgen.stages.report_card import card
+from dreamgen.video.mp4 import write_mp4
+from dreamgen.video.tiling import tile
+from dreamgen.worlds.env import DreamEnv, Dreamt, dream_episodes, judged
+from dreamgen.worlds.rollout import extend
+
+BLIND = ("shuffled_actions", "first_frame", "demos", "validation")
+
+
+def correlation(
+    world_model: ActionWorldModel,
+    judge: Judge,
+    sim: Callable[[], Sim] | None,
+    policies: Mapping[str, Policy],
+    *,
+    out: Path,
+    episodes: int = 40,
+    instructions: Sequence[str] | None = None,
+    steps: int = 48,
+    execute: int = 8,
+    batch_size: int = 16,
+    looks: str = "last",
+    confidence: bool = False,
+    seen: Sequence[str] = (),
+    demos: Mapping[str, float | int] | None = None,
+    validation: Dataset | None = None,
+    blind: Sequence[str] = BLIND,
+    films: int = 6,
+    seed: int = 0,
+    workers: int = 1,
+    record: dict,
+) -> dict:
+    """Run every policy for `episodes` episodes (as many for each instruction) in the simulator and in the dream.
+
+    world_model: learned, or the oracle (then what is left is the judge's error on real video). seen: names of policies
+    that gave data to the world model; the headline is of the others. demos: policy to number of demonstrations.
+    validation: recordings for the open-loop error. blind: which blind evaluators to run.
+
+    Writes `policies/<name>.json` ({real, dream, probability, agreement, ... per episode}), films real | dreamt, and
+    `results/correlation.json`: k, r, r_low, r_high, rho, mmrv, mae, bias, regret, episode_auroc, tpr, tnr of the dream,
+    and the same for each of `blind`; `corrected` by the judge's own rates; `seen`; `policies`.
+
+    Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, a judge that abstains on
+    every episode of a policy, and whatever the parts say of robots, rates and limits.
+    """
+    check(sim, policies, seen, demos or {}, blind)
+    parents = {name: path for name, p in policies.items() if (path := getattr(p, "path", None)) is not None}
+    if validation is not None:
+        parents["validation"] = validation.root
+    with Stage(out, "correlation", config=record, parents=parents, seed=seed) as run:
+        if run.complete:
+            return run.manifest()
+        if hasattr(world_model, "place"):
+            world_model.place()
+        plan, prompts = first_states(sim, instructions, episodes, seed)
+        env = DreamEnv(world=world_model, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
+                       confidence=confidence)  # fmt: skip
+        rows = {}
+        for name in progress(policies, len(policies), "correlation", run.out, unit="policy"):
+            path = run.out / "policies" / f"{name}.json"
+            if not path.is_file():
+                row = one_policy(name, policies[name], env, sim, plan, prompts, run.out, blind=blind,
+                                 validation=validation, workers=workers, films=films, seed=seed)  # fmt: skip
+                write_json(path, row)
+            rows[name] = read_json(path)
+            if demos and name in demos:
+                rows[name]["demos"] = float(demos[name])
+        results = summary(rows, judge, seen, env.threshold)
+        write_json(run.out / "results" / "correlation.json", results)
+        return run.finish(correlation=results)
+
+
+def check(sim: object, policies: Mapping, seen: Sequence[str], demos: Mapping, blind: Sequence[str]) -> None:
+    """ValueError for a request that cannot be run."""
+    if sim is None:
+        raise ValueError("correlation compares with a simulator and the recipe has none; choose one with sim=...")
+    if len(policies) < 2:
+        raise ValueError(f"correlation got {len(policies)} policies; name 2 or more in stage.policies (20 or more for "
+                         "an interval that says something)")  # fmt: skip
+    unknown = sorted({*seen, *demos} - set(policies)) or sorted(set(blind) - set(BLIND))
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no such policy or blind evaluator; policies are "
+                         f"{', '.join(policies)}, blind evaluators {', '.join(BLIND)}")  # fmt: skip
+
+
+def first_states(sim: Callable[[], Sim], instructions: Sequence[str] | None, episodes: int,
+                 seed: int) -> tuple[list[tuple[str, int]], list[Prompt]]:  # fmt: skip
+    """(instruction, seed) of every episode, and the same first states as prompts."""
+    world = sim()
+    try:
+        wanted = list(instructions or world.instructions)
+        if unknown := [text for text in wanted if text not in world.instructions]:
+            raise ValueError(f"the simulator does not know {unknown}; it knows {list(world.instructions)}")
+        each = max(1, -(-episodes // len(wanted)))
+        plan = [(text, seed_for(seed, "evaluate", text, i)) for text in wanted for i in range(each)]
+        prompts = []
+        for number, (text, own) in enumerate(plan):
+            world.reset(text, own)
+            seen = world.observe()
+            image = tile(world.robot, {name: view[None] for name, view in seen.views.items()})[0]
+            prompts.append(Prompt(id=f"c{number:05d}", image=image, instruction=text, seed=seed_for(own, "dream"),
+                                  state=seen.state, origin={"sim": type(world).__name__.lower(), "instruction": text,
+                                                            "seed": own}))  # fmt: skip
+    finally:
+        world.close()
+    return plan, prompts
+
+
+def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim], plan: Sequence[tuple[str, int]],
+               prompts: Sequence[Prompt], out: Path, *, blind: Sequence[str], validation: Dataset | None, workers: int,
+               films: int, seed: int) -> dict[str, Any]:  # fmt: skip
+    """All that is measured of one policy, plain JSON, nan as None."""
+    real = [e.success for e in rollout(sim, policy, plan, steps=env.steps, execute=env.execute, workers=workers)]
+    dreamt = dream_episodes(env, policy, prompts, [own for _, own in plan])
+    hz = env.world.clock.video_hz
+    for k, episode in enumerate(dreamt[:films]):
+        write_mp4(out / "films" / name / f"{k:02d}.mp4", episode.past.video, hz)
+    found: dict[str, Any] = {"real": [bool(x) for x in real], "probability": [e.probability for e in dreamt],
+                             "agreement": [e.agreement for e in dreamt]}  # fmt: skip
+    if "first_frame" in blind:
+        held = [Past(prompt=p, video=np.repeat(p.image[None], len(e.past.video), 0), action=e.past.action,
+                     state=p.state) for p, e in zip(prompts, dreamt, strict=True)]  # fmt: skip
+        found["first_frame"] = judged(env.judge, held, hz).tolist()
+    if "shuffled_actions" in blind:
+        found["shuffled_actions"] = shuffled(env, dreamt, seed)
+    if "validation" in blind and validation is not None:
+        found["validation"] = -open_loop_error(policy, validation, seed=seed)
+    return {key: none(value) for key, value in found.items()}
+
+
+def shuffled(env: DreamEnv, dreamt: Sequence[Dreamt], seed: int) -> list[float]:
+    """Probability of success of each episode under the actions that its policy took in another one."""
+    order = rng_for(seed, "shuffled").permutation(len(dreamt))
+    other = {int(a): int(b) for a, b in zip(order, np.roll(order, 1), strict=True)}  # one cycle: nobody keeps his own
+    found = np.full(len(dreamt), np.nan)
+    for start in range(0, len(dreamt), env.num_envs):
+        rows = range(start, min(start + env.num_envs, len(dreamt)))
+        pasts = [Past.begin(dreamt[i].past.prompt, env.world.robot.action_dim) for i in rows]
+        actions = [dreamt[other[i]].past.action for i in rows]
+        length = min(len(action) for action in actions)
+        found[list(rows)] = judged(env.judge, extend(env.world, pasts, [a[:length] for a in actions]),
+                                   env.world.clock.video_hz)  # fmt: skip
+    return found.tolist()
+
+
+def none(value: Any) -> Any:
+    """What is not a number becomes None: JSON has no nan."""
+    if isinstance(value, list):
+        return [none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def known(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if v is None else v for v in values], np.float64)
+
+
+def rate_of(name: str, what: str, values: Sequence[float | None], threshold: float) -> float:
+    """Share of episodes judged successes, among those that the judge speaks of."""
+    told = known(values)
+    told = told[np.isfinite(told)]
+    if not len(told):
+        raise ValueError(f"the judge abstained on every episode of policy '{name}' ({what}): it was not trained on "
+                         "their instructions. Train it with jobs.train_judge, or choose others.")  # fmt: skip
+    return float((told >= threshold).mean())
+
+
+def outcome(rows: Mapping[str, dict], key: str, threshold: float) -> dict:
+    """episode_auroc, tpr, tnr and abstentions of judged probabilities against reality, all episodes together."""
+    told = np.concatenate([known(row[key]) for row in rows.values()])
+    real = np.concatenate([np.array(row["real"], bool) for row in rows.values()])
+    spoken = np.isfinite(told)
+    yes = told >= threshold
+    share = {"tpr": yes[spoken & real], "tnr": ~yes[spoken & ~real]}
+    return {"episode_auroc": auroc(told[spoken], real[spoken]), "abstained": int((~spoken).sum()),
+            **{k: float(v.mean()) if len(v) else math.nan for k, v in share.items()}}  # fmt: skip
+
+
+def compared(rows: Mapping[str, dict], judge: Judge, threshold: float) -> dict:
+    """Report cards of the dream and of the blind evaluators over the policies of `rows`."""
+    real = np.array([np.mean(row["real"]) for row in rows.values()])
+
+    def rates(key: str) -> np.ndarray:
+        return np.array([rate_of(name, key, row[key], threshold) for name, row in rows.items()])
+
+    dream = rates("probability")
+    found = card(real, dream) | outcome(rows, "probability", threshold)
+    trust = getattr(judge, "rates", {})
+    if trust and (own := trust.get("dreamt") or trust.get("real")) and own.tpr + own.tnr > 1:
+        each = [np.isfinite(known(row["probability"])).sum() for row in rows.values()]
+        mended = [own.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(dream, each, strict=True)]
+        found["corrected"] = card(real, np.array(mended))
+    blind = {}
+    for key in ("shuffled_actions", "first_frame"):
+        if all(key in row for row in rows.values()):
+            blind[key] = card(real, rates(key)) | outcome(rows, key, threshold)
+    for key in ("demos", "validation"):
+        if all(row.get(key) is not None for row in rows.values()):
+            score = card(real, np.array([row[key] for row in rows.values()]), rate=False)
+            blind[key] = score | dict.fromkeys(("episode_auroc", "tpr", "tnr"))
+    agreement = np.concatenate([known(row["agreement"]) for row in rows.values()])
+    if np.isfinite(agreement).any():
+        found["agreement"] = float(np.nanmean(agreement))
+    return found | {"blind": blind}
+
+
+def summary(rows: Mapping[str, dict], judge: Judge, seen: Sequence[str], threshold: float) -> dict:
+    """The content of results/correlation.json."""
+    fresh = {name: row for name, row in rows.items() if name not in seen}
+    headline = fresh if len(fresh) >= 2 else rows
+    found = compared(headline, judge, threshold) | {"headline": "unseen policies" if headline is fresh else "all"}
+    if seen and len(seen) >= 2:
+        found["seen"] = compared({name: rows[name] for name in seen}, judge, threshold)
+    found["policies"] = {
+        name: {"real": float(np.mean(row["real"])), "dream": rate_of(name, "dream", row["probability"], threshold),
+               "n": len(row["real"]), "seen": name in seen}
+        for name, row in rows.items()
+    }  # fmt: skip
+    return clean(found)
+
+
+def clean(value: Any) -> Any:
+    """Plain JSON without nan."""
+    if isinstance(value, dict):
+        return {key: clean(item) for key, item in value.items()}
+    return none([clean(item) for item in value]) if isinstance(value, list) else none(value)

@@ -1,0 +1,30 @@
+"""One number for how far a policy's chunks lie from recorded ones."""
+
+import numpy as np
+
+from dreamgen.core.clip import Observation
+from dreamgen.core.protocols import Policy
+from dreamgen.core.seeding import seed_for
+from dreamgen.data.lerobot import Dataset
+
+
+def open_loop_error(policy: Policy, dataset: Dataset, *, every: int = 4, batch_size: int = 32, seed: int = 0) -> float:
+    """Mean square difference from the recorded actions that follow every `every`-th row, in units of each entry's
+    standard deviation; steps past an episode's end do not count. ValueError for a dataset of another robot."""
+    policy.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+    scale = np.maximum(dataset.actions().std(0), 1e-6)
+    places = [(i, row) for i in range(len(dataset)) for row in range(0, dataset.length(i), every)]
+    total, count = 0.0, 0
+    for start in range(0, len(places), batch_size):
+        group = places[start : start + batch_size]
+        seen = []
+        for i, row in group:
+            source, views = dataset.episode(i), dataset.views(i, [row])
+            seen.append(Observation(views={name: frames[0] for name, frames in views.items()},
+                                    state=source.state[row], instruction=source.instruction))  # fmt: skip
+        chunks = policy.act(seen, [seed_for(seed, "open_loop", i, row) for i, row in group])
+        for (i, row), chunk in zip(group, chunks, strict=True):
+            true = dataset.episode(i).action[row : row + policy.horizon]
+            gap = (chunk[: len(true)] - true) / scale
+            total, count = total + float((gap**2).sum()), count + gap.size
+    return total / max(1, count)

@@ -1,0 +1,193 @@
+"""A gymnasium environment whose world is a model: policies act in a dream, a judge says whether they succeeded.
+
+Episodes run in step with each other, in one batch. What a policy sees are the dreamt views, its instruction, and the
+state by the embodiment's rule from the executed commands: nothing that a robot would not give it. First states are
+prompts, from a simulator, a recording (at any row) or a photo.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dreamgen.core.clip import Clip, Observation, Past, Prompt
+from dreamgen.core.kinematics import within
+from dreamgen.core.protocols import ActionWorldModel, Judge, Policy
+from dreamgen.core.seeding import seed_for
+from dreamgen.video.tiling import untile
+from dreamgen.worlds.rollout import extend
+
+try:
+    import gymnasium
+    from gymnasium.vector import AutoresetMode, VectorEnv
+except ImportError as error:
+    raise ImportError("DreamEnv needs the package gymnasium: pip install 'dreamgen[sim]'") from error
+
+LOOKS = ("last", "every")
+
+
+class DreamEnv(VectorEnv):
+    """num_envs dreams at once; an action of one of them is a part of a chunk (execute, a), in units of the robot.
+
+    steps: robot steps after which an episode is truncated. looks: when the judge is asked: at the "last" step, or after
+    "every" part, where the first yes ends an episode. confidence: dream all twice, with another noise; the share of
+    agreement of the two judgements is told. threshold: of the judge; None takes the judge's own, else 0.5.
+
+    An observation is {view: (n h w 3) uint8, "state": (n d) float32}; `observations()` gives them to policies. info:
+    instruction, probability (n,), abstained (n,) where the judge says nothing, agreement (n,).
+
+    Raises ValueError: first frames of another size or camera than the embodiment's; states of another width; actions
+    outside the limits; `execute` steps that do not end on a frame of the model's clock.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.DISABLED}
+    render_mode = "rgb_array"
+
+    def __init__(self, *, world: ActionWorldModel, judge: Judge, num_envs: int = 8, steps: int = 48, execute: int = 8,
+                 looks: str = "last", confidence: bool = False, threshold: float | None = None) -> None:  # fmt: skip
+        if looks not in LOOKS or steps % execute:
+            raise ValueError(f"looks is '{looks}', steps is {steps}, execute {execute}; expected one of "
+                             f"{', '.join(LOOKS)}, and steps a multiple of execute")  # fmt: skip
+        self.world, self.judge, self.num_envs = world, judge, num_envs
+        self.steps, self.execute, self.looks, self.confidence = steps, execute, looks, confidence
+        self.threshold = getattr(judge, "threshold", 0.5) if threshold is None else threshold
+        robot = world.robot
+        limits = [part.limits or (-np.inf, np.inf) for part in robot.action for _ in range(part.width)]
+        low, high = np.array(limits, np.float32).T
+        self.single_action_space = gymnasium.spaces.Box(np.tile(low, (execute, 1)), np.tile(high, (execute, 1)))
+        views = {view.name: gymnasium.spaces.Box(0, 255, (view.height, view.width, 3), np.uint8)
+                 for view in robot.views}  # fmt: skip
+        state = gymnasium.spaces.Box(-np.inf, np.inf, (robot.state_dim,))
+        self.single_observation_space = gymnasium.spaces.Dict({**views, "state": state})
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
+        self.pasts: list[Past] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        """options: {"prompts": at most num_envs prompts}; a seed is added to theirs."""
+        prompts: Sequence[Prompt] = (options or {}).get("prompts", ())
+        robot = self.world.robot
+        if not 0 < len(prompts) <= self.num_envs:
+            raise ValueError(f"reset got {len(prompts)} prompts; give options={{'prompts': [...]}} with 1 to "
+                             f"{self.num_envs} first frames and instructions")  # fmt: skip
+        for prompt in prompts:
+            if prompt.image.shape != (*robot.canvas, 3):
+                raise ValueError(f"the first frame of '{prompt.id}' is {prompt.image.shape}, another camera than that "
+                                 f"of embodiment '{robot.name}', whose canvas is {(*robot.canvas, 3)}")  # fmt: skip
+            if prompt.state.shape not in ((robot.state_dim,), (0,)):
+                raise ValueError(f"the state of '{prompt.id}' has {prompt.state.shape[0]} entries; embodiment "
+                                 f"'{robot.name}' has {robot.state_dim}")  # fmt: skip
+        if seed is not None:
+            prompts = [replace(p, seed=seed_for(seed, "dream", str(p.seed))) for p in prompts]
+        self.pasts = [Past.begin(prompt, robot.action_dim) for prompt in prompts]
+        second = [replace(p, seed=seed_for(p.seed, "again")) for p in prompts]
+        self.second = [Past.begin(prompt, robot.action_dim) for prompt in second] if self.confidence else []
+        self.done = np.zeros(len(prompts), bool)
+        self.probability, self.agreement = np.full((2, len(prompts)), np.nan)
+        return self._seen(), {"instruction": [p.instruction for p in prompts]}
+
+    def _seen(self) -> dict[str, np.ndarray]:
+        views = untile(self.world.robot, np.stack([past.video[-1] for past in self.pasts]))
+        return {**views, "state": np.stack([seen.state for seen in self.observations()])}
+
+    def observations(self) -> list[Observation]:
+        """What a policy is given of each episode; an unknown state is zero."""
+        robot, found = self.world.robot, []
+        for past in self.pasts:
+            views = {name: frame for name, frame in untile(robot, past.video[-1]).items()}
+            state = past.state if len(past.state) else np.zeros(robot.state_dim, np.float32)
+            found.append(Observation(views=views, state=state, instruction=past.prompt.instruction))
+        return found
+
+    def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
+        """actions (n, execute, a). Episodes that have ended stay as they are."""
+        robot, n = self.world.robot, len(self.pasts)
+        wanted = (n, self.execute, robot.action_dim)
+        if np.shape(actions) != wanted:
+            raise ValueError(f"actions are {np.shape(actions)}; expected {wanted}: episodes, steps that are executed "
+                             f"before the policy is asked again, entries")  # fmt: skip
+        actions = within(robot, actions, "DreamEnv.step")
+        alive = np.flatnonzero(~self.done)
+        for pasts in filter(None, (self.pasts, self.second)):
+            if len(alive):
+                moved = extend(self.world, [pasts[i] for i in alive], [actions[i] for i in alive])
+                for i, past in zip(alive, moved, strict=True):
+                    pasts[i] = past
+        over = max(len(past.action) for past in self.pasts) >= self.steps
+        if self.looks == "every" or over:
+            self._ask(alive)
+        terminated = self.probability >= self.threshold  # nan: an abstention is no success
+        reward = (terminated & ~self.done).astype(np.float64)
+        self.done |= terminated | over
+        info = {"probability": self.probability.copy(), "agreement": self.agreement.copy(),
+                "abstained": np.isnan(self.probability) & self.done}  # fmt: skip
+        return self._seen(), reward, terminated, np.full(n, over) & ~terminated, info
+
+    def _ask(self, alive: np.ndarray) -> None:
+        found = judged(self.judge, [self.pasts[i] for i in alive], self.world.clock.video_hz)
+        self.probability[alive] = found
+        if self.second:
+            again = judged(self.judge, [self.second[i] for i in alive], self.world.clock.video_hz)
+            same = ((found >= self.threshold) == (again >= self.threshold)).astype(float)
+            self.agreement[alive] = np.where(np.isnan(found) | np.isnan(again), np.nan, same)
+
+    def render(self) -> tuple[np.ndarray, ...]:
+        """The canvas of every episode now, (h w 3) each."""
+        return tuple(past.video[-1] for past in self.pasts)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        self.pasts, self.second = [], []
+
+
+def judged(judge: Judge, pasts: Sequence[Past], video_hz: str) -> np.ndarray:
+    """Probability of success (b,) of episodes so far; nan where the judge abstains."""
+    return np.asarray(judge.judge([clip_of(past, video_hz) for past in pasts]), np.float64)
+
+
+def clip_of(past: Past, video_hz: str) -> Clip:
+    """An episode so far as a clip."""
+    p = past.prompt
+    return Clip(id=p.id, video=past.video, video_hz=video_hz, instruction=p.instruction, seed=p.seed, pair=p.pair,
+                state=p.state, origin=p.origin)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Dreamt:
+    """One closed-loop episode in the dream. probability and agreement are nan where the judge abstained."""
+
+    past: Past
+    probability: float
+    agreement: float
+
+
+def dream_episodes(env: DreamEnv, policy: Policy, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[Dreamt]:
+    """`policy` in the dreams of `prompts`, in order; chunk noise is seeded as in the simulator (`sims.rollout`).
+
+    Raises ValueError for a policy of another robot, or whose chunks are shorter than what is executed of them.
+    """
+    env.world.robot.require(policy.robot.contract(), "the policy")
+    if policy.horizon < env.execute:
+        raise ValueError(f"the policy's chunks have {policy.horizon} steps, execute is {env.execute}; execute at most "
+                         "as many as it plans")  # fmt: skip
+    done: list[Dreamt] = []
+    for start in range(0, len(prompts), env.num_envs):
+        env.reset(options={"prompts": prompts[start : start + env.num_envs]})
+        own = seeds[start : start + env.num_envs]
+        for taken in range(0, env.steps, env.execute):
+            chunks = policy.act(env.observations(), [seed_for(seed, "chunk", taken) for seed in own])
+            env.step(clipped(env.world.robot, np.asarray(chunks)[:, : env.execute]))
+            if env.done.all():
+                break
+        done += [Dreamt(past=past, probability=float(p), agreement=float(a))
+                 for past, p, a in zip(env.pasts, env.probability, env.agreement, strict=True)]  # fmt: skip
+    return done
+
+
+def clipped(robot: Any, actions: np.ndarray) -> np.ndarray:
+    """Actions within the robot's limits: what its controller would execute of a policy's chunk."""
+    made = np.array(actions, np.float32)
+    for part in robot.action:
+        if part.limits is not None:
+            made[..., part.slice] = made[..., part.slice].clip(*part.limits)
+    return made
