@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dreamgen.policies.encoder import WordHash, grid
 
-LEVELS = 32  # of each channel in the table of colours
+LEVELS = 32  # of each channel in the table of colours: its upper five bits
 FEATURES = 5  # centre (2), extent (2), share
 BLEND = 12.0  # how far, of 255, a colour reaches
 FEW = 0.25  # pixels: what a colour that is hardly there counts for, so that its centre stays put
@@ -99,7 +99,8 @@ class PaletteEncoder(nn.Module):
             level = (torch.arange(LEVELS, device=self.palette.device) + 0.5) * 256 / LEVELS
             cells = torch.stack(torch.meshgrid(level, level, level, indexing="ij"), -1).view(-1, 3)
             near = (-(torch.cdist(cells, self.palette.float()) / BLEND).square() / 2).exp()
-            self._table = near / (near.sum(1, keepdim=True) + 1e-3)
+            share = near / (near.sum(1, keepdim=True) + 1e-3)
+            self._table = torch.where(share < 1e-5, 0, share)  # sums of denormal numbers take ten times as long
         return self._table
 
     @torch.no_grad()
@@ -107,11 +108,13 @@ class PaletteEncoder(nn.Module):
         """Centre and extent (rows, columns, in half pictures) and log share of each colour in each view."""
         b, v, h, w, _ = pictures.shape
         with torch.autocast(pictures.device.type, enabled=False):
-            x = pictures.flatten(0, 1).flatten(1, 2).long() * LEVELS // 256
-            like = self._lookup()[(x[..., 0] * LEVELS + x[..., 1]) * LEVELS + x[..., 2]]  # (b*v h*w k)
-            places = grid(h, w, like)
+            x = pictures.flatten(0, 1).flatten(1, 2) >> 3
+            cell = (x[..., 0].int() * LEVELS + x[..., 1]) * LEVELS + x[..., 2]  # (b*v h*w)
+            places = grid(h, w, self.mean)
             moments = torch.cat([torch.ones_like(places[:, :1]), places, places.square()], 1)
-            total, centre, square = (moments.T @ like).transpose(1, 2).split([1, 2, 2], -1)
+            sums = [F.embedding_bag(cell, self._lookup(), per_sample_weights=moment.expand(b * v, -1), mode="sum")
+                    for moment in moments.T]  # fmt: skip
+            total, centre, square = torch.stack(sums, -1).split([1, 2, 2], -1)
             centre, square = centre / (total + FEW), square / (total + FEW)
             extent = (square - centre.square()).clamp(min=0).sqrt()
             share = (total * (4096 / (h * w)) / 40).log1p()
