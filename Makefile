@@ -7,13 +7,18 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ARGS   ?=
 
-.PHONY: demo test lint setup check clean-venv
+.PHONY: demo test test-lerobot lint setup check clean-venv
 
 demo: check
 	$(BIN)/python -m jobs.pipeline experiment=demo $(ARGS)
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile $(ARGS)
+
+# our datasets in the lerobot package and its in ours; it has an environment of its own, for its pins are not ours
+test-lerobot: $(STAMP)
+	@$(BIN)/python tests/lerobot/environment.py .venv-lerobot || exit 0; \
+	  LEROBOT_PYTHON=.venv-lerobot/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lerobot -rs $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/ty check
