@@ -89,7 +89,7 @@ class PaletteEncoder(nn.Module):
                              f"{len(self.mean) // len(self.palette)}: set policy.encoder.views")  # fmt: skip
         self.palette.copy_(choose_colours(pictures.cpu(), len(self.palette)))
         self._table = None
-        found = torch.cat([self.features(part) for part in pictures.split(64)])
+        found = torch.cat([self.measure(part) for part in pictures.split(64)])
         self.mean.copy_(found.mean(0))
         self.std.copy_(found.std(0) + 0.02)
 
@@ -104,7 +104,7 @@ class PaletteEncoder(nn.Module):
         return self._table
 
     @torch.no_grad()
-    def features(self, pictures: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b n 5"]:
+    def measure(self, pictures: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b n 5"]:
         """Centre and extent (rows, columns, in half pictures) and log share of each colour in each view."""
         b, v, h, w, _ = pictures.shape
         with torch.autocast(pictures.device.type, enabled=False):
@@ -124,7 +124,7 @@ class PaletteEncoder(nn.Module):
         self, pictures: UInt8[Tensor, "b v h w 3"], words: Int64[Tensor, "b l"]
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b m c"]]:
         text = self.text(words)
-        found = self.features(pictures)
+        found = self.measure(pictures)
         if self.training and self.noise:
             found = found + self.noise * self.std * torch.randn_like(found)
         angle = (found[..., :2, None] * self.frequencies).flatten(2)

@@ -35,7 +35,7 @@ def test_rare_colours_are_chosen():
 def test_centre_extent_and_share_are_exact():
     encoder, _ = fitted()
     red = int((encoder.palette - torch.tensor(RED)).abs().sum(1).argmin())
-    found = encoder.features(scene([17], [26]))[0, red]
+    found = encoder.measure(scene([17], [26]))[0, red]
     few = 24 / (24 + 0.25)  # a colour's own pixels against those it is shrunk by
     rows, cols = (np.arange(17, 21) + 0.5) / 24 - 1, (np.arange(26, 32) + 0.5) / 24 - 1
     assert found[0] == pytest.approx(rows.mean() * few, abs=2e-3)
@@ -48,7 +48,7 @@ def test_centre_extent_and_share_are_exact():
 def test_the_other_block_does_not_move():
     encoder, pictures = fitted()
     blue = int((encoder.palette - torch.tensor(BLUE)).abs().sum(1).argmin())
-    found = encoder.features(pictures)[:, blue]
+    found = encoder.measure(pictures)[:, blue]
     torch.testing.assert_close(found, found[:1].expand_as(found), atol=1e-5, rtol=0)
 
 
