@@ -4,12 +4,10 @@ A process a step keeps the peak memory of one step out of the next, and a step k
 finished. A complete step is skipped if its configuration and its inputs are those that the recipe asks for.
 """
 
-import ctypes
 import json
 import logging
 import os
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dreamgen.core.manifest import FILE, fingerprint, is_complete, read_json
+from dreamgen.core.orphans import die_with_parent
 from jobs.recipe import lines, load
 from jobs.running import PLACES, record, run_stage, walk
 
@@ -56,17 +55,12 @@ def run_steps(cfg: DictConfig, overrides: list[str]) -> None:
 def run_job(job: str, overrides: list[str]) -> int:
     """One job in a process that does not outlive this one; its exit status (negative: killed by that signal)."""
     line = [sys.executable, "-m", f"jobs.{job}", *overrides]
-    process = subprocess.Popen(line, preexec_fn=die_with_parent if sys.platform == "linux" else None)
+    process = subprocess.Popen(line, preexec_fn=die_with_parent)
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.wait()
         raise
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to end this process when its parent ends, however that happens."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def complete(stage: DictConfig) -> bool:

@@ -4,6 +4,7 @@ The default picture path (4096-pixel shadow maps, mirrors, 4x multisampling) cos
 """
 
 import os
+import weakref
 
 import mujoco
 import numpy as np
@@ -16,6 +17,7 @@ MISSING = ("MuJoCo cannot draw: neither EGL nor OSMesa could be used (MUJOCO_GL=
 class Renderer:
     """Pictures (height width 3) uint8 of one model. Cameras are free cameras or names of cameras in the model.
 
+    `close()` frees the drawing context; it is called when nobody holds the renderer any more, and at exit.
     Raises ValueError that names the system package to install when no drawing back end works.
     """
 
@@ -30,9 +32,11 @@ class Renderer:
         if gl == "off":
             raise ValueError(MISSING.format(gl=gl, why=""))
         try:
-            self._renderer = mujoco.Renderer(model, big_height, big_width)
+            renderer = self._renderer = mujoco.Renderer(model, big_height, big_width)
         except (RuntimeError, ImportError, AttributeError) as error:
             raise ValueError(MISSING.format(gl=gl, why=f": {error}")) from error
+        # also before the interpreter ends: EGL is gone by the time that it clears its modules
+        self.close = weakref.finalize(self, renderer.close)
 
     def draw(self, data: mujoco.MjData, camera: mujoco.MjvCamera | str) -> np.ndarray:
         """One picture (height width 3) uint8."""
@@ -43,15 +47,6 @@ class Renderer:
         big = renderer.render()
         blocks = big.reshape(self.height, SUPERSAMPLING, self.width, SUPERSAMPLING, 3)
         return (blocks.sum((1, 3), dtype=np.uint16) // SUPERSAMPLING**2).astype(np.uint8)
-
-    def __del__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Free the drawing context; EGL complains at interpreter exit otherwise."""
-        if getattr(self, "_renderer", None) is not None:
-            self._renderer.close()
-            self._renderer = None
 
 
 def free_camera(*, lookat: tuple, distance: float, azimuth: float, elevation: float) -> mujoco.MjvCamera:

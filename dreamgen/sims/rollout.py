@@ -6,6 +6,7 @@ of processes. A rollout keeps its actions, so any episode can be filmed afterwar
 
 import functools
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dreamgen.core.orphans import die_with_parent
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
 
@@ -89,7 +91,7 @@ def rollout(
             for group in _served(sim, policy, groups, run):
                 yield from group
         return
-    setting = (sim, policy)
+    setting = (sim, policy, os.getpid())
     with multiprocessing.get_context("spawn").Pool(min(workers, len(groups)), _prepare, setting) as pool:
         for group in pool.imap(functools.partial(_in_process, run=run), groups):
             yield from group
@@ -110,9 +112,10 @@ def _served(sim: Callable[[], Sim], policy: Policy, groups: Sequence, run: Calla
 _PROCESS: dict = {}
 
 
-def _prepare(sim: Callable[[], Sim], policy: Policy) -> None:
+def _prepare(sim: Callable[[], Sim], policy: Policy, parent: int) -> None:
     import torch
 
+    die_with_parent(parent)
     torch.set_num_threads(1)
     _PROCESS.update(worlds=[sim() for _ in range(GROUP)], policy=policy)
     _PROCESS["worlds"][0].robot.require(policy.robot.contract(), "the policy")

@@ -10,6 +10,7 @@ the dataset is the same for any number of processes and after any kill.
 import inspect
 import json
 import multiprocessing
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -20,6 +21,7 @@ import numpy as np
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.manifest import Stage, replacing
+from dreamgen.core.orphans import die_with_parent
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.streams import bounds, noisy, still, stuck
@@ -105,7 +107,8 @@ def _mapped(task: Callable, parts: list, workers: int) -> Iterator[Path]:
     if workers <= 1:
         yield from map(task, parts)
         return
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(parts))) as pool:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(workers, len(parts)), die_with_parent, (os.getpid(),)) as pool:
         yield from pool.imap(task, parts)
 
 
