@@ -50,6 +50,12 @@ def explain(error: BaseException) -> str | None:
         if cause is error:
             return str(error)
         return f"{cause}" + (f" (at {where})" if where else "") if isinstance(cause, MENDABLE) else None
+    if type(error).__module__.startswith("submitit."):  # a process that the launcher started
+        told = re.findall(r"^error: (.*)$", str(error), re.MULTILINE)
+        why = told[-1] if told else next(iter(str(error).splitlines()), "it was killed")
+        return f"a shard failed: {why}. The same command continues"
+    if "hydra/launcher/submitit" in str(error):
+        return "this launcher needs hydra-submitit-launcher: pip install hydra-submitit-launcher"
     if isinstance(error, HydraException | OmegaConfBaseException):
         # Hydra proposes `+key=value` for an unknown key, which we refuse
         text = re.sub(r"\.?\nTo append to your config use .*", ": no such setting; `--cfg job` lists all", str(error))

@@ -28,7 +28,7 @@ class Recipe:
     seed: int = 0
     workers: int = 1  # processes; never changes a result
     shard: int = 0
-    num_shards: int = 1  # machines or processes that share one dream step; never changes a result
+    num_shards: int = 1  # machines or processes that share one step of items; never changes a result
     skip_bad: bool = False  # leave out bad episodes, and count them, instead of stopping at the first
     apart: bool = True  # each step of a pipeline in a process of its own, for its memory's sake
     debug: bool = False  # a traceback before the line that tells the error
@@ -38,6 +38,7 @@ class Recipe:
     sim: Any = None
     world_model: Any = None
     prompts: Any = None
+    mode: Any = None  # what is dreamed of a first frame: instructions or actions
     labeler: Any = None
     policy: Any = None
     protocol: Any = None  # of the policy server

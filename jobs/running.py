@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -26,7 +27,8 @@ ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # stage are remembered by what they hold (their fingerprints), not by where they lie.
 PLACES = frozenset("out root path folder parent clips dreams dream_clips counterfactuals demos heldout labels scored "
                    "truth".split())  # fmt: skip
-MANNER = frozenset("workers shard num_shards command cache_mb memory_gb checkpoint_every description".split())
+MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description "
+                   "cache accumulate checkpointing compile sharding tracker".split())  # fmt: skip
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here
@@ -44,7 +46,8 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
     def main() -> None:
         overrides = [word for word in sys.argv[1:] if "=" in word.lstrip("-") or word.startswith("~")]
         with speaking(debug="debug=true" in overrides):
-            _, every = load(name, overrides)
+            cfg, every = load(name, overrides)
+            shareable(cfg)
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word not in overrides), *HYDRA, *every]
         register()
 
@@ -54,25 +57,55 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
             with speaking(debug=cfg.debug):
                 run(cfg)
 
-        hydra.main(config_path="pkg://conf", config_name=name, version_base="1.3")(task)()
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # what goes wrong in a launcher is ours to tell, too
+        with speaking(debug="debug=true" in overrides):
+            hydra.main(config_path="pkg://conf", config_name=name, version_base="1.3")(task)()
 
     return main
 
 
 def run_stage(cfg: DictConfig) -> dict:
-    """Build the parts that `cfg.stage` names and call its stage function; returns the manifest."""
-    import torch
+    """Build the parts that `cfg.stage` names and call its stage function, here or where the launcher says."""
+    if "_target_" not in (cfg.launcher or {}):
+        return build(cfg)()
+    prepare(cfg)
+    return instantiate(cfg.launcher)(cfg)
 
+
+def prepare(cfg: DictConfig) -> Callable[..., dict]:
+    """The stage function; ValueError for settings and inputs with which it cannot run."""
     function = check(cfg.stage)
+    shareable(cfg)
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
         if key in ("root", "path") and Path(text).is_relative_to(cfg.out):
             require_complete(Path(text), "the input")  # made by an earlier step, which must have ended
     log.info("%s -> %s", cfg.step, cfg.stage.out)
+    return function
+
+
+def build(cfg: DictConfig) -> Callable[..., dict]:
+    """The stage with its parts, ready to be called; it may be called for several shards."""
+    import torch
+
+    function = prepare(cfg)
+    if cfg.num_shards > 1 and torch.cuda.is_available():  # processes of one machine take turns on its GPUs
+        torch.cuda.set_device(cfg.shard % torch.cuda.device_count())
     torch.manual_seed(seed_for(cfg.seed, "parts"))  # parts with random first weights belong to the run
-    partial = instantiate(cfg.stage, _partial_=True, _convert_="all")
+    stage = instantiate(cfg.stage, _partial_=True, _convert_="all")
     hints = get_type_hints(function)
-    paths = {key: Path(value) for key, value in partial.keywords.items() if is_path(hints.get(key)) and value}
-    return partial(**paths, record=record(cfg.stage))
+    paths = {key: Path(value) for key, value in stage.keywords.items() if is_path(hints.get(key)) and value}
+    return partial(stage, **paths, record=record(cfg.stage))
+
+
+def shareable(cfg: DictConfig) -> None:
+    """ValueError if a launcher would spread what is not made of items."""
+    elsewhere = "_target_" in (cfg.launcher or {})
+    if cfg.stage is None and cfg.launcher:
+        raise ValueError("a pipeline runs on this machine; give the launcher to a step: dreamgen dream experiment=... "
+                         "step=... launcher=...")  # fmt: skip
+    if cfg.stage is not None and "shard" not in cfg.stage and (cfg.num_shards > 1 or elsewhere):
+        raise ValueError(f"stage '{cfg.stage._target_.rpartition('.')[2]}' cannot be shared out (num_shards is "
+                         f"{cfg.num_shards}); dream, label and curate can")  # fmt: skip
 
 
 def run_check(cfg: DictConfig) -> None:

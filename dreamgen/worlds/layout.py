@@ -7,7 +7,7 @@ prediction.
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,11 @@ TINY = "tiny"  # the base that ships with the package
 def locate(path: str) -> str:
     """The folder of the base that ships, for "tiny"; else the path or hub id as it is."""
     return str(files("dreamgen.worlds") / "tiny_base") if path == TINY else path
+
+
+def twin(x: Tensor) -> Tensor:
+    """A batch of one twice, on a CPU: PyTorch takes another convolution for one small clip, which rounds otherwise."""
+    return torch.cat([x, x]) if len(x) == 1 and x.device.type == "cpu" else x
 
 
 class Layout:
@@ -103,7 +108,8 @@ class Layout:
         return self.pipe.vae.encode(video).latent_dist.mode()
 
     def decode(self, z: Float[Tensor, "b c lt lh lw"]) -> Float[Tensor, "b 3 t h w"]:
-        return self.pipe.vae.decode(z).sample
+        # a shallow copy: causal VAEs keep frames of the clip in themselves, and a thread may decode while others encode
+        return copy(self.pipe.vae).decode(z).sample
 
     def embed(self, texts: Sequence[str], device: torch.device) -> Float[Tensor, "b l d"]:
         """Embeddings of finished prompts, as the stock pipeline makes them."""

@@ -23,7 +23,7 @@ from dreamgen.video.tiling import describe
 from dreamgen.worlds.adapters import add_lora, load_adapters, save_adapters
 from dreamgen.worlds.autoencoder import to_frames, to_video
 from dreamgen.worlds.flow import integrate
-from dreamgen.worlds.layout import TINY, Layout, locate
+from dreamgen.worlds.layout import TINY, Layout, locate, twin
 from dreamgen.worlds.sampler import Sampler, fitting
 
 FILE = "world.json"
@@ -119,6 +119,11 @@ class VideoWorld(nn.Module):
         return self.layout.channels, (self.clock.frames - 1) // time + 1, h // side, w // side
 
     @property
+    def clip_tokens(self) -> int:
+        """Video tokens of one window."""
+        return int(np.prod(self.latent_shape[1:])) // self.layout.patch**2
+
+    @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
@@ -140,7 +145,7 @@ class VideoWorld(nn.Module):
     def encode(self, frames: UInt8[Tensor, "b t h w 3"]) -> Float[Tensor, "b c lt lh lw"]:
         """Normalised latents (the posterior's mean) of clips or, with t = 1, of first frames."""
         with autocast(self.precision, self.device):
-            z = self.layout.encode(to_video(frames.to(self.device)))
+            z = self.layout.encode(twin(to_video(frames.to(self.device))))[: len(frames)]
         return (z.float() - self.mean) / self.std
 
     @torch.no_grad()
@@ -148,7 +153,7 @@ class VideoWorld(nn.Module):
         """The inverse of `encode`, as pictures; windows are joined where one begins with the other's last frame."""
         length = self.latent_shape[1] if self.windows > 1 else latents.shape[2]
         with fitting(self, len(latents)), autocast(self.precision, self.device):
-            parts = [to_frames(self.layout.decode(z * self.std + self.mean))
+            parts = [to_frames(self.layout.decode(twin(z * self.std + self.mean)))[: len(z)]
                      for z in latents[:, : len(self.mean)].split(length, 2)]  # fmt: skip
         return self.layout.censor(torch.cat([parts[0], *(part[:, 1:] for part in parts[1:])], 1))
 
@@ -232,7 +237,8 @@ class VideoWorld(nn.Module):
                 found.append(self._window(images, start, text, plain))
                 if k + 1 < self.windows:
                     with autocast(self.precision, self.device):
-                        images = to_frames(self.layout.decode(found[-1] * self.std + self.mean))[:, -1:]
+                        last = twin(found[-1] * self.std + self.mean)
+                        images = to_frames(self.layout.decode(last))[: len(prompts), -1:]
         return torch.cat(found, 2)
 
     def _window(self, images: Tensor, noise: Tensor, text: Tensor, plain: Tensor | None) -> Tensor:
@@ -245,7 +251,7 @@ class VideoWorld(nn.Module):
 
         def predict(x: Tensor, given: Tensor, time: Tensor, text: Tensor) -> Tensor:
             with autocast(self.precision, self.device):
-                return self.predict(x, given, time, text).float()
+                return self.predict(*map(twin, (x, given, time, text)))[: len(x)].float()
 
         model = self.sampler.guided(predict, given, text, plain, self.guidance)
         x = integrate(model, self.layout.begin(noise), scheduler, times)

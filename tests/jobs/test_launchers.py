@@ -1,0 +1,135 @@
+"""Shards on processes, Slurm and Ray: what composes, what is refused, and that nobody's death changes a clip."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dreamgen.core.manifest import read_json, tree_digest
+from jobs.recipe import load
+from jobs.running import shareable
+from tests.jobs.shared_dream import CLIPS, build
+
+ROOT = Path(__file__).parents[2]
+SPREAD = ["dream", "label", "curate"]
+MINE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "300"}  # fmt: skip
+
+
+@pytest.mark.parametrize("job", SPREAD)
+@pytest.mark.parametrize("launcher", ["local", "procs", "slurm", "ray"])
+def test_every_stage_of_items_takes_every_launcher(job: str, launcher: str) -> None:
+    cfg, _ = load(job, [f"launcher={launcher}", "num_shards=5", "shard=2"])
+    shareable(cfg)
+    assert (cfg.stage.shard, cfg.stage.num_shards) == (2, 5)
+
+
+@pytest.mark.parametrize("job", ["collect", "finetune", "train_policy"])
+def test_what_is_not_made_of_items_is_not_shared_out(job: str) -> None:
+    for words in (["num_shards=2"], ["launcher=ray"]):
+        with pytest.raises(ValueError, match=f"stage '{job}' cannot be shared out.*dream, label and curate can"):
+            shareable(load(job, words)[0])
+    shareable(load(job, ["launcher=slurm"])[0])  # one job on the cluster
+    with pytest.raises(ValueError, match="give the launcher to a step"):
+        shareable(load("pipeline", ["experiment=smoke", "launcher=procs"])[0])
+
+
+def test_what_a_launcher_lacks_is_named(monkeypatch, tmp_path) -> None:
+    from jobs.cluster import Ray
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"launcher=ray needs Ray: pip install 'dreamgen\[ray\]'"):
+        Ray(workers=1).run(lambda: lambda shard, num_shards: {}, 1)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The dreams of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    assert build(str(out), 0.0)()["results"]["clips"] == CLIPS
+    return out / "dreams"
+
+
+def clips(out: Path) -> int:
+    return len(list((out / "dreams" / "clips").glob("p*.json")))
+
+
+def until(true, seconds: float = 240) -> None:  # noqa: ANN001
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def require_same(out: Path, alone: Path) -> None:
+    assert tree_digest(out / "dreams" / "clips") == tree_digest(alone / "clips")
+    left, expected = (read_json(path / "manifest.json") for path in (out / "dreams", alone))
+    assert (left["id"], left["results"]) == (expected["id"], expected["results"])
+
+
+@pytest.mark.slow
+def test_a_process_of_submitit_is_killed_and_the_next_call_completes(tmp_path, alone) -> None:
+    submitit = pytest.importorskip("submitit")
+    executor = submitit.LocalExecutor(tmp_path / "jobs")
+    executor.update_parameters(timeout_min=10)
+
+    def submit(delay: float) -> list:
+        return [executor.submit(shard_of, str(tmp_path), delay, shard) for shard in range(3)]
+
+    jobs = submit(0.5)
+    try:
+        until(lambda: clips(tmp_path) >= 2)
+        victim = next(iter((tmp_path / "built").iterdir()))
+        os.kill(int(victim.name), signal.SIGKILL)
+        for job in jobs:
+            job.wait()
+        assert [job.exception() is None for job in jobs].count(False) == 1 and clips(tmp_path) < CLIPS
+        assert all(job.result() for job in submit(0.0))
+    finally:
+        for job in jobs:
+            job.cancel()
+    require_same(tmp_path, alone)
+
+
+def shard_of(out: str, delay: float, shard: int) -> dict:
+    return build(out, delay)(shard=shard, num_shards=3)
+
+
+@pytest.mark.slow
+def test_workers_of_ray_die_join_and_lose_their_head(tmp_path, alone, monkeypatch) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    for name, value in MINE.items():
+        monkeypatch.setenv(name, value)
+    driver = [sys.executable, "-m", "tests.jobs.shared_dream"]
+
+    def workers() -> set[int]:
+        return {int(path.name) for path in (tmp_path / "built").glob("*")}
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    with (tmp_path / "first.log").open("w") as log:
+        first = subprocess.Popen([*driver, cluster.address, str(tmp_path)], cwd=ROOT, stderr=log)
+    try:
+        until(lambda: clips(tmp_path) >= 2)
+        (one,) = workers()  # there is room for one
+        os.kill(one, signal.SIGKILL)
+        until(lambda: len(workers()) == 2)  # its successor
+        cluster.add_node(num_cpus=1)
+        until(lambda: len(workers()) == 3 or clips(tmp_path) == CLIPS)
+        assert len(workers()) == 3
+        until(lambda: clips(tmp_path) >= 7)
+    finally:
+        cluster.shutdown()  # the head goes, and all with it
+        first.kill()
+        first.wait()
+    seen = clips(tmp_path)
+    assert 7 <= seen < CLIPS and not (tmp_path / "dreams" / "manifest.json").exists()
+    done = subprocess.run([*driver, "local", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == read_json(alone / "manifest.json")["id"], done.stderr[-2000:]
+    assert all((tmp_path / "built" / str(pid)).read_text() == "built\n" for pid in workers())  # once a worker
+    require_same(tmp_path, alone)
