@@ -6,6 +6,7 @@ import numpy as np
 
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data import statistics
+from dreamgen.data.columns import BOOKKEEPING
 from dreamgen.data.findings import Findings
 
 MOMENTS = ("min", "max", "mean", "std")
@@ -39,7 +40,9 @@ def check_statistics(said: Mapping[str, Mapping], true: Mapping[str, Mapping], f
             continue
         if off := _off(stored, own, picture):
             level, words = off
-            found.add(level, "statistics", f"{where}: '{name}' {words}", REMAKE, episode)
+            found.add(
+                "warning" if name in BOOKKEEPING else level, "statistics", f"{where}: '{name}' {words}", REMAKE, episode
+            )
 
 
 def _contradiction(stored: Mapping[str, np.ndarray]) -> str:
