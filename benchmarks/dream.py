@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="base")
     parser.add_argument("--tiny", action="store_true", help="the same as --size tiny")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
+    parser.add_argument("--alone", action="store_true", help="leave out the rows of other knobs")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -188,7 +189,7 @@ def main() -> None:
     world, listed = made(pipe, size, "batched", "fp32", given.compile).place(), prompts(size)
     ways: dict[str, Callable[[], list[np.ndarray]]] = {"stock": lambda: stock(theirs, world, size, listed),
                                                        "ours": lambda: ours(world, size.batch, listed)}  # fmt: skip
-    for batch, mode, precision in size.others:
+    for batch, mode, precision in () if given.alone else size.others:
         other = made(pipe, size, mode, precision, False).place()
         ways[f"batch {batch}, {mode}, {precision}"] = lambda w=other, b=batch: ours(w, b, listed)
     found, rows = {}, {way: [] for way in ways}
