@@ -42,16 +42,6 @@ def test_what_is_written_comes_back(tmp_path, robot, make_episodes):
     assert dataset.actions().shape == (result["frames"], 4) and dataset.states().shape == (result["frames"], 5)
 
 
-def test_av1(tmp_path, robot, make_episode):
-    """lerobot's default codec, with its key frames."""
-    given = make_episode(1)
-    write_dataset(tmp_path / "d", [given], robot, codec="av1", gop=2, crf=30)
-    dataset = Dataset(tmp_path / "d", robot)
-    assert dataset.info["features"]["observation.images.side"]["info"]["video.codec"] == "av1"
-    for name, frames in dataset.views(0, [8, 0, 3]).items():
-        assert np.abs(frames.astype(int) - given.video[name][[8, 0, 3]]).max() <= 6
-
-
 def test_reading_without_memory_is_the_same(tmp_path, robot, make_episodes):
     write_dataset(tmp_path / "d", make_episodes(3), robot)
     kept, lazy = Dataset(tmp_path / "d", robot), Dataset(tmp_path / "d", robot, cache_mb=0)
