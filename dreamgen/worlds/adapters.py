@@ -72,7 +72,7 @@ def _load(pipe: Any, module: nn.Module, path: str, name: str, options: dict[str,
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).splitlines()[0][:200]
         raise ValueError(f"adapter {path} does not fit {type(module).__name__}: {first}") from error
-    if name not in getattr(module, "peft_config", {}):
+    if not any(name in getattr(layer, "lora_A", ()) for layer in module.modules()):
         raise ValueError(f"adapter {path} matches no module of {type(module).__name__}; it was made for another model")
 
 

@@ -83,19 +83,21 @@ class ConcatWorld(VideoWorld):
 
     @torch.no_grad()
     def encode(self, frames: UInt8[Tensor, "b t h w 3"]) -> Float[Tensor, "b ck lt lh lw"]:
-        """Normalised latents, and behind them in further channels the condition that clips of this length train on."""
+        """Normalised latents, and behind them in further channels the condition that clips (t > 1) train on."""
         latents = super().encode(frames)
-        given = self.condition(frames[:, :1]) if frames.shape[1] == self.clock.frames else latents[:, :0]
-        return torch.cat([latents, given], 1)
+        if frames.shape[1] == 1:
+            return latents
+        return torch.cat([latents, self.condition(frames[:, :1], frames.shape[1])], 1)
 
     @torch.no_grad()
-    def condition(self, images: UInt8[Tensor, "b 1 h w 3"]) -> Float[Tensor, "b k lt lh lw"]:
-        first = to_video(images.to(self.device))
+    def condition(self, images: UInt8[Tensor, "b 1 h w 3"], frames: int | None = None) -> Tensor:
+        """What `predict` is given of the first pictures for clips of so many frames (the clock's), (b k lt lh lw)."""
+        first, frames = to_video(images.to(self.device)), frames or self.clock.frames
         with autocast(self.precision, self.device):
-            z = (self.layout.condition(first, self.clock.frames).float() - self.mean) / self.std
+            z = (self.layout.condition(first, frames).float() - self.mean) / self.std
             tokens = self.layout.image_tokens(images)
         parts = [z] if tokens is None else [z, tokens.float()]
-        return pack(parts, z.new_empty(1, 1, *self.latent_shape[1:]))
+        return pack(parts, z.new_empty(1, 1, (frames - 1) // self.layout.scale[0] + 1, *z.shape[3:]))
 
     def predict(self, x: Tensor, given: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The prediction for all latent frames; given (b k t h w) as `condition` makes it; timestep (b,), the model's.
