@@ -85,7 +85,7 @@ class Memory:
 
 
 def training_memory(
-    model: Transformer, *, parameters: int, trained: int, clips: float, video: int, text: int, lora: bool,
+    model: Transformer, *, parameters: int, trained: int, clips: int, video: int, text: int, lora: bool,
     checkpointing: bool, ema: bool, weight_bytes: int = 4, shards: int = 1,
 ) -> Memory:  # fmt: skip
     """What a step takes on one of `shards` devices that share weights and state (1: each has all).

@@ -1,0 +1,195 @@
+"""What fine-tuning a model on a dataset and dreaming with it will cost, before anything is spent.
+
+Sizes come from a folder's configuration or the published ones in `published.json`; the transformer is built on the
+meta device, without weights. FLOPs and bytes are those of `dreamgen.engine.cost`; seconds are FLOPs over the device's
+peak times the share of it that is expected.
+"""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import read_json, write_json
+from dreamgen.data.windows import Windows
+from dreamgen.engine.cost import Memory, Transformer, lora_parameters, training_memory
+from dreamgen.engine.devices import device
+from dreamgen.worlds.layout import locate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A published model: its transformer's configuration, how many experts it has, frames and pixels in a latent."""
+
+    config: dict[str, Any]
+    experts: int
+    scale: tuple[int, int]
+    channels: int
+
+    @classmethod
+    def of(cls, path: str) -> "Model":
+        """Of a diffusers folder, "tiny", or a hub id that `published.json` has. ValueError names these."""
+        folder = Path(locate(path))
+        if (folder / "transformer" / "config.json").is_file():
+            vae = read_json(folder / "vae" / "config.json")
+            blocks = len(vae.get("block_out_channels", [0] * 4)) - 1
+            time = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4
+            side = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio") or 2**blocks
+            second = (folder / "transformer_2").is_dir()
+            return cls(config=read_json(folder / "transformer" / "config.json"), experts=1 + second,
+                       scale=(time, side), channels=vae.get("z_dim") or vae.get("latent_channels", 16))  # fmt: skip
+        known = json.loads((files("dreamgen.stages") / "published.json").read_text())
+        if path not in known:
+            raise ValueError(f"no transformer's configuration in {folder}, and no published one is known; known are "
+                             f"{', '.join(known)}")  # fmt: skip
+        row = known[path]
+        return cls(config=row["config"], experts=row["experts"], scale=tuple(row["scale"]), channels=row["channels"])
+
+    def parameters(self) -> int:
+        """Weights of one transformer, counted on the meta device."""
+        import diffusers
+
+        kind = getattr(diffusers, self.config["_class_name"], None)
+        if kind is None:
+            raise ValueError(f"diffusers has no {self.config['_class_name']}; it is too old for this model")
+        with torch.device("meta"):
+            built = kind.from_config({k: v for k, v in self.config.items() if not k.startswith("_")})
+        return sum(p.numel() for p in built.parameters())
+
+
+def plan(
+    *,
+    model: str,
+    robot: Embodiment,
+    out: Path,
+    dataset: Path | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    video_hz: str | int = "10",
+    frames: int = 17,
+    text_length: int = 512,
+    weights: str = "bf16",
+    denoising_steps: int = 50,
+    guidance: float = 1.0,
+    gpu: str = "h100",
+    gpus: int = 1,
+    efficiency: float = 0.4,
+    sharding: str = "ddp",
+    steps: int = 1000,
+    batch_size: int = 16,
+    accumulate: int = 1,
+    hop: int = 1,
+    method: str = "full",
+    rank: int | None = None,
+    ema: float | None = 0.995,
+    dreams: int = 1000,
+    seed: int = 0,
+    record: dict,
+) -> dict:
+    """Write `out/plan.json` and `out/plan.txt`; returns the figures and, as `text`, the table.
+
+    model: a folder, hub id or "tiny"; height, width: pixels of a clip, `robot`'s canvas where None. dataset: counted
+    where it is there. gpu: a name of `dreamgen.engine.devices`, or "cpu" for this one; efficiency: the share of its
+    peak that is expected. guidance above 1 doubles the forwards of a dream. The rest is as in `finetune` and `dream`.
+
+    Raises ValueError for an unknown model, device or method, and for sizes that the model cannot take.
+    """
+    if method not in ("full", "lora") or not 0 < efficiency <= 1 or gpus < 1:
+        raise ValueError(f"method is '{method}', efficiency {efficiency}, gpus {gpus}; expected 'full' or 'lora', a "
+                         "share of the peak in (0, 1], and at least 1")  # fmt: skip
+    found, machine, lora = Model.of(model), device(gpu), method == "lora"
+    sizes, canvas = Transformer.of(found.config), (height or robot.canvas[0], width or robot.canvas[1])
+    time, side = found.scale
+    if (frames - 1) % time or any(n % (side * sizes.patch[1]) for n in canvas):
+        raise ValueError(f"clips of {frames} frames of {canvas[0]}x{canvas[1]}; {model} takes 1 + a multiple of {time} "
+                         f"frames and sides that are multiples of {side * sizes.patch[1]}")  # fmt: skip
+    video = sizes.tokens(((frames - 1) // time + 1, canvas[0] // side, canvas[1] // side))
+    each = found.parameters()
+    parameters = each * found.experts
+    trained = lora_parameters(sizes, rank or 16) * found.experts if lora else parameters
+    clips = -(-batch_size // (gpus * accumulate))
+    memory = {
+        on: training_memory(sizes, parameters=parameters, trained=trained, clips=clips, video=video, text=text_length,
+                            lora=lora, checkpointing=on, ema=bool(ema), weight_bytes=2 if weights == "bf16" else 4,
+                            shards=gpus if sharding == "fsdp2" else 1)
+        for on in (False, True)
+    }  # fmt: skip
+    checkpointing = memory[False].total > 0.92 * machine.memory
+    forward = sizes.forward(video, text_length)
+    step = batch_size * sizes.step(video, text_length, lora=lora)
+    done = batch_size * sizes.step(video, text_length, lora=lora, checkpointing=checkpointing)
+    speed = machine.bf16 * efficiency
+    dream = forward * denoising_steps * (2 if guidance > 1 else 1)
+    windows = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop)
+    figures = {
+        "model": model, "gpu": machine.name, "gpus": gpus, "efficiency": efficiency, "peak_flops": machine.bf16,
+        "parameters": parameters, "trained_parameters": trained, "video_tokens": video, "text_tokens": text_length,
+        "canvas": list(canvas), "frames": frames, "windows": windows,
+        "epochs": windows and steps * batch_size / windows,
+        "forward_flops": forward, "step_flops": step, "checkpointing": checkpointing,
+        "memory": {"plain": _bytes(memory[False]), "checkpointing": _bytes(memory[True]), "device": machine.memory},
+        "fits": memory[checkpointing].total <= 0.92 * machine.memory,
+        "latent_cache_bytes": windows and 4 * windows * found.channels * video * sizes.patch[0] * sizes.patch[1] ** 2,
+        "seconds_a_step": done / (speed * gpus), "train_gpu_hours": steps * done / speed / 3600,
+        "dream_flops": dream, "dream_seconds": dream / speed, "dream_seconds_at_peak": dream / machine.bf16,
+        "dreams_an_hour": 3600 * speed * gpus / dream, "dream_gpu_hours": dreams * dream / speed / 3600,
+    }  # fmt: skip
+    text = table(figures, steps=steps, dreams=dreams, method=method, batch_size=batch_size)
+    write_json(out / "plan.json", {**figures, "config": record})
+    (out / "plan.txt").write_text(text + "\n")
+    return {**figures, "text": text}
+
+
+def _bytes(memory: Memory) -> dict[str, float]:
+    return {**vars(memory), "total": memory.total}
+
+
+def _windows(dataset: Path | None, clock: Clock, hop: int) -> int | None:
+    """Clips of a LeRobot folder; None where there is none. Lengths as they are on average."""
+    info = Path(dataset) / "meta" / "info.json" if dataset is not None else None
+    if info is None or not info.is_file():
+        return None
+    about = read_json(info)
+    count = int(about["total_episodes"])
+    return len(Windows([int(about["total_frames"]) // max(count, 1)] * count, clock, hop=hop))
+
+
+def si(value: float, unit: str) -> str:
+    """A figure with the prefix that keeps it between 1 and 1000."""
+    scale = max((n for n in (1e15, 1e12, 1e9, 1e6) if n <= value), default=1.0)
+    return f"{value / scale:.4g} {'PTGM'[[1e15, 1e12, 1e9, 1e6].index(scale)] if scale > 1 else ''}{unit}"
+
+
+def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int) -> str:
+    """The figures as lines of text."""
+    memory, gb = found["memory"], 1e9
+    rows = [
+        ("model", f"{found['model']}: {found['parameters'] / 1e9:.3g}B parameters, "
+                  f"{found['trained_parameters'] / 1e6:.4g}M of them trained ({method})"),
+        ("clip", f"{found['frames']} frames of {found['canvas'][0]}x{found['canvas'][1]}: {found['video_tokens']} "
+                 f"tokens of video, {found['text_tokens']} of text"),
+        ("dataset", f"{found['windows']} clips, {found['epochs']:.3g} epochs, "
+                    f"{found['latent_cache_bytes'] / gb:.3g} GB of latents" if found["windows"] else "none there yet"),
+        ("device", f"{found['gpus']} x {found['gpu']}: {si(found['peak_flops'], 'FLOP/s')} each, of which "
+                   f"{found['efficiency']:.0%} are expected; {memory['device'] / gb:.4g} GB"),
+        ("forward pass", f"{si(found['forward_flops'], 'FLOP')} a clip"),
+        ("memory a GPU", "".join(f"\n  {name:14} {row['total'] / gb:8.3g} GB = weights {row['weights'] / gb:.3g}, "
+                                 f"gradients {row['gradients'] / gb:.3g}, optimiser {row['optimiser'] / gb:.3g}, "
+                                 f"activations {row['activations'] / gb:.3g}"
+                                 for name, row in memory.items() if isinstance(row, dict))),
+        ("training", f"{si(found['step_flops'], 'FLOP')} a step of {batch_size} clips"
+                     f"{', with checkpointing' if found['checkpointing'] else ''}: {found['seconds_a_step']:.3g} s, "
+                     f"{found['train_gpu_hours']:.3g} GPU hours for {steps} steps"),
+        ("dreaming", f"{si(found['dream_flops'], 'FLOP')} a dream: {found['dream_seconds']:.3g} s "
+                     f"({found['dream_seconds_at_peak']:.3g} s at peak), {found['dreams_an_hour']:.3g} an hour, "
+                     f"{found['dream_gpu_hours']:.3g} GPU hours for {dreams}"),
+    ]  # fmt: skip
+    if not found["fits"]:
+        rows.append(("too large", "the step does not fit: take method=lora, a larger accumulate, sharding=fsdp2 on "
+                                  "more gpus, or a smaller clip"))  # fmt: skip
+    return "\n".join(f"{name:14} {text}" for name, text in rows)

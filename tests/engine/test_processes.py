@@ -1,0 +1,175 @@
+"""Several processes: the result of one, on the same global batch, however the batch and the model are shared."""
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dreamgen.engine.processes import first_node, from_slurm
+from dreamgen.engine.shares import Rows
+from dreamgen.engine.state import read_losses
+from dreamgen.engine.train import train
+
+ROOT = Path(__file__).parents[2]
+
+
+class Noisy(nn.Module):
+    """Draws noise of every kind that our losses draw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.out = nn.Linear(7, 11), nn.Linear(11, 3)
+
+    def loss(self, batch):
+        x = batch["x"]
+        time = torch.distributions.Beta(torch.tensor(1.5), torch.tensor(1.0)).sample((len(x),))
+        x = x + time[:, None] * torch.randn_like(x) + torch.randint(-2, 3, (9, len(x), 1))[0] * torch.rand(len(x), 1)
+        error = (self.out(self.inner(x).tanh()) - batch["x"][:, :3]).square().mean()
+        return error, {"time": time.mean()}
+
+
+def batch_at(step: int) -> Rows:
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(step))
+    return Rows(5, lambda part: {"x": x[part]})
+
+
+def run(out: Path, steps: int = 4, make=Noisy, **changed) -> nn.Module:
+    model = make()
+    options = {"lr": 1e-2, "warmup": 2, "ema": 0.9, "precision": "fp32", "checkpoint_every": 2, "log_every": 1}
+    train(model, batch_at, out=out, steps=steps, **{**options, **changed})
+    return model
+
+
+def on_processes(count: int, out: Path, make=Noisy, **changed) -> dict[str, torch.Tensor]:
+    """The weights that `count` forked processes end with, as `torchrun` would start them."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> None:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
+        torch.set_num_threads(1)
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="localhost",
+                          MASTER_PORT=str(port))  # fmt: skip
+        model = run(out, make=make, **changed)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, out / f"rank_{rank}.safetensors")
+
+    out.mkdir(parents=True, exist_ok=True)
+    forks = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(count)]
+    for fork in forks:
+        fork.start()
+    for fork in forks:
+        fork.join(120)
+    assert [fork.exitcode for fork in forks] == [0] * count
+    found = [load_file(out / f"rank_{rank}.safetensors") for rank in range(count)]
+    assert all(torch.equal(found[0][k], other[k]) for other in found for k in other)
+    return found[0]
+
+
+def require_near(model: nn.Module, weights: dict[str, torch.Tensor], tolerance: float = 2e-6) -> None:
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, weights[name], atol=tolerance), name
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    out = tmp_path_factory.mktemp("single")
+    return run(out), [row["loss"] for row in read_losses(out)]
+
+
+@pytest.mark.parametrize(("count", "accumulate"), [(2, 1), (2, 2)])
+def test_two_processes_give_the_result_of_one(single, tmp_path, count, accumulate):
+    """Five rows on two processes: parts of three and two rows, or of two, one, one, one."""
+    weights = on_processes(count, tmp_path, accumulate=accumulate)
+    require_near(single[0], weights)
+    assert [row["loss"] for row in read_losses(tmp_path)] == pytest.approx(single[1], rel=1e-5)
+
+
+def test_accumulation_gives_the_result_of_the_whole_batch(single, tmp_path):
+    require_near(single[0], run(tmp_path, accumulate=3).state_dict())
+
+
+def test_a_run_goes_on_with_another_number_of_processes(single, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def dies(model, step):
+        raise Killed
+
+    with pytest.raises(Killed):  # alone, until the state of step 2 lies there
+        run(tmp_path, validate=dies, validate_every=3)
+    weights = on_processes(2, tmp_path)
+    require_near(single[0], weights)
+    assert [row["step"] for row in read_losses(tmp_path)] == [0, 1, 2, 3]
+
+
+def blocks() -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.transformer = WanTransformer3DModel(
+                patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=12, in_channels=7, out_channels=3,
+                text_dim=7, freq_dim=16, ffn_dim=20, num_layers=2, rope_max_seq_len=16,
+            )  # fmt: skip
+
+        def loss(self, batch):
+            x = batch["x"]
+            seen = (x + torch.randn_like(x)).view(-1, 7, 1, 1, 1)
+            found = self.transformer(hidden_states=seen, timestep=torch.ones(len(x)),
+                                     encoder_hidden_states=x[:, None], return_dict=False)[0]  # fmt: skip
+            return (found.flatten(1) - x[:, :3]).square().mean(), {}
+
+    return Tiny()
+
+
+@pytest.mark.slow
+def test_a_model_cut_over_two_processes_learns_the_same_and_comes_back_whole(tmp_path):
+    alone = run(tmp_path / "one", steps=3, make=blocks)
+    weights = on_processes(2, tmp_path / "cut", steps=3, make=blocks, sharding="fsdp2")
+    require_near(alone, weights)
+    kept = run(tmp_path / "cut", steps=3, make=blocks)  # one process reads the state that two have cut
+    require_near(kept, weights, 0.0)
+
+
+def test_torchrun_starts_it(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text("import sys; from pathlib import Path; from tests.engine.test_processes import run\n"
+                      "run(Path(sys.argv[1]), steps=2)\n")  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(script), str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "steps 0 to 2" in (tmp_path / "out" / "train.log").read_text() and len(read_losses(tmp_path / "out")) == 2
+
+
+def test_slurm_names_its_tasks_as_torchrun_does():
+    task = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-09,12],cpu1",
+            "SLURM_JOB_ID": "345678"}  # fmt: skip
+    from_slurm(task)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    assert [task[name] for name in names] == ["3", "8", "1", "gpu07", "25678"]
+    for alone in ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"RANK": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"}):
+        before = dict(alone)
+        from_slurm(alone)
+        assert alone == before
+    assert [first_node(text) for text in ("a", "a,b", "n[3,5]", "x-[001-004]")] == ["a", "a", "n3", "x-001"]
+
+
+def test_more_parts_than_rows_is_said(tmp_path):
+    with pytest.raises(ValueError, match=r"5 rows cannot be cut into 6 parts \(1 processes, accumulate 6\)"):
+        run(tmp_path, accumulate=6)
+    with pytest.raises(ValueError, match="sharding is 'zero'; expected one of ddp, fsdp2"):
+        run(tmp_path, sharding="zero")

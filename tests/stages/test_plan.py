@@ -1,0 +1,143 @@
+"""The plan against published anchors, closed forms, and FLOPs and bytes counted another way."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dreamgen.engine.cost import SAVED, Transformer, lora_parameters, training_memory
+from dreamgen.engine.devices import device, table
+from dreamgen.stages.plan import Model, plan
+from dreamgen.worlds.adapters import add_lora
+from dreamgen.worlds.wan import WanLayout
+from tests.worlds.conftest import LAYOUT, pipeline_folder, tiny_robot  # noqa: F401
+
+
+def made(tmp_path, model, canvas, frames, **options):
+    given = {"text_length": 512, "denoising_steps": 50, "guidance": 5.0, "height": canvas[0], "width": canvas[1]}
+    return plan(model=model, robot=tiny_robot(), out=tmp_path, frames=frames, record={}, **{**given, **options})
+
+
+def test_dreams_cost_what_is_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "parameters", lambda self: 5_000_000_000)  # counted in the next test
+    small = made(tmp_path, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", (480, 832), 81)
+    assert small["dream_flops"] == pytest.approx(9.8e15, rel=0.005) and small["video_tokens"] == 8190
+    assert small["dream_seconds_at_peak"] == pytest.approx(9.9, abs=0.05)
+    large = made(tmp_path, "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", (480, 832), 81, denoising_steps=40)
+    assert large["dream_flops"] == pytest.approx(134e15, rel=0.01)
+    assert large["dream_seconds_at_peak"] == pytest.approx(136, abs=1)
+    assert made(tmp_path, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", (480, 832), 81, guidance=1.0)["dream_flops"] * 2 == small[
+        "dream_flops"
+    ]
+
+
+PUBLISHED = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0e9, "nvidia/Cosmos-Predict2.5-2B": 2.06e9,
+             "Lightricks/LTX-Video": 1.92e9, "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16.4e9}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_parameters_are_those_of_the_published_model(path):
+    assert Model.of(path).parameters() == pytest.approx(PUBLISHED[path], rel=0.005)
+
+
+def transformer():
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=4,
+                                 out_channels=4, text_dim=16, freq_dim=16, ffn_dim=192, num_layers=3,
+                                 rope_max_seq_len=64)  # fmt: skip
+
+
+def run(model, tokens, text):
+    x = torch.randn(1, 4, tokens // 4, 4, 4)
+    return model(hidden_states=x, timestep=torch.full((1, tokens), 5.0),
+                 encoder_hidden_states=torch.randn(1, text, 16), return_dict=False)[0]  # fmt: skip
+
+
+def test_the_formula_counts_what_torch_counts():
+    model = transformer()
+    model.set_attention_backend("_native_math")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        run(model, 48, 7)
+    inside = sum(count for name, counts in counter.get_flop_counts().items() if name.count(".") == 2
+                 and ".blocks." in name for count in counts.values())  # fmt: skip
+    sizes = Transformer.of({**model.config, "_class_name": "WanTransformer3DModel"})
+    assert sizes.tokens((12, 4, 4)) == 48
+    assert inside == pytest.approx(sizes.forward(48, 7), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_block_keeps_the_bytes_that_are_planned(method):
+    """Counted by what autograd saves of one more block."""
+    kept = []
+    for layers in (2, 3):
+        model = transformer()
+        model.blocks = model.blocks[:layers]
+        model.set_attention_backend("native")  # fused: without the map of L x L
+        model.requires_grad_(method == "full")
+        if method == "lora":
+            add_lora(model.to(torch.bfloat16), rank=1, alpha=1, targets=WanLayout.targets)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        found: dict[int, int] = {}
+        alive = []
+
+        def pack(t, own=own, found=found, alive=alive):
+            alive.append(t)  # so that no address is used twice
+            if t.untyped_storage().data_ptr() not in own:
+                found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with (
+            warnings.catch_warnings(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+        ):
+            warnings.simplefilter("ignore")
+            run(model, 256, 3)
+        kept.append(sum(found.values()))
+    wide, deep = SAVED[method]
+    assert kept[1] - kept[0] == pytest.approx(256 * (wide * 64 + deep * 192), rel=0.15)
+
+
+def test_memory_adds_up_and_shards():
+    sizes = Transformer(layers=4, width=64, ffn=192)
+    options = dict(parameters=1000, trained=1000, video=80, text=9, lora=False, ema=True)
+    one = training_memory(sizes, clips=2, checkpointing=False, **options)
+    assert (one.weights, one.gradients, one.optimiser) == (4000, 4000, 12000)
+    assert one.activations == 2 * 4 * 80 * (121 * 64 + 9 * 192)
+    less = training_memory(sizes, clips=2, checkpointing=True, shards=4, **options)
+    assert less.weights == 1000 and less.activations == 2 * 80 * (121 * 64 + 9 * 192 + 4 * 64 * 4)
+    assert sizes.step(80, 9, lora=False) == 3 * sizes.forward(80, 9)
+    assert sizes.step(80, 9, lora=True, checkpointing=True) == 3 * sizes.forward(80, 9)
+
+
+def test_an_adapter_has_the_weights_that_are_planned():
+    model = transformer()
+    add_lora(model.requires_grad_(False), rank=5, alpha=5, targets=WanLayout.targets)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == lora_parameters(Transformer.of({**model.config, "_class_name": "Wan"}), 5)
+
+
+def test_a_plan_of_a_folder_counts_its_dataset(pipeline_folder, tmp_path):  # noqa: F811
+    (tmp_path / "data" / "meta").mkdir(parents=True)
+    (tmp_path / "data" / "meta" / "info.json").write_text(json.dumps({"total_episodes": 3, "total_frames": 57}))
+    found = plan(model=str(pipeline_folder), robot=tiny_robot(), out=tmp_path / "plan", frames=9, hop=2, batch_size=4,
+                 steps=10, dataset=tmp_path / "data", gpu="cpu", record={})  # fmt: skip
+    assert found["windows"] == 3 * 2 and found["epochs"] == pytest.approx(40 / 6)
+    assert found["video_tokens"] == 3 * 2 * 3 and 0 < found["dreams_an_hour"]
+    assert found["latent_cache_bytes"] == 4 * 6 * LAYOUT.z_dim * 3 * 4 * 6  # fp32 latents (c 3 4 6) of six clips
+    assert "6 clips, 6.67 epochs" in found["text"] and (tmp_path / "plan" / "plan.json").is_file()
+
+
+def test_bad_plans_are_named(tmp_path):
+    with pytest.raises(ValueError, match="gpu is 'h300'; expected one of h200"):
+        device("h300")
+    with pytest.raises(ValueError, match="no published one is known; known are Wan-AI"):
+        made(tmp_path, "somebody/else", (480, 832), 81)
+    with pytest.raises(ValueError, match="82 frames of 480x832; .* takes 1 . a multiple of 4"):
+        made(tmp_path, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", (480, 832), 82)
+    with pytest.raises(ValueError, match="method is 'half'"):
+        made(tmp_path, "tiny", (64, 64), 17, method="half")
+    assert {"h100", "a100", "l40s", "rtx_4090"} <= set(table())
