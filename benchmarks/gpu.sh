@@ -26,17 +26,17 @@ row() { # name, seconds, command
 }
 
 if [ "${1:-}" = --tiny ]; then
-  row dream 300 benchmarks/dream.py --tiny --rounds 1
-  for name in finetune policy label; do
-    [ -f benchmarks/$name.py ] && row $name 300 benchmarks/$name.py --tiny
-  done
+  row dream 900 benchmarks/dream.py --tiny --rounds 1
+  row finetune 900 benchmarks/finetune.py --size tiny --batch 2 --rounds 1
+  row policy 900 benchmarks/policy.py --sizes tiny --rounds 3
+  row label 900 benchmarks/label.py --labeler none --clips 2 --rounds 1
 else
-  row dream_5b 170 benchmarks/dream.py --size wan2.2-5b --rounds 1
-  row dream_5b_compiled 90 benchmarks/dream.py --size wan2.2-5b --rounds 1 --compile --alone
-  row dream_5b_long 60 benchmarks/dream.py --size wan2.2-5b-long --rounds 1 --alone
-  for name in finetune policy label; do
-    [ -f benchmarks/$name.py ] && row $name 80 benchmarks/$name.py --gpu
-  done
+  row dream 170 benchmarks/dream.py --size wan2.2-5b --rounds 1
+  row dream_compiled 90 benchmarks/dream.py --size wan2.2-5b --rounds 1 --compile --alone
+  row dream_long 70 benchmarks/dream.py --size wan2.2-5b-long --rounds 1 --alone
+  row finetune 130 benchmarks/finetune.py --size wan2.2-5b --rounds 3
+  row policy 70 benchmarks/policy.py --sizes base --rounds 30 --compile
+  row label 50 benchmarks/label.py --labeler none --clips 8 --rounds 2
 fi
 
 "$PYTHON" - "$TIMES" "$OUT" "${1:-}" <<'PY'

@@ -12,11 +12,12 @@ from dreamgen.core.clock import Clock
 FRAMES, HEIGHT, WIDTH = 5, 16, 24
 
 
-def prompts(count: int, *, pairs: int = 2) -> list[Prompt]:
-    """Prompts that differ in all they have."""
+def prompts(count: int, *, height: int = HEIGHT, width: int = WIDTH) -> list[Prompt]:
+    """Prompts that differ in their seeds; two share a first frame, three share an instruction."""
     rng = np.random.default_rng(3)
-    return [Prompt(id=f"p{i}", image=rng.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8), instruction=f"do {i % 3}",
-                   seed=100 + 7 * i, pair=f"f{i // pairs}") for i in range(count)]  # fmt: skip
+    images = rng.integers(0, 256, (count, height, width, 3), np.uint8)
+    return [Prompt(id=f"p{i}", image=images[i // 2], instruction=f"do {i % 3}", seed=100 + 7 * i, pair=f"f{i // 2}")
+            for i in range(count)]  # fmt: skip
 
 
 class DrawnWorld:

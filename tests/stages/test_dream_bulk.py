@@ -12,8 +12,9 @@ from dreamgen.data.clips import ClipFolder
 from dreamgen.data.prompts import DatasetPrompts, FolderPrompts
 from dreamgen.engine.behind import Behind
 from dreamgen.stages.dream import dream
+from dreamgen.worlds.prefix import PrefixWorld
 from tests.stages.drawn_world import DrawnWorld, WholeWorld, prompts
-from tests.worlds.conftest import tiny_robot
+from tests.worlds.conftest import pipeline_folder, tiny_robot  # noqa: F401
 
 run = partial(dream, record={})
 
@@ -57,6 +58,22 @@ def test_clips_are_the_same_in_any_batches_order_shares_and_halves(tmp_path, ove
                    overlap=overlap)  # fmt: skip
     assert last["id"] == one["id"] and last["results"] == one["results"]
     assert {tree_digest(tmp_path / name / "clips") for name in ("three", "back", "whole", "shares")} == {expected}
+
+
+def test_bytes_of_a_world_model_do_not_depend_on_its_batch(pipeline_folder, tmp_path):  # noqa: F811
+    world = PrefixWorld(robot=tiny_robot(), path=str(pipeline_folder), frames=5, steps=2, text_length=12,
+                        precision="fp32")  # fmt: skip
+    listed = prompts(7, height=32, width=48)
+    ways = {"ones": (1, listed, 1), "threes": (3, listed, 1), "back": (3, listed[::-1], 1), "shares": (2, listed, 3)}
+    for name, (size, given, shards) in ways.items():
+        for shard in range(shards):
+            run(world, lambda given=given: given, out=tmp_path / name, batch_size=size, shard=shard, num_shards=shards,
+                overlap=name == "back")  # fmt: skip
+    assert len({tree_digest(tmp_path / name / "clips") for name in ways}) == 1
+    world.guidance = 1.0  # one row in each forward pass
+    single, several = world.dream(listed[:1])[0], world.dream(listed[:3])[0]
+    assert np.array_equal(single.video, several.video)
+    assert world.clip_tokens == 2 * 4 * 6 // 4
 
 
 def test_the_next_batch_is_denoised_while_the_last_is_decoded():
