@@ -44,7 +44,10 @@ def run_steps(cfg: DictConfig, overrides: list[str]) -> None:
             continue
         log.info("step %d/%d %s: jobs.%s", number, len(names), name, job)
         if not cfg.apart:
-            run_stage(step)
+            results = run_stage(step)["results"]
+            if results.get("errors") and not is_complete(Path(step.stage.out)):  # a judge's: it leaves no manifest
+                sys.stdout.write(results["table"])
+                raise SystemExit(1)
         elif status := run_job(job, mine):
             again = f"step '{name}' ended with status {status}; mend it, then give the same command again"
             sys.stderr.write(f"error: {again}\n")
