@@ -131,11 +131,12 @@ class Crew:
                      self.size.cpus, self.size.gpus, self.ray.cluster_resources())  # fmt: skip
         actor, shard = self.tasks.pop(found[0])
         errors = self.ray.exceptions
+        gone = (errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError)
         try:
             result = self.ray.get(found[0])
         except errors.RayTaskError as error:
             raise error.cause from None
-        except errors.RayActorError as error:
+        except gone as error:
             self.lost += 1
             if self.lost > 3 * self.size.workers:
                 raise ValueError(f"{self.lost} workers died one after another, the last of: {error}") from None

@@ -48,7 +48,7 @@ def dream(
     with Stage(out, "dream", config=record, parents=parents(parent, prompts, labeler), seed=seed) as run:
         if run.complete:
             return run.manifest()
-        listed = _listed(prompts)
+        listed = _listed(prompts) if num_shards > 1 else tuple(prompts())
         ids = [prompt.id for prompt in listed]
         if not ids or len(set(ids)) < len(ids):
             raise ValueError(f"{len(ids)} prompts, {len(set(ids))} different ids; expected at least one, each unique")

@@ -79,7 +79,8 @@ def pays(world_model: Any) -> bool:
     """Whether a thread of decoding speeds things up: on a GPU, and on a CPU with cores that denoising leaves free."""
     if getattr(world_model, "device", torch.device("cpu")).type == "cuda":
         return True
-    return len(os.sched_getaffinity(0)) > torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores > torch.get_num_threads()
 
 
 class Dreamer:
@@ -117,7 +118,7 @@ class Dreamer:
         if ready is None:
             clips = self.world.clips(prompts, self.world.decode(made)) if self.halves else made
         else:
-            self.stream = self.stream or torch.cuda.Stream()
+            self.stream = self.stream or torch.cuda.Stream(made.device)
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(ready)
                 made.record_stream(self.stream)
