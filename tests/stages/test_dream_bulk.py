@@ -9,7 +9,7 @@ import torch
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.manifest import tree_digest
 from dreamgen.data.clips import ClipFolder
-from dreamgen.data.prompts import DatasetPrompts, FolderPrompts
+from dreamgen.data.prompts import FolderPrompts
 from dreamgen.engine.behind import Behind
 from dreamgen.stages.dream import dream
 from dreamgen.worlds.prefix import PrefixWorld
@@ -143,7 +143,6 @@ def test_what_first_frames_come_from_is_a_parent(tmp_path):
     listed = Listed(folder=tmp_path / "data", robot=tiny_robot())
     done = run(DrawnWorld(), listed, out=tmp_path / "out")
     assert done["parents"] == {"prompts": tree_digest(tmp_path / "data")}
-    assert DatasetPrompts(dataset=type("D", (), {"root": tmp_path})()).source == tmp_path
     (tmp_path / "data" / "a.txt").write_text("other pictures")
     with pytest.raises(ValueError, match="another configuration.*parents.prompts"):
         run(DrawnWorld(), listed, out=tmp_path / "out")

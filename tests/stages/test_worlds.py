@@ -105,6 +105,7 @@ def test_three_shards_dream_what_one_dreams(make, dataset, tmp_path):
     prompts = DatasetPrompts(dataset=dataset, episodes=3, every_instruction=True, seed=4)
     one = dream(make(), prompts, out=tmp_path / "one", batch_size=2, record={})
     assert one["results"] == {"clips": 6, "instructions": 2, "first_frames": 3, "prompts": one["results"]["prompts"]}
+    assert one["parents"] == {"prompts": tree_digest(dataset.root)}
     for shard in (2, 0, 1):
         last = dream(make(), prompts, out=tmp_path / "three", batch_size=2, shard=shard, num_shards=3, record={})
         assert last.get("complete", True) == (shard == 1)
