@@ -5,8 +5,8 @@
 Each side is this script in its own environment, kept open and asked in turn. Writer: episodes in memory to a finished
 v3.0 dataset, at each side's defaults, and ours with lerobot's codec (AV1, g=2, crf 30, 4:2:0). Loader: windows of 17
 frames at 10 Hz and 32 actions from random places, batches of 8 from a torch DataLoader, pictures decoded every time.
-Before timing, both must give the same actions and nearly the same pictures. The last line is JSON; its ratio is the
-writer's at the same codec.
+Processor time is told beside wall time, which says little on a busy machine. Before timing, both must give the same
+actions and nearly the same pictures. The last line is JSON; its ratio is the writer's at the same codec.
 """
 
 import argparse
@@ -131,18 +131,27 @@ class Peer:
         return Items()
 
 
-def load(items: object, order: list[int], workers: int) -> float:
-    """Seconds that a DataLoader takes for all of `order` but its first batch of each worker."""
+def spent() -> float:
+    """Seconds of processor time of this process, all its threads, and its children that have ended."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in usage)
+
+
+def load(items: object, order: list[int], workers: int) -> tuple[float, float]:
+    """Seconds, and seconds of processor time, that a window of `order` costs but for the first batch of each worker.
+
+    Processor time is that of all threads of this process: it tells the cost of a window with 0 workers alone.
+    """
     import torch
 
     loader = torch.utils.data.DataLoader(items, batch_size=BATCH, sampler=order, num_workers=workers, prefetch_factor=2)
-    warm, seen, start = max(workers, 1), 0, 0.0
+    warm, seen, start, used = max(workers, 1), 0, 0.0, 0.0
     for number, (frames, _) in enumerate(loader, 1):
         if number == warm:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), spent()
         elif number > warm:
             seen += len(frames)
-    return (time.perf_counter() - start) / seen
+    return (time.perf_counter() - start) / seen, (spent() - used) / seen
 
 
 def serve(side: str, size: int) -> None:
@@ -154,11 +163,12 @@ def serve(side: str, size: int) -> None:
         ask = json.loads(line)
         if ask["do"] == "write":
             made = made if len(made) == ask["episodes"] else list(episodes(ask["episodes"], size))
-            start = time.perf_counter()
+            start, used = time.perf_counter(), spent()
             me.write(ask["root"], made, ask["codec"])
-            answer = {"seconds": time.perf_counter() - start}
+            answer = {"seconds": time.perf_counter() - start, "cpu": spent() - used}
         elif ask["do"] == "load":
-            answer = {"seconds": load(me.windows(ask["root"], ask["kept"]), ask["order"], ask["workers"])}
+            seconds, used = load(me.windows(ask["root"], ask["kept"]), ask["order"], ask["workers"])
+            answer = {"seconds": seconds, "cpu": used}
         else:
             frames, actions = me.windows(ask["root"])[ask["item"]]
             frames = frames if frames.shape[-1] == 3 else frames.permute(0, 2, 3, 1)
@@ -221,6 +231,7 @@ def measure(sides: dict[str, Side], root: Path, args: argparse.Namespace) -> Non
     writers = {"ours": ("ours", "h264"), "ours, AV1 as lerobot": ("ours", "av1"), "lerobot": ("peer", "av1"),
                "lerobot, streaming": ("peer", "streaming")}  # fmt: skip
     times: dict[str, list[float]] = {name: [] for name in writers}
+    cost: dict[str, list[float]] = {name: [] for name in writers}
     peak, told = {"ours": 0, "peer": 0}, {}
     for number in range(args.rounds + 1):  # the first, small one warms
         count = args.episodes if number else min(args.episodes, 4)
@@ -231,6 +242,7 @@ def measure(sides: dict[str, Side], root: Path, args: argparse.Namespace) -> Non
             peak[side] = max(peak[side], told["peak_mb"])
             if number:
                 times[name].append(told["seconds"] / count)
+                cost[name].append(told["cpu"] / count)
     files = {"ours": root / "ours", "lerobot": root / "lerobot"}
     bytes_of = {name: sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) for name, path in files.items()}
     order = np.random.default_rng(0).permutation(args.episodes * (ROWS - (FRAMES - 1) * STRIDE)).tolist()
@@ -241,25 +253,29 @@ def measure(sides: dict[str, Side], root: Path, args: argparse.Namespace) -> Non
             raise SystemExit(f"the two sides differ on {name}'s files: pictures by {far:.2f} levels")
     order = (order * (args.windows // len(order) + 1))[: args.windows]
     loads: dict[tuple, list[float]] = {}
+    spans: dict[str, list[float]] = {}
     decoder = ""
     for _ in range(args.rounds):
         for name, path in files.items():
-            for workers in args.workers:
+            for workers in (0, *args.workers):
                 for side, kept in (("ours", False), ("peer", False), ("ours", True)):
                     told = sides[side].ask(do="load", root=str(path), order=order, workers=workers, kept=kept)
                     loads.setdefault((name, workers, side, kept), []).append(told["seconds"])
+                    if not workers and not kept:
+                        spans.setdefault(f"{name}'s files, {side}", []).append(told["cpu"])
                     decoder = told["decoder"] if side == "peer" else decoder
                     peak[side] = max(peak[side], told["peak_mb"])
-    report(writers, times, loads, bytes_of, peak, decoder, args)
+    cpu = {name: 1000 * float(np.median(values)) for name, values in (*cost.items(), *spans.items())}
+    report(writers, times, loads, cpu, bytes_of, peak, decoder, args)
 
 
-def report(writers: dict, times: dict, loads: dict, bytes_of: dict, peak: dict, decoder: str,
+def report(writers: dict, times: dict, loads: dict, cpu: dict, bytes_of: dict, peak: dict, decoder: str,
            args: argparse.Namespace) -> None:  # fmt: skip
     rate = {name: 1 / float(np.median(seconds)) for name, seconds in times.items()}
     raw = ROWS * args.size**2 * 3 / 2**20
     print(f"writer, {args.episodes} episodes of {ROWS} frames of {args.size} pixels ({raw:.1f} MB raw each)")
     for name in writers:
-        print(f"  {name:<22}{rate[name]:>8.2f} episodes/s")
+        print(f"  {name:<22}{rate[name]:>8.2f} episodes/s{cpu[name]:>9.1f} ms of processor an episode")
     best = max(rate["lerobot"], rate["lerobot, streaming"])
     ratios = {"writer, same codec": rate["ours, AV1 as lerobot"] / rate["lerobot"],
               "writer, each side's defaults": rate["ours"] / rate["lerobot"],
@@ -275,6 +291,12 @@ def report(writers: dict, times: dict, loads: dict, bytes_of: dict, peak: dict, 
             speeds[f"{name}'s files, {label}"] = dict(zip(map(str, args.workers), row, strict=True))
         ratios |= {f"loader, {name}'s files, {w} workers": float(np.median(loads[name, w, "peer", False]))
                    / float(np.median(loads[name, w, "ours", False])) for w in args.workers}  # fmt: skip
+    for name in ("ours", "lerobot"):
+        pair = [cpu[f"{name}'s files, {side}"] for side in ("ours", "peer")]
+        print(f"  processor time of a window, {name}'s files: ours {pair[0]:.2f} ms, lerobot {pair[1]:.2f} ms")
+        ratios[f"loader, {name}'s files, processor time"] = pair[1] / pair[0]
+    ratios["writer, same codec, processor time"] = cpu["lerobot"] / cpu["ours, AV1 as lerobot"]
+    ratios["writer, each side's defaults, processor time"] = cpu["lerobot"] / cpu["ours"]
     for name, ratio in ratios.items():
         print(f"  {name:<44}{ratio:>7.2f}x")
     print(f"peak memory: ours {peak['ours']} MB, lerobot {peak['peer']} MB")
@@ -284,7 +306,7 @@ def report(writers: dict, times: dict, loads: dict, bytes_of: dict, peak: dict, 
         "name": "data", "ratio": ratios["writer, same codec"], "ratios": ratios,
         "ours": {"writer": rate["ours, AV1 as lerobot"], "writer, defaults": rate["ours"]},
         "peer": {"writer": rate["lerobot"], "writer, streaming": rate["lerobot, streaming"]}, "loader": speeds,
-        "peak_mb": peak, "settings": settings, "device": f"{os.cpu_count()} CPU cores",
+        "processor_ms": cpu, "peak_mb": peak, "settings": settings, "device": f"{os.cpu_count()} CPU cores",
     }))  # fmt: skip
 
 
