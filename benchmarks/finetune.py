@@ -6,10 +6,10 @@ ours    latents and text embeddings come from the cache on disk, read ahead in a
 The decoding of video files, which the stock trainer also does at every step, is left out of both. The first losses must
 be equal. Rounds are interleaved; the least time of each counts.
 
-    python benchmarks/finetune.py [--size tiny|wan2.2-5b] [--batch 8] [--rounds 5] [--threads 1]
+    python benchmarks/finetune.py [--size tiny|wan2.2-5b] [--method full|lora] [--batch 16] [--rounds 5]
 
-Both train a LoRA of rank 32, as the stock trainer does. tiny is the base that ships, in fp32; wan2.2-5b has random
-weights in bf16, checkpointing, and 480x832x81 clips (8190 tokens); it wants a GPU of 80 GB. The last line is JSON.
+tiny is the base that ships, all weights trained. wan2.2-5b has random weights, a LoRA of rank 32 with checkpointing,
+and 480x832x81 clips (8190 tokens); it wants a GPU of 80 GB. The last line is JSON.
 """
 
 import argparse
@@ -67,14 +67,14 @@ def random_wan(place: torch.device) -> object:
     )  # fmt: skip
 
 
-def open_world(size: str) -> PrefixWorld:
+def open_world(size: str, method: str) -> PrefixWorld:
     """The tiny base on 17 frames of 64x64, or the large one on 81 frames of 480x832; trainable."""
     h, w = (64, 64) if size == "tiny" else (480, 832)
     robot = Embodiment(name="camera", robot_hz="10", views=[View(name="front", key="front", height=h, width=w)],
                        action=[Part(name="move", start=0, stop=1)], state=[Part(name="at", start=0, stop=1)])
     if size == "tiny":
         world = PrefixWorld(robot=robot, path="tiny", frames=17).place()
-        world.train_lora(rank=32, alpha=32)
+        world.train_lora(rank=32, alpha=32) if method == "lora" else world.train_full()
         return world
     world = PrefixWorld(robot=robot, path=LARGE, frames=81, text_length=512, weights="bf16",
                         pipeline=random_wan(best_device()))  # fmt: skip
@@ -102,7 +102,7 @@ class Trainer:
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.step += 1
-        return float(loss)
+        return float(loss.detach())
 
 
 def clock(place: torch.device) -> float:
@@ -134,13 +134,16 @@ def peak_memory(run: Callable[[], float], place: torch.device) -> float:
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--size", default="tiny", choices=["tiny", "wan2.2-5b"])
-    words.add_argument("--batch", default=None, type=int, help="clips in a batch: 8, or 1 of the large size")
+    words.add_argument("--method", default=None, choices=["full", "lora"], help="full, or lora of the large size")
+    words.add_argument("--batch", default=None, type=int, help="clips in a batch: 16, or 1 of the large size")
+    words.add_argument("--compile", action="store_true", help="our blocks, as the stage does with compile=true")
     words.add_argument("--rounds", default=5, type=int)
     words.add_argument("--threads", default=1, type=int)
     given = words.parse_args()
     torch.set_num_threads(given.threads)
-    count = given.batch or (8 if given.size == "tiny" else 1)
-    world = open_world(given.size)
+    count = given.batch or (16 if given.size == "tiny" else 1)
+    method = (given.method or "full") if given.size == "tiny" else "lora"
+    world = open_world(given.size, method)
     place, frames = world.device, world.clock.frames
     clips = rng_for(0, "clips").integers(0, 256, (2 * count, frames, *world.robot.canvas, 3), dtype=np.uint8)
     texts = [TEXTS[k % len(TEXTS)] for k in range(len(clips))]
@@ -168,6 +171,8 @@ def main() -> None:
             return {"latents": world.encode(batch["video"]), "text": world.layout.embed(prompts, place)}
 
         ways = {"stock": Trainer(world, stock_at, stock), "ours": Trainer(world, ours_at, lambda batch: batch)}
+        if given.compile:
+            world.transformer.compile_repeated_blocks()
         losses = {name: way.run() for name, way in ways.items()}
         if abs(losses["ours"] - losses["stock"]) > (1e-4 if given.size == "tiny" else 2e-2) * abs(losses["stock"]):
             sys.exit(f"error: the first losses differ, {losses}; expected the same")
@@ -184,7 +189,7 @@ def main() -> None:
     best = {name: min(times) for name, times in seconds.items()}
     sizes = Transformer.of({**world.transformer.config, "_class_name": "WanTransformer3DModel"})
     video = sizes.tokens(world.latent_shape[1:])
-    flops = count * sizes.step(video, world.text_length, lora=True)
+    flops = count * sizes.step(video, world.text_length, lora=method == "lora")
     peak = device("here").bf16
     print(f"{'way':<8} {'samples/s':>10} {'ratio':>6} {'of peak':>8} {'peak MB':>9}")
     for name, taken in best.items():
@@ -198,7 +203,7 @@ def main() -> None:
         "peer": count / best["stock"], "unit": "samples/s", "data_wait": waited,
         "of_peak": flops / best["ours"] / peak if peak else None, "peak_mb": memory,
         "settings": {"size": given.size, "batch": count, "frames": frames, "canvas": list(world.robot.canvas),
-                     "tokens": video, "method": "lora", "rank": 32, "checkpointing": given.size != "tiny",
+                     "tokens": video, "method": method, "checkpointing": given.size != "tiny",
                      "rounds": given.rounds, "torch": torch.__version__,
                      "clock": "wall" if place.type == "cuda" else "processor seconds"},
         "device": torch.cuda.get_device_name() if place.type == "cuda" else f"cpu, {given.threads} thread",

@@ -5,6 +5,7 @@ processes build at once. The folder's name holds the hash of all that the conten
 or transform never meets an old cache.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def require_known(root: Path, keys: Sequence[dict[str, Any]]) -> None:
     found = {path.parent.name: read_json(path) for path in sorted(Path(root).glob(f"*/{KEY}"))}
     if not found or any(digest(key) in found for key in keys):
         return
-    nearest = min((differences(old, keys[0]) for old in found.values()), key=len)
+    wanted = json.loads(json.dumps(keys[0]))  # tuples are lists in a file
+    nearest = min((differences(old, wanted) for old in found.values()), key=len)
     raise ValueError(f"the cache in {root} is of other content ({nearest}). Name another folder as `cache`, or leave "
                      "it out to encode anew.")  # fmt: skip
 

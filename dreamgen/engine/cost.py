@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 # bytes that a block keeps of each token for its backward pass: times d, times f. Counted on Wan's block in bf16 with
-# a time for each token; the same in fp32, where fewer copies of another format are kept
-SAVED = {"lora": (84.0, 4.0), "full": (121.0, 9.0)}
+# a time for each token
+SAVED = {"lora": (84.0, 4.0), "full": (100.0, 4.0)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,9 +194,9 @@ def _require_memory(world: VideoWorld, sizes: Transformer, parts: Sequence[tuple
     clips, video = max(parts, key=lambda part: part[0] * part[1])
     if needed(clips, video, checkpointing) <= left:
         return
-    fits = [f"checkpointing={str(on).lower()} with {n} clips at a time (accumulate={accumulate * -(-clips // n)})"
-            for on in sorted({checkpointing, True}) for n in range(clips, 0, -1)
-            if needed(n, video, on) <= left][:1]  # fmt: skip
+    fits = [f"checkpointing={str(on).lower()} with {-(-clips // k)} clips at a time (accumulate={accumulate * k})"
+            for on in sorted({checkpointing, True}) for k in range(1, clips + 1)
+            if needed(-(-clips // k), video, on) <= left]  # fmt: skip
     raise ValueError(f"a step of {clips} clips of {video} tokens needs about "
                      f"{needed(clips, video, checkpointing) / 1e9:.0f} GB; {left / 1e9:.0f} GB are free. What would "
                      f"fit: {fits[0] if fits else 'method=lora, weights=bf16, or sharding=fsdp2 on more GPUs'}"

@@ -106,9 +106,9 @@ def test_memory_adds_up_and_shards():
     options = dict(parameters=1000, trained=1000, video=80, text=9, lora=False, ema=True)
     one = training_memory(sizes, clips=2, checkpointing=False, **options)
     assert (one.weights, one.gradients, one.optimiser) == (4000, 4000, 12000)
-    assert one.activations == 2 * 4 * 80 * (121 * 64 + 9 * 192)
+    assert one.activations == 2 * 4 * 80 * (100 * 64 + 4 * 192)
     less = training_memory(sizes, clips=2, checkpointing=True, shards=4, **options)
-    assert less.weights == 1000 and less.activations == 2 * 80 * (121 * 64 + 9 * 192 + 4 * 64 * 4)
+    assert less.weights == 1000 and less.activations == 2 * 80 * (100 * 64 + 4 * 192 + 4 * 64 * 4)
     assert sizes.step(80, 9, lora=False) == 3 * sizes.forward(80, 9)
     assert sizes.step(80, 9, lora=True, checkpointing=True) == 3 * sizes.forward(80, 9)
 

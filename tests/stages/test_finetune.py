@@ -1,0 +1,141 @@
+"""Fine-tuning: buckets, caches, figures per frame, adapters under checkpointing, errors before the first step."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dreamgen.core.clip import Episode
+from dreamgen.data.cache import Cache, embeddings, require_known
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
+from dreamgen.engine.train import read_losses
+from dreamgen.stages import finetune as stage
+from dreamgen.stages.finetune import finetune
+from dreamgen.video.metrics import lpips_or_reason, psnr
+from dreamgen.worlds.prefix import PrefixWorld
+from tests.worlds.conftest import pipeline_folder, tiny_robot  # noqa: F401
+
+OPTIONS = dict(steps=3, batch_size=4, warmup=1, validation=1, samples=1, validate_every=3, record={"a": 1})
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    rng = np.random.default_rng(1)
+    root = tmp_path_factory.mktemp("finetune") / "demos"
+    write_dataset(root, [
+        Episode(instruction=("open it", "put the red block on the plate")[i % 2],
+                state=rng.normal(size=(rows, 2)).astype(np.float32),
+                action=rng.normal(size=(rows, 3)).astype(np.float32),
+                video={"front": rng.integers(0, 256, (1, 32, 48, 3), dtype=np.uint8).repeat(rows, 0)}, meta={})
+        for i, rows in enumerate([19, 18, 11, 19, 5, 20])
+    ], tiny_robot())  # fmt: skip
+    return Dataset(root, tiny_robot())
+
+
+@pytest.fixture
+def make(pipeline_folder):  # noqa: F811
+    return partial(PrefixWorld, robot=tiny_robot(), path=str(pipeline_folder), frames=9, steps=2, text_length=12,
+                   precision="fp32")  # fmt: skip
+
+
+def weights(out):
+    return load_file(next((out / "model" / "transformer").glob("*.safetensors")))
+
+
+def test_parts_checkpointing_and_compute_change_nothing_but_rounding(make, dataset, tmp_path):
+    finetune(make(), dataset, out=tmp_path / "plain", **OPTIONS)
+    finetune(make(), dataset, out=tmp_path / "parts", accumulate=3, checkpointing=True, replicas=1,
+             cache=tmp_path / "plain" / "cache", **OPTIONS)  # fmt: skip
+    assert not (tmp_path / "parts" / "cache").exists()  # it was shared
+    plain, parts = weights(tmp_path / "plain"), weights(tmp_path / "parts")
+    assert all(torch.allclose(plain[k], parts[k], atol=5e-5) for k in plain)
+    row = read_losses(tmp_path / "plain")[-1]
+    assert {"data_wait", "tflops", "of_peak", "val_loss", "val_psnr", "val_ssim"} <= set(row)
+
+
+def test_lengths_and_a_budget_of_tokens(make, dataset, tmp_path):
+    """Clips of 18 and of 12 tokens: three or four of them in a step."""
+    done = finetune(make(), dataset, out=tmp_path, lengths=[9, 5], token_budget=54, tracker="tensorboard", **OPTIONS)
+    results = done["results"]
+    assert results["shapes"] == {"9x32x48": 3 + 2 + 3 + 4, "5x32x48": 3}
+    assert (results["episodes_too_short"], results["clips_padded"], results["windows"]) == (1, 0, 15)
+    assert len(list((tmp_path / "cache").glob("*/key.json"))) == 2
+    frames = json.loads((tmp_path / "samples" / "step_000003.json").read_text())
+    assert frames["frame"] == list(range(1, 9)) and len(frames["psnr"]) == len(frames["ssim"]) == 8
+    assert results["final_validation"]["psnr"] == pytest.approx(np.mean(frames["psnr"]), abs=1e-3)
+    assert ("lpips" in frames) == (lpips_or_reason()[0] is not None)
+    assert "lpips" in frames or "LPIPS" in frames["left_out"]["lpips"]
+
+
+def test_a_cache_of_another_vae_is_refused(make, dataset, tmp_path):
+    def other():
+        world = make()
+        with torch.no_grad():
+            world.pipe.vae.encoder.conv_in.bias += 1
+        return world
+
+    finetune(make(), dataset, out=tmp_path / "a", **OPTIONS)
+    with pytest.raises(ValueError, match=r"cache in .* is of other content \(vae: '.*' -> '.*'\)"):
+        finetune(other(), dataset, out=tmp_path / "b", cache=tmp_path / "a" / "cache", **OPTIONS)
+    with pytest.raises(ValueError, match="is of other content .*hop: 1 -> 2"):
+        finetune(make(), dataset, out=tmp_path / "c", cache=tmp_path / "a" / "cache", hop=2, **OPTIONS)
+
+
+def test_what_cannot_fit_is_said_before_the_first_step(make, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "best_device", lambda: torch.device("cuda"))
+    size = sum(p.numel() for p in make().transformer.parameters())  # 20 bytes each, and 0.7 MB of activations
+    fits = r"checkpointing=false with 2 clips at a time \(accumulate=2\)"
+    monkeypatch.setattr(stage, "memory_left", lambda: 20 * size + 0.6e6)
+    with pytest.raises(ValueError, match=f"4 clips of 18 tokens needs .* fit: {fits}"):
+        finetune(make(), dataset, out=tmp_path, **OPTIONS)
+    monkeypatch.setattr(stage, "memory_left", lambda: 1e3)
+    with pytest.raises(ValueError, match="What would fit: method=lora"):
+        finetune(make(), dataset, out=tmp_path, **OPTIONS)
+
+
+def test_shapes_that_the_vae_cannot_take_are_said(make, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"clips of 8 frames of 32x48; .* takes 1 \+ a multiple of 4 frames"):
+        finetune(make(), dataset, out=tmp_path, lengths=[8], **OPTIONS)
+
+
+def test_parts_of_a_cache_are_built_by_several(tmp_path):
+    cache = Cache(tmp_path, {"a": 1}, count=7, size=2)
+    for part in (1, 0, 2):
+        list(cache.build(lambda items: np.array([[k] for k in items]), part, 3))
+        assert cache.missing() or part == 2
+    assert cache.take(np.arange(7)).ravel().tolist() == list(range(7))
+    require_known(tmp_path, [{"a": 1}])
+    require_known(tmp_path / "empty", [{"a": 2}])
+    with pytest.raises(ValueError, match=r"other content \(a: 1 -> 2\)"):
+        require_known(tmp_path, [{"a": 2}])
+
+
+def test_texts_are_kept_without_what_is_behind_their_end(tmp_path):
+    made = torch.zeros(3, 6, 4)
+    made[0, :2], made[1, :6], made[2, 3] = 1.0, 2.0, 3.0
+    calls = []
+
+    def embed(texts):
+        calls.append(list(texts))
+        return made
+
+    for _ in range(2):
+        assert torch.equal(embeddings(tmp_path, "encoder", ["a", "b", "c"], embed), made)
+    assert calls == [["a", "b", "c"]]
+    kept = load_file(next(tmp_path.glob("*/texts.safetensors")))
+    assert [len(kept[name]) for name in "012"] == [2, 6, 4]
+
+
+def test_figures_of_frames_average_to_those_of_the_video():
+    from dreamgen.video.metrics import psnr_by_frame, ssim, ssim_by_frame
+
+    rng = np.random.default_rng(0)
+    a, b = (rng.integers(0, 256, (3, 16, 24, 3), dtype=np.uint8) for _ in range(2))
+    b[1] = a[1]
+    assert psnr_by_frame(a, b)[1] == 100 and ssim_by_frame(a, b)[1] == pytest.approx(1)
+    assert psnr(a, b) == pytest.approx(psnr_by_frame(a, b).mean())
+    assert ssim(a, b) == pytest.approx(np.mean([ssim(a[k : k + 1], b[k : k + 1]) for k in range(3)]), abs=1e-6)
