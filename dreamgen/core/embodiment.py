@@ -12,14 +12,18 @@ from dreamgen.core.camera import Camera, Tool
 
 Kind = Literal["absolute", "delta", "binary"]
 KINDS = ("absolute", "delta", "binary")
-OPTIONAL = ("camera", "sets", "travel", "tools")  # what a saved contract may lack: data need not know of it
+ORIENTATIONS = ("", "upright", "rotated", "mirrored", "flipped")
+# what a saved contract may lack: data need not know of it
+OPTIONAL = ("camera", "orientation", "sets", "travel", "tools")
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
     """One camera: its LeRobot feature key and the size, in pixels, at which the models see it.
 
-    camera: its place and lens where they are known, for pose maps.
+    camera: its place and lens where they are known, for pose maps. orientation: how its pictures lie, as recorded and
+    as the models see them: upright, rotated (by half a turn), mirrored (left to right), flipped (top to bottom), or
+    empty where nobody said; nothing turns them.
     """
 
     name: str
@@ -27,8 +31,12 @@ class View:
     height: int
     width: int
     camera: Camera | None = None
+    orientation: str = ""
 
     def __post_init__(self) -> None:
+        if self.orientation not in ORIENTATIONS:
+            raise ValueError(f"view '{self.name}' has the orientation '{self.orientation}'; expected one of "
+                             f"{', '.join(ORIENTATIONS[1:])}, or none")  # fmt: skip
         if self.height <= 0 or self.width <= 0:
             raise ValueError(f"view '{self.name}' is {self.height}x{self.width} pixels; both must be positive")
 
@@ -97,12 +105,13 @@ def _without(node: Any, unwanted: Callable[[str, Any], bool]) -> Any:
     return type(node)(_without(item, unwanted) for item in node) if isinstance(node, list | tuple) else node
 
 
-def _agree(left: dict | None, right: dict | None) -> bool:
-    """Whether two parts or views are the same as far as both tell."""
+def _apart(left: dict | None, right: dict | None) -> list[str]:
+    """The fields in which two parts or views differ, as far as both tell."""
     if left is None or right is None:
-        return left == right
-    lacking = {key for key in OPTIONAL if not (left.get(key) and right.get(key))}
-    return all(left.get(key) == right.get(key) for key in (left.keys() | right.keys()) - lacking)
+        return [] if left == right else [f"here {left}, saved {right}"]
+    silent = {key for key in OPTIONAL if not (left.get(key) and right.get(key))}
+    keys = [key for key in {**left, **right} if key not in silent and left.get(key) != right.get(key)]
+    return [f"{key} here {left.get(key)!r}, saved {right.get(key)!r}" for key in keys]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +225,8 @@ class Embodiment:
             if key in ("views", "state", "action"):
                 a, b = {p["name"]: p for p in left or ()}, {p["name"]: p for p in right or ()}
                 for name in list(a) + [n for n in b if n not in a]:
-                    if not _agree(a.get(name), b.get(name)):
-                        found.append(f"{key} '{name}': here {a.get(name)}, saved {b.get(name)}")
+                    if fields := _apart(a.get(name), b.get(name)):
+                        found.append(f"{key} '{name}': {', '.join(fields)}")
                 if list(a) != list(b) and sorted(a) == sorted(b):
                     found.append(f"{key}: order here {list(a)}, saved {list(b)}")
             elif not (key in OPTIONAL and not (left and right)):

@@ -1,4 +1,4 @@
-"""A policy as a directory: config.json, contract.json, model.safetensors.
+"""A policy as a directory: config.json, contract.json, model.safetensors; `encoder/` of a pretrained encoder.
 
 Encoders are named in config.json by their class. Such a name can come with a downloaded checkpoint, so only classes of
 `dreamgen.policies` are ever imported.
@@ -16,6 +16,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, replacing, write_json
 
 ALLOWED = "dreamgen.policies."
+ENCODER = "encoder"
 
 
 def save(policy: nn.Module, path: Path) -> None:
@@ -26,12 +27,16 @@ def save(policy: nn.Module, path: Path) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in policy.state_dict().items()}
     with replacing(path / "model.safetensors") as temporary:
         save_file(weights, temporary)
+    if hasattr(policy.encoder, "save"):
+        policy.encoder.save(path / ENCODER)
     write_json(path / "contract.json", policy.robot.contract())
     write_json(path / "config.json", {**policy.config, "encoder": {"_target_": target, **policy.encoder.config}})
 
 
 def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
     arguments = dict(config)
+    if (path / ENCODER).is_dir():
+        arguments["path"] = str(path / ENCODER)  # its weights are among the policy's
     module, _, name = arguments.pop("_target_").rpartition(".")
     if not f"{module}.".startswith(ALLOWED):
         raise ValueError(f"{path}/config.json names the encoder {module}.{name}; only classes of {ALLOWED[:-1]} are "

@@ -14,19 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
 
 PAST_END = ("mask", "hold")
-STATES = ("recorded", "masked")
+LABELS = ("own", "shuffled")
+STATES = ("recorded", "masked", "zero")
 
 
 class Chunks:
     """Addressed by (episode, row), and as windows of a mixture: `len` and `at`.
 
-    body: number of the embodiment in the policy. state: "masked" hides it; of "recorded" ones, a row counts as known
-    where the column `state_known` says so for all entries. future_steps: how far ahead FLARE looks, None
-    without FLARE. spread_scale: a step whose labels spread by s (root mean square over entries, each in units of
-    `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the spread.
+    body: number of the embodiment in the policy. state: "recorded" (of a dream: its pseudo-state), where a row counts
+    as known if the column `state_known` says so for all entries; "masked" hides it; "zero" puts 0 for every entry and
+    calls that known, as published dreams do. labels: "shuffled" gives each episode another's actions: a control.
+    future_steps: how far ahead FLARE looks, None without FLARE. spread_scale: a step whose labels spread by s (root
+    mean square over entries, each in units of `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the
+    spread.
 
     Raises ValueError for a horizon longer than an episode, naming the episode.
     """
@@ -39,17 +43,21 @@ class Chunks:
         body: int = 0,
         past_end: str = "mask",
         state: str = "recorded",
+        labels: str = "own",
         future_steps: int | None = None,
         spread_scale: float | None = None,
         action_scale: np.ndarray | None = None,
         keep_idle: int | None = None,
         memory_gb: float = 2.0,
     ) -> None:
-        if past_end not in PAST_END or state not in STATES:
-            raise ValueError(f"past_end is '{past_end}', state is '{state}'; expected one of {PAST_END}, {STATES}")
+        if past_end not in PAST_END or state not in STATES or labels not in LABELS:
+            raise ValueError(f"past_end is '{past_end}', state is '{state}', labels is '{labels}'; expected one of "
+                             f"{PAST_END}, {STATES}, {LABELS}")  # fmt: skip
+        self.donor = rng_for(0, "labels").permutation(len(dataset)) if labels == "shuffled" else range(len(dataset))
         self.dataset, self.horizon, self.body = dataset, horizon, body
         self.past_end, self.state, self.future_steps = past_end, state, future_steps
         self.spread_scale, self.action_scale = spread_scale, action_scale
+        self.features: Callable[[int, int], np.ndarray] | None = None  # see `dreamgen.policies.features`
         self.views = [view.name for view in dataset.robot.views]
         self._places: list[tuple[int, int]] = []
         self._frames: dict[int, np.ndarray] = {}  # episode -> frame rows, ascending
@@ -95,6 +103,27 @@ class Chunks:
         kept = [action for action, valid, _ in found if valid.all()]
         return np.stack(kept) if kept else np.zeros((0, *found[0][0].shape), np.float32)
 
+    def starts(self, most: int = 20000) -> np.ndarray:
+        """The states (n d) at which the chunks of `whole` start, NaN where unknown."""
+        wanted = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
+        kept = [self.at(int(k)) for k in wanted if self.actions(*self.at(int(k)))[1].all()]
+        states = [np.where(self._known(i, row), self.dataset.episode(i).state[row], np.nan) for i, row in kept]
+        return np.array(states, np.float32).reshape(len(kept), self.dataset.robot.state_dim)
+
+    def _known(self, episode: int, row: int) -> bool:
+        """Whether the state of a row may be used."""
+        known = self.dataset.episode(episode).extra.get("state_known")
+        return self.state == "zero" or (self.state == "recorded" and (known is None or bool(known[row].all())))
+
+    def futures(self) -> Iterator[tuple[int, int]]:
+        """The places that FLARE looks at after the observations."""
+        if self.future_steps is not None:
+            yield from ((i, self._later(i, row + self.future_steps)[0]) for i, row in self)
+
+    def look(self, episode: int, row: int) -> np.ndarray:
+        """Pictures at an observation row, or their features where `features` gives them."""
+        return self.pictures(episode, row) if self.features is None else self.features(episode, row)
+
     def sample(self, most: int = 2000) -> np.ndarray:
         """Pictures (n v h w 3) of evenly spread observations, for an encoder that is fitted to some."""
         wanted = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
@@ -112,7 +141,7 @@ class Chunks:
 
     def actions(self, episode: int, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The chunk (H a) from `row` on, which of its steps exist (H,), their weights (H,)."""
-        source = self.dataset.episode(episode)
+        source = self.dataset.episode(int(self.donor[episode]))
         rows = np.arange(row, row + self.horizon)
         inside = rows < len(source.action)
         rows = np.minimum(rows, len(source.action) - 1)
@@ -137,10 +166,10 @@ class Chunks:
         episodes = [self.dataset.episode(i) for i, _ in places]
         chunks = [self.actions(i, row) for i, row in places]
         states = np.stack([e.state[row] for e, (_, row) in zip(episodes, places, strict=True)]).astype(np.float32)
-        known = [self.state == "recorded" and ("state_known" not in e.extra or bool(e.extra["state_known"][row].all()))
-                 for e, (_, row) in zip(episodes, places, strict=True)]  # fmt: skip
+        states = np.zeros_like(states) if self.state == "zero" else states
+        known = [self._known(i, row) for i, row in places]
         batch = {
-            "pictures": np.stack([self.pictures(i, row) for i, row in places]),
+            "pictures": np.stack([self.look(i, row) for i, row in places]),
             "instruction": [e.instruction for e in episodes],
             "state": np.nan_to_num(states),
             "state_known": np.array(known) & np.isfinite(states).all(1),
@@ -151,7 +180,7 @@ class Chunks:
         }
         if self.future_steps is not None:
             later = [self._later(i, row + self.future_steps) for i, row in places]
-            batch["future"] = np.stack([self.pictures(i, row) for (i, _), (row, _) in zip(places, later, strict=True)])
+            batch["future"] = np.stack([self.look(i, row) for (i, _), (row, _) in zip(places, later, strict=True)])
             batch["future_known"] = np.array([found for _, found in later])
         return batch
 
@@ -163,7 +192,13 @@ class Chunks:
 
 
 def collate(parts: Sequence[dict], words: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:
-    """One batch of tensors from the parts of several datasets; `words` is the encoder's."""
+    """One batch of tensors from the parts of several datasets, narrower states and actions padded with 0; `words` is
+    the encoder's."""
+    for key in ("state", "action"):
+        widest = max(part[key].shape[-1] for part in parts)
+        for part in parts:
+            lacking = [(0, 0)] * (part[key].ndim - 1) + [(0, widest - part[key].shape[-1])]
+            part[key] = np.pad(part[key], lacking) if lacking[-1][1] else part[key]
     batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts]))
              for key in parts[0] if key != "instruction"}  # fmt: skip
     batch["words"] = words([text for part in parts for text in part["instruction"]])

@@ -5,6 +5,7 @@ the flow time alone (AdaLN, the time half of the action encoder) is computed for
 only the chunk is wanted. The result is that of `euler` over `FlowPolicy.velocity`, up to rounding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,7 @@ def integrate(
     return x
 
 
+@functools.cache
 def compiled(mode: str | None) -> Callable[..., Tensor]:
     """`integrate` through torch.compile with this mode ("default", "reduce-overhead", "max-autotune"), or as it is for
     null. Compiling takes up to minutes at the first call with a batch size."""

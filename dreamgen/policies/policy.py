@@ -6,7 +6,7 @@ time t. The loss is the mean of w |v - u|^2 over the steps that exist; acting in
 actions enter and leave through weights of each body (the real robot, its dreams). An unknown state is a learned token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +129,7 @@ class FlowPolicy(nn.Module):
         if self.speaks in spaces:
             raise ValueError(f"speaks is '{speaks}', which is another embodiment than '{robot.name}'; a policy acts "
                              f"for bodies of its own robot")  # fmt: skip
-        self.integrate = compiled(compile)
+        self.compiling = compile
         width, out_width, count = heads * head_width, out_width or heads * head_width, len(bodies)
         self.dit = DiT(layers=layers, heads=heads, head_width=head_width, context_width=self.encoder.width,
                        out_width=out_width, activation=activation)  # fmt: skip
@@ -147,7 +147,7 @@ class FlowPolicy(nn.Module):
                                decay=target_decay, queries=self.queries)  # fmt: skip
 
     def fit(self, state: Float32[np.ndarray, "n d"], action: Float32[np.ndarray, "m h a"],
-            pictures: UInt8[np.ndarray, "p v h w 3"] | None = None, *, start: Float32[np.ndarray, "m d"] | None = None,
+            pictures: UInt8[np.ndarray, "p v y x 3"] | None = None, *, start: Float32[np.ndarray, "m d"] | None = None,
             body: int = 0) -> None:  # fmt: skip
         """Statistics of a body from recorded rows and whole chunks, in units, with the states at which these start
         (see `Space.fit`). An encoder that is fitted to pictures takes what it needs from some."""
@@ -216,13 +216,14 @@ class FlowPolicy(nn.Module):
         valid, entries = batch["valid"], self.spaces.entries(body, len(self.bodies))
         if self.space.needs_state:
             valid = valid & state_known[:, None]
+        known, told = self.spaces.widen(batch["state"], batch["action"])
         if self.training:
             if pictures.dtype == torch.uint8:
                 pictures = augment.jitter(augment.shift(pictures, self.shift), self.jitter)
             state_known = state_known & (torch.rand(len(body), device=body.device) >= self.state_dropout)
         context = repeat_context(self.dit.context(self.encode(pictures, batch["words"])), self.draws)
-        state = self.state_token(batch["state"], state_known, body)
-        action = self.spaces.chunk(batch["action"], batch["state"], body).repeat_interleave(self.draws, 0)
+        state = self.state_token(known, state_known, body)
+        action = self.spaces.chunk(told, known, body).repeat_interleave(self.draws, 0)
         state, body, valid, weight = (x.repeat_interleave(self.draws, 0)
                                       for x in (state, body, valid, batch["weight"]))  # fmt: skip
         x = torch.where(valid[..., None], action, torch.zeros_like(action))
@@ -272,10 +273,15 @@ class FlowPolicy(nn.Module):
         rows = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return F.pad(rows, (0, self.spaces.action_dim - shape[1])).to(self.position.device)
 
-    def finish(self, x: Float[Tensor, "b h a"], seen: Seen) -> Float32[np.ndarray, "b h a"]:
+    def finish(self, x: Float[Tensor, "b h w"], seen: Seen) -> Float32[np.ndarray, "b h a"]:
         """Chunks as commands in units."""
         x = x[..., : self.robot.action_dim].float()
         return self.command(self.unchunk(x, seen.start).cpu().numpy())
+
+    @property
+    def integrate(self) -> Callable[..., Tensor]:
+        """The Euler steps of acting (see `dreamgen.policies.inference`), compiled where that was asked for."""
+        return compiled(self.compiling)
 
     @torch.no_grad()
     def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data.normaliser import Normaliser
@@ -131,6 +132,13 @@ class Spaces:
     def of(self, body: int) -> Space:
         """The space of a body."""
         return self.others.get(body, self.own)
+
+    def widen(self, state: Float[Tensor, "b d"], action: Float[Tensor, "b h a"]) -> tuple[Tensor, Tensor]:
+        """Both padded to the widest body."""
+        if not self.others:
+            return state, action
+        return (F.pad(state, (0, self.state_dim - state.shape[1])),
+                F.pad(action, (0, self.action_dim - action.shape[2])))  # fmt: skip
 
     def _each(self, body: Tensor) -> Iterator[tuple[Space, Tensor]]:
         yield from ((self.of(k), body == k) for k in body.unique().tolist())

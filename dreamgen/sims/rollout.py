@@ -145,12 +145,14 @@ def _run(worlds: list[Sim], policy: Policy, group: list[tuple[str, int]], *, ste
         world.reset(instruction, seed)
     actions: list[list[np.ndarray]] = [[] for _ in group]
     success = [False] * len(group)
+    memories: list[dict] = [{} for _ in group]  # of policies whose chunks go on from the last
     for start in range(0, steps, execute):
         alive = [i for i in range(len(group)) if not success[i]]
         if not alive:
             break
         seeds = [seed_for(group[i][1], "chunk", start) for i in alive]
-        chunks = policy.act([worlds[i].observe() for i in alive], seeds)
+        known = dict(memories=[memories[i] for i in alive], now=start) if getattr(policy, "remembers", False) else {}
+        chunks = policy.act([worlds[i].observe() for i in alive], seeds, **known)
         for i, chunk in zip(alive, chunks, strict=True):
             for action in chunk[: min(execute, steps - start)]:
                 actions[i].append(np.asarray(action, np.float32))

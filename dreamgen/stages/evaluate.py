@@ -14,6 +14,7 @@ from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import Rollout, film, rollout, success_interval
+from dreamgen.stages.pairs import episodes_of, paired
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile
 
@@ -27,6 +28,8 @@ def evaluate(
     instructions: Sequence[str] | None = None,
     steps: int = 48,
     execute: int = 8,
+    execution: Callable[[Policy], Policy] | None = None,
+    against: Path | None = None,
     films: int = 6,
     seed: int = 0,
     workers: int = 1,
@@ -35,11 +38,14 @@ def evaluate(
     """Run `episodes` episodes, rounded up to as many for each of `instructions` (null: all that the simulator knows).
 
     sim: makes a simulator; must be picklable for several workers. steps: an episode ends on success or after so many.
-    execute: steps of a chunk that are executed before the policy is asked again. films: how many failures are
+    execute: steps of a chunk that are executed before the policy is asked again. execution: how overlapping chunks are
+    joined (`dreamgen.policies.realtime`); null takes each as it comes. against: another evaluation on the same seeds,
+    with which this one is compared episode by episode. films: how many failures are
     filmed, each of another instruction while that lasts (`failures/*.mp4`).
 
-    Results: success {successes, n, rate, low, high}, by_instruction {text: the same}; every episode is a line of
-    `episodes.json`. Raises ValueError for an unknown instruction, a policy of another robot, no simulator.
+    Results: success {successes, n, rate, low, high}, by_instruction {text: the same}, against {see `paired`}; every
+    episode is a line of `episodes.json`. Raises ValueError for an unknown instruction, a policy of another robot, no
+    simulator, an evaluation to compare with that shares no first states.
     """
     if sim is None:
         raise ValueError("evaluate needs a simulator and the recipe has none; choose one with sim=..., or score the "
@@ -47,9 +53,11 @@ def evaluate(
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected 1 or more")
     path = getattr(policy, "path", None)
-    with Stage(out, "evaluate", config=record, parents={} if path is None else {"policy": path}, seed=seed) as run:
+    parents = ({} if path is None else {"policy": path}) | ({} if against is None else {"against": against})
+    with Stage(out, "evaluate", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
+        policy = policy if execution is None else execution(policy)
         world = sim()
         try:
             unknown = [text for text in instructions or () if text not in world.instructions]
@@ -66,10 +74,12 @@ def evaluate(
                     write_mp4(temporary, _canvas(world, episode), float(world.robot.rate))
         finally:
             world.close()
-        write_json(run.out / "episodes.json", [{"instruction": e.instruction, "seed": e.seed, "success": e.success,
-                                                "steps": len(e.action)} for e in done])  # fmt: skip
+        rows = [{"instruction": e.instruction, "seed": e.seed, "success": e.success, "steps": len(e.action)}
+                for e in done]  # fmt: skip
+        write_json(run.out / "episodes.json", rows)
+        other = {} if against is None else {"against": paired(rows, episodes_of(against), str(against))}
         by_instruction = {text: _interval(e for e in done if e.instruction == text) for text in wanted}
-        return run.finish(success=_interval(done), by_instruction=by_instruction)
+        return run.finish(success=_interval(done), by_instruction=by_instruction, **other)
 
 
 def _interval(episodes: Iterable[Rollout]) -> dict:

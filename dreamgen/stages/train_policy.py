@@ -1,5 +1,6 @@
 """Real and dreamed trajectories -> a policy, saved in `out` itself (config.json, contract.json, model.safetensors)."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import torch
 from torch import nn
 
 from dreamgen.core.manifest import Stage, write_json
+from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.mixture import Mixture
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
+from dreamgen.policies.feed import Feed
+from dreamgen.stages.midway import Midway
 
 
 def train_policy(
@@ -36,6 +39,9 @@ def train_policy(
     ratio: str = "1:1",
     dream_body: str = "dream",
     dream_state: str = "recorded",
+    dream_labels: str = "own",
+    latent: Sequence[Dataset] = (),
+    latent_body: str = "latent",
     past_end: str = "mask",
     keep_idle: int | None = None,
     spread_scale: float | None = None,
@@ -44,6 +50,12 @@ def train_policy(
     log_every: int = 20,
     validation: Dataset | None = None,
     validate_every: int = 0,
+    cache_features: bool = True,
+    sim: Callable[[], Sim] | None = None,
+    evaluate_every: int = 0,
+    evaluate_episodes: int = 28,
+    evaluate_steps: int = 48,
+    evaluate_execute: int = 8,
     seed: int = 0,
     record: dict,
 ) -> dict:
@@ -51,63 +63,63 @@ def train_policy(
 
     policy: a policy, or a function that makes one; the function is called under the stage's seed, so that the first
     weights belong to the run. dream_body: the embodiment that dreams train; "real" shares the robot's own.
-    dream_state: "recorded" takes the dreams' (pseudo-)states, "masked" hides them. past_end: what follows the end of
-    an episode; keep_idle: idle observations taken of each episode (null: all); see `Chunks`. spread_scale: trust in
-    labels falls with their spread; null trusts all alike.
-    validation: held-out episodes; their loss is logged every `validate_every` steps.
+    dream_state: "recorded" takes the dreams' (pseudo-)states, "masked" hides them, "zero" puts zeros. dream_labels:
+    "shuffled" is the control of dreams with the actions of others. latent: datasets of another embodiment, such as
+    latent actions, that the policy's body `latent_body` learns from; they count as dreams. past_end: what follows the
+    end of an episode; keep_idle: idle observations taken of each episode (null: all); see `Chunks`. spread_scale: trust
+    in labels falls with their spread; null trusts all alike.
+    validation: held-out episodes; their loss is logged every `validate_every` steps. cache_features: pictures pass a
+    frozen encoder once, not at every step. sim, evaluate_every: closed-loop success in a process beside training, a
+    multiple of `validate_every` where both are set (results: midway).
 
     Normalisers are fitted to the real data, to the dreams where there are none.
     Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than an episode, no data, and a
     loss that is not finite (names the episodes; the last good state stays).
     """
-    datasets = ([] if real is None else [real]) + list(dreams)
-    parents = {f"real_{i}" if i < len(datasets) - len(dreams) else f"dream_{i}": d.root for i, d in enumerate(datasets)}
+    given = {"real": [] if real is None else [real], "dream": dreams, "latent": latent}
+    numbered = [(kind, dataset) for kind, group in given.items() for dataset in group]
+    parents = {f"{kind}_{i}": dataset.root for i, (kind, dataset) in enumerate(numbered)}
     parents |= {} if validation is None else {"validation": validation.root}
     with Stage(out, "train_policy", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
-        if not datasets:
-            raise ValueError("train_policy got neither real data nor dreams; give at least one dataset")
+        interval = validate_every or evaluate_every
+        if evaluate_every and (sim is None or evaluate_every % interval):
+            raise ValueError(f"evaluate_every is {evaluate_every}; expected a multiple of validate_every "
+                             f"({validate_every}) and a simulator: sim=...")  # fmt: skip
         torch.manual_seed(seed_for(seed, "init"))
         model = policy if isinstance(policy, nn.Module) else policy()
-        for dataset in datasets:
-            model.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
-        common: dict[str, Any] = dict(horizon=model.horizon, past_end=past_end, keep_idle=keep_idle,
-                                      memory_gb=memory_gb, future_steps=model.future_steps)  # fmt: skip
-        scale = np.concatenate([d.actions() for d in ([real] if real is not None else dreams)]).std(0)
-        trust = dict(spread_scale=spread_scale, action_scale=np.where(scale < 1e-5, 1, scale))
-        chunks = [] if real is None else [Chunks(real, body=model.body("real"), **common)]
-        chunks += [Chunks(d, body=model.body(dream_body), state=dream_state, **common, **trust) for d in dreams]
-        fitted = range(1) if real is not None else range(len(dreams))
-        model.fit(np.concatenate([datasets[k].states() for k in fitted]),
-                  np.concatenate([chunks[k].whole() for k in fitted]),
-                  np.concatenate([chunks[k].sample() for k in fitted]))  # fmt: skip
-        mixture = Mixture(real=chunks[: len(chunks) - len(dreams)], dreams=chunks[len(chunks) - len(dreams) :],
-                          batch_size=batch_size, ratio=ratio if real is not None else "0:1", seed=seed)  # fmt: skip
-
-        def batch_at(step: int) -> dict[str, torch.Tensor]:
-            draw = mixture.at(step)
-            places = list(zip(draw.episode.tolist(), draw.row.tolist(), strict=True))
-            mine = {k: [p for p, d in zip(places, draw.dataset, strict=True) if d == k] for k in range(len(chunks))}
-            return collate([chunks[k].batch(p) for k, p in mine.items() if p], model.encoder.words)
-
-        def describe(step: int) -> str:
-            draw = mixture.at(step)
-            named = {k: sorted(set(draw.episode[draw.dataset == k].tolist())) for k in range(len(chunks))}
-            return "; ".join(f"episodes {', '.join(map(str, e))} of {datasets[k].root}" for k, e in named.items() if e)
-
+        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb)
+        feed = Feed(model, real=real, dreams=dreams, latent=latent, batch_size=batch_size, ratio=ratio,
+                    dream_body=dream_body, latent_body=latent_body, spread_scale=spread_scale, options=common,
+                    dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
+        if cache_features:
+            feed.cache(run.out / "features")
+        midway = None if not evaluate_every else Midway(run.out, sim, episodes=evaluate_episodes, steps=evaluate_steps,
+                                                        execute=evaluate_execute, seed=seed)  # fmt: skip
+        common |= dict(horizon=model.horizon, future_steps=model.future_steps)
         held_out = None if validation is None else validator(validation, batch_size, common)
-        result = train(model, batch_at, out=run.out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
+
+        def check(model: nn.Module, step: int) -> dict[str, float]:
+            if midway and step % evaluate_every == 0:
+                midway.begin(model, step)
+            due = step == steps or step % (validate_every or steps) == 0
+            return held_out(model, step) if held_out and due else {}
+
+        result = train(model, feed.at, out=run.out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
                        weight_decay=weight_decay,
                        betas=list(betas), clip=clip, ema=ema, precision=precision, replicas=replicas, seed=seed,
-                       checkpoint_every=checkpoint_every, log_every=log_every, validate=held_out,
-                       validate_every=validate_every, name="train_policy", describe=describe)  # fmt: skip
+                       checkpoint_every=checkpoint_every, log_every=log_every, 
+                       validate=check if held_out or midway else None, validate_every=interval, name="train_policy",
+                       describe=feed.describe)  # fmt: skip
         model.cpu().save(run.out)
         write_json(run.out / "clock.json", {"robot_hz": model.robot.robot_hz, "horizon": model.horizon})
         clear_state(run.out)
+        shutil.rmtree(run.out / "features", ignore_errors=True)
+        found = {} if midway is None else {"midway": midway.gather()}
         weights = sum(p.numel() for p in model.parameters())
-        return run.finish(**result, parameters=weights, episodes=[len(d) for d in datasets],
-                          observations=[len(c) for c in chunks])  # fmt: skip
+        return run.finish(**result, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
+                          observations=[len(c) for c in feed.chunks])  # fmt: skip
 
 
 def validator(dataset: Dataset, batch_size: int, common: dict) -> Callable[[nn.Module, int], dict[str, float]]:

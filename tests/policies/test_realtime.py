@@ -37,7 +37,7 @@ def test_guidance_by_hand():
     """For v = M x the Jacobian of x1_hat = x + (1 - t) v is I + (1 - t) M."""
     torch.manual_seed(0)
     x, previous, matrix = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(5, 5)
-    weight = torch.tensor([1, 0.5, 0]).view(1, 3, 1)
+    weight = torch.tensor([1, 0.5, 0]).view(1, 3, 1).expand(2, 3, 1)
     for time, beta in ((0.0, 5.0), (0.5, 5.0), (0.5, 1.0)):
         found = guided(lambda x, t: x @ matrix.T, x, torch.full((2,), time), previous, weight, beta)
         v, jacobian = x @ matrix.T, torch.eye(5) + (1 - time) * matrix
@@ -102,7 +102,8 @@ class Counting:
         self.n = 0
 
     def act(self, observations, seeds) -> np.ndarray:
-        chunk = np.full((len(observations), STEPS, A), self.n / 10, np.float32) + np.arange(STEPS)[:, None] / 100
+        steps = np.arange(STEPS, dtype=np.float32)[:, None] / 100
+        chunk = np.full((len(observations), STEPS, A), self.n / 10, np.float32) + steps
         chunk[..., 6] = 1 if self.n % 2 == 0 else -1
         self.n += 1
         return chunk

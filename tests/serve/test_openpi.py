@@ -75,7 +75,8 @@ def test_our_client_is_a_policy(server: OpenpiServer):
 
 def test_a_server_for_another_robot_is_named(server: OpenpiServer):
     views = tuple(View(name=v.name, key=v.key, height=H, width=W + 8) for v in ROBOT.views)
-    for changes, word in ((dict(robot_hz="10"), "robot_hz: here 10, saved 20"), (dict(views=views), "'width': 32")):
+    wide = (dict(views=views), "views 'front': width here 32, saved 24")
+    for changes, word in ((dict(robot_hz="10"), "robot_hz: here 10, saved 20"), wide):
         with pytest.raises(ValueError, match=word):
             OpenpiPolicy(server.address, robot=replace(ROBOT, **changes))
     with pytest.raises(ValueError, match="no openpi server answers at ws://127.0.0.1:9"):

@@ -1,0 +1,104 @@
+"""What a policy is fed: recordings, dreams and latent actions, each with its body, mixed batch by batch.
+
+`at(step)` is a pure function, so the position of the sampler is the step itself: that is all that a checkpoint needs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.mixture import Mixture
+from dreamgen.policies.chunks import Chunks, collate
+from dreamgen.policies.features import Features, cacheable
+
+
+class Feed:
+    """Batches for `model` of `real` and `dreams`, in the ratio `ratio`; latent: dreams or videos whose actions are
+    those of another embodiment, the body `latent_body` of the model. They count as dreams.
+
+    options: for the chunks of all datasets; dream_options: of dreams and latents (see `Chunks`). spread_scale: see
+    `Chunks`, in units of the standard deviation of the fitted actions.
+
+    Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than an episode.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        real: Dataset | None,
+        dreams: Sequence[Dataset],
+        latent: Sequence[Dataset] = (),
+        batch_size: int,
+        ratio: str,
+        dream_body: str,
+        latent_body: str = "latent",
+        spread_scale: float | None,
+        options: dict[str, Any],
+        dream_options: dict[str, Any],
+        seed: int,
+    ) -> None:
+        self.model, self.datasets = model, [*([] if real is None else [real]), *dreams, *latent]
+        if not self.datasets:
+            raise ValueError("train_policy got neither real data nor dreams; give at least one dataset")
+        names = [*([] if real is None else ["real"]), *[dream_body] * len(dreams), *[latent_body] * len(latent)]
+        bodies = [model.body(name) for name in names]
+        for dataset, body in zip(self.datasets, bodies, strict=True):
+            model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
+        self.chunks, count = [], 0 if real is None else 1
+        for k, (dataset, body) in enumerate(zip(self.datasets, bodies, strict=True)):
+            trust = {} if k < count else dict(spread_scale=spread_scale, action_scale=self._scale(k, bodies, count))
+            self.chunks.append(Chunks(dataset, body=body, **options, **trust, **({} if k < count else dream_options)))
+        own = [k for k, body in enumerate(bodies) if model.spaces.of(body) is model.space]
+        self._fit(own[:1] if real is not None else own, 0)
+        for body in sorted(set(bodies) - {bodies[k] for k in own}):
+            self._fit([k for k, b in enumerate(bodies) if b == body], body)
+        self.mixture = Mixture(real=self.chunks[:count], dreams=self.chunks[count:], batch_size=batch_size,
+                               ratio=ratio if real is not None else "0:1", seed=seed)  # fmt: skip
+
+    def _scale(self, k: int, bodies: list[int], count: int) -> np.ndarray:
+        """Standard deviation of the recorded actions; of the dataset's own where it has another kind of action."""
+        same = count and self.model.spaces.of(bodies[k]) is self.model.space
+        chosen = self.datasets[:count] if same else [d for d, b in zip(self.datasets, bodies, strict=True)
+                                                     if b == bodies[k]]  # fmt: skip
+        scale = np.concatenate([dataset.actions() for dataset in chosen]).std(0)
+        return np.where(scale < 1e-5, 1, scale)
+
+    def _fit(self, numbers: Sequence[int], body: int) -> None:
+        if not numbers:
+            return
+        chosen = [self.chunks[k] for k in numbers]
+        needs = self.model.spaces.of(body).needs_state
+        self.model.fit(np.concatenate([self.datasets[k].states() for k in numbers]),
+                       np.concatenate([chunks.whole() for chunks in chosen]),
+                       np.concatenate([chunks.sample() for chunks in chosen]) if body == 0 else None, body=body,
+                       start=np.concatenate([chunks.starts() for chunks in chosen]) if needs else None)  # fmt: skip
+
+    def cache(self, folder: Path) -> bool:
+        """Compute a frozen encoder's features once, in `folder`; False where the pictures' features change."""
+        if not cacheable(self.model):
+            return False
+        for chunks in self.chunks:
+            chunks.features = Features(chunks, self.model.encoder, folder)
+        return True
+
+    def _by_dataset(self, step: int) -> dict[int, list[tuple[int, int]]]:
+        draw = self.mixture.at(step)
+        places = list(zip(draw.episode.tolist(), draw.row.tolist(), strict=True))
+        mine = {k: [p for p, d in zip(places, draw.dataset, strict=True) if d == k] for k in range(len(self.chunks))}
+        return {k: found for k, found in mine.items() if found}
+
+    def at(self, step: int) -> dict[str, torch.Tensor]:
+        """The batch of a step."""
+        parts = [self.chunks[k].batch(places) for k, places in self._by_dataset(step).items()]
+        return collate(parts, self.model.encoder.words)
+
+    def describe(self, step: int) -> str:
+        """The episodes of a step's batch, in words."""
+        named = {k: sorted({episode for episode, _ in places}) for k, places in self._by_dataset(step).items()}
+        return "; ".join(f"episodes {', '.join(map(str, e))} of {self.datasets[k].root}" for k, e in named.items())

@@ -1,0 +1,66 @@
+"""SigLIP and SigLIP2 (Tschannen et al. 2025): patch tokens of each view, and one token for the instruction."""
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dreamgen.policies.pretrained import Pretrained
+
+
+class SiglipEncoder(Pretrained):
+    """tokens: a side of each view, averaged from the model's patches. Reads checkpoints of a fixed size (not NaFlex).
+
+    An instruction passes the text model once per batch, and once for all where the model is frozen.
+    """
+
+    kinds = ("siglip", "siglip2")
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        width: int = 512,
+        tokens: int = 8,
+        length: int = 64,
+        tune: bool = False,
+        trained: bool = True,
+        max_views: int = 8,
+    ) -> None:
+        super().__init__(path=path, width=width, length=length, tune=tune, trained=trained)
+        self.config |= dict(tokens=tokens, max_views=max_views)
+        inner = self.model.config.vision_config
+        if not getattr(inner, "image_size", None):
+            raise ValueError(f"the encoder {path} reads pictures of any size; choose one of a fixed size, such as "
+                             f"google/siglip2-base-patch16-256")  # fmt: skip
+        self.tokens, self.side = tokens, int(inner.image_size) // int(inner.patch_size)
+        self.visual = nn.Sequential(nn.LayerNorm(inner.hidden_size), nn.Linear(inner.hidden_size, width))
+        text = self.model.config.text_config.hidden_size
+        self.language = nn.Sequential(nn.LayerNorm(text), nn.Linear(text, width))
+        self.place = nn.Parameter(0.02 * torch.randn(max_views, tokens * tokens, width))
+        self._known: dict[tuple, Tensor] = {}
+
+    def features(self, pictures: UInt8[Tensor, "b v h w 3"], words: Int64[Tensor, "b l"]) -> Float[Tensor, "b n d"]:
+        """Patch tokens, averaged to `tokens` a side, view after view."""
+        x = self.model.vision_model(pixel_values=self.pixels(pictures)).last_hidden_state
+        x = F.adaptive_avg_pool2d(x.mT.unflatten(2, (self.side, self.side)), self.tokens).flatten(2).mT
+        return x.unflatten(0, pictures.shape[:2]).flatten(1, 2)
+
+    def _text(self, words: Int64[Tensor, "b l"]) -> Float[Tensor, "b d"]:
+        each, row = words.unique(dim=0, return_inverse=True)
+        if self.tune:
+            return self.model.text_model(input_ids=self.ids(each)).pooler_output[row]
+        names = [tuple(line) for line in each.tolist()]
+        if fresh := [k for k, name in enumerate(names) if name not in self._known]:
+            with torch.no_grad():
+                found = self.model.text_model(input_ids=self.ids(each[fresh])).pooler_output
+            self._known |= {names[k]: value.cpu() for k, value in zip(fresh, found, strict=True)}
+        return torch.stack([self._known[name] for name in names]).to(words.device)[row]
+
+    def project(
+        self, features: Float[Tensor, "b n d"], words: Int64[Tensor, "b l"]
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b 1 c"]]:
+        """Visual tokens with their places, and one language token."""
+        visual = self.visual(features.to(self.place.dtype))
+        place = self.place[: visual.shape[1] // self.tokens**2].flatten(0, 1)
+        return visual + place, self.language(self._text(words))[:, None]

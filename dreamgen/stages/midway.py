@@ -1,0 +1,72 @@
+"""Closed-loop evaluation of a policy while it is trained, in a process of its own: training does not wait.
+
+A snapshot with the averaged weights is evaluated on the same first states every time. What has been measured lies in
+`midway/<step>.json`; a run that is continued measures only what is missing.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dreamgen.core.manifest import read_json, write_json
+from dreamgen.core.protocols import Sim
+from dreamgen.core.seeding import seed_for
+from dreamgen.sims.rollout import rollout, success_interval
+
+
+def _prepare() -> None:
+    """A process that gives way to training and ends with it."""
+    os.nice(10)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9)
+
+
+def measure(kind: type, path: Path, sim: Callable[[], Sim], episodes: int, steps: int, execute: int, seed: int,
+            target: Path) -> None:  # fmt: skip
+    """Write the success of the policy saved at `path` to `target`, and remove the snapshot."""
+    world = sim()
+    texts = list(world.instructions)
+    world.close()
+    plan = [(texts[i % len(texts)], seed_for(seed, "midway", i)) for i in range(episodes)]
+    policy = kind.load(path)
+    done = list(rollout(sim, policy, plan, steps=steps, execute=min(execute, policy.horizon)))
+    write_json(target, success_interval(sum(e.success for e in done), len(done)))
+    shutil.rmtree(path, ignore_errors=True)
+
+
+class Midway:
+    """episodes, steps, execute: as in the stage `evaluate`. sim must be picklable."""
+
+    def __init__(
+        self, out: Path, sim: Callable[[], Sim], *, episodes: int, steps: int, execute: int, seed: int
+    ) -> None:
+        self.folder, self.sim, self.options = Path(out) / "midway", sim, (episodes, steps, execute, seed)
+        self.pool: ProcessPoolExecutor | None = None
+        self.begun: list[Future] = []
+
+    def begin(self, model: nn.Module, step: int) -> None:
+        """Evaluate the model as it is now; returns at once."""
+        target = self.folder / f"{step:08d}.json"
+        if target.is_file():
+            return
+        snapshot = self.folder / f"{step:08d}"
+        model.save(snapshot)
+        context = multiprocessing.get_context("spawn")
+        self.pool = self.pool or ProcessPoolExecutor(1, mp_context=context, initializer=_prepare)
+        self.begun.append(self.pool.submit(measure, type(model), snapshot, self.sim, *self.options, target))
+
+    def gather(self) -> list[dict[str, Any]]:
+        """Wait for what is under way; all that was measured, by step."""
+        for future in self.begun:
+            future.result()
+        if self.pool:
+            self.pool.shutdown()
+        return [{"step": int(path.stem), **read_json(path)} for path in sorted(self.folder.glob("*.json"))]

@@ -1,0 +1,118 @@
+"""The contract between data and use: every field that differs is named, on load, in evaluation and in serving."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreamgen.core.embodiment import Embodiment, Part, View
+
+FRONT = View(name="front", key="observation.images.front", height=16, width=24, orientation="upright")
+WRIST = View(name="wrist", key="observation.images.wrist", height=16, width=24)
+STATE = (Part(name="hand", start=0, stop=3, unit="m"), Part(name="opening", start=3, stop=4))
+MOVE = Part(name="move", start=0, stop=3, kind="delta", unit="1", scale=0.04, moves="hand", limits=(-1, 1))
+GRIP = Part(name="grip", start=3, stop=4, kind="binary", moves="opening", limits=(-1, 1), sets=(1, 0), travel=0.25)
+ROBOT = Embodiment(name="arm", robot_hz="20", views=(FRONT, WRIST), state=STATE, action=(MOVE, GRIP))
+
+
+def other(**changes) -> Embodiment:
+    return replace(ROBOT, **changes)
+
+
+def view(**changes) -> Embodiment:
+    both = [replace(v, **changes) if v.name == "front" or "height" in changes or "width" in changes else v
+            for v in ROBOT.views]  # fmt: skip
+    return replace(ROBOT, views=both, grid=())
+
+
+def state(**changes) -> Embodiment:
+    return replace(ROBOT, state=(replace(STATE[0], **changes), STATE[1]))
+
+
+def action(**changes) -> Embodiment:
+    return replace(ROBOT, action=(replace(MOVE, **changes), GRIP))
+
+
+def grip(**changes) -> Embodiment:
+    return replace(ROBOT, action=(MOVE, replace(GRIP, **changes)))
+
+
+MISMATCHES = {
+    "name": (other(name="leg"), "name: here leg, saved arm"),
+    "rate": (other(robot_hz="50/3"), "robot_hz: here 50/3, saved 20"),
+    "a view less": (other(views=(FRONT,), grid=()), "views 'wrist': here None, saved"),
+    "another view": (other(views=(FRONT, replace(WRIST, name="side")), grid=()), "views 'side': here {"),
+    "camera key": (view(key="observation.images.top"), "views 'front': key here 'observation.images.top', saved"),
+    "orientation": (view(orientation="flipped"), "views 'front': orientation here 'flipped', saved 'upright'"),
+    "height": (view(height=32), "views 'front': height here 32, saved 16"),
+    "width": (view(width=32), "views 'wrist': width here 32, saved 24"),
+    "tiling": (other(grid=(("front",), ("wrist",))), "grid: here \\[\\['front'\\], \\['wrist'\\]\\], saved"),
+    "state key": (other(state_key="state"), "state_key: here state, saved observation.state"),
+    "action key": (other(action_key="act"), "action_key: here act, saved action"),
+    "state unit": (state(unit="mm"), "state 'hand': unit here 'mm', saved 'm'"),
+    "state frame": (state(frame="world"), "state 'hand': frame here 'world', saved 'base'"),
+    "order of parts": (other(state=(replace(STATE[1], start=0, stop=1), replace(STATE[0], start=1, stop=4))),
+                       "state: order here \\['opening', 'hand'\\], saved"),
+    "delta or absolute": (action(kind="absolute"), "action 'move': kind here 'absolute', saved 'delta'"),
+    "action unit": (action(unit="m"), "action 'move': unit here 'm', saved '1'"),
+    "action scale": (action(scale=0.05), "action 'move': scale here 0.05, saved 0.04"),
+    "what it moves": (action(moves=None), "action 'move': moves here None, saved 'hand'"),
+    "limits": (action(limits=(-2, 2)), "action 'move': limits here \\[-2.0, 2.0\\], saved \\[-1.0, 1.0\\]"),
+    "gripper sign": (grip(sets=(0, 1)), "action 'grip': sets here \\[0.0, 1.0\\], saved \\[1.0, 0.0\\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_every_difference_is_named(name: str) -> None:
+    made, message = MISMATCHES[name]
+    saved = json.loads(json.dumps(ROBOT.contract()))
+    with pytest.raises(ValueError, match=message) as raised:
+        made.require(saved, "the dataset there")
+    assert "the dataset there was made for another robot" in str(raised.value)
+    assert made.mismatches(json.loads(json.dumps(made.contract()))) == []
+
+
+def test_what_an_older_contract_does_not_tell_is_no_difference() -> None:
+    saved = json.loads(json.dumps(ROBOT.contract()))
+    saved["views"][0].pop("orientation")
+    saved["action"][1].pop("sets")
+    assert ROBOT.mismatches(saved) == [] and ROBOT.mismatches(ROBOT.contract()) == []
+    assert "orientation" not in ROBOT.contract()["views"][1]  # nobody said
+    assert Embodiment.from_contract(json.loads(json.dumps(ROBOT.contract()))) == ROBOT
+
+
+def test_the_unknown_is_refused() -> None:
+    with pytest.raises(ValueError, match="orientation 'sideways'; expected one of upright, rotated"):
+        replace(FRONT, orientation="sideways")
+
+
+class Still:
+    """A policy of this robot that does nothing."""
+
+    robot, horizon = ROBOT, 2
+
+    def act(self, observations, seeds) -> np.ndarray:
+        return np.zeros((len(observations), 2, 4), np.float32)
+
+
+def test_it_is_checked_in_evaluation_and_in_serving(tmp_path: Path) -> None:
+    from dreamgen.sims.rollout import rollout
+
+    made, message = MISMATCHES["gripper sign"]
+
+    class World:
+        robot = made
+
+        def close(self) -> None:
+            pass
+
+    with pytest.raises(ValueError, match=message):
+        list(rollout(World, Still(), [("go", 1)], steps=2, execute=2))
+    pytest.importorskip("websockets")
+    from dreamgen.serve.clients import OpenpiPolicy
+    from dreamgen.serve.openpi import OpenpiServer
+
+    with OpenpiServer(Still(), port=0) as server, pytest.raises(ValueError, match=message):
+        OpenpiPolicy(server.address, robot=made)

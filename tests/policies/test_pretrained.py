@@ -1,0 +1,135 @@
+"""Encoders of transformers as tiny random twins: what they read, what is trained and kept, what a checkpoint holds."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, PreTrainedTokenizerFast, SiglipConfig, SmolVLMConfig
+
+from dreamgen.policies.chunks import Chunks, collate
+from dreamgen.policies.features import Features, cacheable
+from dreamgen.policies.policy import FlowPolicy
+from dreamgen.policies.siglip import SiglipEncoder
+from dreamgen.policies.vlm import SmolVlmEncoder
+from tests.policies.test_chunks import recorded
+from tests.policies.toy import STEPS, B, batch, loss, observations, robot
+
+WORDS = ["<pad>", "<unk>", "do", "push", "block", "lift", "open", "the", "red", "0", "1", "2", "3", "4"]
+
+
+def twin(folder, config) -> str:
+    """A folder as a hub would give it: config, random weights, tokenizer."""
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, str]:
+    vision = dict(hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, patch_size=8)
+    text = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(WORDS))
+    siglip = SiglipConfig(vision_config={**vision, "image_size": 24},
+                          text_config={**text, "max_position_embeddings": 6, "projection_size": 16})  # fmt: skip
+    smol = SmolVLMConfig(vision_config={**vision, "image_size": 32}, scale_factor=2, image_token_id=1,
+                         text_config={**text, "model_type": "llama", "num_hidden_layers": 3,
+                                      "num_key_value_heads": 1, "pad_token_id": 0})  # fmt: skip
+    root = tmp_path_factory.mktemp("hub")
+    return {"siglip": twin(root / "siglip", siglip), "vlm": twin(root / "vlm", smol)}
+
+
+def encoder(folders: dict[str, str], name: str, **changes):
+    torch.manual_seed(1)
+    if name == "siglip":
+        return SiglipEncoder(path=folders[name], width=20, tokens=2, length=6, max_views=2, **changes)
+    return SmolVlmEncoder(path=folders[name], width=20, layers=2, length=6, **changes)
+
+
+def made(folders: dict[str, str], name: str, tune: bool = False, **changes) -> FlowPolicy:
+    torch.manual_seed(2)
+    options = dict(horizon=STEPS, layers=2, heads=2, head_width=8, draws=1, state_dropout=0.0) | changes
+    return FlowPolicy(robot=robot(), encoder=encoder(folders, name, tune=tune), **options)
+
+
+@pytest.mark.parametrize("name", ["siglip", "vlm"])
+def test_rows_depend_on_their_own_pictures_and_words(folders, name):
+    it = encoder(folders, name).eval()
+    words = it.words(["push the red block", "push", "push the red block"])
+    assert words.shape == (3, 6) and (words[1, 1:] == 0).all() and words[1, 0] == 1 + WORDS.index("push")
+    pictures = torch.randint(0, 256, (3, 2, 24, 16, 3), dtype=torch.uint8)
+    pictures[2] = pictures[0]
+    visual, language = it(pictures, words)
+    n = 2 * 2 * 2 if name == "siglip" else 2 * (32 // 8 // 2) ** 2
+    assert visual.shape == (3, n, 20) and language.shape == (3, 1 if name == "siglip" else 6, 20)
+    torch.testing.assert_close(visual[0], visual[2]), torch.testing.assert_close(language[0], language[2])
+    alone, spoken = it(pictures[1:2], words[1:2])
+    torch.testing.assert_close(alone[0], visual[1], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(spoken[0], language[1], atol=1e-4, rtol=1e-4)
+    other, _ = it(pictures[:1], words[1:2])
+    assert torch.allclose(other[0], visual[0], atol=1e-5) == (name == "siglip")  # a VLM reads pictures with the words
+
+
+def test_weights_and_layers_are_those_of_the_hub(folders):
+    it, there = encoder(folders, "siglip"), AutoModel.from_pretrained(folders["siglip"])
+    assert all(torch.equal(a, b) for a, b in zip(it.model.parameters(), there.parameters(), strict=True))
+    there = AutoModel.from_pretrained(folders["vlm"])
+    mine = encoder(folders, "vlm").model
+    assert len(mine.text_model.layers) == 2 and len(there.text_model.layers) == 3
+    pairs = zip(mine.text_model.layers.parameters(), there.text_model.layers[:2].parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    with pytest.raises(ValueError, match="is a 'smolvlm'; SiglipEncoder reads siglip"):
+        SiglipEncoder(path=folders["vlm"], width=20)
+    with pytest.raises(ValueError, match="could not be opened"):
+        SmolVlmEncoder(path=folders["vlm"] + "none", width=20)
+
+
+@pytest.mark.parametrize("name", ["siglip", "vlm"])
+@pytest.mark.parametrize("tune", [False, True])
+def test_frozen_or_tuned(folders, name, tune):
+    model = made(folders, name, tune).train()
+    assert model.encoder.model.training == tune
+    data = batch()
+    data["words"] = model.encoder.words(["push"] * B)
+    loss(model, data).backward()
+    grads = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in model.encoder.model.parameters()]
+    assert any(grads) == tune
+    assert all(p.requires_grad == tune for p in model.encoder.model.parameters())
+    head = [p for n, p in model.encoder.named_parameters() if not n.startswith("model.")]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head if p.ndim > 1)
+
+
+@pytest.mark.parametrize("name", ["siglip", "vlm"])
+def test_a_checkpoint_needs_no_hub(folders, name, tmp_path):
+    model = made(folders, name).eval()
+    model.save(tmp_path / "p")
+    again = FlowPolicy.load(tmp_path / "p")
+    assert again.encoder.config["path"] == str(tmp_path / "p" / "encoder")
+    np.testing.assert_allclose(again.act(observations(2), [1, 2]), model.act(observations(2), [1, 2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["siglip", "vlm"])
+def test_features_are_computed_once(folders, name, tmp_path):
+    model = made(folders, name, align_weight=0.2, align_layer=1, future_tokens=2, target="qformer").eval()
+    chunks = Chunks(recorded(), horizon=STEPS, future_steps=STEPS)
+    places = [(0, 1), (2, 3), (1, 6)]
+    plain = collate([chunks.batch(places)], model.encoder.words)
+    calls = []
+    forward = type(model.encoder).features
+    model.encoder.features = lambda *a: calls.append(1) or forward(model.encoder, *a)
+    assert cacheable(model)
+    chunks.features = Features(chunks, model.encoder, tmp_path, batch_size=7)
+    asked = len(calls)
+    cached = collate([chunks.batch(places)], model.encoder.words)
+    assert cached["pictures"].dtype == torch.float32 and cached["pictures"].ndim == 3 and asked == 5
+    torch.testing.assert_close(loss(model, cached), loss(model, plain), atol=2e-2, rtol=2e-2)  # half precision
+    Features(chunks, model.encoder, tmp_path, batch_size=7)
+    assert len(calls) == asked + 1  # the plain loss's own look
+    model.shift = 2
+    assert not cacheable(model)
+    tuned = made(folders, name, tune=True)
+    assert not cacheable(tuned)
+    assert dataclasses.is_dataclass(model.robot)

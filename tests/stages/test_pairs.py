@@ -1,0 +1,62 @@
+"""Paired comparison of evaluations, the table of cells, evaluation beside training."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+from dreamgen.core.manifest import is_complete, write_json
+from dreamgen.sims.rollout import Z, success_interval
+from dreamgen.stages.pairs import paired
+from dreamgen.stages.policy_table import policy_table
+
+
+def episodes(wins: str, text: str = "go") -> list[dict]:
+    return [{"instruction": text, "seed": k, "success": won == "1", "steps": 3} for k, won in enumerate(wins)]
+
+
+def test_mcnemar_by_hand():
+    mine, theirs = "1111111100110", "0000000011110"
+    made = paired(episodes(mine), episodes(theirs))
+    won, lost, n = 8, 2, 13
+    assert (made["n"], made["won"], made["lost"]) == (n, won, lost) and made["difference"] == pytest.approx(6 / 13)
+    tail = 2 * binom.cdf(min(won, lost), won + lost, 0.5)
+    assert made["p"] == pytest.approx(tail)
+    p1, p2 = 9 / 15, 3 / 15
+    half = Z * np.sqrt((p1 + p2 - (p1 - p2) ** 2) / 15)
+    assert made["low"] == pytest.approx(p1 - p2 - half) and made["high"] == pytest.approx(p1 - p2 + half)
+    assert paired(episodes(mine), episodes(mine))["p"] == 1
+    other = paired(episodes(theirs), episodes(mine))
+    assert other["difference"] == -made["difference"] and other["low"] == pytest.approx(-made["high"])
+
+
+def test_only_shared_episodes_count():
+    assert paired(episodes("101"), episodes("0010"))["n"] == 3
+    with pytest.raises(ValueError, match="none of these episodes"):
+        paired(episodes("101"), episodes("101", "stay"))
+
+
+def cell(folder: Path, name: str, wins: str) -> None:
+    rows = episodes(wins)
+    write_json(folder / name / "episodes.json", rows)
+    write_json(folder / name / "manifest.json",
+               {"id": name, "results": {"success": success_interval(wins.count("1"), len(wins))}})  # fmt: skip
+
+
+def test_the_table_of_cells(tmp_path: Path):
+    cell(tmp_path, "success_a", "1100"), cell(tmp_path, "success_b", "1111")
+    cells = {"demos": "success_a", "demos + dreams": "success_b", "flare": "success_c"}
+    options = dict(folder=tmp_path, against={"demos + dreams": "demos", "flare": "demos"}, record={})
+    made = policy_table(cells, out=tmp_path / "t", **options)["results"]
+    assert made["missing"] == ["flare"] and is_complete(tmp_path / "t")
+    lines = made["table"].splitlines()
+    assert lines[1].split()[:2] == ["demos", "50.0%"] and "+50.0 [" in lines[2] and lines[2].endswith("to demos")
+    assert made["cells"]["demos + dreams"]["against"]["won"] == 2
+    assert (tmp_path / "t/table.txt").read_text().strip() == made["table"].strip()
+    with pytest.raises(ValueError, match="compares 'x' with 'demos'"):
+        policy_table(cells, out=tmp_path / "u", folder=tmp_path, against={"x": "demos"}, record={})
+    with pytest.raises(ValueError, match="none of the evaluations"):
+        policy_table(cells, out=tmp_path / "u", folder=tmp_path / "none", record={})
+    assert json.loads((tmp_path / "t/manifest.json").read_text())["stage"] == "policy_table"
