@@ -67,7 +67,7 @@ def _load(pipe: Any, module: nn.Module, path: str, name: str, options: dict[str,
             state = expand(transformer=module, state_dict=state) if expand else state
             options = {"metadata": options}
         else:
-            options = {"prefix": None, **options}
+            options = {"prefix": None, "use_safetensors": True, **options}
         module.load_lora_adapter(state, adapter_name=name, _pipeline=pipe, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).splitlines()[0][:200]

@@ -8,6 +8,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXImageToVideoPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.worlds.concat import ConcatWorld
 from dreamgen.worlds.flow import Diffusion
 from dreamgen.worlds.layout import Layout
@@ -21,10 +22,11 @@ class CogVideoXLayout(Layout):
     def patch(self) -> int:
         return self.pipe.transformer.config.patch_size
 
-    def require(self, canvas: tuple[int, int], frames: int) -> None:
-        config, side = self.pipe.transformer.config, self.scale[1]
+    def require(self, robot: Embodiment, frames: int, path: str) -> None:
+        super().require(robot, frames, path)
+        config, side, canvas = self.pipe.transformer.config, self.scale[1], robot.canvas
         if config.patch_size_t is not None:
-            raise ValueError("this is a CogVideoX1.5, which groups frames; expected CogVideoX-5B-I2V")
+            raise ValueError(f"{path} is a CogVideoX1.5, which groups frames; expected CogVideoX-5B-I2V")
         size = (config.sample_height * side, config.sample_width * side)
         if config.use_learned_positional_embeddings and (canvas, frames) != (size, config.sample_frames):
             raise ValueError(f"the canvas is {canvas[0]}x{canvas[1]} with {frames} frames; this transformer has learned"
@@ -54,7 +56,7 @@ class CogVideoXLayout(Layout):
         """Latents of the first picture, not normalised; the frames behind it are zero."""
         return self.encode(first)
 
-    def mask(self, shape: Sequence[int]) -> None:
+    def mask(self, shape: Sequence[int], device: torch.device | None) -> None:
         """It has none."""
 
     def given(self, frames: int) -> int:

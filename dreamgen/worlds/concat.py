@@ -55,7 +55,7 @@ class ConcatWorld(VideoWorld):
 
     def _check(self) -> None:
         config, channels = self.pipe.transformer.config, self.layout.channels
-        mask = self.layout.mask(self.latent_shape)
+        mask = self.layout.mask(self.latent_shape, None)
         wanted = 2 * channels + (0 if mask is None else mask.shape[1])
         if config.in_channels != wanted or getattr(self.pipe.config, "expand_timesteps", False):
             raise ValueError(f"{self.path} is a {type(self.pipe).__name__} whose transformer takes {config.in_channels}"
@@ -81,6 +81,9 @@ class ConcatWorld(VideoWorld):
             sigma = torch.where(wrong, super().draw(count, shape, device), sigma)
         return sigma
 
+    def cache_key(self) -> dict:
+        return {**super().cache_key(), "condition": [type(self).__name__, self.layout.image_shape]}
+
     @torch.no_grad()
     def encode(self, frames: UInt8[Tensor, "b t h w 3"]) -> Float[Tensor, "b ck lt lh lw"]:
         """Normalised latents, and behind them in further channels the condition that clips (t > 1) train on."""
@@ -96,7 +99,7 @@ class ConcatWorld(VideoWorld):
         with autocast(self.precision, self.device):
             z = (self.layout.condition(first, frames).float() - self.mean) / self.std
             tokens = self.layout.image_tokens(images)
-        parts = [z] if tokens is None else [z, tokens.float()]
+        parts = [z] if tokens is None else [z, tokens.to(z)]
         return pack(parts, z.new_empty(1, 1, (frames - 1) // self.layout.scale[0] + 1, *z.shape[3:]))
 
     def predict(self, x: Tensor, given: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
@@ -108,8 +111,8 @@ class ConcatWorld(VideoWorld):
         shapes = [(x.shape[1], self.layout.given(x.shape[2]), *x.shape[3:]), *([tokens] if tokens else [])]
         z, *image = unpack(given, shapes)
         z = nn.functional.pad(z, (0, 0, 0, 0, 0, x.shape[2] - z.shape[2]))
-        mask = self.layout.mask(x.shape[1:])
-        parts = [x, z] if mask is None else [x, mask.to(x).expand(len(x), -1, -1, -1, -1), z]
+        mask = self.layout.mask(x.shape[1:], x.device)
+        parts = [x, z] if mask is None else [x, mask.expand(len(x), -1, -1, -1, -1), z]
         rows = [torch.cat(parts, 1), timestep, text, *image]
         if not self.boundary:
             return self.layout.forward(self.transformer, *rows)

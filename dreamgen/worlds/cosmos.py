@@ -60,8 +60,10 @@ class CosmosLayout(Layout):
     def published(self) -> Iterator[None]:
         config = self.pipe.transformer.register_to_config
         config(concat_padding_mask=self.padded)
-        yield
-        config(concat_padding_mask=False)
+        try:
+            yield
+        finally:
+            config(concat_padding_mask=False)
 
     def forward(self, transformer: nn.Module, x: Float[Tensor, "b c t h w"], times: Tensor, text: Tensor,
                 image: Tensor | None = None) -> Float[Tensor, "b k t h w"]:  # fmt: skip

@@ -72,7 +72,7 @@ class Diffusion:
         return (sigma * (len(self.alphas) - 1)).round()
 
     def _roots(self, sigma: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
-        alpha = spread(self.alphas.to(sigma.device)[self.time(sigma).long()], like)
+        alpha = spread(self.alphas.to(sigma.device)[self.time(sigma).long()], like).to(like.dtype)
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def noised(self, x: Tensor, noise: Tensor, sigma: Float[Tensor, " b"]) -> Tensor:

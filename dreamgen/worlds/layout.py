@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.worlds.flow import Diffusion, Flow
 
 TINY = "tiny"  # the base that ships with the package
@@ -91,8 +92,16 @@ class Layout:
         """Frames in a latent frame, pixels along the side of a latent cell."""
         return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
 
-    def require(self, canvas: tuple[int, int], frames: int) -> None:
-        """Raise ValueError for sizes that the transformer cannot take."""
+    def require(self, robot: Embodiment, frames: int, path: str) -> None:
+        """Raise ValueError for a canvas or a number of frames that the VAE and the tokens cannot take."""
+        (h, w), side, time = robot.canvas, self.pixels, self.scale[0]
+        if h % side or w % side:
+            raise ValueError(f"the canvas of embodiment '{robot.name}' is {h}x{w}; {path} takes multiples of {side}. "
+                             "Change the size of its views.")  # fmt: skip
+        if (frames - 1) % time:
+            near = (frames - 1) // time * time + 1
+            raise ValueError(f"frames is {frames}; {path} takes 1 + a multiple of {time}, for instance {near} or "
+                             f"{near + time}")  # fmt: skip
 
     @property
     def channels(self) -> int:

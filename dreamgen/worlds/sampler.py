@@ -56,11 +56,6 @@ class Sampler:
             self.cache.current_timestep_callback = lambda: int(self.now)
         module.enable_cache(self.cache)
 
-    def require_plain(self) -> None:
-        """Raise ValueError if a step cache is on: it is no part of training."""
-        if self.cache is not None:
-            raise ValueError("step_cache is for dreaming; leave it out of the world model that is trained")
-
     def _context(self, name: str) -> contextlib.AbstractContextManager:
         """All transformers' caches told which of the predictions comes next."""
         stack = contextlib.ExitStack()
@@ -135,12 +130,16 @@ def capacity(layout: Layout) -> int:
 
 @contextlib.contextmanager
 def fitting(world: "VideoWorld", rows: int) -> Iterator[None]:
-    """Turn an allocation that fails into a ValueError that says what would fit."""
+    """Turn an allocation that fails into a ValueError that says what would fit; no rows: only the weights."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        said = str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in said and "not enough" not in said:
             raise
+        if rows == 0:
+            less = "weights=bf16, or " if world.weights == "fp32" else ""
+            raise ValueError(f"out of memory with the weights of {world.path}. Try {less}a larger device.") from error
         _, t, h, w = world.latent_shape
         one = row_bytes(world.layout, (h, w), t, world.text_length)
         room, guided = capacity(world.layout), world.guidance > 1

@@ -53,9 +53,9 @@ class WanLayout(Layout):
         rest = first.new_zeros(*first.shape[:2], frames - 1, *first.shape[3:])
         return self.encode(torch.cat([first, rest], 2))
 
-    def mask(self, shape: Sequence[int]) -> Float[Tensor, "1 m lt lh lw"]:
+    def mask(self, shape: Sequence[int], device: torch.device | None) -> Float[Tensor, "1 m lt lh lw"]:
         """Channels that say which frames of each latent frame (c t h w) are given: the first picture alone."""
-        mask = torch.zeros(1, self.scale[0], *shape[1:])
+        mask = torch.zeros(1, self.scale[0], *shape[1:], device=device)
         mask[:, :, 0] = 1
         return mask
 

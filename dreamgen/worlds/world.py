@@ -101,16 +101,8 @@ class VideoWorld(nn.Module):
         self.requires_grad_(False).eval()
 
     def _check(self) -> None:
-        """Sizes that the VAE and the tokens can take."""
-        (h, w), side, (time, _) = self.robot.canvas, self.layout.pixels, self.layout.scale
-        if h % side or w % side:
-            raise ValueError(f"the canvas of embodiment '{self.robot.name}' is {h}x{w}; {self.path} takes multiples of "
-                             f"{side}. Change the size of its views.")  # fmt: skip
-        if (self.clock.frames - 1) % time:
-            near = (self.clock.frames - 1) // time * time + 1
-            raise ValueError(f"frames is {self.clock.frames}; {self.path} takes 1 + a multiple of {time}, for instance "
-                             f"{near} or {near + time}")  # fmt: skip
-        self.layout.require((h, w), self.clock.frames)
+        """Raise ValueError for a pipeline of another family and for sizes that it cannot take."""
+        self.layout.require(self.robot, self.clock.frames, self.path)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -269,15 +261,19 @@ class VideoWorld(nn.Module):
         """The transformers that a training changes, by their names in the pipeline."""
         return self.layout.experts
 
+    def _require_plain(self) -> None:
+        if self.adapters or self.sampler.cache is not None:
+            raise ValueError("adapters and step_cache are for dreaming; leave them out where a world model is trained")
+
     def train_full(self) -> None:
-        """Make all weights of the transformers trainable."""
-        self.sampler.require_plain()
+        """Make all weights of the transformers trainable, in fp32. Raises ValueError for a step cache or adapters."""
+        self._require_plain()
         for module in self.trained().values():
-            module.requires_grad_(True)
+            module.float().requires_grad_(True)
 
     def train_lora(self, *, rank: int | None = None, alpha: int | None = None) -> None:
-        """Put a LoRA on the attention and feed-forward layers; only it is trained, in fp32."""
-        self.sampler.require_plain()
+        """Put a LoRA on the attention and feed-forward layers; only it is trained, in fp32. Raises as `train_full`."""
+        self._require_plain()
         targets = self.lora.get("targets") or self.layout.targets
         for module in self.trained().values():
             add_lora(module, rank=rank or self.lora["rank"], alpha=alpha or self.lora["alpha"], targets=targets)

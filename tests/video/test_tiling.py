@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dreamgen.core.embodiment import Embodiment, Part, View
-from dreamgen.video.tiling import resize, tile, untile
+from dreamgen.video.tiling import describe, resize, tile, untile
 
 H, W = 6, 10
 
@@ -25,6 +25,14 @@ def test_tile_and_untile_are_inverse(grid):
         for j, name in enumerate(row):
             cell = canvas[..., i * H : (i + 1) * H, j * W : (j + 1) * W, :]
             assert np.array_equal(cell, views[name]) if name else not cell.any()
+
+
+def test_a_canvas_in_words():
+    assert describe(robot(("a",))) == ""
+    assert describe(robot(("a", "b", "c"), (("a", "b"), ("c", None)))) == (
+        "The video shows 3 views of one robot: top left is the view 'a', top right is the view 'b', bottom left is the "
+        "view 'c', bottom right is black.")  # fmt: skip
+    assert "left is the view 'a', centre is the view 'b', right is" in describe(robot(("a", "b", "c")))
 
 
 def test_errors():
