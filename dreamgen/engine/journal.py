@@ -78,7 +78,7 @@ class Journal:
         row = {"step": step, "seconds": round(time.time() - self.begun, 2), **means,
                "data_wait": round(self.waited / max(self.busy, 1e-9), 4)}  # fmt: skip
         if self.flops:
-            speed = self.flops * self.count / self.busy / self.team.count
+            speed = float(self.flops) * self.count / self.busy / self.team.count
             row["tflops"] = round(speed / 1e12, 4)
             row |= {"of_peak": round(speed / self.peak, 4)} if self.peak else {}
         row |= {f"val_{k}": v for k, v in figures.items()}

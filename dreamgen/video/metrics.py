@@ -21,10 +21,12 @@ def psnr(a: UInt8[np.ndarray, "t h w 3"], b: UInt8[np.ndarray, "t h w 3"]) -> fl
 
 def ssim_by_frame(a: UInt8[np.ndarray, "t h w 3"], b: UInt8[np.ndarray, "t h w 3"]) -> np.ndarray:
     """Structural similarity (11-pixel Gaussian window) of each frame (t,); 1 where equal."""
+    import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     _require_alike(a, b)
-    found = structural_similarity_index_measure(_tensor(a), _tensor(b), data_range=1.0, reduction="none")
+    with torch.autocast("cpu", enabled=False):  # a variance is a difference of squares: bfloat16 makes it negative
+        found = structural_similarity_index_measure(_tensor(a), _tensor(b), data_range=1.0, reduction="none")
     return np.asarray(found, dtype=np.float64).reshape(len(a))
 
 
@@ -56,7 +58,7 @@ def lpips_by_frame(a: UInt8[np.ndarray, "t h w 3"], b: UInt8[np.ndarray, "t h w 
     net, reason = lpips_or_reason()
     if net is None:
         raise ValueError(reason)
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
         return net(_tensor(a) * 2 - 1, _tensor(b) * 2 - 1).flatten().double().numpy()
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import torch
 
 from dreamgen.video.metrics import psnr, ssim
 from dreamgen.video.mp4 import count_frames, encode, enlarge, read_mp4, write_mp4
@@ -130,5 +131,10 @@ def test_metrics():
     assert psnr(a, a + np.uint8(5)) == pytest.approx(20 * np.log10(255 / 5))
     noisy = np.clip(a.astype(int) + rng.integers(-60, 61, a.shape), 0, 255).astype(np.uint8)
     assert ssim(a, noisy) < 0.95
+    flat = np.full((2, 20, 24, 3), 220, np.uint8)
+    flat[:, 8:12, 9:14] = 30
+    with torch.autocast("cpu", torch.bfloat16):  # as in a validation while training
+        assert ssim(flat, flat) == pytest.approx(1, abs=1e-5)
+        assert 0.5 < ssim(flat, np.roll(flat, 1, 1)) < 1
     with pytest.raises(ValueError, match="one size"):
         psnr(a, a[:, :, :-1])
