@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -228,12 +228,17 @@ def possible(world: Sim) -> list[str]:
     return [kind for kind in PERTURBED if kind not in lacking]
 
 
+def _expert(world: Any, *of: str) -> Iterator[np.ndarray]:
+    """The expert of the episode's instruction, or `of` another where the simulator can."""
+    return world.expert(*of)
+
+
 def perturbed(world: Sim, instruction: str, kind: str, seed: int, rows: int) -> Callable:
     """The expert of the episode that was reset last, disturbed in one of the ways of PERTURBED, or "none"."""
     rng, robot = rng_for(seed, "perturbed", kind), world.robot
     others = [text for text in world.instructions if text != instruction]
     of = (str(rng.choice(others)),) if kind == "wrong instruction" else ()
-    actions = world.expert(*of)
+    actions = _expert(world, *of)
     if kind in ("small noise", "large noise"):
         size = rng.uniform(0.05, 0.2) if kind == "small noise" else rng.uniform(0.4, 1.0)
         noise = noisy(robot, np.zeros((rows, robot.action_dim), np.float32), size, rng, smooth=0.6)

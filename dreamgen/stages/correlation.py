@@ -33,9 +33,10 @@ def correlation(
     world_model: ActionWorldModel,
     judge: Judge,
     sim: Callable[[], Sim] | None,
-    policies: Mapping[str, Policy],
+    policies: Mapping[str, Policy] | None,
     *,
     out: Path,
+    degraded: Mapping[str, Callable[..., Policy]] | None = None,
     episodes: int = 40,
     instructions: Sequence[str] | None = None,
     steps: int = 48,
@@ -54,8 +55,9 @@ def correlation(
 ) -> dict:
     """Run every policy for `episodes` episodes (as many for each instruction) in the simulator and in the dream.
 
-    world_model: learned, or the oracle (then what is left is the judge's error on real video). seen: names of policies
-    that gave data to the world model; the headline is of the others. demos: policy to number of demonstrations.
+    world_model: learned, or the oracle (then what is left is the judge's error on real video). degraded: name to a maker
+    of a worse policy from `policy=`; each is made of every policy, as `<policy>_<name>`. seen: names of policies that
+    gave data to the world model; the headline is of the others. demos: policy to number of demonstrations.
     validation: recordings for the open-loop error. blind: which blind evaluators to run.
 
     Writes `policies/<name>.json` ({real, dream, probability, agreement, ... per episode}), films real | dreamt, and
@@ -65,7 +67,12 @@ def correlation(
     Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, a judge that abstains on
     every episode of a policy, and whatever the parts say of robots, rates and limits.
     """
-    check(sim, policies, seen, demos or {}, blind)
+    plain, policies = dict(policies or {}), dict(policies or {})
+    for how, make in (degraded or {}).items():
+        policies |= {f"{name}_{how}": make(policy=policy) for name, policy in plain.items()}
+    known_demos = {name: demos[base] for base in (demos or {}) for name in policies
+                   if name == base or any(name == f"{base}_{how}" for how in degraded or {})}  # fmt: skip
+    check(sim, policies, seen, {**(demos or {}), **known_demos}, blind)
     parents = {name: path for name, p in policies.items() if (path := getattr(p, "path", None)) is not None}
     if validation is not None:
         parents["validation"] = validation.root
@@ -85,8 +92,8 @@ def correlation(
                                  validation=validation, workers=workers, films=films, seed=seed)  # fmt: skip
                 write_json(path, row)
             rows[name] = read_json(path)
-            if demos and name in demos:
-                rows[name]["demos"] = float(demos[name])
+            if name in known_demos:
+                rows[name]["demos"] = float(known_demos[name])
         results = summary(rows, judge, seen, env.threshold)
         write_json(run.out / "results" / "correlation.json", results)
         return run.finish(correlation=results)

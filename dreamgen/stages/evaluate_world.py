@@ -39,7 +39,7 @@ def evaluate_world(
     batch_size: int = 8,
     small: float = 0.1,
     large: float = 0.6,
-    off: float = 0.05,
+    astray: float = 0.05,
     moved: float = 0.03,
     hand: str = "hand",
     lpips: bool = False,
@@ -50,7 +50,7 @@ def evaluate_world(
     """Dream the `episodes` longest episodes of `dataset`, all as long as the shortest of them.
 
     seconds: horizons, as far as the episodes reach. small, large: disturbances, shares of an entry's half range; their
-    effect is compared with that in `sim`, else by the embodiment's rule. off: metres by which a thing is hallucinated;
+    effect is compared with that in `sim`, else by the embodiment's rule. astray: metres off that are a hallucination;
     moved: metres by which a thing has moved. hand: the tracked name of the gripper. lpips: needs torchvision.
 
     Results: drift {horizon: psnr, ssim, hold_psnr (the first frame held), positions {name: error, floor} in m},
@@ -85,7 +85,7 @@ def evaluate_world(
             truth = np.stack([truth_of(dataset, i, names)[rows] for i in chosen])
             seen = {name: np.stack([tracker.track(video) for video in dreams[name]]) for name in STREAMS}
             floor = np.stack([tracker.track(video) for video in real])
-            found |= tracked(names, truth, seen, floor, hz=hz, seconds=seconds, off=off, moved=moved, hand=hand,
+            found |= tracked(names, truth, seen, floor, hz=hz, seconds=seconds, astray=astray, moved=moved, hand=hand,
                              listening=found["listening"], drifts=found["drift"])  # fmt: skip
             if hand in names:
                 effect = real_effect(robot, dataset, chosen, streams, sim, hand)
@@ -166,7 +166,7 @@ def perceptual(real: np.ndarray, dream: np.ndarray) -> float:
 
 
 def tracked(names: Sequence[str], truth: np.ndarray, seen: dict[str, np.ndarray], floor: np.ndarray, *, hz: float,
-            seconds: Sequence[float | int], off: float, moved: float, hand: str, listening: dict,
+            seconds: Sequence[float | int], astray: float, moved: float, hand: str, listening: dict,
             drifts: dict) -> dict:  # fmt: skip
     """What positions (m t n 3) say; adds to `listening` and `drifts`."""
     far = np.linalg.norm(seen["true"] - truth, axis=-1)  # episodes frames things
@@ -175,7 +175,7 @@ def tracked(names: Sequence[str], truth: np.ndarray, seen: dict[str, np.ndarray]
         drifts[name]["positions"] = {thing: {"error": float(np.median(far[:, k, n])),
                                              "floor": float(np.median(own[:, k, n]))}
                                      for n, thing in enumerate(names)}  # fmt: skip
-    wrong = (far > off).any(-1) & (own <= off).all(-1)  # what the tracker misreads in reality is no hallucination
+    wrong = (far > astray).any(-1) & (own <= astray).all(-1)  # what the tracker misreads in reality is no hallucination
     twice = wrong[:, :-1] & wrong[:, 1:]
     first = np.where(twice.any(1), twice.argmax(1), truth.shape[1] - 1)
     found = {"before_hallucination": float((first / (truth.shape[1] - 1)).mean())}

@@ -234,8 +234,8 @@ class ActionWorld(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str, **changed: Any) -> "ActionWorld":
-        """What `save` wrote; `changed` overrides its own settings and the world model's sampler settings."""
-        path = Path(path)
+        """What `save` wrote; `changed` overrides its own settings and the world model's, None as it was saved."""
+        path, changed = Path(path), {key: value for key, value in changed.items() if value is not None}
         saved = read_json(path / FILE)
         module, _, name = saved["world"].rpartition(".")
         if not module.startswith(ROOM):

@@ -49,10 +49,16 @@ class Given:
 
 
 class ActionExtension(nn.Module):
-    """features: entries per latent frame; channels: of the pose maps, 0 without; width: of the encoder."""
+    """features: entries per latent frame; channels: of the pose maps, 0 without; width: of the encoder.
+
+    Raises ValueError for a transformer of another class.
+    """
 
     def __init__(self, transformer: nn.Module, *, features: int, channels: int = 0, width: int = 128) -> None:
         super().__init__()
+        if not isinstance(transformer, WanTransformer3DModel):
+            raise ValueError(f"actions can be given to a WanTransformer3DModel (Wan2.1, Wan2.2); this world model has "
+                             f"a {type(transformer).__name__}")  # fmt: skip
         self.inner = transformer.config.num_attention_heads * transformer.config.attention_head_dim
         self.normaliser = Normaliser(features)
         self.enter = nn.Linear(features + FLAGS, width)
@@ -90,9 +96,6 @@ class Hooks:
     """
 
     def __init__(self, transformer: WanTransformer3DModel, extension: ActionExtension, *, latents: int) -> None:
-        if not isinstance(transformer, WanTransformer3DModel):
-            raise ValueError(f"actions can be given to a WanTransformer3DModel (Wan2.1, Wan2.2); this world model has "
-                             f"a {type(transformer).__name__}")  # fmt: skip
         self.extension, self.latents, self.guidance = extension, latents, 1.0
         self.given: Given | None = None
         self.again = False

@@ -1,0 +1,120 @@
+"""Does what the model dreams of other actions come true? The same streams, executed in the simulator.
+
+Every clip of a `dream` over action prompts is replayed from its own first state. The judge speaks of the dream, the
+simulator of what really happens; where a tracker is given, final positions of objects are compared as well.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dreamgen.core.manifest import Stage, replacing, require_complete, write_json
+from dreamgen.core.protocols import Judge, Sim, Tracker
+from dreamgen.data.clips import ClipFolder
+from dreamgen.engine.progress import progress
+from dreamgen.stages.agreement import auroc_interval
+from dreamgen.video.sheet import captioned, grid, png
+
+
+def evaluate_counterfactuals(
+    dreams: Path,
+    judge: Judge,
+    sim: Callable[[], Sim] | None,
+    *,
+    out: Path,
+    tracker: Tracker | None = None,
+    near: float = 0.03,
+    sheets: int = 8,
+    seed: int = 0,
+    record: dict,
+) -> dict:
+    """Results: success {auroc, low, high, n, positives}; optimism (share of real failures that the judge calls
+    successes in the dream), pessimism; by_stream {stream: real and dreamt success rates, n}; with a tracker, coverage
+    (share of real final positions of a pair to which a dreamt one of that object comes within `near` m), precision
+    (the reverse), position_error (m, median, per object).
+
+    Writes `pairs.json`: {pair: [{id, stream, real, probability}]}, and contact sheets of `sheets` pairs.
+
+    Raises ValueError without a simulator, for clips whose origin has no actions or no first state in the simulator, and
+    for an unfinished dream.
+    """
+    if sim is None:
+        raise ValueError("counterfactuals are checked against a simulator and the recipe has none; choose sim=...")
+    require_complete(dreams, "the dreams")
+    with Stage(out, "evaluate_counterfactuals", config=record, parents={"dreams": dreams}, seed=seed) as run:
+        if run.complete:
+            return run.manifest()
+        folder, world = ClipFolder(Path(dreams) / "clips"), sim()
+        threshold = getattr(judge, "threshold", 0.5)
+        pairs: dict[str, list[dict]] = defaultdict(list)
+        ids = folder.ids()
+        try:
+            for id in progress(ids, len(ids), "replay", out, unit="clip"):
+                clip = folder.read(id)
+                actions, origin = clip.origin.get("actions"), clip.origin
+                if actions is None or "seed" not in origin or "instruction" not in origin:
+                    raise ValueError(f"clip '{id}' of {dreams} has no actions or no state in the simulator; dream "
+                                     "them with mode=actions and first frames from the simulator")  # fmt: skip
+                world.reset(origin["instruction"], int(origin["seed"]))
+                real = any([world.step(np.asarray(action, np.float32)) for action in actions])
+                row = {"id": id, "stream": origin.get("stream", ""), "real": real,
+                       "probability": float(judge.judge([clip])[0])}  # fmt: skip
+                if tracker is not None:
+                    where = world.objects()
+                    row["positions"] = [where[name].tolist() for name in tracker.names]
+                    row["dreamt"] = tracker.track(clip.video[-1:])[0].tolist()
+                pairs[clip.pair].append(row)
+        finally:
+            world.close()
+        rows = [row for group in pairs.values() for row in group]
+        write_json(run.out / "pairs.json", {pair: [{k: None if v != v else v for k, v in row.items()} for row in group]
+                                            for pair, group in pairs.items()})  # fmt: skip
+        for pair in list(pairs)[:sheets]:
+            with replacing(run.out / "sheets" / f"{pair}.png") as temporary:
+                temporary.write_bytes(png(captioned([told(folder, row) for row in pairs[pair]])))
+        found = outcomes(rows, threshold)
+        if tracker is not None:
+            found |= positions(list(pairs.values()), tracker.names, near)
+        return run.finish(clips=len(rows), pairs=len(pairs), **found)
+
+
+def told(folder: ClipFolder, row: Mapping) -> tuple[str, np.ndarray]:
+    """A line of a contact sheet: caption and frames."""
+    said = "no judgement" if row["probability"] != row["probability"] else f"judged {row['probability']:.2f}"
+    text = f"{row['stream']}: {said}, really {'succeeded' if row['real'] else 'failed'}"
+    return text, grid(folder.read(row["id"]).video, count=8, columns=8, height=64)
+
+
+def outcomes(rows: Sequence[Mapping], threshold: float) -> dict:
+    """Agreement of judged dreams with what really happened; abstentions do not count."""
+    told = np.array([row["probability"] for row in rows], np.float64)
+    real = np.array([row["real"] for row in rows], bool)
+    spoken, yes = np.isfinite(told), told >= threshold
+
+    def share(part: np.ndarray, of: np.ndarray) -> float | None:
+        return float(part[of].mean()) if of.any() else None
+
+    streams: dict[str, list[int]] = defaultdict(list)
+    for k, row in enumerate(rows):
+        streams[row["stream"]].append(k)
+    by_stream = {name: {"n": len(ks), "real": float(real[ks].mean()), "dreamt": share(yes[ks], spoken[ks])}
+                 for name, ks in streams.items()}  # fmt: skip
+    return {"success": auroc_interval(told, real), "optimism": share(yes, spoken & ~real),
+            "pessimism": share(~yes, spoken & real), "abstained": int((~spoken).sum()), "by_stream": by_stream}
+
+
+def positions(groups: Sequence[Sequence[Mapping]], names: Sequence[str], near: float) -> dict:
+    """Coverage, precision and error of final positions; of a pair's streams, object by object."""
+    covered, precise, errors = [], [], []
+    for group in groups:
+        real = np.array([row["positions"] for row in group])  # m n 3
+        dreamt = np.array([row["dreamt"] for row in group])
+        far = np.linalg.norm(real[:, None] - dreamt[None], axis=-1)  # real x dreamt x n
+        covered.append((far.min(1) < near).mean())
+        precise.append((far.min(0) < near).mean())
+        errors.append(np.linalg.norm(real - dreamt, axis=-1))
+    median = np.median(np.concatenate(errors), 0)
+    return {"coverage": float(np.mean(covered)), "precision": float(np.mean(precise)),
+            "position_error": {name: float(median[k]) for k, name in enumerate(names)}}  # fmt: skip
