@@ -85,7 +85,7 @@ class Candidates:
     def episode(self, i: int, scores: dict[str, float | None]) -> Episode:
         """The episode with its pictures and with its scores in meta.
 
-        Where the dreams are there, its pictures are theirs: encoding them again gives the labels' bytes again.
+        Where the dreams are there, its pictures are theirs: they are encoded once, not once more.
         """
         episode, views = self.dataset.episode(i), None
         if self.folder is not None and "frame_rows" in episode.meta:

@@ -1,11 +1,11 @@
 """Which clips are kept: pure functions of scores. A row is a clip, a column a filter, nan an abstention."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 
-def require_known(named: Mapping[str, float], names: Sequence[str], setting: str) -> None:
+def require_known(named: Iterable[str], names: Sequence[str], setting: str) -> None:
     """ValueError for a filter that is not among `names`."""
     if unknown := sorted(set(named) - set(names)):
         raise ValueError(f"{setting} names the filter{'s' * (len(unknown) > 1)} {', '.join(unknown)}; the filters are "
@@ -48,7 +48,7 @@ def totals(scores: np.ndarray, names: Sequence[str], rank_by: str = "mean") -> n
     from scipy.stats import rankdata
 
     if rank_by != "mean":
-        require_known({rank_by: 0}, names, "rank_by")
+        require_known([rank_by], names, "rank_by")
         return np.nan_to_num(scores[:, list(names).index(rank_by)], nan=0.5)
     ranks = np.full(scores.shape, 0.5)
     for k, column in enumerate(scores.T):

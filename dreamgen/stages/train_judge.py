@@ -88,7 +88,8 @@ def train_judge(
         for dataset in datasets:
             model.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         if world_model is not None and degraded:
-            clips.degrade(through(world_model), rng_for(seed, "degrade").permutation(training)[:degraded_clips])
+            order = rng_for(seed, "degrade").permutation(training).tolist()
+            clips.degrade(through(world_model), order[:degraded_clips])
         batches = Batches(model, clips, training, batch_size=batch_size, swapped=swapped, shift=shift,
                           degraded=degraded, seed=seed)  # fmt: skip
         done = train(model, batches, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
@@ -133,7 +134,7 @@ class Recorded:
 
     def degrade(self, returned: Callable[[np.ndarray], np.ndarray], chosen: Sequence[int]) -> None:
         """Keep what an autoencoder returns of the clips `chosen`; it may take fewer frames than a clip has."""
-        for k in map(int, chosen):
+        for k in chosen:
             video = self[k].video
             self.returned[k] = returned(video[: len(video) - (len(video) - 1) % 4])
 
@@ -225,7 +226,7 @@ def read_labels(path: Path) -> dict[int, bool]:
     return found
 
 
-def three_ways(success: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def three_ways(success: np.ndarray, share: float, seed: int) -> tuple[list[int], list[int], list[int]]:
     """Clips to train on, to calibrate on, to measure on, each outcome split alike. ValueError if one has too few."""
     parts: list[list[int]] = [[], [], []]
     for kind in (True, False):
@@ -237,7 +238,7 @@ def three_ways(success: np.ndarray, share: float, seed: int) -> tuple[np.ndarray
                              f"stage.source=play or stage.keep_failures=true.")  # fmt: skip
         for part, piece in zip(parts, (mine[2 * each :], mine[:each], mine[each : 2 * each]), strict=True):
             part += piece.tolist()
-    return tuple(np.array(sorted(part)) for part in parts)
+    return sorted(parts[0]), sorted(parts[1]), sorted(parts[2])
 
 
 def platt(logits: np.ndarray, success: np.ndarray) -> tuple[float, float]:

@@ -1,0 +1,87 @@
+"""Which clips are kept, by hand and by a slower way."""
+
+import numpy as np
+import pytest
+
+from dreamgen.stages.agreement import auroc_interval, auroc_within, calibration, chosen_rate
+from dreamgen.stages.selection import best, best_of, passing, quantile_thresholds, totals
+
+NAMES = ["spread", "judge"]
+SCORES = np.array([[0.9, 0.2], [0.1, np.nan], [0.5, 0.9], [0.5, 0.8], [0.7, 0.1]])
+
+
+def test_quantiles_drop_at_most_the_share():
+    assert quantile_thresholds(SCORES, NAMES, 0.0) == {}
+    assert quantile_thresholds(SCORES, NAMES, 0.25) == {"spread": 0.5, "judge": 0.2}
+    assert quantile_thresholds(SCORES, NAMES, {"judge": 0.5}) == {"judge": 0.8}
+    rng = np.random.default_rng(1)
+    scores = rng.integers(0, 7, (53, 1)) / 7  # with ties
+    for share in (0.1, 0.33, 0.9):
+        least = quantile_thresholds(scores, ["x"], share)["x"]
+        assert (scores < least).mean() <= share < (scores <= least).mean()
+    with pytest.raises(ValueError, match="drop names the filter jerk; the filters are spread, judge"):
+        quantile_thresholds(SCORES, NAMES, {"jerk": 0.5})
+    with pytest.raises(ValueError, match="drop is 1.0"):
+        quantile_thresholds(SCORES, NAMES, 1.0)
+
+
+def test_abstentions_pass_or_drop():
+    least = {"spread": 0.5, "judge": 0.2}
+    assert passing(SCORES, NAMES, least, "pass").tolist() == [
+        [True, True], [False, True], [True, True], [True, True], [True, False]]  # fmt: skip
+    assert not passing(SCORES, NAMES, {}, "drop")[1, 1] and passing(SCORES, NAMES, {}, "drop").sum() == 9
+    with pytest.raises(ValueError, match="expected 'pass' or 'drop'"):
+        passing(SCORES, NAMES, {}, "maybe")
+
+
+def test_totals_are_mean_ranks_or_one_filter():
+    spread, judge = np.array([0.9, 0.1, 0.5, 0.5, 0.7]), np.array([3, np.nan, 7, 5, 1]) / 8
+    np.testing.assert_allclose(totals(SCORES, NAMES), (spread_ranks(spread) + np.nan_to_num(judge, nan=0.5)) / 2)
+    np.testing.assert_allclose(totals(SCORES, NAMES, "judge"), [0.2, 0.5, 0.9, 0.8, 0.1])
+    assert totals(np.zeros((3, 0)), []).tolist() == [0.5] * 3
+
+
+def spread_ranks(column: np.ndarray) -> np.ndarray:
+    """How many lie below, ties counting half, as a share."""
+    return np.array([((column < x).sum() + 0.5 * (column == x).sum()) / len(column) for x in column])
+
+
+def test_best_of_each_group_and_of_all():
+    total, groups = np.array([0.3, 0.8, 0.8, 0.1, 0.9]), ["a", "a", "a", "b", "b"]
+    good = np.array([True, True, True, True, False])
+    assert best_of(total, groups, good, 1).tolist() == [False, True, False, True, False]
+    assert best_of(total, groups, good, 2).tolist() == [False, True, True, True, False]
+    assert best(total, good, 2).tolist() == best(total, good, 0.4).tolist() == [False, True, True, False, False]
+    with pytest.raises(ValueError, match="keep asks for 5 clips, 4 of 5 pass"):
+        best(total, good, 5)
+    for wrong in (0, -1, 2.5):
+        with pytest.raises(ValueError, match="expected a share below 1 or a whole number"):
+            best(total, good, wrong)
+    with pytest.raises(ValueError, match="best_count is 0"):
+        best_of(total, groups, good, 0)
+
+
+def test_areas_and_their_intervals():
+    rng = np.random.default_rng(3)
+    positive = rng.random(120) < 0.3
+    score = rng.normal(size=120) + positive
+    pairs = [(a > b) + 0.5 * (a == b) for a in score[positive] for b in score[~positive]]
+    found = auroc_interval(score, positive, draws=300)
+    assert found["auroc"] == pytest.approx(np.mean(pairs)) and found["n"] == 120
+    assert found["low"] < found["auroc"] < found["high"] and 0.1 < found["high"] - found["low"] < 0.3
+    assert auroc_interval(score, positive, draws=300) == found
+    assert auroc_interval(score, np.ones(120, bool))["auroc"] is None
+    groups = rng.choice(["x", "y", "z"], 120).tolist()
+    same = [(score[i] > score[j]) for i in range(120) for j in range(120)
+            if positive[i] and not positive[j] and groups[i] == groups[j]]  # fmt: skip
+    assert auroc_within(score, positive, groups) == pytest.approx(np.mean(same))
+    assert auroc_within(np.arange(4.0), np.array([1, 1, 0, 0], bool), ["a", "a", "b", "b"]) is None
+
+
+def test_choosing_and_calibration():
+    score, positive = np.array([0.1, 0.9, np.nan, 0.8, 0.4]), np.array([0, 1, 1, 0, 0], bool)
+    assert chosen_rate(score, positive, 0.6) == pytest.approx(2 / 3)  # the abstention ranks at the median, 0.6
+    p = np.repeat([0.2, 0.7], 50)
+    y = np.concatenate([np.arange(50) < 10, np.arange(50) < 40])
+    found = calibration(p, y, bins=2)
+    assert found["ece"] == pytest.approx(0.05) and found["brier"] == pytest.approx(np.mean((p - y) ** 2))
