@@ -134,7 +134,7 @@ def test_metrics():
     flat = np.full((2, 20, 24, 3), 220, np.uint8)
     flat[:, 8:12, 9:14] = 30
     with torch.autocast("cpu", torch.bfloat16):  # as in a validation while training
-        assert ssim(flat, flat) == pytest.approx(1, abs=1e-5)
-        assert 0.5 < ssim(flat, np.roll(flat, 1, 1)) < 1
+        mixed = ssim(flat, np.roll(flat, 1, 1))
+    assert mixed == ssim(flat, np.roll(flat, 1, 1)) and 0.5 < mixed < 1
     with pytest.raises(ValueError, match="one size"):
         psnr(a, a[:, :, :-1])
