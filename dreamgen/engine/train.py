@@ -81,6 +81,9 @@ def train(
         raise ValueError(f"{name}: the model has no trainable weight; unfreeze a part or give it an adapter")
     model.to(device)
     team = Processes(model, sharding=sharding)
+    if team.sharded and muon_lr:
+        raise ValueError(f"{name}: muon_lr is {muon_lr}, but Muon moves whole matrices, which fsdp2 cuts; set it to "
+                         "null, or take sharding=ddp")  # fmt: skip
     replicas = possible(replicas, device) if team.count == 1 else 1
     movers = optimisers(model, lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, betas=betas)
     average = Ema(model, ema) if ema else None

@@ -119,6 +119,8 @@ def finetune(
         if best_device().type == "cuda":
             world.pipe.text_encoder.to("cpu")  # all its texts are known now
         for module in world.trained().values():
+            for weight in (p for p in module.parameters() if p.requires_grad):
+                weight.data = weight.data.float()  # small steps are lost in bf16
             if checkpointing:
                 module.enable_gradient_checkpointing()
             if compile:

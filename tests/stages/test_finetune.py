@@ -17,6 +17,7 @@ from dreamgen.stages import finetune as stage
 from dreamgen.stages.finetune import finetune
 from dreamgen.video.metrics import lpips_or_reason, psnr
 from dreamgen.worlds.prefix import PrefixWorld
+from tests.engine.test_processes import forked
 from tests.worlds.conftest import pipeline_folder, tiny_robot  # noqa: F401
 
 OPTIONS = dict(steps=3, batch_size=4, warmup=1, validation=1, samples=1, validate_every=3, record={"a": 1})
@@ -55,6 +56,16 @@ def test_parts_checkpointing_and_compute_change_nothing_but_rounding(make, datas
     assert all(torch.allclose(plain[k], parts[k], atol=5e-5) for k in plain)
     row = read_losses(tmp_path / "plain")[-1]
     assert {"data_wait", "tflops", "of_peak", "val_loss", "val_psnr", "val_ssim"} <= set(row)
+
+
+def test_two_processes_write_what_one_writes(make, dataset, tmp_path):
+    finetune(make(), dataset, out=tmp_path / "one", **OPTIONS)
+    forked(2, lambda rank: finetune(make(), dataset, out=tmp_path / "two", **OPTIONS))
+    one, two = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two"))
+    assert one["id"] == two["id"] and (one["results"]["final_processes"], two["results"]["final_processes"]) == (1, 2)
+    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.allclose(alone[k], together[k], atol=5e-5) for k in alone)
+    assert [row["step"] for row in read_losses(tmp_path / "two")] == [2]
 
 
 def test_lengths_and_a_budget_of_tokens(make, dataset, tmp_path):
