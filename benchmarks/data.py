@@ -144,7 +144,8 @@ def load(items: object, order: list[int], workers: int) -> tuple[float, float]:
     """
     import torch
 
-    loader = torch.utils.data.DataLoader(items, batch_size=BATCH, sampler=order, num_workers=workers, prefetch_factor=2)
+    loader = torch.utils.data.DataLoader(items, batch_size=BATCH, sampler=order, num_workers=workers,
+                                         prefetch_factor=2 if workers else None)  # fmt: skip
     warm, seen, start, used = max(workers, 1), 0, 0.0, 0.0
     for number, (frames, _) in enumerate(loader, 1):
         if number == warm:
