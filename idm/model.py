@@ -24,10 +24,12 @@ from dreamgen.core.seeding import torch_rng_for
 from dreamgen.engine.precision import autocast
 from idm.augment import Augment
 from idm.batches import Batches, Recorded
+from idm.clips import alike, clock_of, pictures, require_readable, stacked
 from idm.flow import Denoiser
 from idm.heads import Heads
 from idm.merge import RULES, Windows, horizon, merge
-from idm.vision import ConvVision, PretrainedVision, with_motion
+from idm.tower import PretrainedVision
+from idm.vision import ConvVision, with_motion
 
 
 class FlowIDM(nn.Module):
@@ -74,6 +76,8 @@ class FlowIDM(nn.Module):
         torch.manual_seed(seed)
         tower = PretrainedVision if "path" in (vision or {}) else ConvVision
         self.vision = tower(size=robot.canvas, width=width, **(vision or {}))
+        if isinstance(self.vision, PretrainedVision):
+            self.config["vision"] |= self.vision.spec()
         longest = max(horizon(train, frames) for train in self.clocks)
         self.denoiser = Denoiser(width=width, layers=layers, heads=heads, frames=frames, steps=longest)
         self.heads = nn.ModuleDict({robot.name: Heads(robot, width)})
@@ -98,7 +102,7 @@ class FlowIDM(nn.Module):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Velocity error plus state error, on a batch of `idm.batches.Batches`."""
-        video = batch["video"].float().div(127.5).sub(1).permute(0, 1, 4, 2, 3)
+        video = pictures(batch["video"])
         b, c = video.shape[:2]
         windows, device = self._windows(float(batch["spacing"]), c), video.device
         tokens = self.encode(self.augment(video))
@@ -161,25 +165,19 @@ class FlowIDM(nn.Module):
         """Per clip: samples of all windows' chunks (m k h a) and the states (c d) read from its frames."""
         device = next(self.parameters()).device
         done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        groups: dict[tuple, list[int]] = {}
-        for index, clip in enumerate(clips):
+        for clip in clips:
             self.check(clip)
-            groups.setdefault((clip.video.shape, clip.video_hz), []).append(index)
-        for members in groups.values():
-            for begin in range(0, len(members), self.label_batch):
-                part = members[begin : begin + self.label_batch]
-                clock = self.clock_of(clips[part[0]])
-                k, h = Windows.of(clock, self.frames).mask.shape
-                shape = (k, self.samples, h, self.robot.action_dim)
-                noise = torch.stack([torch.randn(shape, generator=torch_rng_for(self.seed, "label", clips[i].id))
-                                     for i in part]).to(device)  # fmt: skip
-                video = torch.from_numpy(np.stack([clips[i].video for i in part])).to(device)
-                video = video.float().div(127.5).sub(1).permute(0, 1, 4, 2, 3)
-                with autocast(self.precision, device):
-                    found, states = self.predict(video, noise, float(clock.stride))
-                found, states = found.float().cpu().numpy(), states.float().cpu().numpy()
-                for i, chunk, state in zip(part, found, states, strict=True):
-                    done[i] = chunk.swapaxes(0, 1), state
+        for part in alike(clips, self.label_batch):
+            clock = self.clock_of(clips[part[0]])
+            k, h = Windows.of(clock, self.frames).mask.shape
+            shape = (k, self.samples, h, self.robot.action_dim)
+            noise = torch.stack([torch.randn(shape, generator=torch_rng_for(self.seed, "label", clips[i].id))
+                                 for i in part]).to(device)  # fmt: skip
+            with autocast(self.precision, device):
+                found, states = self.predict(stacked([clips[i] for i in part], device), noise, float(clock.stride))
+            found, states = found.float().cpu().numpy(), states.float().cpu().numpy()
+            for i, chunk, state in zip(part, found, states, strict=True):
+                done[i] = chunk.swapaxes(0, 1), state
         return [done[i] for i in range(len(clips))]
 
     def label(self, clips: Sequence[Clip]) -> list[Labels]:
@@ -192,16 +190,22 @@ class FlowIDM(nn.Module):
             found.append(self.head.corrected(labels, states, clock, self.correct))
         return found
 
+    @torch.no_grad()
     def states(self, clips: Sequence[Clip], labels: Sequence[Labels] = ()) -> list[np.ndarray]:
         """States (s + 1, d) read from the frames, interpolated to the robot steps between them."""
         self.eval()
-        found = []
-        for clip, (_, read) in zip(clips, self.chunks(clips), strict=True):
-            clock = self.clock_of(clip)
+        device = next(self.parameters()).device
+        found: dict[int, np.ndarray] = {}
+        for part in alike(clips, self.label_batch):
+            clock = self.clock_of(clips[part[0]])
+            with autocast(self.precision, device):
+                tokens = self.encode(stacked([clips[i] for i in part], device))
+                read = self.head.state.denormalise(self.head.read_state(tokens[:, :, 0])).float().cpu().numpy()
             steps = np.arange(clock.steps + 1)
-            rows = [np.interp(steps, clock.rows, column) for column in read.T]
-            found.append(np.stack(rows, axis=1).astype(np.float32))
-        return found
+            for i, seen in zip(part, read, strict=True):
+                rows = [np.interp(steps, clock.rows, column) for column in seen.T]
+                found[i] = np.stack(rows, axis=1).astype(np.float32)
+        return [found[i] for i in range(len(clips))]
 
     def fit(self, dataset: Recorded, episodes: Sequence[int]) -> None:
         """Statistics of the robot from recorded `episodes`; before training."""
@@ -232,21 +236,11 @@ class FlowIDM(nn.Module):
         return self.head.calibrate(labels, actions, [read for _, read in found], states)
 
     def clock_of(self, clip: Clip) -> Clock:
-        return Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=len(clip.video))
+        return clock_of(clip, self.robot)
 
     def check(self, clip: Clip) -> None:
         """Raise ValueError if the clip's rate, length or size is not what the labeler was trained for."""
-        clock = self.clock_of(clip)
-        if str(clock.stride) not in self.spacings:
-            raise ValueError(f"clip '{clip.id}' has {clock.stride} robot steps a frame ({clip.video_hz} of "
-                             f"{self.robot.robot_hz} Hz); this labeler was trained for {', '.join(self.spacings)}. "
-                             f"Train one with spacings including {clock.stride}, or dream at another rate.")
-        if len(clip.video) < self.frames:
-            raise ValueError(f"clip '{clip.id}' has {len(clip.video)} frames; a window of this labeler has "
-                             f"{self.frames}")  # fmt: skip
-        if clip.video.shape[1:] != (*self.robot.canvas, 3):
-            raise ValueError(f"clip '{clip.id}' has frames of {clip.video.shape[1:]}; the "
-                             f"canvas of robot '{self.robot.name}' is {self.robot.canvas} with 3 channels")  # fmt: skip
+        require_readable(clip, self.robot, self.spacings, self.frames)
 
     def save(self, path: Path) -> None:
         """config.json, contract.json, model.safetensors (weights, statistics) in the directory `path`."""

@@ -2,10 +2,8 @@
 
 Small motion decides over a grasp, so nothing is pooled away before it is located: keypoints (spatial softmax over the
 feature map of stride 4) give positions finer than a pixel, differences between neighbouring frames give motion at full
-resolution. A pretrained encoder (SigLIP2, DINO) plugs in at `PretrainedVision`.
+resolution. A pretrained encoder (SigLIP2, DINO) is in `idm.tower`.
 """
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -103,39 +101,3 @@ class ConvVision(nn.Module):
             tokens = layer(tokens)
         # the summary passes unattended, in full precision
         return torch.cat([summary[:, None], tokens[:, 1:].float()], dim=1)
-
-
-class PretrainedVision(nn.Module):
-    """A frozen or fine-tuned vision tower of transformers (SigLIP2, DINOv2, DINOv3) from a local folder or hub id.
-
-    Tokens are the tower's patch tokens, averaged to `tokens` a side and projected to `width`; differences between
-    frames are not seen by the tower.
-    """
-
-    def __init__(self, *, size: tuple[int, int] | list[int], path: str, width: int = 1024, tokens: int = 4,
-                 frozen: bool = True, config: dict | None = None) -> None:  # fmt: skip
-        super().__init__()
-        try:
-            from transformers import AutoConfig, AutoModel
-        except ImportError as error:
-            raise ValueError("PretrainedVision needs transformers: install it (pip install transformers)") from error
-        if config is None and not Path(path).is_dir() and Path(path).is_absolute():
-            raise ValueError(f"vision tower {path} does not exist; name a local folder or a hub id")
-        model = AutoModel.from_config(AutoConfig.for_model(**config)) if config else AutoModel.from_pretrained(path)
-        self.tower = getattr(model, "vision_model", model)
-        inner = getattr(self.tower.config, "vision_config", self.tower.config)
-        self.size, self.width, self.frozen, self.edge = tuple(size), width, frozen, int(inner.image_size)
-        self.pool = nn.AdaptiveAvgPool2d(tokens)
-        self.project = nn.Linear(inner.hidden_size, width)
-        self.summary = nn.Sequential(nn.Linear(inner.hidden_size, width), nn.SiLU(), nn.Linear(width, width))
-        if frozen:
-            self.tower.requires_grad_(False)
-
-    def forward(self, frames: Tensor) -> Tensor:
-        pixels = F.interpolate(frames[:, :3], (self.edge, self.edge), mode="bilinear", antialias=True)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            hidden = self.tower(pixel_values=pixels).last_hidden_state
-        side = int((hidden.shape[1]) ** 0.5)
-        patches = hidden[:, -side * side :]  # class and register tokens come first
-        grid = self.pool(patches.mT.unflatten(2, (side, side))).flatten(2).mT
-        return torch.cat([self.summary(patches.mean(1))[:, None], self.project(grid)], dim=1).float()

@@ -61,6 +61,7 @@ def report(
             "pairs": scenes.pairs(dreamed, recordings, clips) if dreamed else [],
             "counterfactuals": scenes.counterfactuals(many, groups, 8) if many else [],
             "curves": scenes.recovered(labelled, recordings, 3) if labelled else [],
+            "calibrations": calibrations(results),
             "losses": [(name, loss_plot(Path(folder) / name)) for name in found if loss_plot(Path(folder) / name)],
             "instructions": by_instruction(found, policies or {}),
             "bad": bad_episodes(found),
@@ -97,6 +98,17 @@ def loss_plot(step: Path) -> str:
         known = [row for row in rows if key in row]
         curves.append(plots.Line(key, [row["step"] for row in known], [row[key] for row in known], style))
     return plots.lines(curves, title="loss", x_name="steps", log=True) if curves else ""
+
+
+def calibrations(results: Mapping) -> list[tuple[str, str]]:
+    """(part, plot) of the labels' error over their spread, where the spread varies."""
+    plotted = []
+    for part, curve in results.get("idm", {}).get("calibration", {}).items():
+        if len(curve.get("spread", [])) > 1:
+            line = plots.Line("RMS error", curve["spread"], curve["error"], "a")
+            ideal = plots.Line("error = spread", curve["spread"], curve["spread"], "b")
+            plotted.append((part, plots.lines([line, ideal], title=f"error of {part}", x_name="spread")))
+    return plotted
 
 
 def by_instruction(found: Mapping[str, Mapping], policies: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -4,19 +4,25 @@ The chain of replays shows where success is lost: recorded actions -> labels of 
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from dreamgen.core.clip import Clip, Episode, Labels
+from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import Stage, write_json
 from dreamgen.core.protocols import Labeler, Sim
 from dreamgen.data.lerobot import Dataset
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay, success_interval
-from dreamgen.stages.label import integrated
+from dreamgen.stages.label import integrated, pseudo_states
 from dreamgen.stages.label_scores import score_labels
-from dreamgen.stages.train_labeler import recorded_clip
+from dreamgen.stages.latent_scores import by_gap, probe
+from dreamgen.stages.train_labeler import recorded_clip, through
 
 
 def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:
@@ -28,20 +34,41 @@ def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:
     return np.concatenate([action, rest])
 
 
-def state_errors(labeler: Labeler, clips: Sequence, actions: Sequence[np.ndarray], dataset: Dataset,
+def state_errors(labeler: Labeler, clips: Sequence[Clip], labels: Sequence[Labels], dataset: Dataset,
                  episodes: Iterable[int]) -> dict:  # fmt: skip
-    """Mean absolute error by state part of the pseudo-states: read from frames, and integrated from labels."""
+    """Mean absolute error by state part against the recorded state: integrated from labels, read from frames, and
+    pseudo_state, which is what the stage `label` writes."""
     robot = labeler.robot
     if not robot.state_dim:
         return {}
-    true = [dataset.episode(i).state[: len(a)] for i, a in zip(episodes, actions, strict=True)]
-    labels = labeler.label(clips)
-    found = {"integrated": [integrated(robot, t[0], label.value)[0] for t, label in zip(true, labels, strict=True)]}
+    true = [dataset.episode(i).state[: len(label.value)] for i, label in zip(episodes, labels, strict=True)]
+    found = {"integrated": [integrated(robot, t[0], label.value)[0] for t, label in zip(true, labels, strict=True)],
+             "pseudo_state": [state for state, _ in pseudo_states(labeler, clips, labels)]}  # fmt: skip
     if hasattr(labeler, "states"):
         found["read"] = [s[: len(t)] for s, t in zip(labeler.states(clips, labels), true, strict=True)]
     errors = {kind: np.abs(np.concatenate(states) - np.concatenate(true)) for kind, states in found.items()}
     return {kind: {part.name: float(error[:, part.slice].mean()) for part in robot.state}
             for kind, error in errors.items()}  # fmt: skip
+
+
+def by_part(labels: Sequence[np.ndarray], actions: Sequence[np.ndarray], robot: Embodiment) -> dict:
+    """n, and R2 and MAE by part of labels (s a) against actions (s a); {} without any."""
+    if not labels:
+        return {}
+    scores = score_labels([Labels(value=label, spread=np.zeros_like(label)) for label in labels], actions, robot)
+    return {"n": len(labels), "r2": scores["r2"], "mae": scores["mae"]}
+
+
+def previous_frame(clips: Sequence[Clip], actions: Sequence[np.ndarray], clock: Clock, robot: Embodiment,
+                   seed: int) -> dict:  # fmt: skip
+    """Control: R2 by part of each gap's mean action from the frame before it alone, by probes on coarse pixels."""
+    if len(clips) < 4:
+        return {}
+    frames = [torch.from_numpy(clip.video[:-1]).permute(0, 3, 1, 2).float() / 255 for clip in clips]
+    seen = [torch.nn.functional.adaptive_avg_pool2d(f, 12).flatten(1).numpy().astype(np.float64) for f in frames]
+    true = [by_gap(a, clock.with_frames(len(clip.video))).astype(np.float64)
+            for a, clip in zip(actions, clips, strict=True)]  # fmt: skip
+    return probe(seen, true, robot, seed, context=False)
 
 
 def _replayed(sim: Sim, items: list[tuple[str, str, int, np.ndarray]], settle: int, name: str, out: Path) -> dict:
@@ -57,19 +84,25 @@ def _replayed(sim: Sim, items: list[tuple[str, str, int, np.ndarray]], settle: i
 
 
 def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] | None = None, *, out: Path,
-                    dreams: Path | None = None, episodes: int | None = None, settle: int = 6, batch_size: int = 16,
-                    seed: int = 0, record: dict) -> dict:  # fmt: skip
+                    dreams: Path | None = None, world_model: Any = None, decoded_clips: int = 16,
+                    episodes: int | None = None, settle: int = 6, batch_size: int = 16, seed: int = 0,
+                    record: dict) -> dict:  # fmt: skip
     """Score `labeler` on `dataset`, whose episodes it must never have seen.
 
     sim: makes the simulator in which the episodes were recorded; without one, nothing is replayed. dreams: a labelled
     dataset; those of its episodes whose first frame came from the simulator (meta "origin": instruction, seed) are
-    replayed from it. episodes: only the first so many of each. settle: steps of holding still after the labels.
+    replayed from it. world_model: labels of `decoded_clips` recordings that passed its autoencoder are scored too.
+    episodes: only the first so many of each. settle: steps of holding still after the labels.
 
-    Results: idm {r2, mae, control_mae, lag, drift, auroc, accuracy, calibration, state, by part}; replay {recorded,
+    Results: idm {r2, mae, control_mae, lag, drift, auroc, accuracy, calibration, by part; state: errors of
+    pseudo-states; previous_frame: a control that sees no motion; decoded: R2 and MAE on decoded recordings; dreamt: the
+    same of dreams against what was recorded from the same first frame under the same instruction, which is low too
+    where a dream does the task in another way: it measures world model and labeler together}; replay {recorded,
     idm_real, idm_dream: {successes, n, rate, low, high, by_instruction}}. They are also written to `scores.json`.
     """
     parents = {"dataset": dataset.root} | ({"dreams": dreams} if dreams else {})
     parents |= {"labeler": labeler.path} if getattr(labeler, "path", None) else {}
+    parents |= {"world_model": world_model.folder} if getattr(world_model, "folder", None) else {}
     with Stage(out, "evaluate_labels", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
@@ -82,7 +115,12 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
         for batch in progress(batches, len(batches), "label held-out video", out, unit="batch"):
             labels += labeler.label(batch)
         scores = score_labels(labels, actions, robot)
-        scores["state"] = state_errors(labeler, clips, actions, dataset, chosen)
+        scores["state"] = state_errors(labeler, clips, labels, dataset, chosen)
+        scores["previous_frame"] = previous_frame(clips, actions, labeler.clock, robot, seed)
+        scores["decoded"] = decoded(labeler, world_model, clips[:decoded_clips], actions) if world_model else {}
+        dreamt = Dataset(dreams, robot) if dreams else None
+        if dreamt is not None:
+            scores["dreamt"] = by_part(*beside_recorded(dreamt, [dataset.episode(i) for i in chosen], episodes), robot)
         results: dict = {"idm": scores, "replay": {}}
         if sim is not None:
             world = sim()
@@ -91,14 +129,37 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
             begun = [(e.instruction, e.meta.get("scene_of") or e.instruction, int(e.meta["seed"])) for e in recorded]
             chain = {"recorded": [(*start, e.action) for start, e in zip(begun, recorded, strict=True)],
                      "idm_real": [(*start, labels[i].value) for start, i in zip(begun, known, strict=True)]}
-            if dreams:
-                chain["idm_dream"] = dreamed(Dataset(dreams, robot), episodes)
+            if dreamt is not None:
+                chain["idm_dream"] = dreamed(dreamt, episodes)
             for name, items in chain.items():
                 if items:
                     results["replay"][name] = _replayed(world, items, settle, name, out)
             world.close()
         write_json(Path(out) / "scores.json", results)
         return run.finish(episodes=len(clips), **results)
+
+
+def decoded(labeler: Any, world_model: Any, clips: Sequence[Clip], actions: Sequence[np.ndarray]) -> dict:
+    """Scores of the labels of recordings that passed the autoencoder: how well dreams can be labelled at best."""
+    degrade, frames = through(world_model), labeler.clock.frames
+    short = [clip for clip in clips if len(clip.video) >= frames]
+    seen = [replace(clip, video=degrade(clip.video[:frames])) for clip in short]
+    labels = [label.value for label in labeler.label(seen)] if seen else []
+    true = [a for clip, a in zip(clips, actions, strict=False) if len(clip.video) >= frames]
+    return by_part(labels, [a[: len(v)] for a, v in zip(true, labels, strict=True)], labeler.robot)
+
+
+def beside_recorded(dreams: Dataset, recorded: Sequence[Episode],
+                    count: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
+    """Labels of dreams, and what was recorded from the same first state under the same instruction, (s a) each."""
+    known = {(e.instruction, str(e.meta.get("seed"))): e.action for e in recorded if "seed" in e.meta}
+    labels, actions = [], []
+    for text, scene, seed, action in dreamed(dreams, count):
+        true = known.get((text, str(seed))) if scene == text else None
+        if true is not None and len(true) >= len(action):
+            labels.append(action)
+            actions.append(true[: len(action)])
+    return labels, actions
 
 
 def dreamed(dataset: Dataset, episodes: int | None) -> list[tuple[str, str, int, np.ndarray]]:

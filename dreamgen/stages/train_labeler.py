@@ -61,6 +61,7 @@ def train_labeler(
     precision: str = "auto",
     replicas: int = 1,
     held_out_share: float = 0.1,
+    episodes: int | None = None,
     world_model: Any = None,
     degraded: float = 0.5,
     degraded_clips: int = 64,
@@ -72,30 +73,40 @@ def train_labeler(
 ) -> dict:
     """Train `labeler` on `dataset`, a share of its episodes held out for scores during training and for calibration.
 
-    labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`. world_model: one with
+    labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`; one with `measure` scores
+    itself (latent actions have no recorded truth). world_model: one with
     `encode` and `decode`, whose autoencoder a training clip passes with probability `degraded`, so that the labeler
-    knows how dreams look; `degraded_clips` pass once, before training.
+    knows how dreams look; `degraded_clips` pass once, before training. episodes: train on so many only, the same ones
+    among more (to measure what data brings).
 
     Results: scores on the held-out episodes (r2, mae, ... by part), the last loss, the calibration.
     Raises ValueError for a dataset of another robot, too few or too short episodes, a loss that is not finite.
     """
-    with Stage(out, "train_labeler", config=record, parents={"dataset": dataset.root}, seed=seed) as run:
+    world = getattr(world_model, "folder", None)
+    parents = {"dataset": dataset.root} | ({"world_model": world} if world is not None else {})
+    with Stage(out, "train_labeler", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
         if len(dataset) < 2:
             raise ValueError(f"{dataset.root} has {len(dataset)} episode; a labeler needs at least 2, one to train on "
                              f"and one to be scored on")  # fmt: skip
         training, apart = held_out(len(dataset), held_out_share, seed)
+        if episodes is not None:
+            training = sorted(rng_for(seed, "labeler episodes").permutation(training)[:episodes].tolist())
         labeler.fit(dataset, training)
         batches = labeler.batches(dataset, training, batch_size=batch_size, seed=seed,
                                   degrade=None if world_model is None else through(world_model),
                                   degraded=degraded, degraded_clips=degraded_clips)  # fmt: skip
         clips, actions = zip(*(recorded_clip(dataset, index, labeler.clock) for index in apart), strict=True)
 
+        def measured(model: Any) -> dict[str, dict]:
+            if hasattr(model, "measure"):
+                return model.measure(clips, actions)
+            return score_labels(model.label(clips), actions, labeler.robot)
+
         def scores(model: Any, step: int = 0) -> dict[str, float]:
-            found = score_labels(model.label(clips), actions, labeler.robot)
-            return {f"{key}_{part}": found[key][part] for key in ("r2", "mae") for part in found[key]
-                    if found[key][part] is not None}  # fmt: skip
+            return {f"{key}_{part}": value for key, parts in measured(model).items() for part, value in parts.items()
+                    if key in ("r2", "mae", "change") and value is not None}  # fmt: skip
 
         done = train(labeler, batches, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
                      weight_decay=weight_decay, betas=betas, clip=clip, ema=ema, precision=precision,
@@ -103,7 +114,7 @@ def train_labeler(
                      checkpoint_every=checkpoint_every, log_every=log_every, name="train_labeler")  # fmt: skip
         calibration = labeler.calibrate(dataset, apart)
         labeler.save(out)
-        found = score_labels(labeler.label(clips), actions, labeler.robot)
+        found = measured(labeler)
         clear_state(out)
         return run.finish(episodes=len(training), held_out=len(apart), steps=steps, loss=done["loss"],
                           precision=done["precision"], calibration=calibration, held_out_scores=found)  # fmt: skip

@@ -10,6 +10,8 @@ from hydra.utils import instantiate
 
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
+from dreamgen.stages.label import integrated
+from dreamgen.stages.label_scores import lag
 from idm.merge import RULES, Windows, horizon, merge
 
 CONF = Path(__file__).parents[2] / "conf" / "embodiment"
@@ -60,6 +62,10 @@ def test_law_a_perfect_labeler_returns_the_recorded_actions(robots, rule, stride
         labels = merge(oracle(action, windows, 3), windows, robot, rule)
         np.testing.assert_array_equal(labels.value, action)
         assert labels.spread.max() < 1e-6
+        for part in robot.action:
+            assert lag([labels.value[:, part.slice]], [action[:, part.slice]]) == 0
+        first = np.zeros(robot.state_dim, np.float32)  # the same actions move the same state the same way
+        np.testing.assert_array_equal(integrated(robot, first, labels.value)[0], integrated(robot, first, action)[0])
 
 
 @pytest.mark.parametrize("stride", STRIDES)

@@ -16,7 +16,8 @@ from idm.augment import Augment, blur
 from idm.batches import Batches
 from idm.merge import Windows
 from idm.model import FlowIDM
-from idm.vision import PretrainedVision, keypoints, with_motion
+from idm.tower import PretrainedVision
+from idm.vision import keypoints, with_motion
 
 VISION = {"channels": [16, 24, 32], "points": 12}
 

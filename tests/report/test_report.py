@@ -13,7 +13,7 @@ from dreamgen.core.manifest import Stage
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.writer import write_dataset
 from dreamgen.report import plots, scenes
-from dreamgen.report.report import report
+from dreamgen.report.report import calibrations, report
 from dreamgen.report.results import gather
 from dreamgen.report.table import table
 
@@ -21,6 +21,8 @@ ROBOT = Embodiment(
     name="toy", robot_hz="10", views=(View(name="front", key="observation.images.front", height=16, width=24),),
     state=(Part(name="x", start=0, stop=2, unit="m"),), action=(Part(name="x", start=0, stop=2, moves="x"),),
 )  # fmt: skip
+CALIBRATION = {"x": {"spearman": 0.9, "spread": [0.1, 0.2, 0.4], "error": [0.2, 0.3, 0.5]},
+               "y": {"spearman": float("nan"), "spread": [], "error": []}}  # fmt: skip
 SUCCESS = {"successes": 3, "n": 4, "rate": 0.75, "low": 0.30, "high": 0.95}
 TEXTS = ["go <left>", "go right", "stay"]
 
@@ -56,7 +58,8 @@ def folder(tmp_path: Path) -> Path:
     rows = [{"step": k, "seconds": 0.1, "loss": 1 / (k + 1)} for k in range(5)]
     (tmp_path / "policy" / "losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     finish(tmp_path / "policy", "train_policy", steps=5, skipped={"4": "'action' holds nan"})
-    finish(tmp_path / "scores", "evaluate_labels", idm={"r2": {"x": float("nan")}}, replay={"recorded": SUCCESS})
+    finish(tmp_path / "scores", "evaluate_labels", idm={"r2": {"x": float("nan")}, "calibration": CALIBRATION},
+           replay={"recorded": SUCCESS})  # fmt: skip
     finish(tmp_path / "won", "evaluate", success=SUCCESS, by_instruction={"stay": SUCCESS})
     return tmp_path
 
@@ -75,11 +78,13 @@ def test_a_run_becomes_one_file_and_its_figures(folder: Path) -> None:
     results = json.loads((folder / "report" / "results.json").read_text(), parse_constant=pytest.fail)
     assert results["policy"] == {"real": SUCCESS} and results["replay"] == {"recorded": SUCCESS}
     assert results["idm"]["r2"] == {"x": None}
+    assert [part for part, _ in calibrations(results)] == ["x"]
     assert set(results["stages"]) == set(steps) - {"absent", "report"}
     page = (folder / "report" / "report.html").read_text()
+    assert 'aria-label="error of x: RMS error, error = spread"' in page
     assert "A &lt;run&gt;" in page and "a=&#39;&lt;b&gt;&#39;" in page and "go <left>" not in page
     assert page.count("<video") == 3 + 3 and page.count('class="frame"') == 1
-    assert page.count("<polyline") == 2 * 3 + 1
+    assert page.count("<polyline") == 2 * 3 + 1 + 2
     assert "&#39;action&#39; holds nan" in page and "same first frame" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dreamgen.core.clip import Clip, Episode, Labels
-from dreamgen.core.manifest import Stage
+from dreamgen.core.clock import Clock
+from dreamgen.core.manifest import Stage, fingerprint
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
@@ -23,15 +24,15 @@ ROWS = 19
 class Oracle:
     """A perfect labeler of clips whose id is the episode's number."""
 
-    robot, path, clock = ROBOT, None, CLOCK
+    robot, path = ROBOT, None
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, clock: Clock = CLOCK) -> None:
+        self.dataset, self.clock = dataset, clock
 
     def label(self, clips: list[Clip]) -> list[Labels]:
         found = []
         for clip in clips:
-            steps = CLOCK.with_frames(len(clip.video)).steps
+            steps = self.clock.with_frames(len(clip.video)).steps
             action = self.dataset.episode(int(clip.id.split("_")[1])).action[:steps]
             found.append(Labels(value=action, spread=np.full_like(action, 0.25)))
         return found
@@ -154,6 +155,59 @@ def test_evaluation_of_a_perfect_labeler_is_perfect(dataset, tmp_path):
         assert found["replay"][name]["successes"] == found["replay"][name]["n"] == n
         assert 0 < found["replay"][name]["low"] < found["replay"][name]["high"] <= 1
     assert set(found["replay"]["recorded"]["by_instruction"]) == {"move 0", "move 1"}
+
+
+@pytest.mark.parametrize(("video_hz", "frames"), [("20", 17), ("10", 9), ("5", 5), ("40/3", 12)])
+def test_law_a_perfect_labeler_of_recorded_video_replays_at_every_stride(dataset, tmp_path, video_hz, frames):
+    stage = pytest.importorskip("dreamgen.stages.evaluate_labels")
+    oracle = Oracle(dataset, Clock(robot_hz="20", video_hz=video_hz, frames=frames))
+    done = stage.evaluate_labels(oracle, dataset, lambda: Plane(dataset), out=tmp_path / "scores", record={})
+    found = done["results"]
+    assert found["idm"]["mae"] == {"move": 0.0, "light": 0.0} and found["idm"]["lag"] == {"move": 0, "light": 0}
+    assert found["replay"]["idm_real"]["successes"] == found["replay"]["idm_real"]["n"] == 6
+
+
+class Darker:
+    """A world model whose autoencoder halves the light."""
+
+    def encode(self, video):  # noqa: ANN001, ANN201
+        return video // 2
+
+    def decode(self, latents):  # noqa: ANN001, ANN201
+        return latents
+
+
+class Wary(Oracle):
+    """Labels what is dark as rest."""
+
+    def label(self, clips: list[Clip]) -> list[Labels]:
+        return [Labels(value=label.value * (clip.video.max() > 127), spread=label.spread)
+                for clip, label in zip(clips, super().label(clips), strict=True)]  # fmt: skip
+
+
+def test_decoded_and_dreamt_video_and_the_control_without_motion_are_scored(dataset, tmp_path):
+    stage = pytest.importorskip("dreamgen.stages.evaluate_labels")
+    labels = tmp_path / "labels"
+    label(Oracle(dataset), dreams_of(dataset, tmp_path / "dreams"), out=labels, robot=ROBOT, record={})
+    found = stage.evaluate_labels(Wary(dataset), dataset, out=tmp_path / "scores", dreams=labels, world_model=Darker(),
+                                  decoded_clips=4, record={})["results"]["idm"]  # fmt: skip
+    assert found["r2"]["move"] == 1.0 and found["decoded"]["n"] == 4 and found["decoded"]["r2"]["move"] < 0.1
+    assert found["dreamt"]["n"] == 3 and found["dreamt"]["r2"] == {"move": 1.0, "light": 1.0}
+    assert found["previous_frame"]["linear"]["move"] < 0.9
+    assert found["state"]["pseudo_state"]["place"] < 1e-3
+
+
+def test_training_on_few_episodes_remembers_the_world_model_whose_look_it_learned(dataset, tmp_path):
+    model, world = pytest.importorskip("idm.model"), Darker()
+    world.folder = tmp_path / "world"
+    world.folder.mkdir()
+    (world.folder / "weights").write_text("seven")
+    labeler = model.FlowIDM(robot=ROBOT, clock=CLOCK, frames=2, train_frames=3, width=32, layers=2, heads=2,
+                            vision={"channels": [8, 16], "points": 4}, precision="fp32")  # fmt: skip
+    manifest = train_labeler(labeler, dataset, out=tmp_path / "labeler", steps=1, batch_size=2, episodes=2,
+                             world_model=world, degraded_clips=2, precision="fp32", record={})  # fmt: skip
+    assert manifest["parents"]["world_model"] == fingerprint(world.folder)
+    assert manifest["results"]["episodes"] == 2 and manifest["results"]["held_out"] == 1
 
 
 def test_training_killed_and_continued_saves_the_same_labeler(dataset, tmp_path, monkeypatch):

@@ -1,0 +1,52 @@
+"""What a labeler can read: the rate, length and size of a clip against those that it was trained for."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dreamgen.core.clip import Clip
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
+
+
+def clock_of(clip: Clip, robot: Embodiment) -> Clock:
+    """The clock of a clip on the rate of `robot`."""
+    return Clock(robot_hz=robot.robot_hz, video_hz=clip.video_hz, frames=len(clip.video))
+
+
+def require_readable(clip: Clip, robot: Embodiment, spacings: Sequence[str], frames: int) -> None:
+    """Raise ValueError if the clip's rate, length or size is not what a labeler was trained for.
+
+    spacings: robot steps a frame gap that it knows; frames: of its window.
+    """
+    clock = clock_of(clip, robot)
+    if str(clock.stride) not in spacings:
+        raise ValueError(f"clip '{clip.id}' has {clock.stride} robot steps a frame ({clip.video_hz} of "
+                         f"{robot.robot_hz} Hz); this labeler was trained for {', '.join(spacings)}. "
+                         f"Train one with spacings including {clock.stride}, or dream at another rate.")
+    if len(clip.video) < frames:
+        raise ValueError(f"clip '{clip.id}' has {len(clip.video)} frames; a window of this labeler has {frames}. "
+                         f"Dream longer clips, or train a labeler with a smaller window")  # fmt: skip
+    if clip.video.shape[1:] != (*robot.canvas, 3):
+        raise ValueError(f"clip '{clip.id}' has frames of {clip.video.shape[1:]}; the "
+                         f"canvas of robot '{robot.name}' is {robot.canvas} with 3 channels")  # fmt: skip
+
+
+def alike(clips: Sequence[Clip], size: int) -> Iterator[list[int]]:
+    """Numbers of at most `size` clips of one shape and rate at a time."""
+    groups: dict[tuple, list[int]] = {}
+    for index, clip in enumerate(clips):
+        groups.setdefault((clip.video.shape, clip.video_hz), []).append(index)
+    for members in groups.values():
+        yield from (members[begin : begin + size] for begin in range(0, len(members), size))
+
+
+def pictures(video: Tensor) -> Tensor:
+    """(b f h w 3) uint8 -> (b f 3 h w) in [-1, 1]."""
+    return video.float().div(127.5).sub(1).permute(0, 1, 4, 2, 3)
+
+
+def stacked(clips: Sequence[Clip], device: torch.device) -> Tensor:
+    """Clips of one shape -> (b f 3 h w) in [-1, 1]."""
+    return pictures(torch.stack([torch.from_numpy(clip.video) for clip in clips]).to(device))

@@ -1,0 +1,1 @@
+"""Latent actions: what changes between the frames of any video, with or without a robot."""

@@ -1,0 +1,157 @@
+"""Latent actions: causality, bottlenecks, the labeler's promises, and scores against closed forms."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from moving_square import CLOCK, ROBOT, Squares, clip_of
+
+from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import View
+from dreamgen.core.protocols import Labeler
+from dreamgen.engine.train import train
+from idm.latent.bottleneck import Continuous, Quantised
+from idm.latent.model import LatentActions
+from idm.latent.target import Features, Pixels
+from idm.latent.transformer import Layer
+
+
+def small(**changes) -> LatentActions:
+    options = {"robot": ROBOT, "clock": CLOCK, "frames": 4, "latent": 6, "width": 32, "layers": 1, "decoder_layers": 1,
+               "heads": 2, "labelled": 0.5, "precision": "fp32", "label_batch": 2} | changes  # fmt: skip
+    return LatentActions(**options)
+
+
+@pytest.fixture(scope="module")
+def squares() -> Squares:
+    return Squares(5)
+
+
+def test_time_is_causal_local_and_the_same_everywhere():
+    torch.manual_seed(0)
+    layer = Layer(24, 3, reach=2).eval()
+    torch.nn.init.normal_(layer.distance)
+    x = torch.randn(2, 7, 5, 24)
+    y = x.clone()
+    y[:, 3] += torch.randn(2, 5, 24)
+    changed = (layer(x) - layer(y)).abs().amax((0, 2, 3)) > 1e-6
+    assert changed.tolist() == [False, False, False, True, True, True, False]
+    torch.testing.assert_close(layer(x[:, 2:])[:, 2:], layer(x)[:, 4:], atol=1e-5, rtol=1e-5)
+
+
+def test_a_latent_sees_no_later_frame_and_is_that_of_any_cut(squares):
+    model = small(reach=1).eval()
+    clip = clip_of(squares, 0)
+    (whole,) = model.gaps([clip])
+    later = replace(clip, video=np.concatenate([clip.video[:5], 255 - clip.video[5:]]))
+    np.testing.assert_allclose(model.gaps([later])[0]["latent"][:4], whole["latent"][:4], atol=1e-5)
+    cut = replace(clip, video=clip.video[3:])
+    np.testing.assert_allclose(model.gaps([cut])[0]["latent"][1:], whole["latent"][4:], atol=1e-5)
+
+
+def test_kl_in_closed_form():
+    torch.manual_seed(0)
+    layer = Continuous(8, 3, beta=0.5).eval()
+    passed = layer(torch.randn(4, 2, 8))
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(passed.label, passed.spread), normal(0.0, 1.0)).sum(-1).mean()
+    torch.testing.assert_close(passed.loss, 0.5 * expected)
+    torch.testing.assert_close(passed.z, passed.label)
+    assert not torch.equal(layer.train()(torch.randn(4, 2, 8)).z, passed.z)
+
+
+def test_codes_are_the_nearest_and_the_unused_are_replaced_early():
+    pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    layer = Quantised(8, 12, codebook=5, tokens=3, renewed=2).eval()
+    passed = layer(torch.randn(7, 2, 8))
+    assert passed.label.shape == passed.z.shape == (7, 2, 12) and passed.codes.shape == (7, 2, 3)
+    book = layer.codes.codebook
+    for vector, code, z in zip(passed.label.view(-1, 4), passed.codes.flatten(), passed.z.view(-1, 4), strict=True):
+        assert int(((book - vector) ** 2).sum(1).argmin()) == int(code)
+        torch.testing.assert_close(z, book[code], atol=1e-5, rtol=1e-5)
+    layer.train()
+    for step in range(4):
+        for name in ("embed", "embed_avg", "cluster_size"):  # a code that is never the nearest
+            getattr(layer.codes._codebook, name).data[:, 1] = 1e3 if name != "cluster_size" else 1.0
+        layer(torch.randn(7, 2, 8))
+        assert bool(layer.codes.codebook[1].abs().max() < 1e2) == (step < 2)
+    with pytest.raises(ValueError, match="cannot be shared by 5 tokens"):
+        Quantised(8, 12, codebook=5, tokens=5, renewed=0)
+
+
+@pytest.mark.parametrize("codebook", [0, 5])
+def test_labels_of_both_kinds_and_their_embodiment(squares, tmp_path, codebook):
+    model = small(codebook=codebook, tokens=3)
+    model.fit(squares, range(5))
+    model.save(tmp_path)
+    clips = [clip_of(squares, i) for i in range(3)]
+    labels = LatentActions.load(tmp_path).label(clips)
+    assert isinstance(model, Labeler) and model.robot.name == "square_latent" and model.robot.action_dim == 6
+    gaps = model.gaps(clips[::-1])[::-1]
+    for label, gap in zip(labels, gaps, strict=True):
+        np.testing.assert_allclose(label.value, gap["latent"].repeat(2, axis=0), atol=1e-5)  # two robot steps a gap
+        assert label.spread.shape == (16, 6) and label.spread.min() >= 0
+        assert ("codes" in gap) == bool(codebook)
+    robot = LatentActions.load(tmp_path, ROBOT, output="actions")
+    (actions,) = robot.label(clips[:1])
+    assert robot.robot is ROBOT and actions.value.shape == (16, 3) and set(actions.value[:, 2]) <= {-1.0, 1.0}
+
+
+def test_only_labelled_episodes_bring_actions(squares):
+    model = small(labelled=0.4)
+    model.fit(squares, range(5))
+    assert len(model.known) == 2
+    batch = model.batches(squares, range(5), batch_size=6, seed=1)(3)
+    again = model.batches(squares, range(5), batch_size=6, seed=1)(3)
+    assert all(torch.equal(batch[key], again[key]) for key in batch)
+    assert batch["known"][1::2].all() and not batch["action"][batch["known"] == 0].any()
+    blind = small(labelled=0.0)
+    blind.fit(squares, range(5))
+    assert blind.batches(squares, range(5), batch_size=4, seed=1)(0)["known"].sum() == 0
+    assert "head" not in blind.loss(batch)[1]
+
+
+def test_pixels_and_their_patches_are_inverses():
+    frames = torch.rand(2, 3, 16, 24)
+    torch.testing.assert_close(Pixels().picture(Pixels()(frames)), frames)
+
+
+def test_features_of_a_tower_can_be_the_target(squares):
+    tower = {"model_type": "dinov2", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14, "mlp_ratio": 2}  # fmt: skip
+    model = small(target={"path": "none", "config": tower})
+    model.fit(squares, range(3))
+    loss, metrics = model.loss(model.batches(squares, range(3), batch_size=2, seed=0)(0))
+    assert torch.isfinite(loss) and model.scale.shape == (12,)
+    assert model.carry_over(clip_of(squares, 0).video[0], np.zeros((2, 6), np.float32)) is None
+    with pytest.raises(ValueError, match="name one"):
+        Features()
+
+
+def test_errors_name_what_is_wrong(squares):
+    model = small()
+    with pytest.raises(ValueError, match="'square_1' has 4 robot steps a frame.*trained for 2"):
+        model.label([clip_of(squares, 1, Clock(robot_hz="20", video_hz="5", frames=4))])
+    with pytest.raises(ValueError, match="output is 'actions' with a labelled share of 0"):
+        small(output="actions", labelled=0.0)
+    other = replace(ROBOT, views=(View(name="top", key="k", height=32, width=48),))
+    with pytest.raises(ValueError, match="made for another robot"):
+        small(robot=other).fit(squares, range(2))
+
+
+def test_it_learns_to_foretell_and_latents_hold_the_motion(tmp_path):
+    torch.set_num_threads(1)
+    training, apart = Squares(16, seed=1), Squares(4, seed=2)
+    model = small(latent=8, beta=1e-4, frames=3)
+    model.fit(training, range(16))
+    train(model, model.batches(training, range(16), batch_size=12, seed=0), out=tmp_path, steps=100, lr=3e-3, warmup=10,
+          ema=0.95, precision="fp32")  # fmt: skip
+    clips = [clip_of(apart, i, CLOCK.with_frames(13)) for i in range(4)]
+    latents = np.concatenate([gap["latent"] for gap in model.gaps(clips)])
+    moved = np.concatenate([np.diff(e.state[:25:2], axis=0) for e in apart.episodes])
+    seen = np.concatenate([latents, np.ones((len(latents), 1))], 1)
+    left = moved - seen @ np.linalg.lstsq(seen, moved, rcond=None)[0]
+    explained = 1 - (left**2).sum() / ((moved - moved.mean(0)) ** 2).sum()
+    assert model.measure(clips, [])["change"]["left"] < 0.9 and explained > 0.2, explained
