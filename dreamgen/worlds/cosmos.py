@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ class Unguarded:
 def guard() -> Any:
     """NVIDIA's. Raises ValueError that names its package where it is missing."""
     try:
-        from cosmos_guardrail import CosmosSafetyChecker
+        module = import_module("cosmos_guardrail")
     except ImportError as error:
         raise ValueError("the licence of Cosmos asks for its guardrail, which is not installed: `pip install "
                          "cosmos_guardrail`, or set world_model.guardrail=false if you use another") from error
-    return CosmosSafetyChecker()
+    return module.CosmosSafetyChecker()
 
 
 class CosmosLayout(Layout):
