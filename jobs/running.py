@@ -26,7 +26,7 @@ ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # where and how a stage runs, which never changes its result: not part of what a manifest remembers. The inputs of a
 # stage are remembered by what they hold (their fingerprints), not by where they lie.
 PLACES = frozenset("out root path folder parent clips dreams dream_clips counterfactuals demos heldout labels scored "
-                   "truth".split())  # fmt: skip
+                   "truth alternatives alternatives_truth".split())  # fmt: skip
 MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description "
                    "cache accumulate checkpointing compile sharding tracker".split())  # fmt: skip
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours

@@ -11,6 +11,7 @@ from dreamgen.engine.train import read_losses
 from dreamgen.report import plots, scenes
 from dreamgen.report.results import gather, manifests
 from dreamgen.report.table import errors, successes, table
+from dreamgen.report.tree import trees
 
 STYLES = "abcd"
 
@@ -25,6 +26,8 @@ def report(
     heldout: Path | None = None,
     dreams: Path | None = None,
     counterfactuals: Path | None = None,
+    alternatives: Path | None = None,
+    alternatives_truth: Path | None = None,
     labels: Path | None = None,
     policies: Mapping[str, str] | None = None,
     title: str = "",
@@ -37,8 +40,9 @@ def report(
 
     steps: the run's steps, in order; those that are not there are left out. demos, heldout: recordings (LeRobot);
     dreams: output of `dream`; counterfactuals: the same, from which one first frame under many instructions is shown
-    (default: `dreams`); labels: output of `label`. policies: key in results.json to the step that evaluated the
-    policy. clips, groups: how many pairs of clips and how many first frames are shown.
+    (default: `dreams`); alternatives: the same under many streams of actions, shown as trees, with the outcomes that
+    `alternatives_truth` (of `evaluate_counterfactuals`) knows; labels: output of `label`. policies: key in results.json
+    to the step that evaluated the policy. clips, groups: how many pairs of clips and how many first frames are shown.
     """
     found = manifests({name: Path(folder) / name for name in steps if Path(folder) / name != out})
     parents = {name: Path(folder) / name for name in found}
@@ -60,6 +64,7 @@ def report(
             "pipeline": [(name, m["stage"], counts(m["results"])) for name, m in found.items()],
             "pairs": scenes.pairs(dreamed, recordings, clips) if dreamed else [],
             "counterfactuals": scenes.counterfactuals(many, groups, 8) if many else [],
+            "trees": trees(alternatives, alternatives_truth, groups),
             "curves": scenes.recovered(labelled, recordings, 3) if labelled else [],
             "calibrations": calibrations(results),
             "losses": [(name, loss_plot(Path(folder) / name)) for name in found if loss_plot(Path(folder) / name)],

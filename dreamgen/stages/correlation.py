@@ -55,7 +55,7 @@ def correlation(
 ) -> dict:
     """Run every policy for `episodes` episodes (as many for each instruction) in the simulator and in the dream.
 
-    world_model: learned, or the oracle (then what is left is the judge's error on real video). degraded: name to a maker
+    world_model: learned, or the oracle (then what is left is the judge's error on real video). degraded: name to maker
     of a worse policy from `policy=`; each is made of every policy, as `<policy>_<name>`. seen: names of policies that
     gave data to the world model; the headline is of the others. demos: policy to number of demonstrations.
     validation: recordings for the open-loop error. blind: which blind evaluators to run.

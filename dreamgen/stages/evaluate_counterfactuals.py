@@ -24,7 +24,7 @@ def evaluate_counterfactuals(
     sim: Callable[[], Sim] | None,
     *,
     out: Path,
-    tracker: Tracker | None = None,
+    locator: Tracker | None = None,
     near: float = 0.03,
     sheets: int = 8,
     seed: int = 0,
@@ -61,10 +61,10 @@ def evaluate_counterfactuals(
                 real = any([world.step(np.asarray(action, np.float32)) for action in actions])
                 row = {"id": id, "stream": origin.get("stream", ""), "real": real,
                        "probability": float(judge.judge([clip])[0])}  # fmt: skip
-                if tracker is not None:
+                if locator is not None:
                     where = world.objects()
-                    row["positions"] = [where[name].tolist() for name in tracker.names]
-                    row["dreamt"] = tracker.track(clip.video[-1:])[0].tolist()
+                    row["positions"] = [where[name].tolist() for name in locator.names]
+                    row["dreamt"] = locator.track(clip.video[-1:])[0].tolist()
                 pairs[clip.pair].append(row)
         finally:
             world.close()
@@ -75,8 +75,8 @@ def evaluate_counterfactuals(
             with replacing(run.out / "sheets" / f"{pair}.png") as temporary:
                 temporary.write_bytes(png(captioned([told(folder, row) for row in pairs[pair]])))
         found = outcomes(rows, threshold)
-        if tracker is not None:
-            found |= positions(list(pairs.values()), tracker.names, near)
+        if locator is not None:
+            found |= positions(list(pairs.values()), locator.names, near)
         return run.finish(clips=len(rows), pairs=len(pairs), **found)
 
 

@@ -32,7 +32,7 @@ def evaluate_world(
     dataset: Dataset,
     *,
     out: Path,
-    tracker: Tracker | None = None,
+    locator: Tracker | None = None,
     sim: Callable[[], Sim] | None = None,
     episodes: int = 16,
     seconds: Sequence[float | int] = (1, 2, 5, 10),
@@ -64,7 +64,7 @@ def evaluate_world(
             return run.manifest()
         if hasattr(world_model, "place"):
             world_model.place()
-        robot, names = world_model.robot, tracker.names if tracker is not None else ()
+        robot, names = world_model.robot, locator.names if locator is not None else ()
         robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         chosen, rows = choose(world_model, dataset, episodes, seed)
         real = np.stack([dataset.canvas(i, rows) for i in chosen])
@@ -81,10 +81,10 @@ def evaluate_world(
                  "drift": drift(real, dreams["true"], seconds, hz, lpips=lpips)}  # fmt: skip
         error = {name: ((dreams[name][:, 1:] - real[:, 1:].astype(np.float32)) ** 2).mean() for name in STREAMS}
         found["listening"] = {"pixels": float(error["shuffled"] / max(error["true"], 1e-9))}
-        if tracker is not None:
+        if locator is not None:
             truth = np.stack([truth_of(dataset, i, names)[rows] for i in chosen])
-            seen = {name: np.stack([tracker.track(video) for video in dreams[name]]) for name in STREAMS}
-            floor = np.stack([tracker.track(video) for video in real])
+            seen = {name: np.stack([locator.track(video) for video in dreams[name]]) for name in STREAMS}
+            floor = np.stack([locator.track(video) for video in real])
             found |= tracked(names, truth, seen, floor, hz=hz, seconds=seconds, astray=astray, moved=moved, hand=hand,
                              listening=found["listening"], drifts=found["drift"])  # fmt: skip
             if hand in names:

@@ -33,7 +33,7 @@ def tracked(dataset: Dataset) -> list[str]:
 
 
 def train_tracker(
-    tracker: Callable[..., KeypointTracker],
+    locator: Callable[..., KeypointTracker],
     datasets: Sequence[Dataset],
     *,
     out: Path,
@@ -49,7 +49,7 @@ def train_tracker(
     seed: int = 0,
     record: dict,
 ) -> dict:
-    """Train `tracker(names=...)` on all frames but those of `held_out` episodes of each dataset.
+    """Train `locator(names=...)` on all frames but those of `held_out` episodes of each dataset.
 
     Results: error {name: median distance in m on the held-out frames}. Raises ValueError for datasets without truth.
     """
@@ -59,7 +59,7 @@ def train_tracker(
             return run.manifest()
         names = tracked(datasets[0])
         torch.manual_seed(seed_for(seed, "init"))
-        model = tracker(names=names)
+        model = locator(names=names)
         held, places, truth = [], [], {}
         for d, dataset in enumerate(datasets):
             model.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
@@ -77,7 +77,7 @@ def train_tracker(
             return {"frames": torch.from_numpy(frames), "truth": torch.from_numpy(true)}
 
         def batch_at(step: int) -> dict[str, torch.Tensor]:
-            rows = rng_for(seed, "tracker", step).integers(0, len(places), batch_size)
+            rows = rng_for(seed, "locator", step).integers(0, len(places), batch_size)
             return batch_of([places[k] for k in rows])
 
         done = train(model, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, ema=ema,

@@ -65,7 +65,7 @@ def test_the_simulator_tells_where_things_are(recordings) -> None:
 
 
 def test_a_perfect_world_does_not_drift_and_listens(recordings, tmp_path) -> None:
-    found = evaluate_world(oracle(), recordings, out=tmp_path, tracker=Column(), sim=Seen, episodes=4, batch_size=3,
+    found = evaluate_world(oracle(), recordings, out=tmp_path, locator=Column(), sim=Seen, episodes=4, batch_size=3,
                            seconds=[1, 1.4, 9], astray=0.6, films=1, record={})["results"]  # fmt: skip
     assert set(found["drift"]) == {"1s", "1.4s", "end"} and (found["frames"], found["episodes"]) == (9, 4)
     for row in found["drift"].values():
@@ -91,7 +91,7 @@ def test_dreamt_streams_come_true(tmp_path) -> None:
     assert np.allclose(made[1].origin["actions"], made[1].action, atol=1e-5)
     dream(oracle(), prompts, out=tmp_path / "dreams", record={})
     assert ClipFolder(tmp_path / "dreams" / "clips").info("a000001_late")["origin"]["stream"] == "late"
-    found = evaluate_counterfactuals(tmp_path / "dreams", Column(), Seen, out=tmp_path / "truth", tracker=Column(),
+    found = evaluate_counterfactuals(tmp_path / "dreams", Column(), Seen, out=tmp_path / "truth", locator=Column(),
                                      near=0.6, record={})["results"]  # fmt: skip
     assert found["success"]["auroc"] == 1 and found["optimism"] == 0 and found["pessimism"] == 0
     assert found["by_stream"]["still"] == {"n": 3, "real": 0.0, "dreamt": 0.0} and found["by_stream"]["own"]["real"] > 0
