@@ -5,6 +5,7 @@ have one time, and the loss is taken on all frames (arXiv:2503.20314, arXiv:2408
 tokens of the picture; Wan2.2-A14B has one expert above `boundary_ratio` of the times and one below it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class ConcatWorld(VideoWorld):
     def trained(self) -> dict[str, nn.Module]:
         return {name: module for name, module in self.layout.experts.items() if name in EXPERTS[self.expert]}
 
-    def draw(self, count: int, shape: tuple[int, ...], device: torch.device) -> Float[Tensor, " b"]:
+    def draw(self, count: int, shape: Sequence[int], device: torch.device) -> Float[Tensor, " b"]:
         """Times of the expert that is trained: drawn again until all are on its side of the boundary."""
         sigma = super().draw(count, shape, device)
         while self.boundary and self.expert != "both":
@@ -116,7 +117,7 @@ class ConcatWorld(VideoWorld):
         rows = [torch.cat(parts, 1), timestep, text, *image]
         if not self.boundary:
             return self.layout.forward(self.transformer, *rows)
-        high = timestep >= self.layout.process(x.shape[1:]).time(timestep.new_tensor(self.boundary))
+        high = timestep >= self.boundary * self.layout.process(x.shape[1:]).unit
         out = None
         for expert, mine in ((self.transformer, high), (self.transformer_2, ~high)):
             if mine.all():

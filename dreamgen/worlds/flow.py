@@ -65,11 +65,16 @@ class Diffusion:
 
     alphas: Float[Tensor, " n"]
 
+    @property
+    def unit(self) -> float:
+        """What the model calls the time sigma = 1."""
+        return len(self.alphas) - 1.0
+
     def draw(self, count: int, device: torch.device | None = None) -> Float[Tensor, " b"]:
         return torch.rand(count, device=device)
 
     def time(self, sigma: Float[Tensor, " b"]) -> Float[Tensor, " b"]:
-        return (sigma * (len(self.alphas) - 1)).round()
+        return (sigma * self.unit).round()
 
     def _roots(self, sigma: Float[Tensor, " b"], like: Tensor) -> tuple[Tensor, Tensor]:
         alpha = spread(self.alphas.to(sigma.device)[self.time(sigma).long()], like).to(like.dtype)

@@ -7,16 +7,13 @@ diffusers hooks); what it leaves out may depend on the whole batch, so clips may
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dreamgen.engine.precision import best_device, resolve
 from dreamgen.worlds.layout import Layout
-
-if TYPE_CHECKING:
-    from dreamgen.worlds.world import VideoWorld
 
 MODES = ("auto", "batched", "two_pass")
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -129,8 +126,11 @@ def capacity(layout: Layout) -> int:
 
 
 @contextlib.contextmanager
-def fitting(world: "VideoWorld", rows: int) -> Iterator[None]:
-    """Turn an allocation that fails into a ValueError that says what would fit; no rows: only the weights."""
+def fitting(world: Any, rows: int) -> Iterator[None]:
+    """Turn an allocation that fails into a ValueError that says what would fit; no rows: only the weights.
+
+    world: a `VideoWorld` (which is built on this module).
+    """
     try:
         yield
     except RuntimeError as error:
