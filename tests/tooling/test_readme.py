@@ -11,13 +11,15 @@ from jobs.recipe import load
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-LINES = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-         for line in block.splitlines() if line.split("#")[0].strip()]  # fmt: skip
+TEXTS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+LINES = [line for text in TEXTS.values() for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL)
+         for line in re.sub(r"\\\n", " ", block).splitlines()
+         if re.match(r"(dreamgen|make|python -m jobs\.)", line)]  # fmt: skip
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_command_composes(line: str) -> None:
-    program, *words = shlex.split(line)
+    program, *words = shlex.split(re.sub(r"^python -m jobs\.", "dreamgen ", line), comments=True)
     if program == "make":
         assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
