@@ -181,7 +181,7 @@ class Wary(Oracle):
     """Labels what is dark as rest."""
 
     def label(self, clips: list[Clip]) -> list[Labels]:
-        return [Labels(value=label.value * (clip.video.max() > 127), spread=label.spread)
+        return [Labels(value=label.value * np.float32(clip.video.mean() > 80), spread=label.spread)
                 for clip, label in zip(clips, super().label(clips), strict=True)]  # fmt: skip
 
 
