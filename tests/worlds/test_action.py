@@ -17,6 +17,7 @@ from dreamgen.worlds.action_frames import latent_actions, pose_maps
 from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks
 from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
 from dreamgen.worlds.rollout import extend, frame_rows
+from tests.worlds import zoo
 from tests.worlds.conftest import pipeline_folder  # noqa: F401
 
 CAMERA = Camera(focal=(1.0, 1.5), position=(0, 0, -2), rotation=(1, 0, 0, 0, 1, 0, 0, 0, 1))
@@ -121,6 +122,27 @@ def test_concatenated_channels_are_the_base_to_the_bit_and_listen():
         with hooks(given):
             assert torch.allclose(call(clip_time[:, None].expand(2, 18)), once, atol=1e-5)
         assert torch.equal(call(), base)
+
+
+@pytest.mark.parametrize("name", ["wan21_i2v_14b", "wan22_i2v_a14b"])
+def test_whole_pipelines_of_the_other_family(name):
+    base = zoo.world(name, "", pipeline=zoo.build(name), steps=2)
+    action = np.random.default_rng(1).uniform(-1, 1, (16, 3)).astype(np.float32)
+    image = np.full((*zoo.robot().canvas, 3), 90, np.uint8)
+    prompt = Prompt(id="p", image=image, instruction="open the drawer", seed=4, action=action)
+    plain = base.dream([prompt])[0].video
+    world = ActionWorld(world=base, width=8, anchor=False, history=())
+    assert len(world.hooks) == 1 + name.endswith("a14b")  # both experts
+    assert np.array_equal(world.dream([prompt])[0].video[1:], plain[1:])
+    moved = disturbed(ActionWorld(world=base, width=8, level=0.3))
+    videos = [moved.dream([Prompt(**{**vars(prompt), "action": a})])[0].video for a in (action, -action)]
+    assert (videos[0] != videos[1]).any() and (videos[0] != plain).any()
+    assert np.array_equal(base.dream([prompt])[0].video, plain)
+
+
+def test_other_transformers_are_named():
+    with pytest.raises(ValueError, match="has a LTXVideoTransformer3DModel"):
+        ActionWorld(world=zoo.world("ltx_video", "", pipeline=zoo.build("ltx_video")))
 
 
 def test_actions_maps_memory_and_text_matter(make):
@@ -230,8 +252,8 @@ def test_noise_on_the_context_is_the_models_input(make):
         lambda module, args: seen.setdefault("time", args[0])
     )
     noisy.dream([a])
-    times = seen["time"].view(1, -1, 6)
-    assert times.shape[1] == 2 + 3 and (times[:, :3] == 400).all() and (times[:, 3:] > 900).all()
+    times = seen["time"].view(-1, 2 + 3, 6)  # of each row: two remembered frames, then the clip's
+    assert (times[:, :3] == 400).all() and (times[:, 3:] > 900).all()
 
 
 def test_guidance_by_actions_extrapolates_from_none(make):

@@ -1,0 +1,121 @@
+"""Training an action-conditioned world model and a tracker on a tiny random pipeline and drawn squares."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from dreamgen.core.clip import Episode, Prompt
+from dreamgen.core.kinematics import follow
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
+from dreamgen.engine.train import read_losses
+from dreamgen.stages.evaluate_world import evaluate_world
+from dreamgen.stages.finetune_actions import Source, finetune_actions
+from dreamgen.stages.train_tracker import train_tracker
+from dreamgen.worlds.action import ActionWorld
+from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
+from dreamgen.worlds.tracker import KeypointTracker
+from tests.worlds.conftest import pipeline_folder  # noqa: F401
+from tests.worlds.test_action import CAMERA, robot
+
+TEXTS = ["open the drawer", "put the red block on the plate"]
+
+
+def drawn(place: np.ndarray) -> np.ndarray:
+    """A bright square where the camera sees a point (3,)."""
+    picture = np.full((32, 48, 3), 40, np.uint8)
+    (u, v), _ = CAMERA.project(place)
+    y, x = int(np.clip(32 * v, 2, 29)), int(np.clip(48 * u, 2, 45))
+    picture[y - 2 : y + 3, x - 2 : x + 3] = (250, 200, 30)
+    return picture
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    root = tmp_path_factory.mktemp("squares") / "play"
+    episodes = []
+    for i in range(5):
+        rng = np.random.default_rng(i)
+        action = rng.uniform(-0.2, 0.2, (25, 4)).astype(np.float32)
+        action[:, 2], action[:, 3] = 0, np.sign(action[:, 3])
+        state = follow(robot(), np.array([0, 0, 0, 1], np.float32), action)[0][:-1]
+        episodes.append(Episode(
+            instruction=TEXTS[i % 2], state=state, action=action,
+            video={"front": np.stack([drawn(s[:3]) for s in state])}, extra={"object.hand": state[:, :3]},
+            meta={"seed": i, "success": bool(i % 2)},
+        ))  # fmt: skip
+    write_dataset(root, episodes, robot())
+    return Dataset(root, robot())
+
+
+@pytest.fixture(scope="module")
+def pipe(pipeline_folder):  # noqa: F811
+    return open_pipeline(str(pipeline_folder))
+
+
+@pytest.fixture
+def make(pipeline_folder, pipe):  # noqa: F811
+    def built(**changed) -> ActionWorld:
+        torch.manual_seed(0)
+        world = PrefixWorld(robot=robot(), path=str(pipeline_folder), frames=9, steps=2, guidance=1.0, text_length=12,
+                            precision="fp32", pipeline=pipe)  # fmt: skip
+        return ActionWorld(world=world, width=20, **{"maps": True, "history": [0.2], **changed})
+
+    return built
+
+
+def test_a_row_of_a_batch_is_what_a_rollout_sees(make, dataset, tmp_path):
+    world = make()
+    source = Source(world, dataset, hop=4, validation=1, out=tmp_path, seed=0)
+    assert [len(source.held), len(source.windows), len(source.train)] == [1, 5 * 3, 4 * 3]
+    list(source.build())
+    k = source.number[2, 8]
+    row = source.row(k, 5)
+    assert row["latents"].shape == (6, 2, 4, 6) and row["features"].shape == (1, 16) and row["maps"].shape[:2] == (8, 2)
+    assert np.allclose(row["ages"], [0.4, 0.2])  # rows 0 and 4 of a robot at 20 Hz
+    frames = torch.from_numpy(dataset.canvas(2, [0, 4]))[:, None]
+    assert np.allclose(row["memory"], world.encode(frames)[:, :, 0].transpose(0, 1).numpy(), atol=1e-5)
+    assert world.memory_rows(4) == [0, 2]  # the same moments, in frames of a video at 10 Hz
+    assert np.allclose(row["maps"], world.drawn(np.arange(0, 9, 2), dataset.episode(2).action[8:16],
+                                                dataset.episode(2).state[8]))  # fmt: skip
+
+
+def test_it_trains_saves_and_dreams_on(make, dataset, tmp_path):
+    options = dict(steps=4, batch_size=3, lr=1e-2, warmup=1, hop=4, validation=2, validate_every=2, samples=1, seed=1,
+                   method="actions", record={})  # fmt: skip
+    done = finetune_actions(make(), [dataset, dataset], out=tmp_path, shares=[1, 2], **options)
+    assert done["results"]["lengths"] == [5, 9] and done["results"]["validation"] == 2
+    last = read_losses(tmp_path)[-1]
+    assert last["val_loss"] > 0 and last["val_loss_shuffled"] > 0
+    assert (tmp_path / "samples" / "step_000004.mp4").is_file()
+    world = ActionWorld.load(tmp_path)
+    assert not torch.equal(world.extension.normaliser.scale, torch.ones(16))
+    assert (world.extension.proj_out.weight != 0).any()
+    episode = dataset.episode(0)
+    prompt = Prompt(id="x", image=dataset.canvas(0, [0])[0], instruction=TEXTS[0], seed=3, state=episode.state[0],
+                    action=episode.action[:24])  # fmt: skip
+    assert world.dream([prompt])[0].video.shape == (13, 32, 48, 3)
+    assert finetune_actions(make(), [dataset, dataset], out=tmp_path, shares=[1, 2], **options)["id"] == done["id"]
+    found = evaluate_world(world, dataset, out=tmp_path / "world", episodes=2, films=0, record={})["results"]
+    assert found["frames"] == 13 and found["drift"]["1s"]["psnr"] > 0 and found["listening"]["pixels"] > 0
+
+
+def test_bad_settings_are_named(make, dataset, tmp_path):
+    for changed, message in (({"method": "half"}, "method is 'half'"), ({"shares": [1, 2]}, "for 1 datasets"),
+                             ({"lengths": [7]}, r"lengths are \[7\]")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            finetune_actions(make(), [dataset], out=tmp_path, record={}, **changed)
+
+
+def test_the_tracker_learns_where_things_are(dataset, tmp_path):
+    small = partial(KeypointTracker, robot=robot(), channels=[8, 12], keypoints=6, width=24)
+    done = train_tracker(small, [dataset], out=tmp_path, held_out=1, steps=120, batch_size=24, lr=2e-2, warmup=5,
+                         precision="fp32", record={})  # fmt: skip
+    spread = np.median(np.linalg.norm(dataset.states()[:, :3] - dataset.states()[:, :3].mean(0), axis=1))
+    assert done["results"]["error"]["hand"] < 0.8 * spread
+    tracker = KeypointTracker.load(tmp_path, robot=robot())
+    assert tracker.names == ("hand",) and tracker.track(dataset.canvas(1, [0, 5, 9])).shape == (3, 1, 3)
+    with pytest.raises(ValueError, match="the tracker of 'gripper' reads"):
+        tracker.track(np.zeros((2, 8, 8, 3), np.uint8))
