@@ -70,9 +70,10 @@ class Candidates:
             clock = Clock(robot_hz=self.dataset.robot.robot_hz, video_hz=hz, frames=2)
             rows = clock.with_frames(max(2, clock.frames_in(self.dataset.length(i)))).rows
             rows = rows[rows < self.dataset.length(i)]
+        scores = {name: score for name, score in (meta.get("scores") or {}).items() if score is not None}
         return Clip(id=self.ids[i], video=self.dataset.canvas(i, rows), video_hz=hz, instruction=episode.instruction,
                     seed=int(meta.get("seed") or 0), pair=meta.get("pair", ""), state=episode.state[0],
-                    origin=meta.get("origin") or {}, scores=meta.get("scores") or {})  # fmt: skip
+                    origin=meta.get("origin") or {}, scores=scores)  # fmt: skip
 
     def labels(self, i: int) -> Labels | None:
         """Labels of all rows; a spread that the dataset does not have is nan."""

@@ -242,7 +242,7 @@ def _write(out: Path, candidates: Candidates, rows: list[dict], *, codec: str, c
         for i in kept:
             if not folder.has(candidates.ids[i]):
                 clip = candidates.clip(i)
-                clip.scores.update(rows[i]["scores"])
+                clip.scores.update({name: score for name, score in rows[i]["scores"].items() if score is not None})
                 folder.write(clip)
         return {}
     if (out / INFO).is_file():  # killed between the dataset and the manifest
