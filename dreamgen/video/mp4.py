@@ -48,6 +48,7 @@ def encode(
     Raises ValueError for frames that are no (t h w 3) uint8 with t > 0, and for odd sizes where they do not fit.
     """
     import av
+    from av.video.reformatter import VideoReformatter
 
     if codec not in ENCODERS:
         raise ValueError(f"codec is '{codec}'; expected one of {', '.join(ENCODERS)}")
@@ -60,7 +61,7 @@ def encode(
         raise ValueError(f"frames are {height}x{width}; yuv420p needs even sizes")
     options = options | {"crf": str(quality if crf is None else crf)}
     os.environ.setdefault("SVT_LOG", "1")  # errors only: the AV1 encoder writes its settings to stderr otherwise
-    buffer, convert = io.BytesIO(), av.video.reformatter.VideoReformatter()  # one conversion table for all frames
+    buffer, convert = io.BytesIO(), VideoReformatter()  # one conversion table for all frames
     with av.open(buffer, "w", format="mp4") as container:
         rate = Fraction(fps).limit_denominator(100000)
         stream = cast(av.VideoStream, container.add_stream(encoder, rate=rate, options=options))
@@ -70,7 +71,7 @@ def encode(
         context.colorspace, context.color_range = BT601, LIMITED
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(stream.encode(convert.reformat(picture, format=pixels, dst_colorspace=BT601)))
+            container.mux(stream.encode(convert.reformat(picture, format=pixels, dst_colorspace=BT601, threads=1)))
         container.mux(stream.encode())
     return buffer.getvalue()
 

@@ -24,7 +24,7 @@ def artefacts(out: Path) -> dict[str, bytes | list]:
     found = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if not path.is_file() or path.suffix == ".log" or name.startswith("report/"):
+        if not path.is_file() or path.suffix == ".log" or "tfevents" in name or name.startswith("report/"):
             continue
         if path.name == "manifest.json":
             manifest = json.loads(path.read_text())

@@ -61,7 +61,7 @@ def test_tokens_depend_on_picture_and_instruction_row_by_row():
     torch.testing.assert_close(alone[0], visual[2], atol=1e-4, rtol=1e-4)  # extents are roots of differences
     other, _ = encoder(pictures[2:3], words[1:2])
     assert (other[0, :2] - visual[2, :2]).abs().max() > 1e-3  # what is summed up is steered by the instruction
-    torch.testing.assert_close(other[0, 2:], visual[2, 2:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other[0, 2:], visual[2, 2:], atol=1e-4, rtol=1e-4)
 
 
 def test_noise_acts_in_training_only():

@@ -121,15 +121,15 @@ def test_a_lost_clip_is_dreamed_again(make, dataset, tmp_path):
     dream(make(), prompts, out=tmp_path / "one", batch_size=2, record={})
     calls = []
     world = make()
-    plain = world.dream
+    plain = world.denoise
 
-    def killed(group):
+    def killed(group, **options):
         calls.append(group)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return plain(group)
+        return plain(group, **options)
 
-    world.dream = killed
+    world.denoise = killed
     with pytest.raises(KeyboardInterrupt):
         dream(world, prompts, out=tmp_path / "two", batch_size=2, record={})
     assert not (tmp_path / "two" / "manifest.json").exists()
