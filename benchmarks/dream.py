@@ -189,13 +189,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument("--alone", action="store_true", help="leave out the rows of other knobs")
     parser.add_argument("--prompts", type=int, help="fewer or more than the size has")
+    parser.add_argument("--steps", type=int, help="of the sampler")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     name = "tiny" if given.tiny else given.size
     size, large = SIZES[name], name.startswith("wan")
-    size = replace(size, prompts=given.prompts or size.prompts)
+    size = replace(size, prompts=given.prompts or size.prompts, steps=given.steps or size.steps)
     if large and best_device().type == "cpu":
         sys.exit(f"error: --size {name} needs a GPU; none was found")
     theirs, pipe = pipeline(name).to(best_device()), pipeline(name).to(best_device())
