@@ -16,7 +16,7 @@ from jobs.running import run_stage
 from jobs.steps import complete, run_steps
 
 ROOT = Path(__file__).parents[2]
-TIMED = ("seconds", "peak_mb", "versions")
+TIMED = ("seconds", "peak_mb", "versions", "data_wait", "tflops", "of_peak")
 
 
 def artefacts(out: Path) -> dict[str, bytes | list]:
