@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install -qq --upgrade pip
 	$(BIN)/python -m pip install -qq $(TORCH)
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sim,serve,dev]'
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[sim,serve,latent,dev]'
 	@touch $@
 
 clean-venv:
