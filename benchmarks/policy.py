@@ -22,8 +22,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import hydra  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dreamgen.core.clip import Observation  # noqa: E402
@@ -39,13 +41,17 @@ ROBOT = Embodiment(
     action=(Part(name="move", start=0, stop=3, kind="delta", moves="hand", limits=(-1, 1)),
             Part(name="grip", start=3, stop=4, kind="binary", limits=(-1, 1))),
 )  # fmt: skip
-# conf/policy/tiny.yaml and conf/policy/base.yaml, and one for tests
-SIZES = {
-    "toy": (dict(layers=2, heads=2, head_width=8), dict(width=16, channels=(4, 6), keypoints=2, patches=2)),
-    "tiny": (dict(layers=3, heads=3, head_width=32), dict(width=96, channels=(16, 32, 48, 48))),
-    "base": (dict(layers=8, heads=16, head_width=64, align_weight=0.2, align_layer=6),
-             dict(width=512, channels=(64, 128, 256, 256), keypoints=64, patches=8, text_width=128)),
-}  # fmt: skip
+CONF = Path(__file__).parents[1] / "conf" / "policy"
+TOY = dict(layers=2, heads=2, head_width=8, encoder=dict(width=16, channels=(4, 6), keypoints=2, patches=2))  # for tests
+
+
+def policy_of(size: str) -> FlowPolicy:
+    """The untrained policy of conf/policy/<size>.yaml, for ROBOT."""
+    if size == "toy":
+        return FlowPolicy(robot=ROBOT, **{**TOY, "encoder": TinyEncoder(**TOY["encoder"])}).eval()
+    config = OmegaConf.load(CONF / f"{size}.yaml")
+    config.robot = None
+    return hydra.utils.instantiate(config)(robot=ROBOT).eval()
 
 
 def variants(policy: FlowPolicy, compile: bool) -> dict[str, Callable[[list[Observation], list[int]], torch.Tensor]]:
@@ -55,7 +61,7 @@ def variants(policy: FlowPolicy, compile: bool) -> dict[str, Callable[[list[Obse
     def again(seen: list[Observation], seeds: list[int]) -> torch.Tensor:
         def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             known = policy.observe(seen)
-            return policy.velocity(x, t, known.state, known.context, known.body)[0]
+            return policy.velocity(x, t, known.state, known.plan, known.context, known.body)[0]
 
         return euler(velocity, policy.noise(seeds), steps)
 
@@ -66,14 +72,14 @@ def variants(policy: FlowPolicy, compile: bool) -> dict[str, Callable[[list[Obse
         policy.dit.context = keep
 
         def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return policy.velocity(x, t, known.state, policy.dit.context(found["tokens"]), known.body)[0]
+            return policy.velocity(x, t, known.state, known.plan, policy.dit.context(found["tokens"]), known.body)[0]
 
         return euler(velocity, policy.noise(seeds), steps)
 
     def fast(mode: str | None) -> Callable[[list[Observation], list[int]], torch.Tensor]:
         def run(seen: list[Observation], seeds: list[int]) -> torch.Tensor:
             known = policy.observe(seen)
-            return compiled(mode)(policy, policy.noise(seeds), known.state, known.context, steps, 0)
+            return compiled(mode)(policy, policy.noise(seeds), known.state, known.plan, known.context, steps, 0)
 
         return run
 
@@ -84,8 +90,7 @@ def variants(policy: FlowPolicy, compile: bool) -> dict[str, Callable[[list[Obse
 def measure(size: str, rounds: int, compile: bool) -> dict:
     """Median and 99th percentile in ms of each variant, of the whole chunk and of the action head alone."""
     torch.manual_seed(0)
-    head, encoder = SIZES[size]
-    policy = FlowPolicy(robot=ROBOT, encoder=TinyEncoder(**encoder), **head).eval()
+    policy = policy_of(size)
     rng = np.random.default_rng(0)
     seen = [Observation(views={"front": rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)},
                         state=np.zeros(4, np.float32), instruction="open the drawer")]  # fmt: skip
@@ -115,7 +120,7 @@ def measure(size: str, rounds: int, compile: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "base"], choices=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "base"], choices=["toy", "tiny", "base", "n1"])
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()

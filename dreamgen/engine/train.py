@@ -16,6 +16,7 @@ from torch import nn
 
 from dreamgen.core.seeding import seed_for
 from dreamgen.engine.ahead import Ahead
+from dreamgen.engine.compiling import no_new_code
 from dreamgen.engine.journal import Journal
 from dreamgen.engine.optimiser import optimisers, schedule
 from dreamgen.engine.precision import autocast, best_device, resolve
@@ -103,7 +104,7 @@ def train(
         model.eval()
         if average:
             average.swap(model)
-        with torch.no_grad(), autocast(chosen, device):
+        with torch.no_grad(), autocast(chosen, device), no_new_code():
             found = agreed({k: float(v) for k, v in validate(model, step).items()})
         before = [row["val_loss"] for row in journal.rows if "val_loss" in row]
         if patience and found.get("loss", math.inf) < min(before, default=math.inf):

@@ -16,7 +16,13 @@ from torch.nn import functional as F
 
 
 def integrate(
-    policy: Any, noise: Float[Tensor, "b h a"], state: Float[Tensor, "b 1 w"], context: list, steps: int, body: int
+    policy: Any,
+    noise: Float[Tensor, "b h a"],
+    state: Float[Tensor, "b 1 w"],
+    plan: Float[Tensor, "b h w"],
+    context: list,
+    steps: int,
+    body: int,
 ) -> Float[Tensor, "b h a"]:
     """From noise to a chunk in `steps` Euler steps, all rows of one body."""
     dit, encode, horizon = policy.dit, policy.encode_action, policy.horizon
@@ -34,7 +40,7 @@ def integrate(
     entries = policy.spaces.entries(everywhere, len(policy.bodies))
     x, last = noise, len(dit.blocks) - 1
     for k in range(steps):
-        chunk = encode.layer3(F.silu(encode.layer1(x, body) @ inner + late[k]), body) + policy.position
+        chunk = encode.layer3(F.silu(encode.layer1(x, body) @ inner + late[k]), body) + plan
         y = torch.cat([head, chunk], 1)
         for number, (block, kv, (scale, shift)) in enumerate(zip(dit.blocks, context, gates, strict=True)):
             if number == last and block.crosses:

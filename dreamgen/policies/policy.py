@@ -35,11 +35,13 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Seen:
-    """Observations as the action head knows them: keys and values of the context, the state token, the states (b d) in
-    units where chunks are told relative to them, and which body acts."""
+    """Observations as the action head knows them: keys and values of the context, the state token, what is known of
+    each step of the chunk (b H w), the states (b d) in units where chunks are told relative to them, and which body
+    acts."""
 
     context: list[KeyValue | None]
     state: Tensor
+    plan: Tensor
     start: Tensor | None
     body: Tensor
 
@@ -138,6 +140,10 @@ class FlowPolicy(nn.Module):
         self.encode_action = ActionEncoder(count, self.spaces.action_dim, width)
         self.decode_action = BodyMLP(count, out_width, out_width, self.spaces.action_dim)
         self.position = nn.Parameter(0.02 * torch.randn(horizon, width))
+        self.summary, self.direct = getattr(self.encoder, "summary", 0), None
+        if self.summary:
+            self.direct = nn.Sequential(nn.Linear(self.summary * self.encoder.width, 2 * width), nn.SiLU(),
+                                        nn.Linear(2 * width, horizon * width))  # fmt: skip
         self.flare, self.future_steps, self.queries = None, None, None
         if align_weight:
             if target == "qformer":
@@ -183,6 +189,7 @@ class FlowPolicy(nn.Module):
         x_t: Float[Tensor, "b h a"],
         t: Float[Tensor, " b"],
         state: Float[Tensor, "b 1 w"],
+        plan: Float[Tensor, "b h w"],
         context: list[KeyValue | None],
         body: Int64[Tensor, " b"],
         valid: Bool[Tensor, "b h"] | None = None,
@@ -191,7 +198,7 @@ class FlowPolicy(nn.Module):
         """The velocity of a noisy chunk and, with FLARE, the activations of the future tokens. clean: steps that are
         given, at time 1."""
         times = t if clean is None else torch.where(clean, torch.ones_like(t)[:, None], t[:, None])
-        chunk = self.encode_action(x_t, times, body) + self.position
+        chunk = self.encode_action(x_t, times, body) + plan
         sequence = [state, chunk]
         if self.flare:
             sequence.insert(1, self.flare.tokens.expand(len(chunk), -1, -1))
@@ -210,6 +217,13 @@ class FlowPolicy(nn.Module):
         tokens = torch.cat(look(self.encoder, pictures, words), 1)
         return tokens if self.queries is None else torch.cat([tokens, self.queries(tokens)], 1)
 
+    def plan(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b h w"]:
+        """What is known of each step of the chunk before its noise: its place and, where the encoder begins with tokens
+        that summarise the observation, what a plain regression from these would say, which is learned first."""
+        if self.direct is None:
+            return self.position.expand(len(tokens), -1, -1)
+        return self.position + self.direct(tokens[:, : self.summary].flatten(1)).unflatten(1, self.position.shape)
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow-matching loss, plus align_weight times FLARE's."""
         pictures, state_known, body = batch["pictures"], batch["state_known"], batch["body"]
@@ -221,11 +235,12 @@ class FlowPolicy(nn.Module):
             if pictures.dtype == torch.uint8:
                 pictures = augment.jitter(augment.shift(pictures, self.shift), self.jitter)
             state_known = state_known & (torch.rand(len(body), device=body.device) >= self.state_dropout)
-        context = repeat_context(self.dit.context(self.encode(pictures, batch["words"])), self.draws)
+        tokens = self.encode(pictures, batch["words"])
+        context, plan = repeat_context(self.dit.context(tokens), self.draws), self.plan(tokens)
         state = self.state_token(known, state_known, body)
         action = self.spaces.chunk(told, known, body).repeat_interleave(self.draws, 0)
-        state, body, valid, weight = (x.repeat_interleave(self.draws, 0)
-                                      for x in (state, body, valid, batch["weight"]))  # fmt: skip
+        state, plan, body, valid, weight = (x.repeat_interleave(self.draws, 0)
+                                            for x in (state, plan, body, valid, batch["weight"]))  # fmt: skip
         x = torch.where(valid[..., None], action, torch.zeros_like(action))
         noise, t = torch.randn_like(x), sample_time(len(x), like=x)
         if entries is not None:
@@ -236,7 +251,7 @@ class FlowPolicy(nn.Module):
             length = torch.randint(0, self.prefix + 1, (len(x), 1), device=x.device)
             clean = (torch.arange(self.horizon, device=x.device) < length) & valid
             x_t, weight = torch.where(clean[..., None], x, x_t), weight * ~clean
-        velocity, tapped = self.velocity(x_t, t, state, context, body, valid, clean)
+        velocity, tapped = self.velocity(x_t, t, state, plan, context, body, valid, clean)
         error = (velocity - (x - noise)).square()
         error = error.mean(-1) if entries is None else (error * entries).sum(-1) / entries.sum(-1)
         flow = (error * weight).sum() / weight.sum().clamp(min=1e-6)
@@ -263,7 +278,8 @@ class FlowPolicy(nn.Module):
                              "to it; give the state, or train with frame=recorded")  # fmt: skip
         words = self.encoder.words([o.instruction for o in observations]).to(device)
         padded = F.pad(states, (0, self.spaces.state_dim - states.shape[1]))
-        return Seen(context=self.dit.context(self.encode(pictures, words)), body=body,
+        tokens = self.encode(pictures, words)
+        return Seen(context=self.dit.context(tokens), plan=self.plan(tokens), body=body,
                     state=self.state_token(padded, known, body),
                     start=states if self.space.needs_state else None)  # fmt: skip
 
@@ -288,7 +304,7 @@ class FlowPolicy(nn.Module):
         """Action chunks in units, inside the limits, binary parts at one of their two values. Seed i draws row i's
         noise. Errors: see `observe`."""
         seen = self.observe(observations)
-        x = self.integrate(self, self.noise(seeds), seen.state, seen.context, self.euler_steps, self.speaks)
+        x = self.integrate(self, self.noise(seeds), seen.state, seen.plan, seen.context, self.euler_steps, self.speaks)
         return self.finish(x, seen)
 
     def body(self, name: str) -> int:

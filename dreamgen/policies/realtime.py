@@ -99,13 +99,13 @@ class RealTime:
         pull = torch.from_numpy(weight)[..., None].to(device)
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-            return policy.velocity(x_t, t, seen.state, seen.context, seen.body)[0]
+            return policy.velocity(x_t, t, seen.state, seen.plan, seen.context, seen.body)[0]
 
         def step(x_t: Tensor, t: Tensor) -> Tensor:
             if self.mode == "guided":
                 return guided(velocity, x_t, t, previous, pull, self.beta)
             clean = torch.where(frozen, previous, x_t)
-            return policy.velocity(clean, t, seen.state, seen.context, seen.body, clean=frozen[..., 0])[0]
+            return policy.velocity(clean, t, seen.state, seen.plan, seen.context, seen.body, clean=frozen[..., 0])[0]
 
         x = euler(step, policy.noise(seeds), policy.euler_steps)
         chunk = policy.finish(x, seen)

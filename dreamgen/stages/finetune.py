@@ -14,6 +14,7 @@ from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.buckets import Buckets, ClipPool, Shape
 from dreamgen.data.lerobot import Dataset
+from dreamgen.engine.compiling import compile_blocks, wanted
 from dreamgen.engine.cost import Transformer, training_memory
 from dreamgen.engine.devices import memory_left
 from dreamgen.engine.precision import best_device
@@ -54,7 +55,7 @@ def finetune(
     cache: Path | None = None,
     accumulate: int = 1,
     checkpointing: bool = False,
-    compile: bool = False,
+    compile: bool | str = "auto",
     sharding: str = "ddp",
     replicas: int = 1,
     tracker: str | None = None,
@@ -74,7 +75,7 @@ def finetune(
     seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting.
     cache: a folder of latents to share between runs; `out/cache` where None. accumulate, sharding, replicas, tracker:
     see `dreamgen.engine.train`. checkpointing: keep only the inputs of blocks, and compute these again in the backward
-    pass. compile: the blocks, each once.
+    pass. compile: the blocks (see `dreamgen.engine.compiling`).
 
     Raises ValueError for another method, if no episode is as long as a clip, for a cache of another VAE, dataset or
     transform, and on a GPU where the first step cannot fit. The manifest counts clips by shape, episodes too short,
@@ -123,8 +124,8 @@ def finetune(
                 weight.data = weight.data.float()  # small steps are lost in bf16
             if checkpointing:
                 module.enable_gradient_checkpointing()
-            if compile:
-                module.compile_repeated_blocks()
+            if wanted(compile, steps=steps):
+                compile_blocks(module)
         text = embedded.shape[1]
         clips = [-(-size // (count * accumulate)) for size in buckets.sizes]
         _require_memory(world, sizes, [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text,

@@ -16,6 +16,7 @@ from dreamgen.core.seeding import rng_for
 from dreamgen.data.cache import Cache
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.windows import Windows
+from dreamgen.engine.compiling import compile_blocks, wanted
 from dreamgen.engine.precision import autocast
 from dreamgen.engine.progress import progress
 from dreamgen.engine.train import clear_state, train
@@ -77,6 +78,7 @@ def pretrain(
     text_dropout: float = 0.1,
     precision: str = "auto",
     replicas: int = 1,
+    compile: bool | str = "auto",
     seed: int = 0,
     record: dict,
 ) -> dict:
@@ -109,8 +111,8 @@ def pretrain(
         world.pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
         world.mean, world.std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
         losses = _train_transformer(world, pool, cache, heldout, out / "transformer", batch_size, text_dropout,
-                                    steps=steps, lr=lr, muon_lr=muon_lr, precision=precision, replicas=replicas,
-                                    seed=seed)  # fmt: skip
+                                    steps=steps, compile=compile, lr=lr, muon_lr=muon_lr, precision=precision,
+                                    replicas=replicas, seed=seed)  # fmt: skip
         world.save(out, dtype=torch.bfloat16)
         for part in ("vae", "transformer"):
             clear_state(out / part)
@@ -164,7 +166,8 @@ def _moments(cache: Cache) -> tuple[Tensor, Tensor]:
 
 
 def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Dataset, out: Path, batch: int,
-                       dropout: float, *, seed: int, **options: Any) -> dict:  # fmt: skip
+                       dropout: float, *, seed: int, steps: int, compile: bool | str,
+                       **options: Any) -> dict:  # fmt: skip
     texts = sorted({pool.instruction(k) for k in range(len(pool))})
     number = {text: i for i, text in enumerate(texts)}
     which = np.array([number[pool.instruction(k)] for k in range(len(pool))])
@@ -172,6 +175,8 @@ def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Da
     latents = torch.from_numpy(cache.take(np.arange(len(cache))))
     latents = (latents - world.mean) / world.std
     world.train_full()
+    if wanted(compile, steps=steps):
+        compile_blocks(world.transformer)
     world.pipe.text_encoder.requires_grad_(True)
     world.text_encoder = world.pipe.text_encoder  # as a submodule, so that the loop sees its weights
     held = Pool([heldout], world.clock, hop=world.clock.steps)
@@ -189,7 +194,7 @@ def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Da
         text = np.where(rng.random(batch) < dropout, len(texts), which[rows])
         return {"latents": latents[rows], "ids": tokens["ids"][text], "mask": tokens["mask"][text]}
 
-    result = train(world, batch_at, out=out, warmup=100, ema=0.999, seed=seed, checkpoint_every=250,
+    result = train(world, batch_at, out=out, steps=steps, warmup=100, ema=0.999, seed=seed, checkpoint_every=250,
                    validate=lambda model, step: {"loss": float(model.loss(fixed)[0])}, validate_every=250,
                    name="transformer", **options)  # fmt: skip
     del world.text_encoder

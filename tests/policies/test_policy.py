@@ -48,12 +48,13 @@ def test_masked_steps_and_unknown_states_have_no_influence():
 
 def test_chunk_steps_do_not_see_masked_steps():
     model, data = policy().eval(), batch()
-    context = model.dit.context(model.encode(data["pictures"], data["words"]))
+    tokens = model.encode(data["pictures"], data["words"])
+    context = model.dit.context(tokens)
     state = model.state_token(data["state"], data["state_known"], data["body"])
     x, t = torch.randn(B, STEPS, A), torch.full((B,), 0.3)
     y = x.clone()
     y[1, 4:] += 5
-    a, b = (model.velocity(z, t, state, context, data["body"], data["valid"])[0] for z in (x, y))
+    a, b = (model.velocity(z, t, state, model.plan(tokens), context, data["body"], data["valid"])[0] for z in (x, y))
     torch.testing.assert_close(a[1, :4], b[1, :4])
     assert not torch.allclose(a[1, 4:], b[1, 4:])
 

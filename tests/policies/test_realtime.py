@@ -16,11 +16,11 @@ def test_the_fast_loop_equals_the_plain_one(layers, changes):
     seen, noise = model.observe(observations()), model.noise(range(B))
 
     def velocity(x, t):
-        return model.velocity(x, t, seen.state, seen.context, seen.body)[0]
+        return model.velocity(x, t, seen.state, seen.plan, seen.context, seen.body)[0]
 
     with torch.no_grad():
         want = euler(velocity, noise, model.euler_steps)
-        found = model.integrate(model, noise, seen.state, seen.context, model.euler_steps, 0)
+        found = model.integrate(model, noise, seen.state, seen.plan, seen.context, model.euler_steps, 0)
     torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
     np.testing.assert_allclose(model.finish(want, seen), model.act(observations(), range(B)), atol=1e-5)
 

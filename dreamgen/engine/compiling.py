@@ -1,0 +1,55 @@
+"""torch.compile of the blocks that a model repeats.
+
+On a CPU most of a small model's step goes into reading and writing tensors between its many small operations; fused
+they take well under half the time. Inductor needs a C++ compiler there, which a bare machine may lack.
+"""
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from dreamgen.engine.precision import best_device
+
+CHOICES = (True, False, "auto")
+
+
+def wanted(choice: bool | str, *, steps: int) -> bool:
+    """Whether to compile; "auto": on a CPU with a C++ compiler, from 100 steps on, what compiling costs.
+
+    Raises ValueError for another choice, and for true on a CPU where there is no compiler.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"compile is {choice!r}; expected one of {CHOICES}")
+    on_cpu = best_device().type == "cpu"
+    able = not on_cpu or any(map(shutil.which, ("c++", "g++", "clang++")))
+    if choice is True and not able:
+        raise ValueError("compile=true needs a C++ compiler on a CPU, and there is no c++, g++ or clang++ in PATH: "
+                         "install one, or set compile=auto")  # fmt: skip
+    return able if choice is True else choice == "auto" and on_cpu and able and steps >= 100
+
+
+def compile_blocks(*modules: nn.Module) -> None:
+    """Compile, in place, all entries of the lists of blocks in each module, equal blocks once; names of weights stay.
+    Forks may follow: nothing is started."""
+    import torch._inductor.config as inductor
+
+    if best_device().type == "cpu":
+        inductor.compile_threads = 1  # no pool of helpers, which a fork could not use
+    for module in modules:
+        for blocks in (child for child in module.children() if isinstance(child, nn.ModuleList)):
+            for block in blocks:
+                block.compile()
+
+
+@contextlib.contextmanager
+def no_new_code() -> Iterator[None]:
+    """Inside, what has been compiled is used, and all else runs as it is written: for shapes that come once."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("eager_on_recompile"):
+        yield
