@@ -5,7 +5,9 @@ count as matrices (out, in * kernel), which `torch.optim.Muon` does not take. Em
 and biases stay with AdamW.
 """
 
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +42,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum"] = torch.zeros_like(parameter)
-                moved = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
-                ahead = parameter.grad.add(moved, alpha=group["momentum"]).flatten(1)
-                scale = max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
-                parameter.add_(orthogonal(ahead).view_as(parameter), alpha=-group["lr"] * scale)
+        """One update. On a CPU each core works on matrices of its own: they are too small to be shared."""
+        moved = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        if not moved or moved[0][0].is_cuda or cores == 1:
+            for parameter, group in moved:
+                self._move(parameter, group)
+            return
+        moved.sort(key=lambda pair: -pair[0].numel())
+        with ThreadPoolExecutor(min(cores, 8), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(lambda pair: self._move(*pair), moved))
+
+    @torch.no_grad()
+    def _move(self, parameter: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        moved = state["momentum"].mul_(group["momentum"]).add_(parameter.grad)
+        ahead = parameter.grad.add(moved, alpha=group["momentum"]).flatten(1)
+        scale = max(1.0, ahead.shape[0] / ahead.shape[1]) ** 0.5
+        parameter.add_(orthogonal(ahead).view_as(parameter), alpha=-group["lr"] * scale)
