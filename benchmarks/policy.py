@@ -42,13 +42,14 @@ ROBOT = Embodiment(
             Part(name="grip", start=3, stop=4, kind="binary", limits=(-1, 1))),
 )  # fmt: skip
 CONF = Path(__file__).parents[1] / "conf" / "policy"
-TOY = dict(layers=2, heads=2, head_width=8, encoder=dict(width=16, channels=(4, 6), keypoints=2, patches=2))  # for tests
+TOY = dict(layers=2, heads=2, head_width=8)  # for tests
+TOY_ENCODER = dict(width=16, channels=(4, 6), keypoints=2, patches=2)
 
 
 def policy_of(size: str) -> FlowPolicy:
     """The untrained policy of conf/policy/<size>.yaml, for ROBOT."""
     if size == "toy":
-        return FlowPolicy(robot=ROBOT, **{**TOY, "encoder": TinyEncoder(**TOY["encoder"])}).eval()
+        return FlowPolicy(robot=ROBOT, encoder=TinyEncoder(**TOY_ENCODER), **TOY).eval()
     config = OmegaConf.load(CONF / f"{size}.yaml")
     config.robot = None
     return hydra.utils.instantiate(config)(robot=ROBOT).eval()

@@ -15,10 +15,11 @@ from torch import nn
 from dreamgen.engine.precision import best_device
 
 CHOICES = (True, False, "auto")
+ENOUGH = 100  # training steps that save the time which compiling takes
 
 
-def wanted(choice: bool | str, *, steps: int) -> bool:
-    """Whether to compile; "auto": on a CPU with a C++ compiler, from 100 steps on, what compiling costs.
+def wanted(choice: bool | str, *, steps: int = ENOUGH) -> bool:
+    """Whether to compile for `steps` steps; "auto": on a CPU with a C++ compiler, if they are `ENOUGH`.
 
     Raises ValueError for another choice, and for true on a CPU where there is no compiler.
     """
@@ -29,7 +30,7 @@ def wanted(choice: bool | str, *, steps: int) -> bool:
     if choice is True and not able:
         raise ValueError("compile=true needs a C++ compiler on a CPU, and there is no c++, g++ or clang++ in PATH: "
                          "install one, or set compile=auto")  # fmt: skip
-    return able if choice is True else choice == "auto" and on_cpu and able and steps >= 100
+    return able if choice is True else choice == "auto" and on_cpu and able and steps >= ENOUGH
 
 
 def compile_blocks(*modules: nn.Module) -> None:

@@ -33,7 +33,7 @@ class Features:
     def __init__(self, chunks: Any, encoder: nn.Module, folder: Path, *, batch_size: int = 32) -> None:
         places = sorted({place for place in chunks} | set(chunks.futures()))
         self.number = {place: k for k, place in enumerate(places)}
-        name = digest([str(chunks.dataset.root), places, encoder.config, encoder.model.config.to_dict()])
+        name = digest([str(chunks.dataset.root), places, *encoder.identity()])
         self.path = Path(folder) / f"{name}.f16"
         shape = self.path.with_suffix(".json")
         if not (self.path.is_file() and shape.is_file()):

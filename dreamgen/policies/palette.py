@@ -54,6 +54,8 @@ class PaletteEncoder(nn.Module):
     dropout: of the MLP's hidden entries.
     """
 
+    tune = False  # the front, see `dreamgen.policies.features`
+
     def __init__(self, *, width: int = 128, colours: int = 32, summary: int = 4, hidden: int = 384, views: int = 1,
                  noise: float = 0.1, dropout: float = 0.1, text_width: int = 64, buckets: int = 512,
                  length: int = 16) -> None:  # fmt: skip
@@ -104,7 +106,7 @@ class PaletteEncoder(nn.Module):
         return self._table
 
     @torch.no_grad()
-    def measure(self, pictures: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b n 5"]:
+    def measure(self, pictures: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b k 5"]:
         """Centre and extent (rows, columns, in half pictures) and log share of each colour in each view."""
         b, v, h, w, _ = pictures.shape
         with torch.autocast(pictures.device.type, enabled=False):
@@ -120,11 +122,24 @@ class PaletteEncoder(nn.Module):
             share = (total * (4096 / (h * w)) / 40).log1p()
         return torch.cat([centre, extent, share], -1).unflatten(0, (b, v)).flatten(1, 2)
 
+    def identity(self) -> list:
+        """What the features depend on beside the pictures, as plain JSON."""
+        return [self.config, self.palette.tolist()]
+
+    def features(self, pictures: UInt8[Tensor, "b v h w 3"], words: Int64[Tensor, "b l"]) -> Float[Tensor, "b k 5"]:
+        """The measures of the fitted front, which no training changes."""
+        return self.measure(pictures)
+
     def forward(
         self, pictures: UInt8[Tensor, "b v h w 3"], words: Int64[Tensor, "b l"]
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b m c"]]:
+        return self.project(self.measure(pictures), words)
+
+    def project(
+        self, found: Float[Tensor, "b k 5"], words: Int64[Tensor, "b l"]
+    ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b m c"]]:
+        """Visual and language tokens of measures."""
         text = self.text(words)
-        found = self.measure(pictures)
         if self.training and self.noise:
             found = found + self.noise * self.std * torch.randn_like(found)
         angle = (found[..., :2, None] * self.frequencies).flatten(2)

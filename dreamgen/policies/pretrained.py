@@ -87,6 +87,10 @@ class Pretrained(nn.Module):
         x = pictures.flatten(0, 1).permute(0, 3, 1, 2).float()
         return F.interpolate(x, (edge, edge), mode="bilinear", antialias=True).clamp(0, 255) / 127.5 - 1
 
+    def identity(self) -> list[dict]:
+        """What the features depend on beside the pictures, as plain JSON."""
+        return [self.config, self.model.config.to_dict()]
+
     def features(self, pictures: UInt8[Tensor, "b v h w 3"], words: Int64[Tensor, "b l"]) -> Float[Tensor, "b n d"]:
         """What the model makes of the pictures: all that is worth keeping of a frozen one."""
         raise NotImplementedError

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dreamgen.engine.compiling import compile_blocks, wanted
 from dreamgen.engine.precision import best_device, resolve
 from dreamgen.worlds.layout import Layout
 
@@ -21,14 +22,14 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 class Sampler:
     """mode: "batched", "two_pass" or "auto" (batched where the machine's memory holds it). backend: a name of
-    diffusers' attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: compile
-    the repeated blocks, once, at the first step. frames: latent frames of a window.
+    diffusers' attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the
+    repeated blocks, at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window.
 
     Raises ValueError for an unknown mode or backend, and for a cache on a model that takes none.
     """
 
     def __init__(self, layout: Layout, *, frames: int, mode: str, backend: str | None, cache: Any,
-                 compile: bool) -> None:  # fmt: skip
+                 compile: bool | str) -> None:  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"guidance_mode is '{mode}'; expected one of {', '.join(MODES)}")
         self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, frames, torch.zeros(())
@@ -42,9 +43,8 @@ class Sampler:
                     raise ValueError(f"attention_backend is '{backend}': {error}") from error
             if cache is not None:
                 self._cache(module)
-            if compile:
-                for block in blocks(module):
-                    block.compile()
+            if wanted(compile):
+                compile_blocks(module)
 
     def _cache(self, module: nn.Module) -> None:
         if not hasattr(module, "enable_cache"):
@@ -94,11 +94,6 @@ class Sampler:
         """Whether the machine holds the doubled batch; its size, not what is free now, so that shards agree."""
         need = 2 * len(text) * row_bytes(self.layout, given.shape[-2:], self.frames, text.shape[1])
         return need <= capacity(self.layout)
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer."""
-    return [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 def row_bytes(layout: Layout, cells: Any, frames: int, text: int) -> int:

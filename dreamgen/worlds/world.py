@@ -70,7 +70,7 @@ class VideoWorld(nn.Module):
         precision: str = "auto",
         attention_backend: str | None = None,
         step_cache: Any = None,
-        compile: bool = False,
+        compile: bool | str = False,
         pipeline: Any = None,
         parts: Mapping[str, Any] | None = None,
     ) -> None:
