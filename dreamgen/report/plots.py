@@ -60,6 +60,29 @@ def lines(curves: Sequence[Line], *, title: str, x_name: str = "", log: bool = F
     return f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
+def scatter(points: Sequence[tuple[str, float, float]], *, title: str, x_name: str, y_name: str) -> str:
+    """(name, x, y) of shares between 0 and 1 around the diagonal on which both agree."""
+    side = 240
+    room = side - LEFT - BOTTOM
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return LEFT + x * room, TOP + (1 - y) * room
+
+    (x0, y0), (x1, y1) = place(0.0, 0.0), place(1.0, 1.0)
+    parts = [f'<path class="axis" d="M{x0},{y1}V{y0}H{x1}M{x0},{y0}L{x1},{y1}"/>',
+             f'<text x="{LEFT - 4}" y="{TOP + 8}" text-anchor="end">1</text>',
+             f'<text x="{LEFT - 4}" y="{y0}" text-anchor="end">0</text>',
+             f'<text x="{x0}" y="{y0 + 14}">{escape(x_name)}</text>',
+             f'<text x="{x0 + 4}" y="{TOP + 8}">{escape(y_name)}</text>']  # fmt: skip
+    for name, x, y in points:
+        px, py = place(float(x), float(y))
+        told = f"{escape(name)}: {x:.2f}, {y:.2f}"
+        parts.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{told}</title></circle>')
+    label = escape(f"{title}: {len(points)} points")
+    box = f'viewBox="0 0 {side} {side}" role="img" aria-label="{label}"'
+    return f'<svg class="plot square" {box}>{"".join(parts)}</svg>'
+
+
 def interval(rate: float, low: float, high: float) -> str:
     """A success rate from 0 to 1 as a bar with its interval as a whisker."""
     return (f'<svg class="bar" viewBox="0 0 200 16" preserveAspectRatio="none" role="img" '

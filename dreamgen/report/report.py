@@ -1,5 +1,6 @@
 """A run's folders -> `report.html`, one file with its videos inside, and `results.json`."""
 
+import base64
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -67,6 +68,8 @@ def report(
             "trees": trees(alternatives, alternatives_truth, groups),
             "curves": scenes.recovered(labelled, recordings, 3) if labelled else [],
             "calibrations": calibrations(results),
+            "correlations": correlations(found),
+            "curated": curated(found, Path(folder)),
             "losses": [(name, loss_plot(Path(folder) / name)) for name in found if loss_plot(Path(folder) / name)],
             "instructions": by_instruction(found, policies or {}),
             "bad": bad_episodes(found),
@@ -114,6 +117,27 @@ def calibrations(results: Mapping) -> list[tuple[str, str]]:
             ideal = plots.Line("error = spread", curve["spread"], curve["spread"], "b")
             plotted.append((part, plots.lines([line, ideal], title=f"error of {part}", x_name="spread")))
     return plotted
+
+
+def correlations(found: Mapping[str, Mapping]) -> list[tuple[str, str]]:
+    """(caption, plot) of every comparison of policies' success in the dream with that in the simulator."""
+    plotted = []
+    for name, results in ((n, m["results"]["correlation"]) for n, m in found.items() if m["stage"] == "correlation"):
+        points = [(policy, row["real"], row["dream"]) for policy, row in results["policies"].items()]
+        told = ", ".join(f"{key} {results[key]:.3f}" for key in ("r", "mmrv", "bias") if results.get(key) is not None)
+        plot = plots.scatter(points, title=name, x_name="success in the simulator", y_name="in the dream")
+        plotted.append((f"{name}: {len(points)} policies{', ' if told else ''}{told}", plot))
+    return plotted
+
+
+def curated(found: Mapping[str, Mapping], folder: Path) -> list[tuple[str, str]]:
+    """(caption, picture) of each filter's best and worst clips, for every step that curated."""
+    pictures = []
+    for name in (n for n, manifest in found.items() if manifest["stage"] == "curate"):
+        for sheet in sorted((folder / name / "sheets").glob("*.png")):
+            data = base64.b64encode(sheet.read_bytes()).decode()
+            pictures.append((f"{name}: {sheet.stem}, best and worst clips", f"data:image/png;base64,{data}"))
+    return pictures
 
 
 def by_instruction(found: Mapping[str, Mapping], policies: Mapping[str, str]) -> dict[str, dict[str, Any]]:

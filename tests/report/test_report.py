@@ -89,6 +89,20 @@ def test_a_run_becomes_one_file_and_its_figures(folder: Path) -> None:
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
 
 
+def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
+    rows = {"good <one>": {"real": 0.9, "dream": 0.8}, "bad": {"real": 0.1, "dream": 0.4}}
+    finish(tmp_path / "compared", "correlation", correlation={"policies": rows, "r": 1.0, "mmrv": None, "bias": 0.1})
+    finish(tmp_path / "kept", "curate", passed=1)
+    (tmp_path / "kept" / "sheets").mkdir()
+    (tmp_path / "kept" / "sheets" / "jerk.png").write_bytes(b"\x89PNG")
+    report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=["compared", "kept"], record={})
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "compared: 2 policies, r 1.000, bias 0.100" in page and "good &lt;one&gt;: 0.90, 0.80" in page
+    (x0, y0), (x1, y1) = ((float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', page))
+    assert x1 < x0 and y1 > y0 and (x0 - x1) / (y1 - y0) == pytest.approx(2, abs=0.01)
+    assert "kept: jerk, best and worst clips" in page and "data:image/png;base64,iVBORw==" in page
+
+
 def test_a_run_without_anything_still_has_a_page(tmp_path: Path) -> None:
     finish(tmp_path / "world", "finetune")
     report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=["world"], dreams=tmp_path / "none", record={})
