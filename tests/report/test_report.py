@@ -98,7 +98,7 @@ def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
     report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=["compared", "kept"], record={})
     page = (tmp_path / "report" / "report.html").read_text()
     assert "compared: 2 policies, r 1.000, bias 0.100" in page and "good &lt;one&gt;: 0.90, 0.80" in page
-    (x0, y0), (x1, y1) = ((float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', page))
+    (x1, y1), (x0, y0) = ((float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', page))
     assert x1 < x0 and y1 > y0 and (x0 - x1) / (y1 - y0) == pytest.approx(2, abs=0.01)
     assert "kept: jerk, best and worst clips" in page and "data:image/png;base64,iVBORw==" in page
 
