@@ -65,6 +65,7 @@ def pretrain(
     start: str | None = None,
     video_hz: str = "10",
     frames: int = 17,
+    hop: int = 4,
     text_length: int = 32,
     vae_frames: int = 9,
     vae_batch: int = 4,
@@ -85,6 +86,7 @@ def pretrain(
     """Train on `datasets` (their actions are not read); `heldout` only measures, and looks unlike all of them.
 
     layout: sizes of a new pipeline. start: a pipeline to go on from instead ("tiny": the one that ships).
+    hop: rows between the clips that the transformer learns from; few clips are learned by heart.
     out: a world model (`PrefixWorld.load`), bf16. Returns the manifest: PSNR of the VAE and validation losses.
     """
     parents = {f"dataset_{i}": d.root for i, d in enumerate(datasets)} | {"heldout": heldout.root}
@@ -101,7 +103,7 @@ def pretrain(
         vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), vae_batch,
                          steps=vae_steps, lr=vae_lr, muon_lr=vae_muon_lr, precision=precision, replicas=replicas,
                          seed=seed)  # fmt: skip
-        pool = Pool(datasets, clock, hop=16)
+        pool = Pool(datasets, clock, hop=hop)
         key = {"vae": world.cache_key(), "data": [fingerprint(d.root) for d in datasets]}
         cache = Cache(out / "cache", key, count=len(pool))
         build_cache = cache.build(lambda items: world.encode(pool.batch(np.array(items))).cpu().numpy())
