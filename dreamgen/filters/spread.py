@@ -2,7 +2,7 @@
 
 The signal of a continuous part is the median over steps of the label's standard deviation, so that one bad moment does
 not condemn a clip; of a binary part the mean, the share of disputed votes. On real video spread foretells the label's
-error (rank correlation in the scores of `jobs.evaluate_labels`).
+error (rank correlation in the scores of `jobs.evaluate stage=labels`).
 """
 
 from collections.abc import Sequence

@@ -42,8 +42,9 @@ def report(
     steps: the run's steps, in order; those that are not there are left out. demos, heldout: recordings (LeRobot);
     dreams: output of `dream`; counterfactuals: the same, from which one first frame under many instructions is shown
     (default: `dreams`); alternatives: the same under many streams of actions, shown as trees, with the outcomes that
-    `alternatives_truth` (of `evaluate_counterfactuals`) knows; labels: output of `label`. policies: key in results.json
-    to the step that evaluated the policy. clips, groups: how many pairs of clips and how many first frames are shown.
+    `alternatives_truth` (of `evaluate stage=counterfactuals`) knows; labels: output of `label`. policies: key in
+    results.json to the step that evaluated the policy. clips, groups: how many pairs of clips and how many first frames
+    are shown.
     """
     found = manifests({name: Path(folder) / name for name in steps if Path(folder) / name != out})
     parents = {name: Path(folder) / name for name in found}

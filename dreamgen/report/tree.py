@@ -35,7 +35,7 @@ class Branch:
 
 
 def branches(folder: ClipFolder, truth: Path | None, *, frames: int = 5) -> dict[str, list[Branch]]:
-    """pair: its branches, of all pairs with several clips. truth: output of `evaluate_counterfactuals`, if there."""
+    """pair: its branches, of all pairs with several clips. truth: of `evaluate stage=counterfactuals`, if there."""
     known: dict[str, Mapping] = {}
     if truth is not None and is_complete(Path(truth)):
         known = {row["id"]: row for group in read_json(Path(truth) / "pairs.json").values() for row in group}

@@ -69,7 +69,7 @@ def curate(
     name); then of each `best_per` ("prompt": one first frame and instruction; "pair": one first frame) the `best_count`
     best by `rank_by` ("mean" rank over filters, or one filter), then the `keep` best of all (share or number).
     abstained: a filter without an opinion lets a clip "pass" or "drop"s it. control: "random" draws `keep` clips,
-    "oracle" takes those that succeeded when replayed (`truth`, made by evaluate_filters): a ceiling for experiments.
+    "oracle" takes those that succeeded when replayed (`truth`, of `evaluate stage=filters`): a ceiling for experiments.
 
     Writes `scores.json` (all clips), `sheets/<filter>.png` (best and worst). Results: yields by filter, kept, clips.
     Raises ValueError for clips that a filter cannot score, unknown names, thresholds that keep nothing, a `scored` of

@@ -49,7 +49,7 @@ def evaluate(
     """
     if sim is None:
         raise ValueError("evaluate needs a simulator and the recipe has none; choose one with sim=..., or score the "
-                         "policy on held-out episodes with evaluate_open_loop")  # fmt: skip
+                         "policy on held-out episodes with stage=open_loop")  # fmt: skip
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected 1 or more")
     path = getattr(policy, "path", None)

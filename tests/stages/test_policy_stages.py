@@ -187,7 +187,7 @@ def test_errors_are_clear(folder: Path, tmp_path: Path):
     other = dataclasses.replace(ROBOT, name="other")
     with pytest.raises(ValueError, match="name: here other, saved point"):
         run(folder, tmp_path / "c", policy=partial(small, robot=other))
-    with pytest.raises(ValueError, match="needs a simulator.*evaluate_open_loop"):
+    with pytest.raises(ValueError, match="needs a simulator.*stage=open_loop"):
         evaluate(Oracle(), None, out=tmp_path / "d", record={})
     with pytest.raises(ValueError, match="does not know \\['fly'\\]"):
         evaluate(Oracle(), Point, out=tmp_path / "e", instructions=["fly"], record={})
