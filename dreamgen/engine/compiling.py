@@ -7,7 +7,9 @@ they take well under half the time. Inductor needs a C++ compiler there, which a
 import contextlib
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,16 +23,23 @@ ENOUGH = 100  # training steps that save the time which compiling takes
 def wanted(choice: bool | str, *, steps: int = ENOUGH) -> bool:
     """Whether to compile for `steps` steps; "auto": on a CPU with a C++ compiler, if they are `ENOUGH`.
 
-    Raises ValueError for another choice, and for true on a CPU where there is no compiler.
+    Raises ValueError for another choice, and for true on a CPU that lacks a compiler or Python's headers.
     """
     if choice not in CHOICES:
         raise ValueError(f"compile is {choice!r}; expected one of {CHOICES}")
     on_cpu = best_device().type == "cpu"
-    able = not on_cpu or any(map(shutil.which, ("c++", "g++", "clang++")))
-    if choice is True and not able:
-        raise ValueError("compile=true needs a C++ compiler on a CPU, and there is no c++, g++ or clang++ in PATH: "
-                         "install one, or set compile=auto")  # fmt: skip
-    return able if choice is True else choice == "auto" and on_cpu and able and steps >= ENOUGH
+    lacks = missing() if on_cpu else ""
+    if choice is True and lacks:
+        raise ValueError(f"compile=true needs {lacks} on a CPU; install it, or set compile=auto")
+    return choice is True or (choice == "auto" and on_cpu and not lacks and steps >= ENOUGH)
+
+
+def missing() -> str:
+    """What a CPU's code cannot be compiled without and is not there, "" for nothing."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "a C++ compiler (c++, g++ or clang++ in PATH)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return "" if header.is_file() else f"Python's headers ({header})"
 
 
 def compile_blocks(*modules: nn.Module) -> None:
