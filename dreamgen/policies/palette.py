@@ -114,9 +114,8 @@ class PaletteEncoder(nn.Module):
             cell = (x[..., 0].int() * LEVELS + x[..., 1]) * LEVELS + x[..., 2]  # (b*v h*w)
             places = grid(h, w, self.mean)
             moments = torch.cat([torch.ones_like(places[:, :1]), places, places.square()], 1)
-            sums = [F.embedding_bag(cell, self._lookup(), per_sample_weights=moment.expand(b * v, -1), mode="sum")
-                    for moment in moments.T]  # fmt: skip
-            total, centre, square = torch.stack(sums, -1).split([1, 2, 2], -1)
+            sums = moments.T @ F.embedding(cell, self._lookup())  # (b*v 5 k)
+            total, centre, square = sums.transpose(1, 2).split([1, 2, 2], -1)
             centre, square = centre / (total + FEW), square / (total + FEW)
             extent = (square - centre.square()).clamp(min=0).sqrt()
             share = (total * (4096 / (h * w)) / 40).log1p()
