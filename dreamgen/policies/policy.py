@@ -7,7 +7,6 @@ actions enter and leave through weights of each body (the real robot, its dreams
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +26,10 @@ from dreamgen.policies.flare import Flare
 from dreamgen.policies.flow import interpolate, sample_time
 from dreamgen.policies.inference import compiled
 from dreamgen.policies.qformer import QFormer
-from dreamgen.policies.sight import look, tensors
+from dreamgen.policies.sight import Seen, look, tensors
 from dreamgen.policies.space import Space, Spaces
 
 Batch = dict[str, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Seen:
-    """Observations as the action head knows them: keys and values of the context, the state token, what is known of
-    each step of the chunk (b H w), the states (b d) in units where chunks are told relative to them, and which body
-    acts."""
-
-    context: list[KeyValue | None]
-    state: Tensor
-    plan: Tensor
-    start: Tensor | None
-    body: Tensor
 
 
 class FlowPolicy(nn.Module):

@@ -1,6 +1,7 @@
 """What a policy takes of an observation, and what it says of one that does not fit."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,6 +9,20 @@ from torch import Tensor, nn
 
 from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.policies.dit import KeyValue
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Seen:
+    """Observations as the action head knows them: keys and values of the context, the state token, what is known of
+    each step of the chunk (b H w), the states (b d) in units where chunks are told relative to them, and which body
+    acts."""
+
+    context: list[KeyValue | None]
+    state: Tensor
+    plan: Tensor
+    start: Tensor | None
+    body: Tensor
 
 
 def look(encoder: nn.Module, pictures: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
