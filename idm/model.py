@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.manifest import read_json, write_json
 from dreamgen.core.seeding import torch_rng_for
 from dreamgen.engine.precision import autocast
+from idm import checkpoint
 from idm.augment import Augment
 from idm.batches import Batches, Recorded
 from idm.clips import alike, clock_of, pictures, require_readable, stacked
@@ -244,11 +243,7 @@ class FlowIDM(nn.Module):
 
     def save(self, path: Path) -> None:
         """config.json, contract.json, model.safetensors (weights, statistics) in the directory `path`."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", self.config)
-        write_json(path / "contract.json", self.robot.contract())
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path / "model.safetensors")
+        checkpoint.save(self, self.config, self.robot, path)
 
     @classmethod
     def load(cls, path: Path | str, robot: Embodiment | None = None, **changes: object) -> "FlowIDM":
@@ -256,14 +251,6 @@ class FlowIDM(nn.Module):
 
         Raises ValueError if `robot` is not the one it was trained for, or a file is missing.
         """
-        path = Path(path)
-        contract = read_json(path / "contract.json")
-        if robot is not None:
-            robot.require(contract, f"labeler {path}")
-        robot = robot or Embodiment.from_contract(contract)
-        config = {**read_json(path / "config.json"), **changes}
-        config["clock"] = Clock(**config["clock"])
-        model = cls(robot=robot, **config)
-        model.load_state_dict(load_file(path / "model.safetensors"))
-        model.path = path
-        return model.eval()
+        model = checkpoint.load(cls, path, robot, changes)
+        model.path = Path(path)
+        return model

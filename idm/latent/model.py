@@ -13,16 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
-from dreamgen.core.manifest import read_json, write_json
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.normaliser import Normaliser
 from dreamgen.engine.precision import autocast
+from idm import checkpoint
 from idm.batches import Recorded
 from idm.clips import alike, clock_of, pictures, require_readable, stacked
 from idm.latent.batches import VideoBatches
@@ -227,11 +226,7 @@ class LatentActions(nn.Module):
 
     def save(self, path: Path) -> None:
         """config.json, contract.json (of the robot whose videos it reads), model.safetensors in the directory."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", self.config)
-        write_json(path / "contract.json", self.source.contract())
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, path / "model.safetensors")
+        checkpoint.save(self, self.config, self.source, path)
 
     @classmethod
     def load(cls, path: Path | str, robot: Embodiment | None = None, **changes: object) -> "LatentActions":
@@ -239,13 +234,6 @@ class LatentActions(nn.Module):
 
         Raises ValueError if `robot` is not the one whose videos it was trained on, or a file is missing.
         """
-        path = Path(path)
-        contract = read_json(path / "contract.json")
-        if robot is not None:
-            robot.require(contract, f"labeler {path}")
-        config = {**read_json(path / "config.json"), **changes}
-        config["clock"] = Clock(**config["clock"])
-        model = cls(robot=robot or Embodiment.from_contract(contract), **config)
-        model.load_state_dict(load_file(path / "model.safetensors"))
-        model.path = path
-        return model.eval()
+        model = checkpoint.load(cls, path, robot, changes)
+        model.path = Path(path)
+        return model

@@ -1,10 +1,15 @@
 """Colours that things have: exact places, rare colours kept, saved with the policy."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
+from dreamgen.policies.flow import euler
 from dreamgen.policies.palette import PaletteEncoder, choose_colours
+from dreamgen.policies.policy import FlowPolicy
+from tests.policies.toy import STEPS, observations, robot
 
 GREY, RED, BLUE = (90, 92, 91), (250, 20, 25), (20, 30, 240)
 
@@ -86,3 +91,27 @@ def test_palette_is_saved(tmp_path):
     again.load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
     words = encoder.words(["lift it"] * 5)
     assert torch.equal(again(pictures, words)[0], encoder(pictures, words)[0])
+
+
+def test_kept_features_give_the_same_tokens():
+    encoder, pictures = fitted()
+    words = encoder.words(["lift the red block"] * 5)
+    kept, want = encoder.features(pictures, words), encoder(pictures, words)
+    for measures, off in ((kept, 1e-6), (kept.half().float(), 0.1)):  # half: a hundredth of the noise in training
+        for a, b in zip(encoder.project(measures, words), want, strict=True):
+            torch.testing.assert_close(a, b, atol=off, rtol=0)
+
+
+@torch.no_grad()
+def test_summaries_reach_the_chunk_and_the_fast_way_acts_the_same():
+    encoder = PaletteEncoder(views=2, colours=4, width=24, text_width=12, buckets=60, summary=2, hidden=20)
+    model = FlowPolicy(robot=robot(), encoder=encoder, horizon=STEPS, layers=2, heads=2, head_width=8).eval()
+    found = observations(2)
+    encoder.fit(torch.from_numpy(np.stack([np.stack(list(o.views.values())) for o in found])))
+    left, right = (dataclasses.replace(found[0], instruction=text) for text in ("go left", "go right"))
+    seen = model.observe([left, right, dataclasses.replace(found[1], instruction="go left")])
+    assert (seen.plan[0] - seen.plan[1]).abs().max() > 1e-4 and (seen.plan[0] - seen.plan[2]).abs().max() > 1e-4
+    noise = model.noise([1, 2, 3])
+    slow = euler(lambda x, t: model.velocity(x, t, seen.state, seen.plan, seen.context, seen.body)[0], noise, 4)
+    fast = model.integrate(model, noise, seen.state, seen.plan, seen.context, 4, 0)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
