@@ -2,9 +2,12 @@
 
 A few colours are chosen from the training pictures so that rare ones, which small objects have, are not left out. For
 each colour the pixels that are like it are summed up: their share of the picture, centre and extent. That is exact to
-a fraction of a pixel, costs one table look-up a pixel and has nothing to learn, so what an instruction means for where
-the hand must go is learned from few demonstrations. One token a colour, and `summary` tokens by an MLP over all
-colours that the instruction steers (FiLM, Perez et al. 2018, arXiv:1709.07871).
+a fraction of a pixel, costs one table look-up a pixel and has nothing to learn.
+
+What follows sees a few places alone: the instruction chooses which colours make up each of `slots` places (attention
+whose scores know a colour's name and share, never where it is), and an MLP that the instruction steers (FiLM, Perez et
+al. 2018, arXiv:1709.07871) turns these into `summary` tokens. An MLP over all colours instead knows each of a few
+hundred episodes by the places of things that do not matter.
 """
 
 from collections.abc import Sequence
@@ -19,6 +22,8 @@ from dreamgen.policies.encoder import WordHash, grid
 LEVELS = 32  # of each channel in the table of colours: its upper five bits
 FEATURES = 5  # centre (2), extent (2), share
 BLEND = 12.0  # how far, of 255, a colour reaches
+NAME = 16  # width of what colours are chosen by
+REACH = 3.0  # measures times this are about as wide as a standard normal
 FEW = 0.25  # pixels: what a colour that is hardly there counts for, so that its centre stays put
 
 
@@ -49,35 +54,38 @@ def choose_colours(pictures: UInt8[Tensor, "n v h w 3"], count: int) -> Float[Te
 class PaletteEncoder(nn.Module):
     """See the module. `fit` takes colours and statistics from training pictures; they are saved with the weights.
 
-    width: of a token. colours, summary: numbers of tokens. hidden: width of the MLP. views: of the embodiment.
-    noise: added to features in training, in standard deviations; episodes are few and easily learned by heart.
-    dropout: of the MLP's hidden entries.
+    width: of a token. colours: looked for in each view. slots, summary: numbers of tokens. hidden: width of the MLP.
+    views: of the embodiment. noise: added to measures in training, in standard deviations. dropout: of the MLP's hidden
+    entries.
     """
 
     tune = False  # the front, see `dreamgen.policies.features`
 
-    def __init__(self, *, width: int = 128, colours: int = 32, summary: int = 4, hidden: int = 384, views: int = 1,
-                 noise: float = 0.1, dropout: float = 0.1, text_width: int = 64, buckets: int = 512,
+    def __init__(self, *, width: int = 128, colours: int = 32, slots: int = 4, summary: int = 2, hidden: int = 192,
+                 views: int = 1, noise: float = 0.02, dropout: float = 0.1, text_width: int = 64, buckets: int = 512,
                  length: int = 16) -> None:  # fmt: skip
         super().__init__()
-        self.config = dict(width=width, colours=colours, summary=summary, hidden=hidden, views=views, noise=noise,
-                           dropout=dropout, text_width=text_width, buckets=buckets, length=length)  # fmt: skip
-        self.width, self.summary, self.noise, self.dropout = width, summary, noise, dropout
+        self.config = dict(width=width, colours=colours, slots=slots, summary=summary, hidden=hidden, views=views,
+                           noise=noise, dropout=dropout, text_width=text_width, buckets=buckets,
+                           length=length)  # fmt: skip
+        self.width, self.slots, self.summary, self.noise, self.dropout = width, slots, summary, noise, dropout
         self.text = WordHash(width=text_width, buckets=buckets, length=length)
-        self.token = nn.Linear(FEATURES + 16, width)
-        self.name = nn.Parameter(0.2 * torch.randn(views * colours, width))
-        self.enter = nn.Linear(views * colours * FEATURES, hidden)
+        self.asked = nn.Linear(text_width, slots * NAME)
+        self.usual = nn.Parameter(0.5 * torch.randn(slots, NAME))
+        self.name = nn.Parameter(torch.randn(views * colours, NAME))
+        self.size = nn.Parameter(torch.full((slots, 1), 0.5))
+        self.enter = nn.Linear(slots * FEATURES, hidden)
         self.inner = nn.Linear(hidden, hidden)
         self.last = nn.Linear(hidden, hidden)
         self.film = nn.Linear(text_width, 4 * hidden)
         self.leave = nn.Linear(hidden, summary * width)
         self.summary_name = nn.Parameter(0.2 * torch.randn(summary, width))
+        self.token = nn.Linear(FEATURES, width)
+        self.slot_name = nn.Parameter(0.2 * torch.randn(slots, width))
         self.language = nn.Linear(text_width, width)
         self.norm = nn.LayerNorm(width)
         self.register_buffer("palette", torch.rand(colours, 3) * 255)
-        self.register_buffer("mean", torch.zeros(views * colours, FEATURES))
         self.register_buffer("std", torch.ones(views * colours, FEATURES))
-        self.register_buffer("frequencies", torch.pi * 2.0 ** torch.arange(4), persistent=False)
         self._table: Tensor | None = None
 
     def words(self, instructions: Sequence[str]) -> Int64[Tensor, "b l"]:
@@ -86,13 +94,12 @@ class PaletteEncoder(nn.Module):
     @torch.no_grad()
     def fit(self, pictures: UInt8[Tensor, "n v h w 3"]) -> None:
         """Choose the colours and take the features' statistics. Raises ValueError for another number of views."""
-        if pictures.shape[1] * len(self.palette) != len(self.mean):
+        if pictures.shape[1] * len(self.palette) != len(self.std):
             raise ValueError(f"pictures have {pictures.shape[1]} views; this encoder was made for "
-                             f"{len(self.mean) // len(self.palette)}: set policy.encoder.views")  # fmt: skip
+                             f"{len(self.std) // len(self.palette)}: set policy.encoder.views")  # fmt: skip
         self.palette.copy_(choose_colours(pictures.cpu(), len(self.palette)))
         self._table = None
         found = torch.cat([self.measure(part) for part in pictures.split(64)])
-        self.mean.copy_(found.mean(0))
         self.std.copy_(found.std(0) + 0.02)
 
     def _lookup(self) -> Float[Tensor, "cells k"]:
@@ -112,7 +119,7 @@ class PaletteEncoder(nn.Module):
         with torch.autocast(pictures.device.type, enabled=False):
             x = pictures.flatten(0, 1).flatten(1, 2) >> 3
             cell = (x[..., 0].int() * LEVELS + x[..., 1]) * LEVELS + x[..., 2]  # (b*v h*w)
-            places = grid(h, w, self.mean)
+            places = grid(h, w, self.std)
             moments = torch.cat([torch.ones_like(places[:, :1]), places, places.square()], 1)
             sums = moments.T @ F.embedding(cell, self._lookup())  # (b*v 5 k)
             total, centre, square = sums.transpose(1, 2).split([1, 2, 2], -1)
@@ -139,14 +146,20 @@ class PaletteEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "b n c"], Float[Tensor, "b m c"]]:
         """Visual and language tokens of measures."""
         text = self.text(words)
-        if self.training and self.noise:
-            found = found + self.noise * self.std * torch.randn_like(found)
-        angle = (found[..., :2, None] * self.frequencies).flatten(2)
-        x = (found - self.mean) / self.std
-        colour = self.token(torch.cat([x, angle.sin(), angle.cos()], -1)) + self.name
+        places = REACH * self.places(found, text)
         scale1, shift1, scale2, shift2 = self.film(text).chunk(4, -1)
-        y = F.gelu(self.enter(x.flatten(1)) * (1 + scale1) + shift1)
+        y = F.gelu(self.enter(places.flatten(1)) * (1 + scale1) + shift1)
         y = y + F.gelu(self.inner(F.dropout(y, self.dropout, self.training)) * (1 + scale2) + shift2)
         y = y + F.gelu(self.last(F.dropout(y, self.dropout, self.training)))
         summary = self.leave(y).unflatten(1, (self.summary, self.width)) + self.summary_name
-        return self.norm(torch.cat([summary, colour], 1)), self.norm(self.language(text)[:, None])
+        slots = self.token(places) + self.slot_name
+        return self.norm(torch.cat([summary, slots], 1)), self.norm(self.language(text)[:, None])
+
+    def places(self, found: Float[Tensor, "b k 5"], text: Float[Tensor, "b w"]) -> Float[Tensor, "b s 5"]:
+        """Measures of the colours that the instruction asks for, mixed into slots."""
+        asked = self.asked(text).unflatten(1, (self.slots, NAME)) + self.usual
+        share = (found[..., 4].expm1() + 1e-3).log()[:, None]
+        chosen = (asked @ self.name.T / NAME**0.5 * 2 + self.size * share).softmax(-1)
+        if self.training and self.noise:
+            found = found + self.noise * self.std * torch.randn_like(found)
+        return chosen.to(found.dtype) @ found

@@ -128,7 +128,7 @@ class FlowPolicy(nn.Module):
         self.position = nn.Parameter(0.02 * torch.randn(horizon, width))
         self.summary, self.direct = getattr(self.encoder, "summary", 0), None
         if self.summary:
-            self.direct = nn.Sequential(nn.Linear(self.summary * self.encoder.width, 2 * width), nn.SiLU(),
+            self.direct = nn.Sequential(nn.Linear(self.summary * self.encoder.width + width, 2 * width), nn.SiLU(),
                                         nn.Linear(2 * width, horizon * width))  # fmt: skip
         self.flare, self.future_steps, self.queries = None, None, None
         if align_weight:
@@ -203,12 +203,14 @@ class FlowPolicy(nn.Module):
         tokens = torch.cat(look(self.encoder, pictures, words), 1)
         return tokens if self.queries is None else torch.cat([tokens, self.queries(tokens)], 1)
 
-    def plan(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b h w"]:
+    def plan(self, tokens: Float[Tensor, "b n c"], state: Float[Tensor, "b 1 w"]) -> Float[Tensor, "b h w"]:
         """What is known of each step of the chunk before its noise: its place and, where the encoder begins with tokens
-        that summarise the observation, what a plain regression from these would say, which is learned first."""
+        that summarise the observation, what a plain regression from these and the state would say, which is learned
+        first."""
         if self.direct is None:
             return self.position.expand(len(tokens), -1, -1)
-        return self.position + self.direct(tokens[:, : self.summary].flatten(1)).unflatten(1, self.position.shape)
+        known = torch.cat([tokens[:, : self.summary].flatten(1), state.flatten(1)], 1)
+        return self.position + self.direct(known).unflatten(1, self.position.shape)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow-matching loss, plus align_weight times FLARE's."""
@@ -222,8 +224,9 @@ class FlowPolicy(nn.Module):
                 pictures = augment.jitter(augment.shift(pictures, self.shift), self.jitter)
             state_known = state_known & (torch.rand(len(body), device=body.device) >= self.state_dropout)
         tokens = self.encode(pictures, batch["words"])
-        context, plan = repeat_context(self.dit.context(tokens), self.draws), self.plan(tokens)
+        context = repeat_context(self.dit.context(tokens), self.draws)
         state = self.state_token(known, state_known, body)
+        plan = self.plan(tokens, state)
         action = self.spaces.chunk(told, known, body).repeat_interleave(self.draws, 0)
         state, plan, body, valid, weight = (x.repeat_interleave(self.draws, 0)
                                             for x in (state, plan, body, valid, batch["weight"]))  # fmt: skip
@@ -265,8 +268,8 @@ class FlowPolicy(nn.Module):
         words = self.encoder.words([o.instruction for o in observations]).to(device)
         padded = F.pad(states, (0, self.spaces.state_dim - states.shape[1]))
         tokens = self.encode(pictures, words)
-        return Seen(context=self.dit.context(tokens), plan=self.plan(tokens), body=body,
-                    state=self.state_token(padded, known, body),
+        state = self.state_token(padded, known, body)
+        return Seen(context=self.dit.context(tokens), plan=self.plan(tokens, state), body=body, state=state,
                     start=states if self.space.needs_state else None)  # fmt: skip
 
     def noise(self, seeds: Sequence[int]) -> Float[Tensor, "b h a"]:

@@ -61,12 +61,27 @@ def test_tokens_depend_on_picture_and_instruction_row_by_row():
     encoder, pictures = fitted()
     words = encoder.words(["lift the red block", "lift the blue block", "push the red block", "open it", "close it"])
     visual, language = encoder(pictures, words)
-    assert visual.shape == (5, 2 + 3, 24) and language.shape == (5, 1, 24)
+    assert visual.shape == (5, 2 + 4, 24) and language.shape == (5, 1, 24)
     alone, _ = encoder(pictures[2:3], words[2:3])
     torch.testing.assert_close(alone[0], visual[2], atol=1e-4, rtol=1e-4)  # extents are roots of differences
     other, _ = encoder(pictures[2:3], words[1:2])
-    assert (other[0, :2] - visual[2, :2]).abs().max() > 1e-3  # what is summed up is steered by the instruction
-    torch.testing.assert_close(other[0, 2:], visual[2, 2:], atol=1e-4, rtol=1e-4)
+    for part in (slice(2), slice(2, 6)):  # summaries and places are steered by the instruction
+        assert (other[0, part] - visual[2, part]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_slot_is_where_the_colour_is_that_it_asks_for():
+    encoder, pictures = fitted(slots=2)
+    found, text = encoder.measure(pictures), encoder.text(encoder.words(["lift it"] * 5))
+    red, blue = (int((encoder.palette - torch.tensor(c)).abs().sum(1).argmin()) for c in (RED, BLUE))
+    encoder.asked.weight.zero_(), encoder.asked.bias.zero_(), encoder.size.zero_()
+    encoder.name.copy_(torch.eye(3, encoder.name.shape[1]))
+    encoder.usual.copy_(1e3 * encoder.name[[red, blue]])
+    torch.testing.assert_close(encoder.places(found, text), found[:, [red, blue]])
+    encoder.usual.zero_(), encoder.size.fill_(1)  # by size alone: the mean over all coloured pixels
+    share = found[..., 4:].expm1() + 1e-3
+    want = (found * share).sum(1) / share.sum(1)
+    torch.testing.assert_close(encoder.places(found, text), want[:, None].expand(-1, 2, -1))
 
 
 def test_noise_acts_in_training_only():

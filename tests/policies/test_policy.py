@@ -54,7 +54,8 @@ def test_chunk_steps_do_not_see_masked_steps():
     x, t = torch.randn(B, STEPS, A), torch.full((B,), 0.3)
     y = x.clone()
     y[1, 4:] += 5
-    a, b = (model.velocity(z, t, state, model.plan(tokens), context, data["body"], data["valid"])[0] for z in (x, y))
+    seen = (state, model.plan(tokens, state), context, data["body"], data["valid"])
+    a, b = (model.velocity(z, t, *seen)[0] for z in (x, y))
     torch.testing.assert_close(a[1, :4], b[1, :4])
     assert not torch.allclose(a[1, 4:], b[1, 4:])
 
