@@ -11,7 +11,9 @@ import logging
 import multiprocessing
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dreamgen.core.manifest import FILE, fingerprint, is_complete, read_json
-from dreamgen.core.orphans import die_with_parent
 from jobs.recipe import lines, load
 from jobs.running import PLACES, record, run_stage, walk
 
@@ -75,12 +76,20 @@ def run_job(job: str, overrides: list[str]) -> int:
 
 
 def _command(job: str, overrides: list[str], environment: dict[str, str]) -> None:
-    """What `python -m jobs.<job> <overrides>` does, in this process."""
-    die_with_parent()  # the server, which ends with the pipeline
+    """What `python -m jobs.<job> <overrides>` does, in this process, which ends when the pipeline does."""
+    threading.Thread(target=_end_with_pipeline, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [f"jobs.{job}", *overrides]
     importlib.import_module(f"jobs.{job}").main()
+
+
+def _end_with_pipeline() -> None:
+    """The server that forked this process lives as long as its children do, so the kernel cannot be asked for this."""
+    pipeline = multiprocessing.parent_process()
+    if pipeline is not None:
+        pipeline.join()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def complete(stage: DictConfig) -> bool:

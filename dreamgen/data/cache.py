@@ -43,9 +43,9 @@ class Cache:
     def _path(self, shard: int) -> Path:
         return self.root / f"{shard:06d}.npy"
 
-    def missing(self) -> list[range]:
-        """The items of each shard that is still to be computed."""
-        starts = range(0, self.count, self.size)
+    def missing(self, part: int = 0, parts: int = 1) -> list[range]:
+        """The items of each shard that is still to be computed, by process `part` of `parts`."""
+        starts = range(part * self.size, self.count, parts * self.size)
         return [range(s, min(s + self.size, self.count)) for s in starts if not self._path(s // self.size).is_file()]
 
     def build(self, compute: Callable[[range], np.ndarray], part: int = 0, parts: int = 1) -> Iterator[int]:
@@ -55,7 +55,7 @@ class Cache:
         """
         if not (self.root / KEY).is_file():
             write_json(self.root / KEY, self.key)
-        for items in [items for items in self.missing() if items.start // self.size % parts == part]:
+        for items in self.missing(part, parts):
             values = compute(items)
             if len(values) != len(items):
                 raise ValueError(f"computed {len(values)} items for {len(items)} asked")

@@ -49,7 +49,7 @@ class Latents:
             mine, parts = rank * replicas + replica, count * replicas
             for shape, cache in self.caches.items():
                 done = cache.build(lambda items, shape=shape: self._encode(shape, items), mine, parts)
-                for _ in progress(done, len(cache.missing()) // parts, "encode", out if not mine else None,
+                for _ in progress(done, len(cache.missing(mine, parts)), "encode", out if not mine else None,
                                   unit="shard"):  # fmt: skip
                     pass
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from dreamgen.core.manifest import is_complete
 from jobs.recipe import load
 from jobs.running import run_stage
-from jobs.steps import complete, run_steps
+from jobs.steps import complete, run_job, run_steps
 
 ROOT = Path(__file__).parents[2]
 TIMED = ("seconds", "peak_mb", "versions", "data_wait", "tflops", "of_peak")
@@ -76,6 +77,41 @@ def test_three_shards_make_what_one_makes(whole: Path, tmp_path: Path) -> None:
         overrides = ["experiment=smoke", f"out={tmp_path}", "step=dreams", "num_shards=3", f"shard={shard}"]
         run_stage(load("dream", overrides)[0])
     assert artefacts(tmp_path / "dreams") == artefacts(whole / "dreams")
+
+
+def test_a_job_in_its_own_process_tells_how_it_ended(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert run_job("collect", ["+nonsense=1"]) == 2
+    assert "nonsense" in capfd.readouterr().err
+    made = ["experiment=smoke", "step=demos", f"out={tmp_path}", "stage.episodes=2", "workers=1"]
+    assert run_job("collect", made) == 0 and is_complete(tmp_path / "demos")
+
+
+def test_a_killed_pipeline_leaves_no_process_behind(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "jobs.pipeline", "experiment=smoke", "apart=true", f"out={tmp_path}"]
+    with (tmp_path / "run.log").open("w") as log:
+        process = subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        until = time.monotonic() + 120
+        while not (tmp_path / "demos").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        assert len(session(process.pid)) > 1  # the pipeline, the server of processes, the step
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        while session(process.pid) and time.monotonic() < until:
+            time.sleep(0.1)
+    assert not session(process.pid) and not is_complete(tmp_path / "demos")
+
+
+def session(number: int) -> list[int]:
+    """Living processes of a session (Linux)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, *fields = path.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if state != "Z" and int(fields[2]) == number:
+            found.append(int(path.parent.name))
+    return found
 
 
 def test_killed_at_any_point_and_continued_it_leaves_the_same(whole: Path, tmp_path: Path) -> None:
