@@ -201,5 +201,7 @@ def collate(parts: Sequence[dict], words: Callable[[Sequence[str]], Tensor]) -> 
             part[key] = np.pad(part[key], lacking) if lacking[-1][1] else part[key]
     batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts]))
              for key in parts[0] if key != "instruction"}  # fmt: skip
-    batch["words"] = words([text for part in parts for text in part["instruction"]])
+    told = [text for part in parts for text in part["instruction"]]
+    number = {text: k for k, text in enumerate(dict.fromkeys(told))}
+    batch["words"] = words(list(number))[[number[text] for text in told]]
     return batch

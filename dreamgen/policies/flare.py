@@ -41,16 +41,22 @@ class Flare(nn.Module):
         self.target = as_buffers(copy.deepcopy(encoder))
         self.target_queries = None if queries is None else as_buffers(copy.deepcopy(queries))
 
-    @torch.no_grad()
     def follow(self, encoder: nn.Module, queries: nn.Module | None = None) -> None:
         """One step of the moving average: target <- decay * target + (1 - decay) * encoder, queries alike."""
-        if self.decay == 1:
-            return
+        if self.decay < 1:
+            self._move(encoder, queries, 1 - self.decay)
+
+    def restart(self, encoder: nn.Module, queries: nn.Module | None = None) -> None:
+        """The targets' encoder becomes a copy of what `encoder` is now."""
+        self._move(encoder, queries, 1.0)
+
+    @torch.no_grad()
+    def _move(self, encoder: nn.Module, queries: nn.Module | None, share: float) -> None:
         for copied, source in ((self.target, encoder), (self.target_queries, queries)):
             live = {} if copied is None else {n: p for n, p in source.named_parameters() if p.requires_grad}
             for name, value in copied.named_buffers() if live else ():
                 if name in live:
-                    value.lerp_(live[name].detach(), 1 - self.decay)
+                    value.lerp_(live[name].detach(), share)
 
     @torch.no_grad()
     def embed(self, pictures: Tensor, words: Int64[Tensor, "b l"]) -> Float[Tensor, "b m c"]:

@@ -61,7 +61,7 @@ class PaletteEncoder(nn.Module):
 
     tune = False  # the front, see `dreamgen.policies.features`
 
-    def __init__(self, *, width: int = 128, colours: int = 32, slots: int = 4, summary: int = 2, hidden: int = 192,
+    def __init__(self, *, width: int = 128, colours: int = 32, slots: int = 16, summary: int = 2, hidden: int = 192,
                  views: int = 1, noise: float = 0.02, dropout: float = 0.1, text_width: int = 64, buckets: int = 512,
                  length: int = 16) -> None:  # fmt: skip
         super().__init__()

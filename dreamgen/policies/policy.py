@@ -212,10 +212,10 @@ class FlowPolicy(nn.Module):
         known = torch.cat([tokens[:, : self.summary].flatten(1), state.flatten(1)], 1)
         return self.position + self.direct(known).unflatten(1, self.position.shape)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow-matching loss, plus align_weight times FLARE's."""
-        pictures, state_known, body = batch["pictures"], batch["state_known"], batch["body"]
-        valid, entries = batch["valid"], self.spaces.entries(body, len(self.bodies))
+    def given(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a batch gives to learn from: tokens of the observations (b n c), of their states (b 1 w), some hidden in
+        training, the chunks as the transformer sees them (b H a), 0 where a step does not exist, and which do (b H)."""
+        pictures, state_known, body, valid = (batch[key] for key in ("pictures", "state_known", "body", "valid"))
         if self.space.needs_state:
             valid = valid & state_known[:, None]
         known, told = self.spaces.widen(batch["state"], batch["action"])
@@ -223,14 +223,19 @@ class FlowPolicy(nn.Module):
             if pictures.dtype == torch.uint8:
                 pictures = augment.jitter(augment.shift(pictures, self.shift), self.jitter)
             state_known = state_known & (torch.rand(len(body), device=body.device) >= self.state_dropout)
-        tokens = self.encode(pictures, batch["words"])
+        tokens, state = self.encode(pictures, batch["words"]), self.state_token(known, state_known, body)
+        action = self.spaces.chunk(told, known, body)
+        return tokens, state, torch.where(valid[..., None], action, torch.zeros_like(action)), valid
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow-matching loss, plus align_weight times FLARE's."""
+        body, entries = batch["body"], self.spaces.entries(batch["body"], len(self.bodies))
+        tokens, state, x, valid = self.given(batch)
         context = repeat_context(self.dit.context(tokens), self.draws)
-        state = self.state_token(known, state_known, body)
-        plan = self.plan(tokens, state)
-        action = self.spaces.chunk(told, known, body).repeat_interleave(self.draws, 0)
-        state, plan, body, valid, weight = (x.repeat_interleave(self.draws, 0)
-                                            for x in (state, plan, body, valid, batch["weight"]))  # fmt: skip
-        x = torch.where(valid[..., None], action, torch.zeros_like(action))
+        state, plan, x, body, valid, weight = (
+            y.repeat_interleave(self.draws, 0)
+            for y in (state, self.plan(tokens, state), x, body, valid, batch["weight"])
+        )
         noise, t = torch.randn_like(x), sample_time(len(x), like=x)
         if entries is not None:
             entries = entries.repeat_interleave(self.draws, 0)

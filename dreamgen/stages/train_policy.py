@@ -13,9 +13,11 @@ from dreamgen.core.manifest import Stage, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.engine.precision import best_device
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.feed import Feed
+from dreamgen.policies.regression import Regression
 from dreamgen.stages.midway import Midway
 
 
@@ -26,6 +28,8 @@ def train_policy(
     *,
     out: Path,
     steps: int = 1000,
+    regression_steps: int = 0,
+    regression_lr: float = 5e-3,
     batch_size: int = 64,
     lr: float = 1e-3,
     muon_lr: float | None = None,
@@ -62,7 +66,9 @@ def train_policy(
     """Train `policy` on a real:dream mixture of `ratio` (all real without dreams).
 
     policy: a policy, or a function that makes one; the function is called under the stage's seed, so that the first
-    weights belong to the run. dream_body: the embodiment that dreams train; "real" shares the robot's own.
+    weights belong to the run. regression_steps: so many steps at `regression_lr` come first, in which what leads to the
+    plan of a chunk learns by regression (see `dreamgen.policies.regression`).
+    dream_body: the embodiment that dreams train; "real" shares the robot's own.
     dream_state: "recorded" takes the dreams' (pseudo-)states, "masked" hides them, "zero" puts zeros. dream_labels:
     "shuffled" is the control of dreams with the actions of others. latent: datasets of another embodiment, such as
     latent actions, that the policy's body `latent_body` learns from; they count as dreams. past_end: what follows the
@@ -106,19 +112,26 @@ def train_policy(
             due = step == steps or step % (validate_every or steps) == 0
             return held_out(model, step) if held_out and due else {}
 
-        result = train(model, feed.at, out=run.out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
-                       weight_decay=weight_decay,
-                       betas=list(betas), clip=clip, ema=ema, precision=precision, replicas=replicas, seed=seed,
-                       checkpoint_every=checkpoint_every, log_every=log_every, 
-                       validate=check if held_out or midway else None, validate_every=interval, name="train_policy",
-                       describe=feed.describe)  # fmt: skip
+        how: dict[str, Any] = dict(muon_lr=muon_lr, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
+                                   clip=clip, precision=precision, replicas=replicas, seed=seed, log_every=log_every,
+                                   checkpoint_every=checkpoint_every, describe=feed.describe)  # fmt: skip
+        begun = {}
+        if regression_steps:
+            first = Regression(model.to(best_device()))
+            begun["regression"] = train(first, feed.at, out=run.out / "regression", steps=regression_steps,
+                                        lr=regression_lr, ema=None, name="regression", **how)  # fmt: skip
+            if model.flare:
+                model.flare.restart(model.encoder, model.queries)
+        result = train(model, feed.at, out=run.out, steps=steps, lr=lr, ema=ema, name="train_policy",
+                       validate=check if held_out or midway else None, validate_every=interval, **how)  # fmt: skip
         model.cpu().save(run.out)
         write_json(run.out / "clock.json", {"robot_hz": model.robot.robot_hz, "horizon": model.horizon})
         clear_state(run.out)
+        clear_state(run.out / "regression")
         shutil.rmtree(run.out / "features", ignore_errors=True)
         found = {} if midway is None else {"midway": midway.gather()}
         weights = sum(p.numel() for p in model.parameters())
-        return run.finish(**result, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
+        return run.finish(**result, **begun, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
                           observations=[len(c) for c in feed.chunks])  # fmt: skip
 
 

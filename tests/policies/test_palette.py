@@ -26,7 +26,7 @@ def scene(rows: list[int], cols: list[int], *, size: int = 48, views: int = 1) -
 def fitted(**options) -> tuple[PaletteEncoder, torch.Tensor]:  # noqa: ANN003
     torch.manual_seed(3)
     pictures = scene([3, 11, 20, 27, 31], [30, 7, 12, 21, 35])
-    encoder = PaletteEncoder(width=24, colours=3, summary=2, hidden=40, **options).eval()
+    encoder = PaletteEncoder(width=24, colours=3, summary=2, hidden=40, **{"slots": 4, **options}).eval()
     encoder.fit(pictures)
     return encoder, pictures
 

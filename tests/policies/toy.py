@@ -30,8 +30,8 @@ def encoder(width: int = 20) -> TinyEncoder:
 
 def policy(seed: int = 0, **changes) -> FlowPolicy:
     torch.manual_seed(seed)
-    sizes = dict(horizon=STEPS, layers=3, heads=2, head_width=8, draws=2)
-    made = FlowPolicy(robot=robot(), encoder=encoder(), **{**sizes, **changes})
+    sizes = dict(encoder=encoder(), horizon=STEPS, layers=3, heads=2, head_width=8, draws=2)
+    made = FlowPolicy(robot=robot(), **{**sizes, **changes})
     rng = np.random.default_rng(3)
     state, action = rng.normal(2, 3, (50, D)), rng.normal(0.1, 0.5, (50, made.horizon, A))
     made.fit(state.astype(np.float32), action.astype(np.float32))

@@ -1,0 +1,43 @@
+"""What a policy learns first: the mean of its chunks, by plain regression and without the transformer.
+
+At flow time 0 the noisy chunk x_t is the noise alone, so the best velocity there is E[x | observation] - noise: a
+regression. A policy whose encoder summarises the observation predicts this mean in its plan (see `FlowPolicy.plan`),
+for a tenth of the cost of a step of flow matching and without its noise. What an instruction means is found by this in
+a few hundred steps; flow matching from random weights does not find it in as many.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dreamgen.policies.body import BodyMLP
+
+
+class Regression(nn.Module):
+    """Shares all that leads to the plan of `policy`; a readout of each body, thrown away afterwards, says the chunk.
+
+    Raises ValueError for a policy whose encoder does not summarise the observation.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        if policy.direct is None:
+            raise ValueError("regression_steps needs an encoder that summarises the observation, such as "
+                             "dreamgen.policies.palette.PaletteEncoder; set stage.regression_steps=0")  # fmt: skip
+        self.encoder, self.encode_state, self.direct = policy.encoder, policy.encode_state, policy.direct
+        self.unknown_state, self.position = policy.unknown_state, policy.position
+        width = policy.position.shape[1]
+        self.readout = BodyMLP(len(policy.bodies), width, width, policy.spaces.action_dim)
+        object.__setattr__(self, "policy", policy)  # its other weights are not this module's
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean of w |readout(plan) - x|^2 over the steps that exist; batch: see `FlowPolicy`."""
+        policy, body = self.policy, batch["body"]
+        tokens, state, x, valid = policy.given(batch)
+        entries = policy.spaces.entries(body, len(policy.bodies))
+        plan = policy.plan(tokens, state)
+        error = (self.readout(plan, body).float() - x).square()
+        error = error.mean(-1) if entries is None else (error * entries).sum(-1) / entries.sum(-1)
+        weight = batch["weight"] * valid
+        loss = (error * weight).sum() / weight.sum().clamp(min=1e-6)
+        return loss, {"regression": loss}
