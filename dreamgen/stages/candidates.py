@@ -10,7 +10,7 @@ from dreamgen.core.manifest import require_complete
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
-from dreamgen.stages.train_labeler import recorded_clip
+from dreamgen.data.recordings import recorded_clip
 from dreamgen.video.tiling import untile
 
 

@@ -17,12 +17,13 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import Stage, write_json
 from dreamgen.core.protocols import Labeler, Sim
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay, success_interval
 from dreamgen.stages.label import integrated, pseudo_states
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.latent_scores import by_gap, probe
-from dreamgen.stages.train_labeler import recorded_clip, through
+from dreamgen.stages.train_labeler import through
 
 
 def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:

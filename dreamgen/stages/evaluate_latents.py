@@ -17,6 +17,7 @@ from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.core.protocols import Labeler
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.progress import progress
 from dreamgen.stages.latent_scores import (
     by_gap,
@@ -27,7 +28,6 @@ from dreamgen.stages.latent_scores import (
     shuffled,
     split,
 )
-from dreamgen.stages.train_labeler import recorded_clip
 
 
 def pixel_differences(clip: Clip, cells: int = 16) -> np.ndarray:

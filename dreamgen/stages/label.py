@@ -1,4 +1,5 @@
-"""Dreams -> a LeRobot dataset with pseudo-actions, their spread, pseudo-states and provenance.
+"""Dreams, or recordings without actions -> a LeRobot dataset with pseudo-actions, their spread, pseudo-states and
+provenance.
 
 Rows are robot steps: a dream's frame stands at the row that shows it and is repeated until the next one. The column
 `frame_fresh` marks the rows whose picture is new (`meta["frame_rows"]` lists them): only these are observations.
@@ -17,6 +18,8 @@ from dreamgen.core.manifest import Stage, is_complete, require_complete
 from dreamgen.core.protocols import Labeler
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.layout import INFO
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import Recordings
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.progress import progress
 from dreamgen.stages.sharing import Parts, Shard, alone, grouped
@@ -80,7 +83,7 @@ def labelled_episode(robot: Embodiment, clip: Clip, label: Labels, state: np.nda
     extra = {"label_spread": label.spread, "state_known": known, "frame_fresh": fresh[:, None].astype(np.float32)}
     if not robot.state_dim:
         extra.pop("state_known")
-    meta = {"source": "dream", "prompt": clip.id, "seed": clip.seed, "pair": clip.pair, "origin": clip.origin,
+    meta = {"prompt": clip.id, "seed": clip.seed, "pair": clip.pair, "origin": clip.origin,
             "scores": {**clip.scores, "label_spread": float(label.spread.mean())},
             "frame_rows": np.flatnonzero(fresh).tolist(), "video_hz": clip.video_hz, **source}  # fmt: skip
     return Episode(instruction=clip.instruction, state=state, action=label.value, video=views, extra=extra, meta=meta)
@@ -98,10 +101,14 @@ def label(
     workers: int = 1,
     shard: int = 0,
     num_shards: int = 1,
+    skip_bad: bool = False,
     seed: int = 0,
     record: dict,
 ) -> dict:
     """Label the dreams of the finished stage `clips` and write them as a LeRobot dataset to `out`, in order of id.
+
+    clips: also a LeRobot dataset of the robot, whose own actions are not looked at; skip_bad: leave out its bad
+    episodes.
 
     Shards share out the labelling, batch by batch; the call that finds all labels there writes the dataset, on
     `workers` threads.
@@ -110,18 +117,20 @@ def label(
     it cannot label (rate, size or length; names the clip).
     """
     clips, mine = Path(clips), Shard(shard, num_shards)
-    made = require_complete(clips, "dreams")
+    recorded = (clips / INFO).is_file()
+    made = {} if recorded else require_complete(clips, "dreams")
     # a labeler of latent actions reads the videos of one embodiment and writes the actions of another
     getattr(labeler, "source", labeler.robot).require(robot.contract(), "the dreams' robot")
-    robot = labeler.robot
-    parents = {"dreams": clips} | ({"labeler": labeler.path} if getattr(labeler, "path", None) else {})
+    recordings = Recordings(Dataset(clips, robot, skip_bad=skip_bad), labeler.clock) if recorded else None
+    robot, kind = labeler.robot, "recordings" if recorded else "dreams"
+    parents = {kind: clips} | ({"labeler": labeler.path} if getattr(labeler, "path", None) else {})
     with Stage(out, "label", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
-        folder, parts = ClipFolder(clips / "clips"), Parts(Path(out) / "parts")
+        folder, parts = recordings or ClipFolder(clips / "clips"), Parts(Path(out) / "parts")
         batches = grouped(folder.ids(), batch_size)
         if not batches:
-            raise ValueError(f"{clips} holds no dreams; give its stage at least one prompt")
+            raise ValueError(f"{clips} holds no {kind}; give its stage at least one prompt")
         stored = parts.stored()
         left = [number for number in mine.of(range(len(batches))) if number not in stored]
         for number in progress(left, len(left), mine.title("label"), out, unit="batch"):
@@ -129,8 +138,10 @@ def label(
         missing = len(batches) - len(parts.stored())
         if missing:
             return {"complete": False, "batches": len(batches) - missing, "left": missing}
-        source = {"dreams": made["id"], "world_model": made.get("parents", {}).get("world_model", ""),
+        source = {"source": "recording" if recorded else "dream", kind: run.spec["parents"][kind],
                   "labeler": run.spec["parents"].get("labeler", "")}  # fmt: skip
+        if not recorded:
+            source["world_model"] = made.get("parents", {}).get("world_model", "")
 
         def episodes() -> Iterator[Episode]:
             for number, ids in enumerate(batches):
@@ -149,7 +160,8 @@ def label(
                        for row in range(len(ids))]  # fmt: skip
             spread = np.mean([rows.mean(0) for rows in spreads], axis=0)
             by_part = {part.name: float(spread[part.slice].mean()) for part in robot.action}
-            manifest = run.finish(episodes=len(spreads), rows=sum(map(len, spreads)), spread=by_part)
+            bad = {"episodes_skipped": recordings.dataset.skipped} if recordings else {}
+            manifest = run.finish(episodes=len(spreads), rows=sum(map(len, spreads)), spread=by_part, **bad)
             shutil.rmtree(parts.root)
             return manifest
 

@@ -19,12 +19,13 @@ from dreamgen.core.manifest import Stage, read_json, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.train import clear_state, train
 from dreamgen.filters.rates import Rates, threshold_for
 from dreamgen.stages.agreement import auroc_interval, calibration
 from dreamgen.stages.candidates import Candidates
 from dreamgen.stages.evaluate_filters import replayed
-from dreamgen.stages.train_labeler import recorded_clip, through
+from dreamgen.stages.train_labeler import through
 
 YES, NO = ("1", "true", "yes", "success"), ("0", "false", "no", "failure")
 

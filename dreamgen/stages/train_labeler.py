@@ -7,11 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from dreamgen.core.clip import Clip
-from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.label_scores import score_labels
 
@@ -21,18 +20,6 @@ def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     order = rng_for(seed, "labeler split").permutation(count).tolist()
     apart = min(count - 1, max(1, round(share * count)))
     return sorted(order[apart:]), sorted(order[:apart])
-
-
-def recorded_clip(dataset: Dataset, index: int, clock: Clock) -> tuple[Clip, np.ndarray]:
-    """All of episode `index` at the video rate of `clock`, and the actions (s a) that the clip spans."""
-    episode = dataset.episode(index)
-    whole = clock.with_frames(max(2, clock.frames_in(dataset.length(index))))
-    if whole.steps >= dataset.length(index):
-        raise ValueError(f"episode {index} of {dataset.root} has {dataset.length(index)} rows; two frames at "
-                         f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or raise the video rate.")
-    clip = Clip(id=f"episode_{index:06d}", video=dataset.canvas(index, whole.rows), video_hz=whole.video_hz,
-                instruction=episode.instruction, state=episode.state[0])  # fmt: skip
-    return clip, episode.action[: whole.steps]
 
 
 def through(world_model: Any) -> Callable[[np.ndarray], np.ndarray]:

@@ -11,9 +11,10 @@ from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import Stage, fingerprint
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import recorded_clip
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.label import integrated, label
-from dreamgen.stages.train_labeler import held_out, recorded_clip, train_labeler
+from dreamgen.stages.train_labeler import held_out, train_labeler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "idm"))
 from moving_square import CLOCK, ROBOT, Squares  # noqa: E402
@@ -99,6 +100,17 @@ def test_labelled_dreams_are_a_dataset_with_provenance(dataset, tmp_path):
         assert np.abs(shown[0] - shown[1]).mean() < 1.5  # one frame, held for two rows
         assert np.abs(shown[0] - dataset.canvas(i, [4])[0].astype(int)).mean() < 4
     assert label(Oracle(dataset), dreams, out=out, robot=ROBOT, batch_size=2, record={}) == manifest
+
+
+def test_recordings_are_labelled_as_dreams_are(dataset, tmp_path):
+    found = label(Oracle(dataset), dataset.root, out=tmp_path / "l", robot=ROBOT, batch_size=4, record={})
+    assert found["results"]["episodes"] == 6 and found["parents"]["recordings"] == fingerprint(dataset.root)
+    made = Dataset(tmp_path / "l", ROBOT)
+    for i in range(6):
+        episode, source = made.episode(i), dataset.episode(i)
+        assert episode.instruction == source.instruction and episode.meta["source"] == "recording"
+        np.testing.assert_allclose(episode.action, source.action[:18], atol=1e-6)
+        assert np.abs(made.canvas(i, [4])[0].astype(int) - dataset.canvas(i, [4])[0].astype(int)).mean() < 4
 
 
 def test_label_refuses_unfinished_dreams_and_other_settings(dataset, tmp_path):
