@@ -2,7 +2,7 @@
 
 At flow time 0 the noisy chunk x_t is the noise alone, so the best velocity there is E[x | observation] - noise: a
 regression. A policy whose encoder summarises the observation predicts this mean in its plan (see `FlowPolicy.plan`),
-for a tenth of the cost of a step of flow matching and without its noise. What an instruction means is found by this in
+for a quarter of the cost of a step of flow matching and without its noise. What an instruction means is found so in
 a few hundred steps; flow matching from random weights does not find it in as many.
 """
 
