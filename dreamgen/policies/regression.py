@@ -30,6 +30,11 @@ class Regression(nn.Module):
         self.readout = BodyMLP(len(policy.bodies), width, width, policy.spaces.action_dim)
         object.__setattr__(self, "policy", policy)  # its other weights are not this module's
 
+    def train(self, mode: bool = True) -> "Regression":
+        """As of any module; the policy learns, and hides states, when this does."""
+        self.policy.training = mode
+        return super().train(mode)
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of w |readout(plan) - x|^2 over the steps that exist; batch: see `FlowPolicy`."""
         policy, body = self.policy, batch["body"]
