@@ -18,6 +18,14 @@ def interpolate(x: Float[Tensor, "b h a"], noise: Float[Tensor, "b h a"], t: Flo
     return (1 - t) * noise + t * x
 
 
+def mean_error(
+    error: Float[Tensor, "b h a"], weight: Float[Tensor, "b h"], entries: Float[Tensor, "b 1 a"] | None
+) -> Tensor:
+    """Mean over the steps of squared errors by their weights; entries: 1 where an action has an entry, None if all."""
+    error = error.mean(-1) if entries is None else (error * entries).sum(-1) / entries.sum(-1)
+    return (error * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Float[Tensor, "b h a"], steps: int) -> Tensor:
     """Integrate `velocity(x_t (b h a), t (b,))` in `steps` Euler steps; returns x at t = 1."""
     x = noise

@@ -23,7 +23,7 @@ from dreamgen.policies.body import ActionEncoder, BodyMLP
 from dreamgen.policies.dit import DiT, KeyValue, repeat_context
 from dreamgen.policies.encoder import TinyEncoder
 from dreamgen.policies.flare import Flare
-from dreamgen.policies.flow import interpolate, sample_time
+from dreamgen.policies.flow import interpolate, mean_error, sample_time
 from dreamgen.policies.inference import compiled
 from dreamgen.policies.qformer import QFormer
 from dreamgen.policies.sight import Seen, look, tensors
@@ -246,9 +246,7 @@ class FlowPolicy(nn.Module):
             clean = (torch.arange(self.horizon, device=x.device) < length) & valid
             x_t, weight = torch.where(clean[..., None], x, x_t), weight * ~clean
         velocity, tapped = self.velocity(x_t, t, state, plan, context, body, valid, clean)
-        error = (velocity - (x - noise)).square()
-        error = error.mean(-1) if entries is None else (error * entries).sum(-1) / entries.sum(-1)
-        flow = (error * weight).sum() / weight.sum().clamp(min=1e-6)
+        flow = mean_error((velocity - (x - noise)).square(), weight, entries)
         if not self.flare:
             return flow, {"flow": flow}
         if self.training:
