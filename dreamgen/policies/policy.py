@@ -198,9 +198,11 @@ class FlowPolicy(nn.Module):
         return velocity, None if tapped is None else tapped[:, 1 : -self.horizon]
 
     def encode(self, pictures: Tensor, words: Tensor) -> Float[Tensor, "b n c"]:
-        """Vision-language tokens of pictures (uint8), or of their features by a frozen encoder; with a Q-Former, its
-        queries behind them."""
-        tokens = torch.cat(look(self.encoder, pictures, words), 1)
+        """Vision-language tokens of pictures (uint8), or of their features by a frozen encoder, queried."""
+        return self.queried(torch.cat(look(self.encoder, pictures, words), 1))
+
+    def queried(self, tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b m c"]:
+        """The tokens of an observation, and behind them what a Q-Former asks of them."""
         return tokens if self.queries is None else torch.cat([tokens, self.queries(tokens)], 1)
 
     def plan(self, tokens: Float[Tensor, "b n c"], state: Float[Tensor, "b 1 w"]) -> Float[Tensor, "b h w"]:
@@ -213,8 +215,8 @@ class FlowPolicy(nn.Module):
         return self.position + self.direct(known).unflatten(1, self.position.shape)
 
     def given(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a batch gives to learn from: tokens of the observations (b n c), of their states (b 1 w), some hidden in
-        training, the chunks as the transformer sees them (b H a), 0 where a step does not exist, and which do (b H)."""
+        """What a batch gives to learn from: tokens of the observations (b n c), not queried, of their states (b 1 w),
+        some hidden in training, the chunks as the transformer sees them (b H a), 0 where no step is, and which are."""
         pictures, state_known, body, valid = (batch[key] for key in ("pictures", "state_known", "body", "valid"))
         if self.space.needs_state:
             valid = valid & state_known[:, None]
@@ -223,7 +225,8 @@ class FlowPolicy(nn.Module):
             if pictures.dtype == torch.uint8:
                 pictures = augment.jitter(augment.shift(pictures, self.shift), self.jitter)
             state_known = state_known & (torch.rand(len(body), device=body.device) >= self.state_dropout)
-        tokens, state = self.encode(pictures, batch["words"]), self.state_token(known, state_known, body)
+        tokens = torch.cat(look(self.encoder, pictures, batch["words"]), 1)
+        state = self.state_token(known, state_known, body)
         action = self.spaces.chunk(told, known, body)
         return tokens, state, torch.where(valid[..., None], action, torch.zeros_like(action)), valid
 
@@ -231,7 +234,7 @@ class FlowPolicy(nn.Module):
         """Flow-matching loss, plus align_weight times FLARE's."""
         body, entries = batch["body"], self.spaces.entries(batch["body"], len(self.bodies))
         tokens, state, x, valid = self.given(batch)
-        context = repeat_context(self.dit.context(tokens), self.draws)
+        context = repeat_context(self.dit.context(self.queried(tokens)), self.draws)
         state, plan, x, body, valid, weight = (
             y.repeat_interleave(self.draws, 0)
             for y in (state, self.plan(tokens, state), x, body, valid, batch["weight"])

@@ -91,6 +91,8 @@ def train_judge(
         if world_model is not None and degraded:
             order = rng_for(seed, "degrade").permutation(training).tolist()
             clips.degrade(through(world_model), order[:degraded_clips])
+        if hasattr(model.encoder, "fit"):
+            model.encoder.fit(torch.from_numpy(clips.sample(model, training, seed)))
         batches = Batches(model, clips, training, batch_size=batch_size, swapped=swapped, shift=shift,
                           degraded=degraded, seed=seed)  # fmt: skip
         done = train(model, batches, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
@@ -138,6 +140,11 @@ class Recorded:
         for k in chosen:
             video = self[k].video
             self.returned[k] = returned(video[: len(video) - (len(video) - 1) % 4])
+
+    def sample(self, model: Any, chosen: Sequence[int], seed: int, most: int = 200) -> np.ndarray:
+        """Pictures (n v h w 3) that the judge looks at, of up to `most` of the clips `chosen`, as returned if kept."""
+        some = rng_for(seed, "sample").permutation(chosen)[:most].tolist()
+        return np.concatenate([model.pictures(self.returned[k] if k in self.returned else self[k].video) for k in some])
 
 
 class Batches:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dreamgen.core.clip import Clip, Episode
 from dreamgen.core.manifest import is_complete
@@ -12,6 +13,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.filters.judge import VideoJudge
 from dreamgen.policies.encoder import TinyEncoder
+from dreamgen.policies.palette import PaletteEncoder
 from dreamgen.stages.train_judge import Batches, Recorded, jittered, moved, platt, read_labels, three_ways, train_judge
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "idm"))
@@ -74,6 +76,20 @@ def test_it_learns_and_knows_what_its_answers_are_worth(tmp_path):
              for video, text in ((bright, TEXTS[0]), (dark, TEXTS[0]), (bright, "dance"))]  # fmt: skip
     yes, no, unknown = judge.judge(asked)
     assert yes > no and np.isnan(unknown)
+
+
+def test_an_encoder_that_is_fitted_to_pictures_is(dataset, tmp_path):
+    def palette(instructions: list[str]) -> VideoJudge:
+        torch.manual_seed(0)
+        encoder = PaletteEncoder(width=16, colours=4, slots=3, hidden=16, text_width=8, buckets=31, length=4)
+        return VideoJudge(robot=ROBOT, encoder=encoder, instructions=instructions, frames=3, layers=1, heads=2)
+
+    train_judge(palette, [dataset], out=tmp_path / "judge", **OPTIONS | {"steps": 1})
+    judge, plain = VideoJudge.load(tmp_path / "judge", robot=ROBOT), palette(list(TEXTS))
+    assert not torch.equal(judge.encoder.palette, plain.encoder.palette)
+    shown = np.concatenate([dataset.canvas(i, range(ROWS)) for i in range(COUNT)]).reshape(-1, 3)
+    near = np.abs(shown[None].astype(np.float32) - judge.encoder.palette[:, None].numpy()).sum(-1).min(1)
+    assert (near < 30).all()  # every colour that it looks for is one of the recordings
 
 
 def test_a_killed_training_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
