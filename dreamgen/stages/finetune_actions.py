@@ -91,7 +91,7 @@ def finetune_actions(
             rows = []
             for which in rng.choice(len(sources), batch_size, p=weights):
                 rows.append((sources[which], int(rng.choice(sources[which].train))))
-            silent = rng.random(batch_size) < text_dropout
+            silent = rng.random(batch_size) < (text_dropout if world.instructions else 1)
             text = ["" if quiet else s.text(k) for (s, k), quiet in zip(rows, silent, strict=True)]
             batch = stacked([s.row(k, frames) for s, k in rows])
             return batch | {"text": embedded[[number[t] for t in text]]}
@@ -208,7 +208,7 @@ class Check:
         batch |= {"noise": torch.randn(batch["latents"].shape, generator=generator),
                   "sigma": torch.linspace(0.05, 0.95, len(self.rows))}  # fmt: skip
         self.batch = {k: v.to(world.device) for k, v in batch.items()}
-        self.batch["text"] = world.embed([source.text(k) for source, k in self.rows])
+        self.batch["text"] = world.embed([source.text(k) if world.instructions else "" for source, k in self.rows])
         for source, k in first[:samples]:
             episode, row = source.places[k]
             clip = source.dataset.canvas(episode, source.windows.rows(episode, row))

@@ -115,13 +115,17 @@ def train_judge(
 
 
 class Recorded:
-    """Recorded clips with their outcomes, decoded when asked for; some also as an autoencoder returns them."""
+    """Recorded clips with their outcomes, decoded when asked for and kept up to `room` bytes; some also as an
+    autoencoder returns them."""
 
-    def __init__(self, datasets: Sequence[Dataset], success: Sequence[Mapping[int, bool]], video_hz: str) -> None:
+    def __init__(self, datasets: Sequence[Dataset], success: Sequence[Mapping[int, bool]], video_hz: str,
+                 room: int = 1 << 30) -> None:  # fmt: skip
         self.datasets, self.video_hz = datasets, video_hz
         self.places = [(d, i) for d, known in enumerate(success) for i in sorted(known)]
         self.success = np.array([success[d][i] for d, i in self.places], bool)
         self.returned: dict[int, np.ndarray] = {}
+        self.kept: dict[int, Clip] = {}
+        self.room = room
 
     def __len__(self) -> int:
         return len(self.places)
@@ -131,9 +135,15 @@ class Recorded:
         return self.datasets[d].instruction(i)
 
     def __getitem__(self, k: int) -> Clip:
+        if k in self.kept:
+            return self.kept[k]
         d, i = self.places[k]
         dataset = self.datasets[d]
-        return recorded_clip(dataset, i, Clock(robot_hz=dataset.robot.robot_hz, video_hz=self.video_hz, frames=2))[0]
+        clip = recorded_clip(dataset, i, Clock(robot_hz=dataset.robot.robot_hz, video_hz=self.video_hz, frames=2))[0]
+        if clip.video.nbytes <= self.room:
+            self.room -= clip.video.nbytes
+            self.kept[k] = clip
+        return clip
 
     def degrade(self, returned: Callable[[np.ndarray], np.ndarray], chosen: Sequence[int]) -> None:
         """Keep what an autoencoder returns of the clips `chosen`; it may take fewer frames than a clip has."""

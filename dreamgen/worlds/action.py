@@ -36,7 +36,8 @@ class ActionWorld(nn.Module):
 
     history: ages (s) of remembered frames, oldest first, beside the first frame of the episode (`anchor`).
     level: of the noise on remembered and first frames when dreaming, in [0, 1]; context_noise: the highest in training.
-    action_guidance: 1 takes one pass. action_dropout: share of training rows without actions.
+    action_guidance: 1 takes one pass. action_dropout: share of training rows without actions. instructions: whether the
+    instruction conditions what actions move; a model that reads it tends to fulfil it, whatever the robot does.
 
     Raises ValueError: a transformer that cannot be hooked; maps for an embodiment without cameras or tools.
     """
@@ -53,12 +54,14 @@ class ActionWorld(nn.Module):
         context_noise: float = 0.2,
         action_guidance: float = 1.0,
         action_dropout: float = 0.1,
+        instructions: bool = True,
     ) -> None:
         super().__init__()
         self.world, self.width, self.maps, self.anchor = world, width, maps, anchor
         self.history = tuple(sorted((float(age) for age in history), reverse=True))
         self.level, self.context_noise = level, context_noise
         self.action_guidance, self.action_dropout = action_guidance, action_dropout
+        self.instructions = instructions
         self.gaps = (self.clock.frames - 1) // (world.latent_shape[1] - 1)
         tools = len(self.robot.tools)
         if maps:  # says what is missing
@@ -166,7 +169,8 @@ class ActionWorld(nn.Module):
             drawn = [self.drawn(rows, a, p.state) for a, p in zip(actions, pasts, strict=True)]
             maps = torch.from_numpy(np.stack(drawn)).to(self.device)
         memory, ages = self._context(pasts)
-        prompts = [Prompt(id=p.prompt.id, image=np.ascontiguousarray(p.video[-1]), instruction=p.prompt.instruction,
+        prompts = [Prompt(id=p.prompt.id, image=np.ascontiguousarray(p.video[-1]),
+                          instruction=p.prompt.instruction if self.instructions else "",
                           seed=p.prompt.seed if now == 0 else seed_for(p.prompt.seed, "chunk", now))
                    for p in pasts]  # fmt: skip
         shape = (self.world.latent_shape[0], self.remembered + 1, *self.latent_size)
@@ -222,7 +226,7 @@ class ActionWorld(nn.Module):
         """Constructor arguments as plain JSON, without the world model's."""
         return {"width": self.width, "maps": self.maps, "anchor": self.anchor, "history": list(self.history),
                 "level": self.level, "context_noise": self.context_noise, "action_guidance": self.action_guidance,
-                "action_dropout": self.action_dropout}  # fmt: skip
+                "action_dropout": self.action_dropout, "instructions": self.instructions}  # fmt: skip
 
     def save(self, out: Path) -> None:
         """What the world model saves, the extension's weights, and `action_world.json` last."""

@@ -161,6 +161,14 @@ def test_actions_maps_memory_and_text_matter(make):
     assert [clip.id for clip in mixed] == ["p0", "p1"]
 
 
+def test_a_world_that_is_not_told_what_is_asked_for(make):
+    world = disturbed(make(instructions=False))
+    said = prompts()[0]
+    other = Prompt(**{**vars(said), "instruction": "put the red block on the plate"})
+    assert np.array_equal(world.dream([said])[0].video, world.dream([other])[0].video)
+    assert world.spec()["instructions"] is False
+
+
 def test_latent_frames_see_composed_actions():
     action = np.zeros((16, 4), np.float32)
     action[:, 0], action[:, 1], action[:, 3] = 1.0, np.arange(16), [-1] * 8 + [1] * 8
