@@ -38,7 +38,9 @@ def test_round_trip_keeps_small_coloured_blocks(tmp_path):
 @pytest.mark.parametrize("codec", ["h264", "av1"])
 def test_same_frames_same_bytes(codec):
     frames, _ = moving_blocks(5, 64, 70)
-    assert encode(frames, "50/3", codec=codec) == encode(frames.copy(), "50/3", codec=codec)
+    data = encode(frames, "50/3", codec=codec)
+    assert data == encode(frames.copy(), "50/3", codec=codec)
+    assert codec != "h264" or b"mbtree=0" in data  # x264 writes its settings; with the tree one in 60 runs differs
 
 
 @pytest.mark.parametrize("width", [64, 96])  # decord alone cannot read 96
