@@ -12,25 +12,27 @@ from typing import Any
 import numpy as np
 
 from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import Stage, read_json, write_json
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.engine.progress import progress
-from dreamgen.sims.rollout import rollout
+from dreamgen.sims.rollout import Rollout, film, rollout
 from dreamgen.stages.label_scores import auroc
 from dreamgen.stages.open_loop import open_loop_error
 from dreamgen.stages.report_card import card
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile
 from dreamgen.worlds.env import DreamEnv, Dreamt, dream_episodes, judged
+from dreamgen.worlds.oracle import OracleWorld
 from dreamgen.worlds.rollout import extend
 
 BLIND = ("shuffled_actions", "first_frame", "demos", "validation")
 
 
 def correlation(
-    world_model: ActionWorldModel,
+    world_model: ActionWorldModel | None,
     judge: Judge,
     sim: Callable[[], Sim] | None,
     policies: Mapping[str, Policy] | None,
@@ -44,6 +46,7 @@ def correlation(
     batch_size: int = 16,
     looks: str = "last",
     confidence: bool = False,
+    video_hz: str | int = "10",
     seen: Sequence[str] = (),
     demos: Mapping[str, float | int] | None = None,
     validation: Dataset | None = None,
@@ -55,10 +58,11 @@ def correlation(
 ) -> dict:
     """Run every policy for `episodes` episodes (as many for each instruction) in the simulator and in the dream.
 
-    world_model: learned, or the oracle (then what is left is the judge's error on real video). degraded: name to maker
-    of a worse policy from `policy=`; each is made of every policy, as `<policy>_<name>`. seen: names of policies that
-    gave data to the world model; the headline is of the others. demos: policy to number of demonstrations.
-    validation: recordings for the open-loop error. blind: which blind evaluators to run.
+    world_model: None puts the simulator in its place, filmed at `video_hz`: what is left is the judge's error on real
+    video. degraded: name to maker of a worse policy from `policy=`; each is made of every policy, as `<policy>_<name>`.
+    seen: names of policies that gave data to the world model; the headline is of the others. demos: policy to number of
+    demonstrations. validation: recordings for the open-loop error. blind: which blind evaluators to run. films: of how
+    many episodes of a policy, from the first to the last.
 
     Writes `policies/<name>.json` ({real, dream, probability, agreement, ... per episode}), films real | dreamt, and
     `results/correlation.json`: k, r, r_low, r_high, rho, mmrv, mae, bias, regret, episode_auroc, tpr, tnr of the dream,
@@ -79,10 +83,11 @@ def correlation(
     with Stage(out, "correlation", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
-        if hasattr(world_model, "place"):
-            world_model.place()
+        world = OracleWorld(sim=sim, video_hz=video_hz) if world_model is None else world_model
+        if hasattr(world, "place"):
+            world.place()
         plan, prompts = first_states(sim, instructions, episodes, seed)
-        env = DreamEnv(world=world_model, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
+        env = DreamEnv(world=world, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
                        confidence=confidence)  # fmt: skip
         rows = {}
         for name in progress(policies, len(policies), "correlation", run.out, unit="policy"):
@@ -139,12 +144,12 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
                prompts: Sequence[Prompt], out: Path, *, blind: Sequence[str], validation: Dataset | None, workers: int,
                films: int, seed: int) -> dict[str, Any]:  # fmt: skip
     """All that is measured of one policy, plain JSON, nan as None."""
-    real = [e.success for e in rollout(sim, policy, plan, steps=env.steps, execute=env.execute, workers=workers)]
+    real = list(rollout(sim, policy, plan, steps=env.steps, execute=env.execute, workers=workers))
     dreamt = dream_episodes(env, policy, prompts, [own for _, own in plan])
     hz = env.world.clock.video_hz
-    for k, episode in enumerate(dreamt[:films]):
-        write_mp4(out / "films" / name / f"{k:02d}.mp4", episode.past.video, hz)
-    found: dict[str, Any] = {"real": [bool(x) for x in real], "probability": [e.probability for e in dreamt],
+    for k in np.unique(np.linspace(0, len(plan) - 1, films).astype(int)):
+        write_mp4(out / "films" / name / f"{k:02d}.mp4", beside(sim, real[k], dreamt[k], env.world.clock), hz)
+    found: dict[str, Any] = {"real": [bool(e.success) for e in real], "probability": [e.probability for e in dreamt],
                              "agreement": [e.agreement for e in dreamt]}  # fmt: skip
     if "first_frame" in blind:
         held = [Past(prompt=p, video=np.repeat(p.image[None], len(e.past.video), 0), action=e.past.action,
@@ -155,6 +160,17 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
     if "validation" in blind and validation is not None:
         found["validation"] = -open_loop_error(policy, validation, seed=seed)
     return {key: none(value) for key, value in found.items()}
+
+
+def beside(sim: Callable[[], Sim], real: Rollout, dreamt: Dreamt, clock: Clock) -> np.ndarray:
+    """Film of an episode (t h 2w 3), real | dreamt; the real one stands still once it has succeeded."""
+    world, video = sim(), dreamt.past.video
+    try:
+        pictures = tile(world.robot, film(world, real.instruction, real.seed, real.action))
+    finally:
+        world.close()
+    rows = clock.with_frames(max(2, len(video))).rows[: len(video)].clip(max=len(pictures) - 1)
+    return np.concatenate([pictures[rows], video], 2)
 
 
 def shuffled(env: DreamEnv, dreamt: Sequence[Dreamt], seed: int) -> list[float]:

@@ -15,6 +15,7 @@ from dreamgen.policies.degraded import Delayed, Mistaken, Noisy
 from dreamgen.sims.keyframes import FromKeyframe
 from dreamgen.stages.collect import collect
 from dreamgen.stages.correlation import correlation
+from dreamgen.video.mp4 import read_mp4
 from dreamgen.worlds.env import DreamEnv, dream_episodes
 from dreamgen.worlds.oracle import OracleWorld
 
@@ -48,7 +49,7 @@ class Column:
 
 
 POLICIES = {f"speed {s}": Steady(s) for s in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)}
-OPTIONS = dict(episodes=9, instructions=["home"], steps=6, execute=3, batch_size=4, films=1, seed=3, record={})
+OPTIONS = dict(episodes=9, instructions=["home"], steps=6, execute=3, batch_size=4, films=2, seed=3, record={})
 
 
 def oracle() -> OracleWorld:
@@ -59,8 +60,8 @@ def oracle() -> OracleWorld:
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("correlation")
     demos = {name: k for k, name in enumerate(POLICIES)}
-    return out, correlation(oracle(), Column(), Point, POLICIES, out=out, demos=demos, seen=["speed 0.0", "speed 0.6"],
-                            confidence=True, **OPTIONS)  # fmt: skip
+    return out, correlation(None, Column(), Point, POLICIES, out=out, demos=demos, seen=["speed 0.0", "speed 0.6"],
+                            confidence=True, video_hz=5, **OPTIONS)  # fmt: skip
 
 
 def test_a_perfect_world_and_judge_are_right_about_everything(done) -> None:
@@ -85,7 +86,15 @@ def test_blind_evaluators_stand_beside(done) -> None:
     first = found["blind"]["first_frame"]
     assert first["r"] is None and first["tpr"] == 0 and first["bias"] < 0  # nobody is home at first
     assert found["blind"]["demos"]["r"] > 0.8 and found["blind"]["demos"]["mae"] is None
-    assert (done[0] / "films" / "speed 0.3" / "00.mp4").is_file()
+
+
+def test_films_show_reality_beside_the_dream(done) -> None:
+    assert sorted(path.name for path in (done[0] / "films" / "speed 0.3").iterdir()) == ["00.mp4", "08.mp4"]
+    films = [read_mp4(done[0] / "films" / name / "00.mp4") for name in ("speed 0.1", "speed 0.6")]
+    slow, fast = (np.split(video, 2, axis=2) for video in films)
+    assert slow[0].shape == (7, 16, 24, 3) and abs(slow[0].astype(int) - slow[1]).mean() < 3
+    real, dreamt = (video[:, 0, :, 0].argmax(1) for video in fast)
+    assert real[0] == dreamt[0] < 14 <= real[-2] == real[-1] < dreamt[-1]  # the real episode ends at home
 
 
 def test_a_run_continues_and_says_what_it_cannot_do(done, tmp_path) -> None:
