@@ -101,7 +101,8 @@ def test_the_good_are_kept_with_their_scores(made, kept):
     assert [row["episode"] for row in rows if row["kept"]] == good and manifest["results"]["kept"] == len(good)
     found = manifest["results"]["yields"]
     assert (found["spread"]["passed"], found["limits"]["passed"], found["frozen"]["passed"]) == (N - 2, N - 2, N - 2)
-    assert [row["scores"]["frozen"] for row in rows if row["episode"] in STILL] == [0.0, 0.0]
+    # a video's coding noise moves a still clip's pixels a little: next to nothing, not exactly nothing
+    assert max(row["scores"]["frozen"] for row in rows if row["episode"] in STILL) < 1e-3
     dataset = Dataset(kept, ROBOT)
     for i, k in enumerate(good):
         episode, before = dataset.episode(i), made["labels"].episode(k)
