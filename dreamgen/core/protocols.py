@@ -92,6 +92,28 @@ class Policy(Protocol):
 
 
 @runtime_checkable
+class Continuing(Policy, Protocol):
+    """A policy whose chunk can go on from the one that is being executed while it thinks."""
+
+    prefix: int | None  # so many given steps it was trained with; None: it cannot go on after all
+
+    def proceed(
+        self,
+        observations: Sequence[Observation],
+        seeds: Sequence[int],
+        rests: Sequence[np.ndarray],
+        *,
+        delay: int,
+        mode: str,
+        beta: float,
+    ) -> np.ndarray:
+        """Chunks (b, horizon, a) as of `act`. rests: of each row, the steps (p, a) in units that the last chunk still
+        holds, none or more; the first `delay` are executed before the answer comes. mode, beta: see
+        `dreamgen.policies.realtime`."""
+        ...
+
+
+@runtime_checkable
 class Filter(Protocol):
     """A curation signal."""
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.data.normaliser import Normaliser
-from dreamgen.policies import augment, checkpoint
+from dreamgen.policies import augment, checkpoint, realtime
 from dreamgen.policies.body import ActionEncoder, BodyMLP
 from dreamgen.policies.dit import DiT, KeyValue, repeat_context
 from dreamgen.policies.encoder import TinyEncoder
@@ -148,18 +148,6 @@ class FlowPolicy(nn.Module):
                 encoder.fit(torch.from_numpy(pictures))
         self.spaces.of(body).fit(state, action, start)
 
-    def chunk(self, action: Float[Tensor, "b h a"], state: Float[Tensor, "b d"] | None = None) -> Tensor:
-        """Actions of the robot in units to what the transformer works on."""
-        return self.space.chunk(action, state)
-
-    def unchunk(self, x: Float[Tensor, "b h a"], state: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b h a"]:
-        """The inverse of `chunk`."""
-        return self.space.unchunk(x, state)
-
-    def command(self, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
-        """Inside the limits; binary entries become the nearer of their two values."""
-        return self.space.command(action)
-
     def state_token(
         self, state: Float[Tensor, "b d"], known: Bool[Tensor, " b"], body: Int64[Tensor, " b"]
     ) -> Float[Tensor, "b 1 w"]:
@@ -287,7 +275,7 @@ class FlowPolicy(nn.Module):
     def finish(self, x: Float[Tensor, "b h w"], seen: Seen) -> Float32[np.ndarray, "b h a"]:
         """Chunks as commands in units."""
         x = x[..., : self.robot.action_dim].float()
-        return self.command(self.unchunk(x, seen.start).cpu().numpy())
+        return self.space.command(self.space.unchunk(x, seen.start).cpu().numpy())
 
     @property
     def integrate(self) -> Callable[..., Tensor]:
@@ -301,6 +289,11 @@ class FlowPolicy(nn.Module):
         seen = self.observe(observations)
         x = self.integrate(self, self.noise(seeds), seen.state, seen.plan, seen.context, self.euler_steps, self.speaks)
         return self.finish(x, seen)
+
+    def proceed(self, observations: Sequence[Observation], seeds: Sequence[int], rests: Sequence[np.ndarray], *,
+                delay: int, mode: str = "guided", beta: float = 5.0) -> Float32[np.ndarray, "b h a"]:  # fmt: skip
+        """Chunks that go on from what is left of the last ones; see `dreamgen.policies.realtime`."""
+        return realtime.proceed(self, observations, seeds, rests, delay=delay, mode=mode, beta=beta)
 
     def body(self, name: str) -> int:
         """Number of a body; ValueError if the policy has none of this name."""

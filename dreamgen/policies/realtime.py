@@ -8,7 +8,8 @@ and the rest has to go on from there (Black et al. 2025, Real-Time Execution of 
               c(t) = (t^2 + (1 - t)^2) / (t (1 - t)),  W as in `weights`
     trained   policies trained with `prefix`: the frozen actions stand in the chunk, clean, at every step
 
-Wrappers hold nothing: what they remember of an episode lies in its `memory`, a dictionary of whoever runs it.
+`proceed` is this for a flow policy; a policy behind a server is asked for the same over the wire. Wrappers hold
+nothing: what they remember of an episode lies in its `memory`, a dictionary of whoever runs it.
 """
 
 import math
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dreamgen.core.clip import Observation
-from dreamgen.core.protocols import Policy
+from dreamgen.core.protocols import Continuing, Policy
 from dreamgen.policies.flow import euler
 from dreamgen.policies.space import command
 
@@ -56,26 +57,75 @@ def guided(
     return v.detach() + strength * pull
 
 
-class RealTime:
-    """A flow policy asked `delay` robot steps before its chunk is needed. delay: how long an answer takes, in steps.
+def require_delay(policy: Any, delay: int, mode: str, beta: float) -> None:
+    """ValueError for an unknown mode, a delay that leaves nothing of a chunk, mode "trained" for a policy that was
+    trained with shorter prefixes than `delay`, a pull that is no number, and a policy that cannot go on at all."""
+    if getattr(policy, "prefix", None) is None:
+        raise ValueError(f"{type(policy).__name__} cannot go on from a chunk; take a flow policy, a server of one, or "
+                         f"dreamgen.policies.realtime.Ensembled")  # fmt: skip
+    if mode not in MODES or not 0 <= delay < policy.horizon:
+        raise ValueError(f"mode is '{mode}', delay is {delay}; expected one of {MODES} and 0 <= delay < "
+                         f"{policy.horizon}, the policy's horizon")  # fmt: skip
+    if mode == "trained" and policy.prefix < delay:
+        raise ValueError(f"the policy was trained with prefixes of up to {policy.prefix} steps; delay is {delay}: "
+                         f"train with prefix={delay}, or use mode 'guided'")  # fmt: skip
+    if not beta >= 0 or not math.isfinite(beta):
+        raise ValueError(f"beta is {beta}; expected 0 or more")
 
-    Raises ValueError for an unknown mode, a delay that leaves nothing of a chunk, and mode "trained" for a policy that
-    was trained with shorter prefixes than `delay`.
+
+@torch.no_grad()
+def proceed(
+    policy: Any,
+    observations: Sequence[Observation],
+    seeds: Sequence[int],
+    rests: Sequence[Float32[np.ndarray, "p a"]],
+    *,
+    delay: int,
+    mode: str,
+    beta: float,
+) -> Float32[np.ndarray, "b h a"]:
+    """Chunks of a flow policy that go on from `rests`; see `dreamgen.core.protocols.Continuing`."""
+    require_delay(policy, delay, mode, beta)
+    shape = (len(observations), policy.horizon, policy.robot.action_dim)
+    before, weight = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
+    for i, rest in enumerate(rests):
+        before[i, : len(rest)] = rest
+        weight[i] = weights(policy.horizon, delay, len(rest))
+    seen = policy.observe(observations)
+    device = policy.position.device
+    previous = policy.space.chunk(torch.from_numpy(before).to(device), seen.start)
+    previous = F.pad(previous, (0, policy.spaces.action_dim - shape[2]))
+    frozen = torch.from_numpy(weight == 1)[..., None].to(device)
+    pull = torch.from_numpy(weight)[..., None].to(device)
+
+    def velocity(x_t: Tensor, t: Tensor) -> Tensor:
+        return policy.velocity(x_t, t, seen.state, seen.plan, seen.context, seen.body)[0]
+
+    def step(x_t: Tensor, t: Tensor) -> Tensor:
+        if mode == "guided":
+            return guided(velocity, x_t, t, previous, pull, beta)
+        clean = torch.where(frozen, previous, x_t)
+        return policy.velocity(clean, t, seen.state, seen.plan, seen.context, seen.body, clean=frozen[..., 0])[0]
+
+    chunk = policy.finish(euler(step, policy.noise(seeds), policy.euler_steps), seen)
+    done = weight == 1
+    chunk[done] = before[done]  # will have been executed by then
+    return chunk
+
+
+class RealTime:
+    """A policy asked `delay` robot steps before its chunk is needed. delay: how long an answer takes, in steps.
+
+    The policy is a flow policy of ours, or a client of a server that serves one. Errors: see `require_delay`.
     """
 
     remembers = True
 
-    def __init__(self, policy: Any, *, delay: int, mode: str = "guided", beta: float = 5.0) -> None:
-        if mode not in MODES or not 0 <= delay < policy.horizon:
-            raise ValueError(f"mode is '{mode}', delay is {delay}; expected one of {MODES} and 0 <= delay < "
-                             f"{policy.horizon}, the policy's horizon")  # fmt: skip
-        if mode == "trained" and policy.prefix < delay:
-            raise ValueError(f"the policy was trained with prefixes of up to {policy.prefix} steps; delay is {delay}: "
-                             f"train with prefix={delay}, or use mode 'guided'")  # fmt: skip
-        self.policy, self.delay, self.mode, self.beta = policy, delay, mode, beta
+    def __init__(self, policy: Continuing, *, delay: int, mode: str = "guided", beta: float = 5.0) -> None:
+        require_delay(policy, delay, mode, beta)
+        self.policy, self.how = policy, dict(delay=delay, mode=mode, beta=beta)
         self.robot, self.horizon, self.path = policy.robot, policy.horizon, getattr(policy, "path", None)
 
-    @torch.no_grad()
     def act(
         self,
         observations: Sequence[Observation],
@@ -85,35 +135,12 @@ class RealTime:
     ) -> Float32[np.ndarray, "b h a"]:
         """Action chunks in units from step `now` on; memories: one dictionary an episode, empty at its begin."""
         memories = [{} for _ in observations] if memories is None else memories
-        policy, shape = self.policy, (len(observations), self.horizon, self.robot.action_dim)
-        before, weight = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
-        for i, memory in enumerate(memories):
-            rest = memory["chunk"][now - memory["start"] :] if "chunk" in memory else np.zeros((0, shape[2]))
-            before[i, : len(rest)] = rest
-            weight[i] = weights(self.horizon, self.delay, len(rest))
-        seen = policy.observe(observations)
-        device = policy.position.device
-        previous = policy.space.chunk(torch.from_numpy(before).to(device), seen.start)
-        previous = F.pad(previous, (0, policy.spaces.action_dim - shape[2]))
-        frozen = torch.from_numpy(weight == 1)[..., None].to(device)
-        pull = torch.from_numpy(weight)[..., None].to(device)
-
-        def velocity(x_t: Tensor, t: Tensor) -> Tensor:
-            return policy.velocity(x_t, t, seen.state, seen.plan, seen.context, seen.body)[0]
-
-        def step(x_t: Tensor, t: Tensor) -> Tensor:
-            if self.mode == "guided":
-                return guided(velocity, x_t, t, previous, pull, self.beta)
-            clean = torch.where(frozen, previous, x_t)
-            return policy.velocity(clean, t, seen.state, seen.plan, seen.context, seen.body, clean=frozen[..., 0])[0]
-
-        x = euler(step, policy.noise(seeds), policy.euler_steps)
-        chunk = policy.finish(x, seen)
-        done = weight == 1
-        chunk[done] = before[done]  # will have been executed by then
-        for memory, row in zip(memories, chunk, strict=True):
-            memory.update(start=now, chunk=row)
-        return chunk
+        nothing = np.zeros((0, self.robot.action_dim), np.float32)
+        rests = [memory["chunk"][now - memory["start"] :] if memory else nothing for memory in memories]
+        chunks = self.policy.proceed(observations, seeds, rests, **self.how)
+        for memory, chunk in zip(memories, chunks, strict=True):
+            memory.update(start=now, chunk=chunk)
+        return chunks
 
 
 class Ensembled:

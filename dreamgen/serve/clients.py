@@ -12,6 +12,7 @@ from jaxtyping import Float32
 
 from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.serve.asked import going_on
 from dreamgen.serve.groot import to_groot, zeromq
 from dreamgen.serve.openpi import keys, require_websockets, to_message
 from dreamgen.serve.wire import pack_groot, pack_openpi, unpack_groot, unpack_openpi
@@ -22,6 +23,12 @@ def _require_chunk(chunk: Any, shape: tuple, where: str) -> np.ndarray:
         got = f"shape {chunk.shape}" if isinstance(chunk, np.ndarray) else type(chunk).__name__
         raise ValueError(f"{where} sent actions of {got}; expected finite numbers of shape {shape}")
     return chunk.astype(np.float32)
+
+
+def _prefix(told: Mapping[str, Any]) -> int | None:
+    """What a server of ours says of going on from a chunk; None for one of another stack."""
+    prefix = told.get("prefix")
+    return int(prefix) if isinstance(prefix, int) else None
 
 
 class _Remote:
@@ -79,6 +86,7 @@ class OpenpiPolicy(_Remote):
         if horizon is None and "horizon" not in self.metadata:
             raise ValueError(f"{address} does not say how long its chunks are; give horizon=...")
         self.horizon = int(self.metadata["horizon"] if horizon is None else horizon)
+        self.prefix = _prefix(self.metadata)
         self.timing: dict[str, float] = {}
 
     @classmethod
@@ -101,24 +109,31 @@ class OpenpiPolicy(_Remote):
 
     def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
         """Action chunks in units; `timing` holds what the server said of the last."""
+        return np.stack([self._ask(seen, seed) for seen, seed in zip(observations, seeds, strict=True)])
+
+    def proceed(self, observations: Sequence[Observation], seeds: Sequence[int], rests: Sequence[np.ndarray], *,
+                delay: int, mode: str, beta: float) -> Float32[np.ndarray, "b h a"]:  # fmt: skip
+        """The same, going on from the rests of the last chunks; see `dreamgen.core.protocols.Continuing`."""
+        each = zip(observations, seeds, rests, strict=True)
+        return np.stack([self._ask(seen, seed, realtime=going_on([rest], delay, mode, beta))
+                         for seen, seed, rest in each])  # fmt: skip
+
+    def _ask(self, seen: Observation, seed: int, **more: Any) -> Float32[np.ndarray, "h a"]:
         from websockets.exceptions import ConnectionClosed
 
-        chunks = []
-        for seen, seed in zip(observations, seeds, strict=True):
-            if self._link is None:
-                self._connect()
-            try:
-                self._link.send(pack_openpi({**to_message(seen, self.names), "seed": int(seed)}))
-                reply = self._link.recv(self.timeout)
-            except (ConnectionClosed, TimeoutError, OSError) as error:
-                self.close()
-                raise ValueError(f"the openpi server at {self.address} broke off: {error}") from None
-            if isinstance(reply, str):
-                raise ValueError(f"the openpi server at {self.address} refused the observation: {reply}")
-            answer = unpack_openpi(reply)
-            chunks.append(_require_chunk(answer["actions"], (self.horizon, self.robot.action_dim), self.address))
-            self.timing = answer.get("server_timing", {})
-        return np.stack(chunks)
+        if self._link is None:
+            self._connect()
+        try:
+            self._link.send(pack_openpi({**to_message(seen, self.names), "seed": int(seed), **more}))
+            reply = self._link.recv(self.timeout)
+        except (ConnectionClosed, TimeoutError, OSError) as error:
+            self.close()
+            raise ValueError(f"the openpi server at {self.address} broke off: {error}") from None
+        if isinstance(reply, str):
+            raise ValueError(f"the openpi server at {self.address} refused the observation: {reply}")
+        answer = unpack_openpi(reply)
+        self.timing = answer.get("server_timing", {})
+        return _require_chunk(answer["actions"], (self.horizon, self.robot.action_dim), self.address)
 
 
 class GrootPolicy(_Remote):
@@ -134,10 +149,10 @@ class GrootPolicy(_Remote):
         self.address, self.key, self.timeout = address, key, timeout
         modality = {name: node["as_json"] for name, node in self.ask("get_modality_config").items()}
         try:
-            contract = self.ask("contract")["contract"]
+            told = self.ask("contract")
         except ValueError:  # not one of ours
-            contract = None
-        self.robot = self._robot(contract, robot, address)
+            told = {}
+        self.robot, self.prefix = self._robot(told.get("contract"), robot, address), _prefix(told)
         self.horizon = len(modality["action"]["delta_indices"])
         for kind, wanted in (("video", self.robot.views), ("state", self.robot.state), ("action", self.robot.action)):
             here, there = [part.name for part in wanted], modality[kind]["modality_keys"]
@@ -172,8 +187,16 @@ class GrootPolicy(_Remote):
 
     def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
         """Action chunks in units."""
-        data = {"observation": to_groot(observations, self.robot), "options": {"seed": [int(seed) for seed in seeds]}}
-        action, _ = self.ask("get_action", data)
+        return self._chunks(observations, seeds)
+
+    def proceed(self, observations: Sequence[Observation], seeds: Sequence[int], rests: Sequence[np.ndarray], *,
+                delay: int, mode: str, beta: float) -> Float32[np.ndarray, "b h a"]:  # fmt: skip
+        """The same, going on from the rests of the last chunks; see `dreamgen.core.protocols.Continuing`."""
+        return self._chunks(observations, seeds, realtime=going_on(rests, delay, mode, beta))
+
+    def _chunks(self, observations: Sequence[Observation], seeds: Sequence[int], **more: Any) -> np.ndarray:
+        options = {"seed": [int(seed) for seed in seeds], **more}
+        action, _ = self.ask("get_action", {"observation": to_groot(observations, self.robot), "options": options})
         shape = (len(observations), self.horizon)
         return np.concatenate([_require_chunk(action.get(part.name), (*shape, part.width), self.address)
                                for part in self.robot.action], -1)  # fmt: skip

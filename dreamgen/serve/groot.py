@@ -5,6 +5,8 @@ reset, get_modality_config, and ours, contract. What cannot be answered gets {"e
 
 Observations are {"video": {view: (B, T, H, W, 3) uint8}, "state": {part: (B, T, D) float32}, "language": {"task":
 [[text]]}}, of which the last step T counts; actions are {part: (B, T, D) float32} in the units of the embodiment.
+Options of get_action: {"seed": int or [int], "realtime": {"rests": [(p, a)], "delay": int, "mode": text, "beta":
+float}}; `realtime` (ours) has each row go on from the rest of its last chunk.
 """
 
 import hmac
@@ -20,7 +22,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
-from dreamgen.serve.openpi import seed_of
+from dreamgen.serve.asked import answer, seed_of
 from dreamgen.serve.wire import pack_groot, unpack_groot
 
 log = logging.getLogger(__name__)
@@ -201,7 +203,8 @@ class GrootServer:
             case "get_modality_config":
                 return modality_config(self.policy.robot, self.policy.horizon)
             case "contract":
-                return {"contract": self.policy.robot.contract(), "horizon": self.policy.horizon}
+                return {"contract": self.policy.robot.contract(), "horizon": self.policy.horizon,
+                        "prefix": getattr(self.policy, "prefix", None)}  # fmt: skip
             case "get_action":
                 return self._act(data if isinstance(data, dict) else {})
         raise ValueError(f"Unknown endpoint: {endpoint!r:.60}")
@@ -212,13 +215,14 @@ class GrootServer:
         if len(seen) > self.max_rows:
             raise ValueError(f"the request holds {len(seen)} observations; expected at most {self.max_rows}")
         options = data.get("options") if "observation" in data else None
-        asked = options.get("seed") if isinstance(options, dict) else None
+        options = options if isinstance(options, dict) else {}
+        asked = options.get("seed")
         each = asked if isinstance(asked, list) else [asked] * len(seen)
         if len(each) != len(seen):
             raise ValueError(f"{len(each)} seeds came with {len(seen)} observations; expected one each")
         begun = time.monotonic()
         seeds = [seed_of(value, seed_for(self.seed, "serve", self._served, i)) for i, value in enumerate(each)]
         self._served += 1
-        chunk = self.policy.act(seen, seeds)
+        chunk = answer(self.policy, seen, seeds, options.get("realtime"))
         action = {part.name: np.ascontiguousarray(chunk[..., part.slice]) for part in self.policy.robot.action}
         return [action, {"server_timing": {"infer_ms": 1000 * (time.monotonic() - begun)}}]

@@ -2,11 +2,13 @@
 
 The server speaks first: its metadata (the robot's contract, the horizon, the keys of an observation). Then each frame
 
-    {"observation/<view>": (h, w, 3) uint8, ..., "observation/state": (d,), "prompt": text, ["seed": int]}
+    {"observation/<view>": (h, w, 3) uint8, ..., "observation/state": (d,), "prompt": text, ["seed": int],
+     ["realtime": {"rests": [(p, a)], "delay": int, "mode": text, "beta": float}]}
 
-is answered with {"actions": (H, a) float32 in units, "server_timing": {infer_ms, prev_total_ms}}. A frame that cannot
-be used is answered with a string that says why, and the connection stays open; a frame over `max_mb` closes it (1009).
-GET /healthz says OK. With a key, the handshake must bring `Authorization: Api-Key <key>`.
+is answered with {"actions": (H, a) float32 in units, "server_timing": {infer_ms, prev_total_ms}}. `realtime` (ours)
+has the chunk go on from the rest of the last one; metadata say with which prefixes the policy was trained for that. A
+frame that cannot be used is answered with a string that says why, and the connection stays open; a frame over `max_mb`
+closes it (1009). GET /healthz says OK. With a key, the handshake must bring `Authorization: Api-Key <key>`.
 """
 
 import hmac
@@ -23,6 +25,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
+from dreamgen.serve.asked import answer, seed_of
 from dreamgen.serve.wire import pack_openpi, unpack_openpi
 
 log = logging.getLogger(__name__)
@@ -67,15 +70,6 @@ def from_message(message: Any, robot: Embodiment) -> Observation:
     return Observation(views=views, state=state.astype(np.float32), instruction=prompt)
 
 
-def seed_of(value: Any, otherwise: int) -> int:
-    """The seed that a client asked for, else `otherwise`."""
-    if value is None:
-        return otherwise
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
-        raise ValueError(f"seed is {value!r:.60}; expected a whole number from 0 to 2**63 - 1")
-    return int(value)
-
-
 class OpenpiServer:
     """`policy` at ws://host:port. Use as a context, or `run()` until `stop()` is called from another thread.
 
@@ -98,7 +92,8 @@ class OpenpiServer:
         from websockets.sync.server import serve
 
         self.policy, self.host, self.key, self.seed, self.limit = policy, host, key, seed, clients
-        self.metadata = {"contract": policy.robot.contract(), "horizon": policy.horizon, "keys": keys(policy.robot)}
+        self.metadata = {"contract": policy.robot.contract(), "horizon": policy.horizon, "keys": keys(policy.robot),
+                         "prefix": getattr(policy, "prefix", None)}  # fmt: skip
         self._turn, self._count, self._served = threading.Lock(), threading.Lock(), 0
         self._thread: threading.Thread | None = None
         # without an origin: a page in a browser on this machine is no robot
@@ -174,7 +169,7 @@ class OpenpiServer:
                 begun = time.monotonic()
                 seed = seed_of(message.get("seed"), seed_for(self.seed, "serve", self._served))
                 self._served += 1
-                actions = self.policy.act([seen], [seed])[0]
+                actions = answer(self.policy, [seen], [seed], message.get("realtime"))[0]
                 timing = {"infer_ms": 1000 * (time.monotonic() - begun)}
             if before is not None:
                 timing["prev_total_ms"] = 1000 * before

@@ -15,7 +15,7 @@ from tests.policies.toy import STEPS, A, B, D, H, V, W, batch, encoder, loss, ob
 
 def test_loss_is_zero_with_the_true_velocity(monkeypatch):
     model, data = policy(), batch()
-    x = model.chunk(data["action"]).repeat_interleave(model.draws, 0)
+    x = model.space.chunk(data["action"]).repeat_interleave(model.draws, 0)
     x = torch.where(data["valid"].repeat_interleave(model.draws, 0)[..., None], x, torch.zeros(()))
 
     def true(x_t, t, *_):  # x_t = (1 - t) noise + t x  =>  x - noise = (x - x_t) / (1 - t)
@@ -28,8 +28,8 @@ def test_loss_is_zero_with_the_true_velocity(monkeypatch):
 @pytest.mark.parametrize("cumulative", [True, False])
 def test_chunk_and_unchunk_are_inverse(cumulative):
     model, action = policy(cumulative=cumulative), batch()["action"]
-    torch.testing.assert_close(model.unchunk(model.chunk(action)), action)
-    x = model.normalise_action.denormalise(model.chunk(action).flatten(1)).view_as(action)
+    torch.testing.assert_close(model.space.unchunk(model.space.chunk(action)), action)
+    x = model.normalise_action.denormalise(model.space.chunk(action).flatten(1)).view_as(action)
     want = action.cumsum(1) if cumulative else action
     torch.testing.assert_close(x[..., :6], want[..., :6])
     torch.testing.assert_close(x[..., 6], action[..., 6])  # binary entries are never summed
@@ -111,7 +111,7 @@ def test_context_is_encoded_once_per_chunk(monkeypatch):
 def test_commands_keep_to_limits_and_binary_values():
     action = np.array([[[-3, 0.2, 5, 0, 0, 0, 0.1], [0, 0, 0, 0, 0, 0, -0.1]]], np.float32)
     want = np.array([[[-1, 0.2, 1, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, -1]]], np.float32)
-    np.testing.assert_array_equal(policy().command(action), want)
+    np.testing.assert_array_equal(policy().space.command(action), want)
 
 
 def test_save_and_load(tmp_path: Path):

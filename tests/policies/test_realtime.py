@@ -86,7 +86,7 @@ def test_prefixes_are_given_clean_and_not_scored(monkeypatch):
     loss(model, data)
     clean = seen["time"] == 1
     assert seen["time"].shape == (B * model.draws, STEPS) and clean[:, :3].any() and not clean[:, 3:].any()
-    x = model.chunk(data["action"]).repeat_interleave(model.draws, 0)
+    x = model.space.chunk(data["action"]).repeat_interleave(model.draws, 0)
     torch.testing.assert_close(seen["action"][clean], x[clean])
     # without prefixes the loss is the plain one, to the bit
     assert torch.equal(loss(policy(prefix=0), data), loss(policy(), data))

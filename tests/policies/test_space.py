@@ -31,8 +31,9 @@ def framed(frame: str, cumulative: bool = False) -> FlowPolicy:
 @pytest.mark.parametrize("cumulative", [True, False])
 def test_chunks_of_every_frame_by_hand(frame, cumulative):
     model, action, state = framed(frame, cumulative), batch()["action"], batch()["state"]
-    told = model.normalise_action.denormalise(model.chunk(action, state).flatten(1)).view_as(action)
-    torch.testing.assert_close(model.unchunk(model.chunk(action, state), state), action, atol=1e-4, rtol=1e-4)
+    told = model.normalise_action.denormalise(model.space.chunk(action, state).flatten(1)).view_as(action)
+    torch.testing.assert_close(model.space.unchunk(model.space.chunk(action, state), state), action, atol=1e-4,
+                               rtol=1e-4)  # fmt: skip
     where = action[..., :2].cumsum(1)
     want = {"recorded": where if cumulative else action[..., :2], "relative": where,
             "absolute": where + state[:, None, :2] / 0.5}[frame]  # fmt: skip
