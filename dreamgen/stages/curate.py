@@ -26,7 +26,7 @@ from dreamgen.video.sheet import captioned, grid, png
 
 SCORES = "scores.json"
 SHOWN = 4  # best and worst clips on a filter's contact sheet
-GROUPS = ("prompt", "pair")
+GROUPS = {"prompt": ("pair", "instruction"), "pair": ("pair",), "instruction": ("instruction",)}  # by what they share
 
 
 def curate(
@@ -66,10 +66,11 @@ def curate(
     dataset, whose scores are used besides those of `filters`.
 
     A clip is kept if it is not among the worst `drop` (a share; of every filter or by name) and reaches `least` (by
-    name); then of each `best_per` ("prompt": one first frame and instruction; "pair": one first frame) the `best_count`
-    best by `rank_by` ("mean" rank over filters, or one filter), then the `keep` best of all (share or number).
-    abstained: a filter without an opinion lets a clip "pass" or "drop"s it. control: "random" draws `keep` clips,
-    "oracle" takes those that succeeded when replayed (`truth`, of `evaluate stage=filters`): a ceiling for experiments.
+    name); then of each `best_per` ("prompt": one first frame and instruction; "pair": one first frame; "instruction",
+    so that easy ones do not displace the others) the `best_count` best by `rank_by` ("mean" rank over filters, or one
+    filter), then the `keep` best of all (share or number). abstained: a filter without an opinion lets a clip "pass"
+    or "drop"s it. control: what `best_per` and `keep` rank by instead of scores, thresholds aside; "random" draws,
+    "oracle" prefers what succeeded when replayed (`truth`, of `evaluate stage=filters`): a ceiling for experiments.
 
     Writes `scores.json` (all clips), `sheets/<filter>.png` (best and worst). Results: yields by filter, kept, clips.
     Raises ValueError for clips that a filter cannot score, unknown names, thresholds that keep nothing, a `scored` of
@@ -77,10 +78,10 @@ def curate(
     """
     if not 0 <= shard < num_shards:
         raise ValueError(f"shard is {shard} of {num_shards}; expected 0 <= shard < num_shards")
-    wrong = (control and keep is None) or ((control == "oracle") != bool(truth))
+    wrong = (control and keep is None and best_per is None) or ((control == "oracle") != bool(truth))
     if control not in (None, "random", "oracle") or wrong:
         raise ValueError(f"control is {control}, keep is {keep}, truth is {truth}; expected null, or 'random' with "
-                         f"keep, or 'oracle' with keep and truth")  # fmt: skip
+                         f"keep or best_per, or 'oracle' with one of these and truth")  # fmt: skip
     if best_per not in (None, *GROUPS):
         raise ValueError(f"best_per is '{best_per}'; expected null, {' or '.join(GROUPS)}")
     candidates = Candidates(dataset, clips, video_hz)
@@ -118,8 +119,8 @@ def curate(
             chosen = good.all(1)
             if control:
                 total, chosen = controlled(control, known, truth, total, seed), np.ones(len(known), bool)
-            elif best_per:
-                texts = [f"{one['pair']}\n{one['instruction'] * (best_per == 'prompt')}" for one in known]
+            if best_per:
+                texts = ["\n".join(one[shared] for shared in GROUPS[best_per]) for one in known]
                 chosen = best_of(total, texts, chosen, best_count)
             if not chosen.any():
                 raise ValueError(f"the thresholds keep none of {len(known)} clips; of every filter alone: "

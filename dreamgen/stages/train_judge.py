@@ -6,6 +6,7 @@ positive and negative rates that correct success rates later were seen by nothin
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ def train_judge(
     training clips move. world_model: whose autoencoder a training clip passes with probability `degraded`, as dreams do
     (`degraded_clips` pass once, before training).
 
-    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, dreamt the same, threshold.
+    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, decoded the same of these clips
+    as the world model's autoencoder returns them, dreamt the same of dreams, threshold.
     Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels.
     """
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
@@ -103,6 +105,9 @@ def train_judge(
         model.threshold, reached = threshold_for(least_precision, model.judge([clips[k] for k in fitting]),
                                                  clips.success[fitting])  # fmt: skip
         scores = {"held_out": measured(model, "real", [clips[k] for k in apart], clips.success[apart], seed)}
+        if world_model is not None:
+            seen = [clips.decoded(k, through(world_model)) for k in apart]
+            scores["decoded"] = measured(model, "decoded", seen, clips.success[apart], seed)
         if dreams is not None and sim is not None:
             known, success = dreamt(dreams, dream_clips, sim, settle, out)
             scores["dreamt"] = measured(model, "dreamt", known, success, seed)
@@ -148,8 +153,12 @@ class Recorded:
     def degrade(self, returned: Callable[[np.ndarray], np.ndarray], chosen: Sequence[int]) -> None:
         """Keep what an autoencoder returns of the clips `chosen`; it may take fewer frames than a clip has."""
         for k in chosen:
-            video = self[k].video
-            self.returned[k] = returned(video[: len(video) - (len(video) - 1) % 4])
+            self.returned[k] = self.decoded(k, returned).video
+
+    def decoded(self, k: int, returned: Callable[[np.ndarray], np.ndarray]) -> Clip:
+        """Clip k, up to the last frame that an autoencoder can end on, as it returns it."""
+        clip = self[k]
+        return replace(clip, video=returned(clip.video[: len(clip.video) - (len(clip.video) - 1) % 4]))
 
     def sample(self, model: Any, chosen: Sequence[int], seed: int, most: int = 200) -> np.ndarray:
         """Pictures (n v h w 3) that the judge looks at, of up to `most` of the clips `chosen`, as returned if kept."""

@@ -199,6 +199,11 @@ def test_scores_meet_the_truth_and_controls_use_them(made, kept, tmp_path):
     scored(made, tmp_path / "random", control="random", **options)
     chance = [r["episode"] for r in read_json(tmp_path / "random" / "scores.json") if r["kept"]]
     assert len(chance) == 4 and chance != [0, 2, 6, 8] and seed_for(0, "random", "dream_0") != seed_for(1, "random")
+    each = dict(options, keep=None, best_per="instruction", best_count=3)
+    scored(made, tmp_path / "each", control="oracle", truth=tmp_path / "worth", **each)
+    rows = read_json(tmp_path / "each" / "scores.json")  # 4 of the even squares succeed, none of the odd ones
+    assert {r["episode"] for r in rows if r["kept"] and r["episode"] % 2 == 0} < {0, 2, 6, 8}
+    assert sum(r["kept"] for r in rows if r["episode"] % 2) == 3 == sum(r["kept"] for r in rows) // 2
     best = scored(made, tmp_path / "best", rank_by="frozen", **options)["results"]
     assert best["kept"] == 4 and best["yields"]["frozen"]["kept_mean"] > best["yields"]["frozen"]["mean"]
 
@@ -211,7 +216,7 @@ def test_refusals(made, kept, tmp_path):
     refused("keep none of 9 clips; of every filter alone: spread 9, limits 9, frozen 0", least={"frozen": 1.0})
     refused("least names the filter judge", least={"judge": 0.5})
     refused("filter 'spread' has no reference", reference=None)
-    refused("best_per is 'clip'; expected null, prompt or pair", best_per="clip")
+    refused("best_per is 'clip'; expected null, prompt or pair or instruction", best_per="clip")
     refused("control is random, keep is None", control="random")
     refused("expected 0 <= shard < num_shards", shard=2, num_shards=2)
     refused("neither a dataset of labelled dreams nor dreams", dataset=None, clips=None)

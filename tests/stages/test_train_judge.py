@@ -78,6 +78,31 @@ def test_it_learns_and_knows_what_its_answers_are_worth(tmp_path):
     assert yes > no and np.isnan(unknown)
 
 
+class Autoencoder:
+    """It returns pictures as they are, or all grey."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        assert frames.shape[1] % 4 == 1
+        return frames
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return (128 + self.share * (latents.float() - 128)).to(torch.uint8)
+
+
+def test_what_an_autoencoder_takes_from_a_judge_is_measured(dataset, tmp_path):
+    found = {}
+    for name, share in (("whole", 1.0), ("grey", 0.0)):
+        options = dict(OPTIONS, world_model=Autoencoder(share), degraded=0.0)
+        found[name] = train_judge(tiny, [dataset], out=tmp_path / name, **options)["results"]
+        assert "decoded" in VideoJudge.load(tmp_path / name, robot=ROBOT).rates
+    assert found["whole"]["held_out"] == found["grey"]["held_out"]
+    assert found["whole"]["decoded"]["n"] == found["whole"]["held_out"]["n"]
+    assert found["whole"]["decoded"]["auroc"] > 0.9 and found["grey"]["decoded"]["auroc"] < 0.9
+
+
 def test_an_encoder_that_is_fitted_to_pictures_is(dataset, tmp_path):
     def palette(instructions: list[str]) -> VideoJudge:
         torch.manual_seed(0)
