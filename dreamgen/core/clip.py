@@ -61,7 +61,11 @@ class Past:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Clip:
-    """A video with its prompt's provenance: frames are `1 / video_hz` apart, frame 0 is the prompt's image."""
+    """A video with its prompt's provenance: frames are `1 / video_hz` apart, frame 0 is the prompt's image.
+
+    state: proprioception at frame 0, empty where unknown. action: what was commanded from there on, one row per robot
+    step, for who judges an episode; empty where nobody says, and for labelers, which are to find it.
+    """
 
     id: str
     video: UInt8[np.ndarray, "t h w 3"]
@@ -70,6 +74,7 @@ class Clip:
     seed: int = 0
     pair: str = ""
     state: Float32[np.ndarray, " d"] = field(default_factory=lambda: np.zeros(0, np.float32))
+    action: Float32[np.ndarray, "s a"] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     origin: dict = field(default_factory=dict)
     scores: dict[str, float] = field(default_factory=dict)
 

@@ -1,8 +1,10 @@
 """A judge of success: (video, instruction) to a probability, a small classifier over any vision-language encoder.
 
 A few frames spread over the clip, the first and the last among them, are encoded under the instruction; each token is
-shown beside its change since the first frame, and a query attends to all. The logit is calibrated on held-out episodes
-(Platt: probability = sigmoid(slope * logit + offset)). An instruction it was not trained on gets nan.
+shown beside its change since the first frame, and a query attends to all. With `proprioception` it is also told the
+robot's state at these frames, as the embodiment's rule makes it of the commands: in a dream and on a recording the same
+way, never measured, so that a judge knows of closed fingers that are too small to be dreamt. The logit is calibrated on
+held-out episodes (Platt: probability = sigmoid(slope * logit + offset)). An instruction it was not trained on gets nan.
 """
 
 import importlib
@@ -12,15 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamgen.core.clip import Clip
+from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import read_json, replacing, write_json
+from dreamgen.data.normaliser import Normaliser
 from dreamgen.filters.rates import Rates
 from dreamgen.video.sheet import evenly
 from dreamgen.video.tiling import untile
@@ -32,19 +37,21 @@ class VideoJudge(nn.Module):
     """Judges clips of `robot` of any length.
 
     encoder: as of a policy (`words`, tokens of `width`, `config`). instructions: those it is trained on. frames: that
-    it looks at. threshold, slope, offset: from calibration. rates: its tpr and tnr, {"real": ..., "dreamt": ...}.
+    it looks at. proprioception: it is told the state that follows from the commands; where a clip has none it judges by
+    the video. threshold, slope, offset: from calibration. rates: its tpr and tnr, {"real": ..., "dreamt": ...}.
     """
 
     name = "judge"
 
     def __init__(self, *, robot: Embodiment, encoder: nn.Module, instructions: Sequence[str] = (), frames: int = 6,
-                 layers: int = 2, heads: int = 4, dropout: float = 0.1, threshold: float = 0.5, slope: float = 1.0,
-                 offset: float = 0.0, rates: dict | None = None) -> None:  # fmt: skip
+                 layers: int = 2, heads: int = 4, dropout: float = 0.1, proprioception: bool = False,
+                 threshold: float = 0.5, slope: float = 1.0, offset: float = 0.0,
+                 rates: dict | None = None) -> None:  # fmt: skip
         super().__init__()
         if frames < 2:
             raise ValueError(f"a judge compares at least 2 frames, got frames={frames}")
         self.robot, self.encoder, self.instructions = robot, encoder, tuple(instructions)
-        self.config = dict(frames=frames, layers=layers, heads=heads, dropout=dropout)
+        self.config = dict(frames=frames, layers=layers, heads=heads, dropout=dropout, proprioception=proprioception)
         self.frames, self.threshold, self.slope, self.offset = frames, threshold, slope, offset
         self.rates = {name: Rates(**found) for name, found in (rates or {}).items()}
         width = encoder.width
@@ -54,28 +61,58 @@ class VideoJudge(nn.Module):
         layer = nn.TransformerDecoderLayer(width, heads, 2 * width, dropout, "gelu", batch_first=True, norm_first=True)
         self.attend = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
         self.out = nn.Linear(width, 1)
+        self.state = None
+        if proprioception:
+            if not any(part.moves and (part.kind != "binary" or part.sets) for part in robot.action):
+                raise ValueError(f"proprioception follows from what commands do, and embodiment '{robot.name}' says of "
+                                 f"none what it `moves`; say so, or set proprioception=false")  # fmt: skip
+            self.normaliser = Normaliser(robot.state_dim)
+            self.state = nn.Sequential(nn.Linear(2 * robot.state_dim, width), nn.GELU(), nn.Linear(width, width))
+            self.unknown = nn.Parameter(0.02 * torch.randn(width))
 
-    def forward(self, pictures: UInt8[Tensor, "b t v h w 3"], words: Int64[Tensor, "b l"]) -> Float[Tensor, " b"]:
-        """The logit of success, not calibrated."""
+    def fit(self, states: Float32[np.ndarray, "n d"]) -> None:
+        """Statistics of the states that it is told, from some of them, in units."""
+        self.normaliser.load_state_dict(Normaliser.fit(states, floor=1e-3).state_dict())
+
+    def forward(self, pictures: UInt8[Tensor, "b t v h w 3"], words: Int64[Tensor, "b l"],
+                states: Float[Tensor, "b t d"] | None = None) -> Float[Tensor, " b"]:  # fmt: skip
+        """The logit of success, not calibrated. states: nan where they are not known."""
         b, t = pictures.shape[:2]
         seen, said = self.encoder(pictures.flatten(0, 1), words.repeat_interleave(t, 0))
         seen, said = seen.unflatten(0, (b, t)), said.unflatten(0, (b, t))[:, 0]
         y = self.token(torch.cat([seen, seen - seen[:, :1]], -1)) + self.time[:t, None]
         query = self.query + said.mean(1, keepdim=True)
-        return self.out(self.attend(query, torch.cat([y.flatten(1, 2), said], 1)))[:, 0, 0].float()
+        known = [y.flatten(1, 2), said]
+        if self.state is not None and states is not None:
+            told = states.isfinite().all(-1, keepdim=True)
+            z = torch.where(told, self.normaliser.normalise(states), torch.zeros_like(states))
+            z = self.state(torch.cat([z, z - z[:, :1]], -1))
+            known.append(torch.where(told, z, self.unknown.to(z.dtype)) + self.time[:t])
+        return self.out(self.attend(query, torch.cat(known, 1)))[:, 0, 0].float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of (pictures, words, success)."""
-        logit = self(batch["pictures"], batch["words"])
+        """Cross-entropy of (pictures, words, success), with proprioception also states."""
+        logit = self(batch["pictures"], batch["words"], batch.get("states"))
         right = ((logit > 0) == (batch["success"] > 0.5)).float().mean()
         return F.binary_cross_entropy_with_logits(logit, batch["success"]), {"accuracy": right}
 
     def pictures(self, video: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
         """What it looks at of a canvas video (t H W 3): (frames v h w 3); short clips hold their last frame."""
-        chosen = evenly(len(video), self.frames) if chosen is None else chosen
-        chosen = np.pad(chosen, (0, self.frames - len(chosen)), mode="edge")
-        views = untile(self.robot, video[chosen])
+        views = untile(self.robot, video[self._chosen(len(video), chosen)])
         return np.stack([views[view.name] for view in self.robot.views], axis=1)
+
+    def states(self, clip: Clip, chosen: np.ndarray | None = None) -> Float32[np.ndarray, "t d"]:
+        """The state at these frames by the rule, (frames d) in units; nan where the clip does not say what was done."""
+        chosen = self._chosen(len(clip.video), chosen)
+        if not len(clip.action) or clip.state.shape != (self.robot.state_dim,):
+            return np.full((len(chosen), self.robot.state_dim), np.nan, np.float32)
+        clock = Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=max(2, len(clip.video)))
+        states = follow(self.robot, clip.state, clip.action)[0]
+        return states[clock.rows[chosen].clip(max=len(states) - 1)]
+
+    def _chosen(self, count: int, chosen: np.ndarray | None) -> np.ndarray:
+        chosen = evenly(count, self.frames) if chosen is None else chosen
+        return np.pad(chosen, (0, self.frames - len(chosen)), mode="edge")
 
     @torch.no_grad()
     def logits(self, clips: Sequence[Clip], batch_size: int = 16) -> np.ndarray:
@@ -90,7 +127,10 @@ class VideoJudge(nn.Module):
             part = clips[start : start + batch_size]
             pictures = torch.from_numpy(np.stack([self.pictures(clip.video) for clip in part])).to(device)
             words = self.encoder.words([clip.instruction for clip in part]).to(device)
-            found.append(self(pictures, words).double().cpu().numpy())
+            states = None
+            if self.state is not None:
+                states = torch.from_numpy(np.stack([self.states(clip) for clip in part])).to(device)
+            found.append(self(pictures, words, states).double().cpu().numpy())
         self.train(training)
         return np.concatenate(found) if found else np.zeros(0)
 

@@ -1,6 +1,7 @@
 """Did the dream fulfil its instruction? A learned judge's probability of success, as a filter."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,4 +20,6 @@ class Judged:
 
     def score(self, clips: Sequence[Clip], labels: Sequence[Labels]) -> np.ndarray:
         """(b,) in [0, 1] or nan."""
+        acted = zip(clips, labels or [None] * len(clips), strict=True)  # what the labels say that the robot did
+        clips = [clip if found is None else replace(clip, action=found.value) for clip, found in acted]
         return np.asarray(self.judge.judge(clips), np.float64)

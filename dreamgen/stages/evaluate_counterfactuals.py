@@ -6,6 +6,7 @@ simulator of what really happens; where a tracker is given, final positions of o
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ def evaluate_counterfactuals(
                     raise ValueError(f"clip '{id}' of {dreams} has no actions or no state in the simulator; dream "
                                      "them with mode=actions and first frames from the simulator")  # fmt: skip
                 world.reset(origin["instruction"], int(origin["seed"]))
-                real = any([world.step(np.asarray(action, np.float32)) for action in actions])
+                clip = replace(clip, action=np.array(actions, np.float32))
+                real = any([world.step(action) for action in clip.action])
                 row = {"id": id, "stream": origin.get("stream", ""), "real": real,
                        "probability": float(judge.judge([clip])[0])}  # fmt: skip
                 if locator is not None:

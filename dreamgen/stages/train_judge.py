@@ -93,6 +93,8 @@ def train_judge(
         if world_model is not None and degraded:
             order = rng_for(seed, "degrade").permutation(training).tolist()
             clips.degrade(through(world_model), order[:degraded_clips])
+        if model.state is not None:
+            model.fit(np.concatenate([model.states(clips[k]) for k in training]))
         if hasattr(model.encoder, "fit"):
             model.encoder.fit(torch.from_numpy(clips.sample(model, training, seed)))
         batches = Batches(model, clips, training, batch_size=batch_size, swapped=swapped, shift=shift,
@@ -144,7 +146,9 @@ class Recorded:
             return self.kept[k]
         d, i = self.places[k]
         dataset = self.datasets[d]
-        clip = recorded_clip(dataset, i, Clock(robot_hz=dataset.robot.robot_hz, video_hz=self.video_hz, frames=2))[0]
+        clock = Clock(robot_hz=dataset.robot.robot_hz, video_hz=self.video_hz, frames=2)
+        clip, action = recorded_clip(dataset, i, clock)
+        clip = replace(clip, action=action)
         if clip.video.nbytes <= self.room:
             self.room -= clip.video.nbytes
             self.kept[k] = clip
@@ -177,7 +181,7 @@ class Batches:
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         rng = rng_for(self.seed, "batch", step)
-        pictures, texts, success = [], [], []
+        pictures, texts, success, states = [], [], [], []
         for row in rng.permutation(self.batch_size):
             swap = row < round(self.swapped * self.batch_size) and len(self.model.instructions) > 1
             right = swap or row % 2 == 0
@@ -187,12 +191,15 @@ class Batches:
                 text = str(rng.choice([other for other in self.model.instructions if other != text]))
             use = k in self.clips.returned and rng.random() < self.degraded
             video = self.clips.returned[k] if use else self.clips[k].video
-            shown = self.model.pictures(video, jittered(len(video), self.model.frames, rng))
-            pictures.append(moved(shown, rng.integers(-self.shift, self.shift + 1, 2)))
+            chosen = jittered(len(video), self.model.frames, rng)
+            pictures.append(moved(self.model.pictures(video, chosen), rng.integers(-self.shift, self.shift + 1, 2)))
             texts.append(text)
             success.append(right and not swap)
-        return {"pictures": torch.from_numpy(np.stack(pictures)), "words": self.model.encoder.words(texts),
-                "success": torch.tensor(success, dtype=torch.float32)}  # fmt: skip
+            if self.model.state is not None:  # sometimes unknown, so that it can do without
+                states.append(self.model.states(self.clips[k], chosen) * (np.nan if rng.random() < 0.1 else 1))
+        batch = {"pictures": torch.from_numpy(np.stack(pictures)), "words": self.model.encoder.words(texts),
+                 "success": torch.tensor(success, dtype=torch.float32)}  # fmt: skip
+        return batch | ({"states": torch.from_numpy(np.stack(states).astype(np.float32))} if states else {})
 
 
 def jittered(frames: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -306,4 +313,5 @@ def dreamt(dreams: Dataset, clips: Path | None, sim: Callable[[], Sim], settle: 
         raise ValueError(f"no dream of {dreams.root} has an origin in the simulator; leave out stage.dreams")
     success = {row["id"]: row["success"] for row in truth}
     known = [i for i, id in enumerate(candidates.ids) if id in success]
-    return [candidates.clip(i) for i in known], np.array([success[candidates.ids[i]] for i in known])
+    shown = [replace(candidates.clip(i), action=candidates.labels(i).value) for i in known]
+    return shown, np.array([success[candidates.ids[i]] for i in known])

@@ -149,7 +149,7 @@ def clip_of(past: Past, video_hz: str) -> Clip:
     """An episode so far as a clip."""
     p = past.prompt
     return Clip(id=p.id, video=past.video, video_hz=video_hz, instruction=p.instruction, seed=p.seed, pair=p.pair,
-                state=p.state, origin=p.origin)  # fmt: skip
+                state=p.state, action=past.action, origin=p.origin)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from dreamgen.core.clip import Clip
+from dreamgen.core.clip import Clip, Labels
+from dreamgen.core.embodiment import Part
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.filters.judge import VideoJudge
 from dreamgen.filters.judged import Judged
 from dreamgen.filters.rates import Rates, threshold_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
-from toy import encoder, robot  # noqa: E402
+from toy import A, D, encoder, robot  # noqa: E402
 
 RATES = {"real": dict(tpr=0.9, tnr=0.8, positives=30, negatives=50)}
 
@@ -55,6 +56,34 @@ def test_it_looks_at_the_first_and_the_last_frame_of_all_views():
         one.judge([dataclasses.replace(clips("open it")[0], video=video[:, :8])])
     with pytest.raises(ValueError, match="at least 2 frames"):
         judge(frames=1)
+
+
+MOVES = (Part(name="arm", start=0, stop=D, kind="delta", limits=(-1.0, 1.0), moves="pose", scale=0.5),
+         Part(name="hand", start=D, stop=A, kind="absolute"))  # fmt: skip
+
+
+def test_it_is_told_the_state_by_the_rule(tmp_path):
+    one = judge(robot=robot(action=MOVES), proprioception=True, frames=3)
+    one.fit(np.random.default_rng(0).normal(1, 2, (50, D)).astype(np.float32))
+    plain = clips("open it", frames=5)[0]
+    action = np.ones((8, A), np.float32)  # 20 Hz: two steps a frame
+    acted = dataclasses.replace(plain, state=np.full(D, 2, np.float32), action=action)
+    np.testing.assert_allclose(one.states(acted), np.array([[2.0], [4.0], [6.0]]) * np.ones(D))
+    np.testing.assert_allclose(one.states(acted, np.array([0, 1, 2]))[:, 0], [2, 3, 4])
+    np.testing.assert_allclose(one.states(dataclasses.replace(acted, action=action[:5]))[:, 0], [2, 4, 4.5])
+    still = dataclasses.replace(acted, action=0 * action)
+    for unknown in (plain, dataclasses.replace(acted, state=np.zeros(0, np.float32))):
+        assert np.isnan(one.states(unknown)).all() and np.isfinite(one.judge([unknown])).all()
+    found = one.judge([plain, acted, still])
+    assert len(set(found)) == 3
+    np.testing.assert_allclose(found, np.concatenate([one.judge([c]) for c in (plain, acted, still)]), atol=1e-6)
+    labels = [Labels(value=action, spread=action)]
+    held = dataclasses.replace(plain, state=acted.state)
+    np.testing.assert_allclose(Judged(judge=one).score([held], labels), found[1:2], atol=1e-6)
+    one.save(tmp_path / "judge")
+    np.testing.assert_array_equal(VideoJudge.load(tmp_path / "judge").judge([plain, acted, still]), found)
+    with pytest.raises(ValueError, match="says of none what it `moves`"):
+        judge(proprioception=True)
 
 
 def test_saved_and_loaded_it_says_the_same(tmp_path):

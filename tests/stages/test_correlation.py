@@ -134,6 +134,21 @@ def test_the_environment_speaks_gymnasium() -> None:
     env.close()
 
 
+def test_a_judge_is_told_what_was_commanded() -> None:
+    told = []
+
+    class Asking(Column):
+        def judge(self, clips):
+            told.extend(clip.action[:, 0].tolist() for clip in clips)
+            return super().judge(clips)
+
+    env = DreamEnv(world=oracle(), judge=Asking(), num_envs=2, steps=6, execute=3)
+    env.reset(options={"prompts": [prompt(seed=0), prompt(seed=1)]})
+    for speed in (0.1, 0.2):
+        env.step(np.full((2, 3, 1), speed, np.float32))
+    assert told == [pytest.approx([0.1] * 3 + [0.2] * 3)] * 2
+
+
 def test_what_the_environment_refuses() -> None:
     env = DreamEnv(world=oracle(), judge=Column(), num_envs=2, steps=6, execute=3)
     with pytest.raises(ValueError, match="give options"):

@@ -78,6 +78,26 @@ def test_it_learns_and_knows_what_its_answers_are_worth(tmp_path):
     assert yes > no and np.isnan(unknown)
 
 
+def test_commands_tell_what_no_picture_shows(tmp_path):
+    """All pictures are alike; success is to have been sent to the right."""
+    made, rng = [], np.random.default_rng(6)
+    for _ in range(COUNT):
+        right = bool(rng.integers(2))
+        action = np.tile(np.array([0.5 if right else -0.5, 0, 0], np.float32), (ROWS, 1))
+        made.append(Episode(instruction=TEXTS[0], state=np.zeros((ROWS, 2), np.float32), action=action,
+                            video={"top": np.full((ROWS, 32, 48, 3), 90, np.uint8)}, meta={"success": right}))
+    write_dataset(tmp_path / "data", made, ROBOT)
+    dataset, found = Dataset(tmp_path / "data", ROBOT), {}
+    for told in (True, False):
+        def judge(instructions: list[str], told: bool = told) -> VideoJudge:
+            torch.manual_seed(0)
+            sizes = dict(frames=3, layers=1, heads=2, dropout=0.0, proprioception=told)
+            return VideoJudge(robot=ROBOT, encoder=tiny([]).encoder, instructions=instructions, **sizes)
+
+        found[told] = train_judge(judge, [dataset], out=tmp_path / str(told), **OPTIONS)["results"]["held_out"]
+    assert found[True]["auroc"] == 1.0 and found[True]["brier"] < 0.1 and found[False]["brier"] > 0.2
+
+
 class Autoencoder:
     """It returns pictures as they are, or all grey."""
 
