@@ -47,11 +47,12 @@ class FlowPolicy(nn.Module):
     `robot`, such as a latent action space; they share its cameras, and narrower actions are padded. prefix: in training
     up to so many first steps of a chunk are given, clean, for real-time chunking. compile: mode of torch.compile for
     acting. state_dropout: share of training rows whose state is hidden. shift, jitter: see `dreamgen.policies.augment`.
-    future_tokens, align_weight, align_layer, target, target_decay: FLARE's M, lambda, k and targets. With
-    align_weight 0 FLARE is off and leaves no trace in the model.
+    queries: of a Q-Former, whose outputs the actions attend to beside the tokens. future_tokens, align_weight,
+    align_layer, target, target_decay: FLARE's M, lambda, k and targets; target "qformer" brings a Q-Former with M
+    queries. With align_weight 0 FLARE is off and leaves no trace in the model.
 
     Raises ValueError for a binary action part without limits (open and close would have no value), a layer or a body
-    that is not there, cameras that differ between bodies.
+    that is not there, cameras that differ between bodies, other than M queries where FLARE's targets are theirs.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class FlowPolicy(nn.Module):
         state_dropout: float = 0.1,
         shift: int = 0,
         jitter: float = 0.0,
+        queries: int = 0,
         future_tokens: int = 32,
         align_weight: float = 0.0,
         align_layer: int = 3,
@@ -90,7 +92,7 @@ class FlowPolicy(nn.Module):
                            euler_steps=euler_steps, draws=draws, cumulative=cumulative, activation=activation,
                            frame=frame, bodies=list(bodies), robots={n: r.contract() for n, r in others.items()},
                            speaks=speaks, prefix=prefix, compile=compile, state_dropout=state_dropout, shift=shift,
-                           jitter=jitter, future_tokens=future_tokens, align_weight=align_weight,
+                           jitter=jitter, queries=queries, future_tokens=future_tokens, align_weight=align_weight,
                            align_layer=align_layer, target=target, target_decay=target_decay)  # fmt: skip
         if align_weight and not 1 <= align_layer <= layers:
             raise ValueError(f"align_layer is {align_layer}; expected 1 to {layers}, the layers of the transformer")
@@ -131,12 +133,16 @@ class FlowPolicy(nn.Module):
             self.direct = nn.Sequential(nn.Linear(self.summary * self.encoder.width + width, 2 * width), nn.SiLU(),
                                         nn.Linear(2 * width, horizon * width))  # fmt: skip
         self.flare, self.future_steps, self.queries = None, None, None
+        aligned = future_tokens if align_weight and target == "qformer" else 0
+        if aligned and queries not in (0, aligned):
+            raise ValueError(f"queries is {queries}, future_tokens {future_tokens}; FLARE's targets are the Q-Former's "
+                             f"outputs: give as many, or leave queries at 0")  # fmt: skip
+        if queries or aligned:
+            self.queries = QFormer(width=self.encoder.width, queries=queries or aligned)
         if align_weight:
-            if target == "qformer":
-                self.queries = QFormer(width=self.encoder.width, queries=future_tokens)
             self.future_steps = horizon
             self.flare = Flare(encoder=self.encoder, tokens=future_tokens, width=width, target=target,
-                               decay=target_decay, queries=self.queries)  # fmt: skip
+                               decay=target_decay, queries=self.queries if aligned else None)  # fmt: skip
 
     def fit(self, state: Float32[np.ndarray, "n d"], action: Float32[np.ndarray, "m h a"],
             pictures: UInt8[np.ndarray, "p v y x 3"] | None = None, *, start: Float32[np.ndarray, "m d"] | None = None,

@@ -1,5 +1,7 @@
 """FLARE: off without a trace, gradients where they belong, a target that follows."""
 
+import numpy as np
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -103,3 +105,19 @@ def test_alignment_alone_reaches_the_encoder_and_not_the_targets():
     total.backward()
     assert model.encoder.heat.weight.grad.abs().sum() > 0 and model.queries.queries.grad.abs().sum() > 0
     assert all(p.grad is None or p.grad.abs().sum() == 0 for p in model.decode_action.parameters())
+
+
+def test_a_qformer_without_flare_is_trained_by_the_action_loss_alone(tmp_path):
+    model = policy(queries=3, state_dropout=0.0)
+    value, parts = model.loss(batch())
+    value.backward()
+    assert model.flare is None and parts.keys() == {"flow"}
+    assert all(p.grad is not None for p in model.queries.parameters())
+    model.eval().save(tmp_path / "p")
+    again = type(model).load(tmp_path / "p")
+    np.testing.assert_array_equal(again.act(observations(), range(B)), model.act(observations(), range(B)))
+    seen = batch()["pictures"], batch()["words"]
+    assert model.encode(*seen).shape[1] == policy().encode(*seen).shape[1] + 3
+    assert policy(**ON, queries=4).flare.target_queries is None  # FLARE's targets are not its outputs
+    with pytest.raises(ValueError, match="queries is 4, future_tokens 3"):
+        policy(**ON, target="qformer", queries=4)

@@ -10,7 +10,7 @@ from tests.policies.toy import STEPS, A, B, batch, loss, observations, policy, r
 
 
 @pytest.mark.parametrize("layers", [2, 3])
-@pytest.mark.parametrize("changes", [{}, dict(align_weight=0.3, align_layer=2, future_tokens=3)])
+@pytest.mark.parametrize("changes", [{}, dict(align_weight=0.3, align_layer=2, future_tokens=3), dict(queries=3)])
 def test_the_fast_loop_equals_the_plain_one(layers, changes):
     model = policy(layers=layers, **changes).eval()
     seen, noise = model.observe(observations()), model.noise(range(B))
