@@ -94,9 +94,9 @@ def train_judge(
             order = rng_for(seed, "degrade").permutation(training).tolist()
             clips.degrade(through(world_model), order[:degraded_clips])
         if model.state is not None:
-            model.fit(np.concatenate([model.states(clips[k]) for k in training]))
+            model.fit(np.concatenate([model.states(clips[k]) for k in clips.some(training, seed)]))
         if hasattr(model.encoder, "fit"):
-            model.encoder.fit(torch.from_numpy(clips.sample(model, training, seed)))
+            model.encoder.fit(torch.from_numpy(clips.sample(model, clips.some(training, seed))))
         batches = Batches(model, clips, training, batch_size=batch_size, swapped=swapped, shift=shift,
                           degraded=degraded, seed=seed)  # fmt: skip
         done = train(model, batches, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
@@ -164,10 +164,14 @@ class Recorded:
         clip = self[k]
         return replace(clip, video=returned(clip.video[: len(clip.video) - (len(clip.video) - 1) % 4]))
 
-    def sample(self, model: Any, chosen: Sequence[int], seed: int, most: int = 200) -> np.ndarray:
-        """Pictures (n v h w 3) that the judge looks at, of up to `most` of the clips `chosen`, as returned if kept."""
-        some = rng_for(seed, "sample").permutation(chosen)[:most].tolist()
-        return np.concatenate([model.pictures(self.returned[k] if k in self.returned else self[k].video) for k in some])
+    def some(self, chosen: Sequence[int], seed: int, most: int = 200) -> list[int]:
+        """Up to `most` of the clips `chosen`, to take statistics of."""
+        return rng_for(seed, "sample").permutation(chosen)[:most].tolist()
+
+    def sample(self, model: Any, chosen: Sequence[int]) -> np.ndarray:
+        """Pictures (n v h w 3) that the judge looks at of the clips `chosen`, as returned if kept."""
+        seen = (self.returned[k] if k in self.returned else self[k].video for k in chosen)
+        return np.concatenate([model.pictures(video) for video in seen])
 
 
 class Batches:
