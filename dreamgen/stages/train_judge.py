@@ -170,8 +170,7 @@ class Recorded:
 
     def sample(self, model: Any, chosen: Sequence[int]) -> np.ndarray:
         """Pictures (n v h w 3) that the judge looks at of the clips `chosen`, as returned if kept."""
-        seen = (self.returned[k] if k in self.returned else self[k].video for k in chosen)
-        return np.concatenate([model.pictures(video) for video in seen])
+        return np.concatenate([model.pictures(self.returned[k] if k in self.returned else self[k].video) for k in chosen])
 
 
 class Batches:
