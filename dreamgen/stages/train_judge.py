@@ -127,12 +127,11 @@ class Recorded:
 
     def __init__(self, datasets: Sequence[Dataset], success: Sequence[Mapping[int, bool]], video_hz: str,
                  room: int = 1 << 30) -> None:  # fmt: skip
-        self.datasets, self.video_hz = datasets, video_hz
+        self.datasets, self.video_hz, self.room = datasets, video_hz, room
         self.places = [(d, i) for d, known in enumerate(success) for i in sorted(known)]
         self.success = np.array([success[d][i] for d, i in self.places], bool)
         self.returned: dict[int, np.ndarray] = {}
         self.kept: dict[int, Clip] = {}
-        self.room = room
 
     def __len__(self) -> int:
         return len(self.places)
@@ -170,7 +169,8 @@ class Recorded:
 
     def sample(self, model: Any, chosen: Sequence[int]) -> np.ndarray:
         """Pictures (n v h w 3) that the judge looks at of the clips `chosen`, as returned if kept."""
-        return np.concatenate([model.pictures(self.returned[k] if k in self.returned else self[k].video) for k in chosen])
+        shown = (self.returned[k] if k in self.returned else self[k].video for k in chosen)
+        return np.concatenate([model.pictures(video) for video in shown])
 
 
 class Batches:
