@@ -75,8 +75,8 @@ def train_judge(
     training clips move. world_model: whose autoencoder a training clip passes with probability `degraded`, as dreams do
     (`degraded_clips` pass once, before training).
 
-    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, decoded the same of these clips
-    as the world model's autoencoder returns them, dreamt the same of dreams, threshold.
+    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, decoded the same of some of these
+    clips as the world model's autoencoder returns them, dreamt the same of dreams, threshold.
     Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels.
     """
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
@@ -108,8 +108,9 @@ def train_judge(
                                                  clips.success[fitting])  # fmt: skip
         scores = {"held_out": measured(model, "real", [clips[k] for k in apart], clips.success[apart], seed)}
         if world_model is not None:
-            seen = [clips.decoded(k, through(world_model)) for k in apart]
-            scores["decoded"] = measured(model, "decoded", seen, clips.success[apart], seed)
+            some = clips.some(apart, seed, degraded_clips)
+            seen = [clips.decoded(k, through(world_model)) for k in some]
+            scores["decoded"] = measured(model, "decoded", seen, clips.success[some], seed)
         if dreams is not None and sim is not None:
             known, success = dreamt(dreams, dream_clips, sim, settle, out)
             scores["dreamt"] = measured(model, "dreamt", known, success, seed)
@@ -130,8 +131,7 @@ class Recorded:
         self.datasets, self.video_hz, self.room = datasets, video_hz, room
         self.places = [(d, i) for d, known in enumerate(success) for i in sorted(known)]
         self.success = np.array([success[d][i] for d, i in self.places], bool)
-        self.returned: dict[int, np.ndarray] = {}
-        self.kept: dict[int, Clip] = {}
+        self.returned, self.kept = dict[int, np.ndarray](), dict[int, Clip]()
 
     def __len__(self) -> int:
         return len(self.places)

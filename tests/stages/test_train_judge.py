@@ -119,7 +119,7 @@ def test_what_an_autoencoder_takes_from_a_judge_is_measured(dataset, tmp_path):
         found[name] = train_judge(tiny, [dataset], out=tmp_path / name, **options)["results"]
         assert "decoded" in VideoJudge.load(tmp_path / name, robot=ROBOT).rates
     assert found["whole"]["held_out"] == found["grey"]["held_out"]
-    assert found["whole"]["decoded"]["n"] == found["whole"]["held_out"]["n"]
+    assert found["whole"]["decoded"]["n"] == found["whole"]["held_out"]["n"] < 128
     assert found["whole"]["decoded"]["auroc"] > 0.9 and found["grey"]["decoded"]["auroc"] < 0.9
 
 
