@@ -75,8 +75,8 @@ def train_judge(
     training clips move. world_model: whose autoencoder a training clip passes with probability `degraded`, as dreams do
     (`degraded_clips` pass once, before training).
 
-    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, decoded the same of some of these
-    clips as the world model's autoencoder returns them, dreamt the same of dreams, threshold.
+    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, decoded the same of some of
+    these clips as the world model's autoencoder returns them, dreamt the same of dreams, threshold.
     Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels.
     """
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
