@@ -106,6 +106,9 @@ class VideoJudge(nn.Module):
         chosen = self._chosen(len(clip.video), chosen)
         if not len(clip.action) or clip.state.shape != (self.robot.state_dim,):
             return np.full((len(chosen), self.robot.state_dim), np.nan, np.float32)
+        if clip.action.shape[1] != self.robot.action_dim:
+            raise ValueError(f"clip '{clip.id}' comes with actions {clip.action.shape[1]} wide, the judge's robot "
+                             f"'{self.robot.name}' has {self.robot.action_dim}")  # fmt: skip
         clock = Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=max(2, len(clip.video)))
         states = follow(self.robot, clip.state, clip.action)[0]
         return states[clock.rows[chosen].clip(max=len(states) - 1)]

@@ -82,6 +82,8 @@ def test_it_is_told_the_state_by_the_rule(tmp_path):
     np.testing.assert_allclose(Judged(judge=one).score([held], labels), found[1:2], atol=1e-6)
     one.save(tmp_path / "judge")
     np.testing.assert_array_equal(VideoJudge.load(tmp_path / "judge").judge([plain, acted, still]), found)
+    with pytest.raises(ValueError, match=f"clip 'c0' comes with actions {A - 1} wide"):
+        one.judge([dataclasses.replace(acted, action=action[:, 1:])])
     with pytest.raises(ValueError, match="says of none what it `moves`"):
         judge(proprioception=True)
 
