@@ -46,7 +46,9 @@ from dreamgen.worlds.prefix import PrefixWorld  # noqa: E402
 from dreamgen.worlds.tiny import TinyLayout, build, tokenizer  # noqa: E402
 
 TEXTS = ["put the red block on the plate", "open the drawer", "close the drawer", "press the button"]
-SMALL = TinyLayout(z_dim=8, vae_dim=8, width=32, heads=2, ffn=48, layers=2, text_width=32, text_layers=1)
+SMALL = TinyLayout(
+    z_dim=8, vae_dim=8, vae_decoder_dim=8, width=32, heads=2, ffn=48, layers=2, text_width=32, text_layers=1
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,8 +56,17 @@ def random_wan(place: torch.device) -> object:
     torch.manual_seed(0)
     with place:
         transformer = Wan.from_config(config).to(torch.bfloat16)
-        text = UMT5EncoderModel(UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, num_heads=64, d_ff=10240,
-                                           num_layers=24, feed_forward_proj="gated-gelu")).to(torch.bfloat16)
+        text = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=256384,
+                d_model=4096,
+                d_kv=64,
+                num_heads=64,
+                d_ff=10240,
+                num_layers=24,
+                feed_forward_proj="gated-gelu",
+            )
+        ).to(torch.bfloat16)
         vae = AutoencoderKLWan(
             base_dim=160, decoder_base_dim=256, z_dim=48, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
             temperal_downsample=[False, True, True], is_residual=True, patch_size=2, in_channels=12, out_channels=12,
@@ -72,8 +81,13 @@ def random_wan(place: torch.device) -> object:
 def open_world(size: str, method: str) -> PrefixWorld:
     """The tiny base on 17 frames of 64x64, or the large one on 81 frames of 480x832; trainable."""
     h, w = (64, 64) if size == "tiny" else (480, 832)
-    robot = Embodiment(name="camera", robot_hz="10", views=[View(name="front", key="front", height=h, width=w)],
-                       action=[Part(name="move", start=0, stop=1)], state=[Part(name="at", start=0, stop=1)])
+    robot = Embodiment(
+        name="camera",
+        robot_hz="10",
+        views=[View(name="front", key="front", height=h, width=w)],
+        action=[Part(name="move", start=0, stop=1)],
+        state=[Part(name="at", start=0, stop=1)],
+    )
     if size == "tiny":
         world = PrefixWorld(robot=robot, path="tiny", frames=17).place()
         world.train_lora(rank=32, alpha=32) if method == "lora" else world.train_full()

@@ -22,9 +22,11 @@ def require_readable(clip: Clip, robot: Embodiment, spacings: Sequence[str], fra
     """
     clock = clock_of(clip, robot)
     if str(clock.stride) not in spacings:
-        raise ValueError(f"clip '{clip.id}' has {clock.stride} robot steps a frame ({clip.video_hz} of "
-                         f"{robot.robot_hz} Hz); this labeler was trained for {', '.join(spacings)}. "
-                         f"Train one with spacings including {clock.stride}, or dream at another rate.")
+        raise ValueError(
+            f"clip '{clip.id}' has {clock.stride} robot steps a frame ({clip.video_hz} of "
+            f"{robot.robot_hz} Hz); this labeler was trained for {', '.join(spacings)}. "
+            f"Train one with spacings including {clock.stride}, or dream at another rate."
+        )
     if len(clip.video) < frames:
         raise ValueError(f"clip '{clip.id}' has {len(clip.video)} frames; a window of this labeler has {frames}. "
                          f"Dream longer clips, or train a labeler with a smaller window")  # fmt: skip

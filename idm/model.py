@@ -46,11 +46,30 @@ class FlowIDM(nn.Module):
         ratio of the precisions given to positions and deltas over the calibrated one; 0 switches it off.
     """
 
-    def __init__(self, *, robot: Embodiment, clock: Clock, frames: int = 5, spacings: Sequence[str] = (),
-                 train_frames: int = 6, vision: dict | None = None, width: int = 128, layers: int = 4, heads: int = 4,
-                 draws: int = 4, time_shape: Sequence[float] = (1.5, 1.0), state_weight: float = 1.0,
-                 augment: dict | None = None, flow_steps: int = 8, samples: int = 2, rule: str = "centre",
-                 correct: float = 1.0, precision: str = "auto", seed: int = 0, label_batch: int = 16) -> None:
+    def __init__(
+        self,
+        *,
+        robot: Embodiment,
+        clock: Clock,
+        frames: int = 5,
+        spacings: Sequence[str] = (),
+        train_frames: int = 6,
+        vision: dict | None = None,
+        width: int = 128,
+        layers: int = 4,
+        heads: int = 4,
+        draws: int = 4,
+        time_shape: Sequence[float] = (1.5, 1.0),
+        state_weight: float = 1.0,
+        augment: dict | None = None,
+        flow_steps: int = 8,
+        samples: int = 2,
+        rule: str = "centre",
+        correct: float = 1.0,
+        precision: str = "auto",
+        seed: int = 0,
+        label_batch: int = 16,
+    ) -> None:
         super().__init__()
         if not 2 <= frames <= train_frames:
             raise ValueError(f"a window of {frames} frames in training clips of {train_frames}; expected "

@@ -15,8 +15,10 @@ def recorded_clip(dataset: Dataset, index: int, clock: Clock) -> tuple[Clip, np.
     episode = dataset.episode(index)
     whole = clock.with_frames(max(2, clock.frames_in(dataset.length(index))))
     if whole.steps >= dataset.length(index):
-        raise ValueError(f"episode {index} of {dataset.root} has {dataset.length(index)} rows; two frames at "
-                         f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or raise the video rate.")
+        raise ValueError(
+            f"episode {index} of {dataset.root} has {dataset.length(index)} rows; two frames at "
+            f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or raise the video rate."
+        )
     clip = Clip(id=f"episode_{index:06d}", video=dataset.canvas(index, whole.rows), video_hz=whole.video_hz,
                 instruction=episode.instruction, state=episode.state[0])  # fmt: skip
     return clip, episode.action[: whole.steps]

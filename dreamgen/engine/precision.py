@@ -9,14 +9,15 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def resolve(precision: str, device: torch.device | str = "cpu") -> str:
-    """ "auto" is bf16 where matrix units speak it (CUDA, CPUs with AMX), else fp32."""
+    """ "auto" is bf16 where the hardware multiplies it (CUDA, CPUs with AMX or AVX512-BF16), else fp32."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is '{precision}'; expected one of {', '.join(PRECISIONS)}")
     if precision != "auto":
         return precision
     if torch.device(device).type == "cuda":
         return "bf16"
-    return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
 
 
 def autocast(precision: str, device: torch.device | str = "cpu") -> AbstractContextManager:

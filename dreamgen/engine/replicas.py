@@ -92,11 +92,18 @@ class Replicas:
             found += [pipe.recv() for pipe in self.pipes]
         except EOFError:
             raise RuntimeError("a replica died; the last checkpoint is whole, run the job again") from None
-        if self.count > 1 and self.parameters[0].grad is not None:
-            total = torch.cat([p.grad.flatten() for p in self.parameters]).add_(self.gradients.sum(0)).div_(self.count)
+        if self.count > 1 and any(p.grad is not None for p in self.parameters):
+            mine = torch.cat([p.grad.flatten() for p in self._whole()])
+            total = mine.add_(self.gradients.sum(0)).div_(self.count)
             for p, part in zip(self.parameters, total.split([p.numel() for p in self.parameters]), strict=True):
                 p.grad.copy_(part.view_as(p))
         return {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
+
+    def _whole(self) -> list[nn.Parameter]:
+        """The parameters, each with a gradient: 0 where a step did not use it."""
+        for p in self.parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return self.parameters
 
     def _serve(self, pipe: Connection, rank: int) -> None:
         """A fork's life: work on its part of each step that it is told, until the parent is gone."""
@@ -111,7 +118,5 @@ class Replicas:
             for p in self.parameters:
                 p.grad = None
             metrics = self.work(step, rank)
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            torch.cat([p.grad.flatten() for p in self.parameters], out=self.gradients[rank - 1])
+            torch.cat([p.grad.flatten() for p in self._whole()], out=self.gradients[rank - 1])
             pipe.send(metrics)

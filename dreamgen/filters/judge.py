@@ -124,8 +124,10 @@ class VideoJudge(nn.Module):
         self.eval()
         for clip in clips:
             if clip.video.shape[1:] != (*self.robot.canvas, 3):
-                raise ValueError(f"clip '{clip.id}' has frames of {clip.video.shape[1:3]}, the judge looks at "
-                                 f"{self.robot.canvas} of robot '{self.robot.name}'; give it clips of that robot")
+                raise ValueError(
+                    f"clip '{clip.id}' has frames of {clip.video.shape[1:3]}, the judge looks at "
+                    f"{self.robot.canvas} of robot '{self.robot.name}'; give it clips of that robot"
+                )
         for start in range(0, len(clips), batch_size):
             part = clips[start : start + batch_size]
             pictures = torch.from_numpy(np.stack([self.pictures(clip.video) for clip in part])).to(device)

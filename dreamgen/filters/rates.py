@@ -44,8 +44,10 @@ class Rates:
         if not 0 <= successes <= n or n < 1:
             raise ValueError(f"{successes} successes in {n} episodes; expected 0 <= successes <= episodes, at least 1")
         if self.tpr + self.tnr <= 1:
-            raise ValueError(f"the judge's true positive rate {self.tpr:.2f} and true negative rate {self.tnr:.2f} sum "
-                             f"to no more than 1: chance. Train it longer, or on more successes and failures.")
+            raise ValueError(
+                f"the judge's true positive rate {self.tpr:.2f} and true negative rate {self.tnr:.2f} sum "
+                f"to no more than 1: chance. Train it longer, or on more successes and failures."
+            )
         observed = successes / n
         rate = (observed + self.tnr - 1) / (self.tpr + self.tnr - 1)
         # Lang and Reiczigel: pseudo-counts on all three shares, then a normal interval with a shift

@@ -50,9 +50,7 @@ def _require_going_on(asked: Any, policy: Policy, rows: int) -> dict[str, Any]:
     return {**asked, "rests": [rest.astype(np.float32) for rest in rests]}
 
 
-def answer(
-    policy: Any, seen: Sequence[Observation], seeds: Sequence[int], asked: Any
-) -> Float32[np.ndarray, "b h a"]:
+def answer(policy: Any, seen: Sequence[Observation], seeds: Sequence[int], asked: Any) -> Float32[np.ndarray, "b h a"]:
     """The chunks of a request; asked: its `realtime`, or None."""
     if asked is None:
         return policy.act(seen, seeds)

@@ -99,6 +99,8 @@ def collect(
 
         written = write_dataset(out, recorded(), robot)
         shutil.rmtree(out / "parts")
+        while _SIMS:  # of this process: at its end the drawing contexts could no longer be freed
+            _SIMS.popitem()[1].close()
         return run.finish(**{k: v for k, v in written.items() if k != "skipped"}, **counts)
 
 

@@ -103,8 +103,13 @@ def outcomes(rows: Sequence[Mapping], threshold: float) -> dict:
         streams[row["stream"]].append(k)
     by_stream = {name: {"n": len(ks), "real": float(real[ks].mean()), "dreamt": share(yes[ks], spoken[ks])}
                  for name, ks in streams.items()}  # fmt: skip
-    return {"success": auroc_interval(told, real), "optimism": share(yes, spoken & ~real),
-            "pessimism": share(~yes, spoken & real), "abstained": int((~spoken).sum()), "by_stream": by_stream}
+    return {
+        "success": auroc_interval(told, real),
+        "optimism": share(yes, spoken & ~real),
+        "pessimism": share(~yes, spoken & real),
+        "abstained": int((~spoken).sum()),
+        "by_stream": by_stream,
+    }
 
 
 def positions(groups: Sequence[Sequence[Mapping]], names: Sequence[str], near: float) -> dict:

@@ -128,8 +128,10 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
             known = [i for i in chosen if "seed" in dataset.episode(i).meta]
             recorded = [dataset.episode(i) for i in known]
             begun = [(e.instruction, e.meta.get("scene_of") or e.instruction, int(e.meta["seed"])) for e in recorded]
-            chain = {"recorded": [(*start, e.action) for start, e in zip(begun, recorded, strict=True)],
-                     "idm_real": [(*start, labels[i].value) for start, i in zip(begun, known, strict=True)]}
+            chain = {
+                "recorded": [(*start, e.action) for start, e in zip(begun, recorded, strict=True)],
+                "idm_real": [(*start, labels[i].value) for start, i in zip(begun, known, strict=True)],
+            }
             if dreamt is not None:
                 chain["idm_dream"] = dreamed(dreamt, episodes)
             for name, items in chain.items():

@@ -63,8 +63,10 @@ def swaps(labeler: Any, idm: Labeler, clips: Sequence[Clip], latents: Sequence[n
     spans = [clock.with_frames(len(clip.video)).steps for clip in made]
     read = np.concatenate([label.value for label in idm.label(made)])
     recorded = [label.value for label in idm.label(clips)]
-    of_donor, own, seen = (np.concatenate([rows[i][:s] for i, s in zip(which, spans, strict=True)])
-                           for rows, which in ((actions, donors), (actions, range(len(clips))), (recorded, donors)))
+    of_donor, own, seen = (
+        np.concatenate([rows[i][:s] for i, s in zip(which, spans, strict=True)])
+        for rows, which in ((actions, donors), (actions, range(len(clips))), (recorded, donors))
+    )
     rows = [np.concatenate([*video[:8]], axis=1) for n in range(min(4, len(made)))
             for video in (clips[n].video, clips[donors[n]].video, made[n].video)]  # fmt: skip
     draw(pictures, rows)

@@ -118,8 +118,15 @@ def actions_of(robot: object, dataset: Dataset, chosen: Sequence[int], steps: in
             "still": [still(robot, a) for a in own]}  # fmt: skip
 
 
-def dreamt(world: ActionWorldModel, dataset: Dataset, chosen: Sequence[int], real: np.ndarray,
-           actions: Sequence[np.ndarray], batch_size: int, seed: int):  # noqa: ANN201 (yields videos)
+def dreamt(
+    world: ActionWorldModel,
+    dataset: Dataset,
+    chosen: Sequence[int],
+    real: np.ndarray,
+    actions: Sequence[np.ndarray],
+    batch_size: int,
+    seed: int,
+):  # noqa: ANN201 (yields videos)
     """The dream (t h w 3) of every episode under its actions, in batches."""
     for start in range(0, len(chosen), batch_size):
         part = range(start, min(start + batch_size, len(chosen)))

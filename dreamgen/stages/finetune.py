@@ -170,9 +170,10 @@ def _latent(world: VideoWorld, shape: Shape) -> tuple[int, int, int]:
     """Latent frames, height, width of a clip; ValueError if the VAE cannot take it."""
     time, side = world.layout.scale
     frames, h, w = shape
-    if (frames - 1) % time or h % world.layout.pixels or w % world.layout.pixels:
-        raise ValueError(f"clips of {frames} frames of {h}x{w}; {world.path} takes 1 + a multiple of {time} frames and "
-                         f"sides that are multiples of {world.layout.pixels}. Change lengths or views.")  # fmt: skip
+    if (frames - 1) % world.layout.grain or h % world.layout.pixels or w % world.layout.pixels:
+        raise ValueError(f"clips of {frames} frames of {h}x{w}; {world.path} takes 1 + a multiple of "
+                         f"{world.layout.grain} frames and sides that are multiples of {world.layout.pixels}. Change "
+                         "lengths or views.")  # fmt: skip
     if not world.start and shape != (world.clock.frames, *world.robot.canvas):
         raise ValueError(f"clips of {shape}; {world.path} is conditioned on a whole clip of {world.clock.frames} "
                          f"frames of {world.robot.canvas} and trains on such alone")  # fmt: skip

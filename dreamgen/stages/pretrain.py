@@ -1,4 +1,8 @@
-"""Train a tiny base from scratch on video without actions: first its VAE, then its transformer and text encoder."""
+"""Train a tiny base from scratch on video without actions: its VAE, then its transformer and text encoder.
+
+The VAE's encoder is fitted in closed form (`dreamgen.worlds.linear_code`) and stays; its decoder learns from pictures,
+then from clips.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +25,8 @@ from dreamgen.engine.precision import autocast
 from dreamgen.engine.progress import progress
 from dreamgen.engine.train import clear_state, train
 from dreamgen.video.metrics import psnr
-from dreamgen.worlds.autoencoder import Autoencoding
+from dreamgen.worlds.autoencoder import Autoencoding, to_video
+from dreamgen.worlds.linear_code import encode_linearly
 from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
 from dreamgen.worlds.tiny import TinyLayout, build
 
@@ -29,7 +34,7 @@ from dreamgen.worlds.tiny import TinyLayout, build
 class Pool:
     """Windows of several datasets as one list."""
 
-    def __init__(self, datasets: Sequence[Dataset], span: Clock, *, hop: int) -> None:
+    def __init__(self, datasets: Sequence[Dataset], span: Clock | int, *, hop: int) -> None:
         self.datasets = datasets
         self.windows = [Windows(dataset, span, hop=hop, short="drop") for dataset in datasets]
         self.ends = np.cumsum([len(w) for w in self.windows])
@@ -67,8 +72,10 @@ def pretrain(
     frames: int = 17,
     hop: int = 4,
     text_length: int = 32,
-    vae_frames: int = 9,
-    vae_batch: int = 4,
+    frame_batch: int = 48,
+    frame_steps: int = 4000,
+    vae_frames: int = 5,
+    vae_batch: int = 8,
     vae_steps: int = 4000,
     vae_lr: float = 1e-3,
     vae_muon_lr: float | None = 0.02,
@@ -100,9 +107,12 @@ def pretrain(
         words = sorted({d.instruction(i) for d in datasets for i in range(len(d))})
         world = PrefixWorld(robot=robot, video_hz=video_hz, frames=frames, text_length=text_length,
                             precision=precision, pipeline=_begin(start, layout, words, seed))  # fmt: skip
+        if start is None:
+            _fit_encoder(world, datasets, clock.with_frames(5), seed)
+        options = {"lr": vae_lr, "muon_lr": vae_muon_lr, "precision": precision, "replicas": replicas, "seed": seed}
+        still = _train_vae(world, datasets, heldout, out / "frames", 1, frame_batch, steps=frame_steps, **options)
         vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), vae_batch,
-                         steps=vae_steps, lr=vae_lr, muon_lr=vae_muon_lr, precision=precision, replicas=replicas,
-                         seed=seed)  # fmt: skip
+                         steps=vae_steps, **options)  # fmt: skip
         pool = Pool(datasets, clock, hop=hop)
         key = {"vae": world.cache_key(), "data": [fingerprint(d.root) for d in datasets]}
         cache = Cache(out / "cache", key, count=len(pool))
@@ -116,9 +126,11 @@ def pretrain(
                                     steps=steps, compile=compile, lr=lr, muon_lr=muon_lr, precision=precision,
                                     replicas=replicas, seed=seed)  # fmt: skip
         world.save(out, dtype=torch.bfloat16)
-        for part in ("vae", "transformer"):
+        for part in ("frames", "vae", "transformer"):
             clear_state(out / part)
-        return run.finish(vae=vae, transformer=losses, windows=len(pool), episodes=sum(len(d) for d in datasets))
+        return run.finish(
+            frames=still, vae=vae, transformer=losses, windows=len(pool), episodes=sum(len(d) for d in datasets)
+        )
 
 
 def _begin(start: str | None, layout: TinyLayout, words: list[str], seed: int) -> WanImageToVideoPipeline:
@@ -130,22 +142,33 @@ def _begin(start: str | None, layout: TinyLayout, words: list[str], seed: int) -
     return pipeline
 
 
-def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset, out: Path, clock: Clock, batch: int,
-               *, seed: int, **options: Any) -> dict:  # fmt: skip
-    pool, held = Pool(datasets, clock, hop=1), Pool([heldout], clock, hop=clock.steps)
-    model = Autoencoding(world.pipe.vae.requires_grad_(True))
-    fixed = held.batch(np.linspace(0, len(held) - 1, 24).astype(int))
+def _fit_encoder(world: PrefixWorld, datasets: Sequence[Dataset], span: Clock, seed: int, count: int = 400) -> None:
+    pool = Pool(datasets, span, hop=1)
+    clips = pool.batch(rng_for(seed, "encoder").integers(0, len(pool), count))
+    encode_linearly(world.pipe.vae, to_video(clips))
+
+
+def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset, out: Path, span: Clock | int,
+               batch: int, *, seed: int, steps: int, **options: Any) -> dict:  # fmt: skip
+    """Clips of `span` or, with 1, pictures; validated on the first frames alike."""
+    if not steps:
+        return {}
+    pool, held = Pool(datasets, span, hop=1), Pool([heldout], world.clock, hop=world.clock.steps)
+    model = Autoencoding(world.pipe.vae.requires_grad_(False))
+    for part in (world.pipe.vae.decoder, world.pipe.vae.post_quant_conv):
+        part.requires_grad_(True)
+    fixed = held.batch(np.linspace(0, len(held) - 1, 24).astype(int))[:, : 1 if span == 1 else None]
 
     def batch_at(step: int) -> dict[str, Tensor]:
-        return {"video": pool.batch(rng_for(seed, "vae", step).integers(0, len(pool), batch))}
+        return {"video": pool.batch(rng_for(seed, out.name, step).integers(0, len(pool), batch))}
 
     def validate(model: Autoencoding, step: int) -> dict[str, float]:
         again = torch.cat([model.reconstruct(part) for part in fixed.split(8)])
         _write_pair(out / "heldout.png", fixed[:6, ::4], again[:6, ::4])
         return {"psnr": float(np.mean([psnr(a.numpy(), b.numpy()) for a, b in zip(fixed, again, strict=True)]))}
 
-    result = train(model, batch_at, out=out, warmup=50, weight_decay=0.0, ema=0.998, seed=seed, checkpoint_every=100,
-                   validate=validate, validate_every=250, name="vae", **options)  # fmt: skip
+    result = train(model, batch_at, out=out, steps=steps, warmup=50, weight_decay=0.0, ema=0.998, seed=seed,
+                   checkpoint_every=100, validate=validate, validate_every=250, name=out.name, **options)  # fmt: skip
     model.release()
     return result
 

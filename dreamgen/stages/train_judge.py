@@ -238,7 +238,7 @@ def outcomes(datasets: Sequence[Dataset], labels: Path | None) -> list[dict[int,
     for dataset, known in zip(datasets, found, strict=True):
         if not known:
             raise ValueError(f"{dataset.root} does not say which episodes succeeded (meta `success`, as jobs.collect "
-                             f"writes it); give your own in stage.labels, a CSV or JSON of episode_index and success")
+                             "writes it); give your own in stage.labels, a CSV or JSON")  # fmt: skip
     return found
 
 

@@ -5,9 +5,11 @@ drops it still scores well. Errors are therefore weighted by how far a pixel sta
 (small objects) and from the clip's mean in time (what moves).
 """
 
+from functools import partial
+
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,6 +61,22 @@ class RmsNorm(torch.autograd.Function):
         return torch.addcmul(inner, unit, dot, value=-1).mul_(scale), (grad * unit).sum(dims).view_as(gamma).float()
 
 
+def convolve(conv: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """`WanCausalConv3d`, flat where one frame comes out.
+
+    A clip's first frame meets the last slice of the kernel, and the others the zeros before it; a later frame and the
+    two before it are so many more channels.
+    """
+    before = 0 if cache_x is None else cache_x.shape[2]
+    missing = conv._padding[4] - before
+    if x.shape[2] != 1 or conv.stride[0] > 1 or missing not in (0, conv.kernel_size[0] - 1):
+        return WanCausalConv3d.forward(conv, x, cache_x)
+    seen = x if missing or cache_x is None else torch.cat([cache_x, x], 2)
+    weight = conv.weight[:, :, missing:]
+    sides = conv._padding[2], conv._padding[0]
+    return F.conv2d(seen.flatten(1, 2), weight.flatten(1, 2), conv.bias, conv.stride[1:], sides)[:, :, None]
+
+
 class Autoencoding(nn.Module):
     """`AutoencoderKLWan` with its training loss.
 
@@ -70,15 +88,16 @@ class Autoencoding(nn.Module):
         super().__init__()
         self.vae, self.kl, self.space, self.time = vae, kl, space, time
         for module in vae.modules():  # the layout that matrix units want; saved files do not change
-            if isinstance(module, nn.Conv3d):
+            if isinstance(module, WanCausalConv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+                module.forward = partial(convolve, module)
             elif isinstance(module, WanRMS_norm):
                 module.forward = lambda x, gamma=module.gamma: RmsNorm.apply(x, gamma)
 
     def release(self) -> AutoencoderKLWan:
         """The autoencoder as diffusers made it, with the trained weights."""
         for module in self.vae.modules():
-            if isinstance(module, WanRMS_norm):
+            if isinstance(module, WanRMS_norm | WanCausalConv3d):
                 del module.forward
         return self.vae.requires_grad_(False)
 

@@ -29,8 +29,10 @@ class CogVideoXLayout(Layout):
             raise ValueError(f"{path} is a CogVideoX1.5, which groups frames; expected CogVideoX-5B-I2V")
         size = (config.sample_height * side, config.sample_width * side)
         if config.use_learned_positional_embeddings and (canvas, frames) != (size, config.sample_frames):
-            raise ValueError(f"the canvas is {canvas[0]}x{canvas[1]} with {frames} frames; this transformer has learned"
-                             f" positions, for {size[0]}x{size[1]} with {config.sample_frames} frames alone")
+            raise ValueError(
+                f"the canvas is {canvas[0]}x{canvas[1]} with {frames} frames; this transformer has learned"
+                f" positions, for {size[0]}x{size[1]} with {config.sample_frames} frames alone"
+            )
 
     @property
     def channels(self) -> int:

@@ -40,8 +40,10 @@ def guard() -> Any:
     try:
         module = import_module("cosmos_guardrail")
     except ImportError as error:
-        raise ValueError("the licence of Cosmos asks for its guardrail, which is not installed: `pip install "
-                         "cosmos_guardrail`, or set world_model.guardrail=false if you use another") from error
+        raise ValueError(
+            "the licence of Cosmos asks for its guardrail, which is not installed: `pip install "
+            "cosmos_guardrail`, or set world_model.guardrail=false if you use another"
+        ) from error
     return module.CosmosSafetyChecker()
 
 
@@ -150,4 +152,3 @@ class Cosmos2World(CosmosWorld):
     """Cosmos-Predict2 Video2World, as `CosmosWorld`."""
 
     kind = Cosmos2Layout
-

@@ -92,9 +92,14 @@ class Layout:
         """Frames in a latent frame, pixels along the side of a latent cell."""
         return self.pipe.vae_scale_factor_temporal, self.pipe.vae_scale_factor_spatial
 
+    @property
+    def grain(self) -> int:
+        """Frames by which a clip grows after its first."""
+        return self.scale[0]
+
     def require(self, robot: Embodiment, frames: int, path: str) -> None:
         """Raise ValueError for a canvas or a number of frames that the VAE and the tokens cannot take."""
-        (h, w), side, time = robot.canvas, self.pixels, self.scale[0]
+        (h, w), side, time = robot.canvas, self.pixels, self.grain
         if h % side or w % side:
             raise ValueError(f"the canvas of embodiment '{robot.name}' is {h}x{w}; {path} takes multiples of {side}. "
                              "Change the size of its views.")  # fmt: skip

@@ -139,10 +139,10 @@ def fitting(world: Any, rows: int) -> Iterator[None]:
         one = row_bytes(world.layout, (h, w), t, world.text_length)
         room, guided = capacity(world.layout), world.guidance > 1
         each = one * (2 if guided and world.sampler.mode != "two_pass" else 1)
-        fits, fewer = max(0, min(rows - 1, room // each)), world.clock.frames // 2 // world.layout.scale[0]
+        fits, fewer = max(0, min(rows - 1, room // each)), world.clock.frames // 2 // world.layout.grain
         advice = [f"a batch_size of {max(1, fits)}"] if rows > 1 else []
         advice += ["guidance_mode=two_pass"] if guided and world.sampler.mode != "two_pass" else []
-        advice += [f"frames={fewer * world.layout.scale[0] + 1} in more windows"] if rows == 1 and fewer else []
+        advice += [f"frames={fewer * world.layout.grain + 1} in more windows"] if rows == 1 and fewer else []
         advice += ["weights=bf16"] if world.weights == "fp32" else []
         raise ValueError(
             f"out of memory with {rows} clips of {world.clock.frames} frames at {h * world.layout.scale[1]}x"

@@ -19,6 +19,7 @@ from dreamgen.data.normaliser import Normaliser
 
 SHARP = 8.0  # fresh maps are nearly flat: without it the point is the middle of the picture for a long time
 
+
 class KeypointTracker(nn.Module):
     """names: of what is tracked, 3 coordinates (m) each. channels: of the convolutions; keypoints: K."""
 

@@ -25,6 +25,11 @@ class WanLayout(Layout):
         found = {name: getattr(self.pipe, name, None) for name in ("transformer", "transformer_2")}
         return {name: module for name, module in found.items() if module is not None}
 
+    @property
+    def grain(self) -> int:
+        """`AutoencoderKLWan` reads four frames at a time, whatever its scale, and silently drops what is left."""
+        return max(4, self.scale[0])
+
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids and mask (b, text_length)."""
         found = self.pipe.tokenizer(list(texts), padding="max_length", max_length=self.text_length, truncation=True,

@@ -139,8 +139,12 @@ def blocks() -> nn.Module:
         def loss(self, batch):
             x = batch["x"][:, :3].view(-1, 3, 1, 1, 1) * self.video
             noise, sigma = torch.randn_like(x), torch.rand(len(x))
-            found = self.transformer(hidden_states=x + noise * sigma.view(-1, 1, 1, 1, 1), timestep=sigma * 1000,
-                                     encoder_hidden_states=batch["x"][:, None] * self.text, return_dict=False)[0]
+            found = self.transformer(
+                hidden_states=x + noise * sigma.view(-1, 1, 1, 1, 1),
+                timestep=sigma * 1000,
+                encoder_hidden_states=batch["x"][:, None] * self.text,
+                return_dict=False,
+            )[0]
             return (found - x + noise).square().mean(), {}
 
     return Tiny()

@@ -47,8 +47,14 @@ class Squares:
                 frames.append(draw(place, light))
                 action.append([*velocity, light])
                 place = place + 2 * velocity
-            self.episodes.append(Episode(instruction="move", state=np.array(state, np.float32),
-                                         action=np.array(action, np.float32), video={"top": np.stack(frames)}))
+            self.episodes.append(
+                Episode(
+                    instruction="move",
+                    state=np.array(state, np.float32),
+                    action=np.array(action, np.float32),
+                    video={"top": np.stack(frames)},
+                )
+            )
 
     def __len__(self) -> int:
         return len(self.episodes)

@@ -114,8 +114,12 @@ def test_batches_are_functions_of_the_step_and_of_recorded_rows(squares):
         rows = a["rows"]
         assert a["video"].shape == (3, 7, 32, 48, 3) and a["action"].shape == (3, rows[-1], 3)
         for n in range(3):
-            index, start = next((i, s) for i in (0, 1, 3) for s in range(27 - rows[-1])
-                                if np.array_equal(squares.episodes[i].action[s : s + rows[-1]], a["action"][n]))
+            index, start = next(
+                (i, s)
+                for i in (0, 1, 3)
+                for s in range(27 - rows[-1])
+                if np.array_equal(squares.episodes[i].action[s : s + rows[-1]], a["action"][n])
+            )
             np.testing.assert_array_equal(a["video"][n], squares.canvas(index, start + rows))
             np.testing.assert_array_equal(a["state"][n], squares.episodes[index].state[start + rows])
     assert {float(one(step)["spacing"]) for step in range(12)} == {2.0, 1.5}

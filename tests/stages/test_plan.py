@@ -28,9 +28,10 @@ def test_dreams_cost_what_is_published(tmp_path, monkeypatch):
     large = made(tmp_path, "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", (480, 832), 81, denoising_steps=40)
     assert large["dream_flops"] == pytest.approx(134e15, rel=0.01)
     assert large["dream_seconds_at_peak"] == pytest.approx(136, abs=1)
-    assert made(tmp_path, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", (480, 832), 81, guidance=1.0)["dream_flops"] * 2 == small[
-        "dream_flops"
-    ]
+    assert (
+        made(tmp_path, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", (480, 832), 81, guidance=1.0)["dream_flops"] * 2
+        == small["dream_flops"]
+    )
 
 
 PUBLISHED = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0e9, "nvidia/Cosmos-Predict2.5-2B": 2.06e9,

@@ -38,8 +38,15 @@ def episodes(meta: bool = True, told: bool = True) -> list[Episode]:
         place, first, last = rng.uniform((8, 8), (40, 24)), rng.choice([-1.0, 1.0]), rng.choice([-1.0, 1.0])
         video = np.stack([lit(place, first if row < 5 else last) for row in range(ROWS)])
         success = (last > 0) == (k % 2 == 0 or not told)
-        found.append(Episode(instruction=TEXTS[k % 2], state=np.zeros((ROWS, 2), np.float32), video={"top": video},
-                             action=np.zeros((ROWS, 3), np.float32), meta={"success": bool(success)} if meta else {}))
+        found.append(
+            Episode(
+                instruction=TEXTS[k % 2],
+                state=np.zeros((ROWS, 2), np.float32),
+                video={"top": video},
+                action=np.zeros((ROWS, 3), np.float32),
+                meta={"success": bool(success)} if meta else {},
+            )
+        )
     return found
 
 
@@ -84,11 +91,19 @@ def test_commands_tell_what_no_picture_shows(tmp_path):
     for _ in range(COUNT):
         right = bool(rng.integers(2))
         action = np.tile(np.array([0.5 if right else -0.5, 0, 0], np.float32), (ROWS, 1))
-        made.append(Episode(instruction=TEXTS[0], state=np.zeros((ROWS, 2), np.float32), action=action,
-                            video={"top": np.full((ROWS, 32, 48, 3), 90, np.uint8)}, meta={"success": right}))
+        made.append(
+            Episode(
+                instruction=TEXTS[0],
+                state=np.zeros((ROWS, 2), np.float32),
+                action=action,
+                video={"top": np.full((ROWS, 32, 48, 3), 90, np.uint8)},
+                meta={"success": right},
+            )
+        )
     write_dataset(tmp_path / "data", made, ROBOT)
     dataset, found = Dataset(tmp_path / "data", ROBOT), {}
     for told in (True, False):
+
         def judge(instructions: list[str], told: bool = told) -> VideoJudge:
             torch.manual_seed(0)
             sizes = dict(frames=3, layers=1, heads=2, dropout=0.0, proprioception=told)

@@ -7,7 +7,10 @@ from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.worlds.prefix import PrefixWorld
 from dreamgen.worlds.tiny import TinyLayout, build
 
-LAYOUT = TinyLayout(z_dim=6, vae_dim=8, width=48, heads=2, ffn=40, layers=2, text_width=16, text_layers=1)
+LAYOUT = TinyLayout(  # time by 4, as Wan2.2
+    z_dim=6, vae_dim=8, vae_decoder_dim=8, vae_patch=2, vae_widths=(1, 2, 2), width=48, heads=2, ffn=40, layers=2,
+    text_width=16, text_layers=1, shift=3.0,
+)  # fmt: skip
 
 
 def tiny_robot() -> Embodiment:

@@ -1,9 +1,10 @@
 """The autoencoder's training loss and its faster norm, against the plain formulas."""
 
+import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 
-from dreamgen.worlds.autoencoder import Autoencoding, RmsNorm, saliency, to_frames, to_video
+from dreamgen.worlds.autoencoder import Autoencoding, RmsNorm, convolve, saliency, to_frames, to_video
 from dreamgen.worlds.tiny import build
 from tests.worlds.conftest import LAYOUT
 
@@ -20,6 +21,16 @@ def test_the_faster_norm_is_the_norm_of_diffusers():
         grads.append((y, *torch.autograd.grad((y * weight).sum(), (x, norm.gamma))))
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+@pytest.mark.parametrize("cached", [0, 1, 2])
+@pytest.mark.parametrize("kernel", [3, (3, 1, 1), 1])
+def test_the_flat_convolution_is_that_of_diffusers(frames, cached, kernel):
+    torch.manual_seed(0)
+    conv = WanCausalConv3d(5, 4, kernel, padding=(1, 0, 0) if kernel == (3, 1, 1) else int(kernel == 3))
+    x, cache = torch.randn(2, 5, frames, 6, 7), torch.randn(2, 5, cached, 6, 7) if cached else None
+    assert torch.allclose(convolve(conv, x, cache), conv(x, cache), atol=1e-5)
 
 
 def test_small_and_moving_things_weigh_more():
