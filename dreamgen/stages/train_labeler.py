@@ -13,6 +13,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.label_scores import score_labels
+from dreamgen.worlds.redream import redream
 
 
 def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -22,11 +23,19 @@ def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     return sorted(order[apart:]), sorted(order[:apart])
 
 
-def through(world_model: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """A world model's autoencoder as a function of a clip, uint8 (t H W 3) to the same: how its dreams look at best."""
+def through(world_model: Any, *, redream_up_to: float = 0.0, seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """A world model's autoencoder as a function of a clip, uint8 (t H W 3) to the same: how its dreams look at best.
+
+    redream_up_to: clips are noised, each to a level drawn below this, and denoised again: how dreams do look.
+    """
+    rng = rng_for(seed, "redream")
 
     def degrade(video: np.ndarray) -> np.ndarray:
-        return world_model.decode(world_model.encode(torch.from_numpy(video)[None]))[0].cpu().numpy()
+        clip = torch.from_numpy(video)[None]
+        if redream_up_to:
+            level, noise = redream_up_to * rng.random(), int(rng.integers(2**62))
+            return redream(world_model, clip, level=level, seed=noise)[0].cpu().numpy()
+        return world_model.decode(world_model.encode(clip))[0].cpu().numpy()
 
     return degrade
 
@@ -37,7 +46,7 @@ def train_labeler(
     *,
     out: Path,
     steps: int = 1000,
-    batch_size: int = 6,
+    batch_size: int = 16,
     lr: float = 1.5e-3,
     muon_lr: float | None = None,
     warmup: int = 30,
@@ -51,6 +60,7 @@ def train_labeler(
     episodes: int | None = None,
     world_model: Any = None,
     degraded: float = 0.5,
+    redream_up_to: float = 0.0,
     degraded_clips: int = 64,
     checkpoint_every: int = 200,
     log_every: int = 20,
@@ -63,8 +73,9 @@ def train_labeler(
     labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`; one with `measure` scores
     itself (latent actions have no recorded truth). world_model: one with
     `encode` and `decode`, whose autoencoder a training clip passes with probability `degraded`, so that the labeler
-    knows how dreams look; `degraded_clips` pass once, before training. episodes: train on so many only, the same ones
-    among more (to measure what data brings).
+    knows how dreams look; `degraded_clips` pass once, before training. redream_up_to: they are noised up to a level
+    below it and dreamt again (`dreamgen.worlds.redream`), 0 leaves that out. episodes: train on so many only, the same
+    ones among more (to measure what data brings).
 
     Results: scores on the held-out episodes (r2, mae, ... by part), the last loss, the calibration.
     Raises ValueError for a dataset of another robot, too few or too short episodes, a loss that is not finite.
@@ -82,7 +93,8 @@ def train_labeler(
             training = sorted(rng_for(seed, "labeler episodes").permutation(training)[:episodes].tolist())
         labeler.fit(dataset, training)
         batches = labeler.batches(dataset, training, batch_size=batch_size, seed=seed,
-                                  degrade=None if world_model is None else through(world_model),
+                                  degrade=None if world_model is None
+                                  else through(world_model, redream_up_to=redream_up_to, seed=seed),
                                   degraded=degraded, degraded_clips=degraded_clips)  # fmt: skip
         clips, actions = zip(*(recorded_clip(dataset, index, labeler.clock) for index in apart), strict=True)
 
