@@ -153,8 +153,12 @@ def blocks() -> nn.Module:
 @pytest.mark.slow
 def test_a_model_cut_over_two_processes_learns_the_same_and_comes_back_whole(tmp_path):
     alone = run(tmp_path / "one", steps=3, make=blocks)
+    # AdamW divides by the size of a gradient, rounding and all: how far does another order of the same sums lead?
+    parts = run(tmp_path / "parts", steps=3, make=blocks, accumulate=3).state_dict()
+    rounding = max(float((value - parts[name]).abs().max()) for name, value in alone.state_dict().items())
+    assert rounding < 1e-3  # of steps of 1e-2
     weights = on_processes(2, tmp_path / "cut", steps=3, make=blocks, sharding="fsdp2")
-    require_near(alone, weights)
+    require_near(alone, weights, max(2e-6, 4 * rounding))
     kept = run(tmp_path / "cut", steps=3, make=blocks)  # one process reads the state that two have cut
     require_near(kept, weights, 0.0)
 
