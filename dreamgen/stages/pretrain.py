@@ -74,8 +74,8 @@ def pretrain(
     text_length: int = 32,
     frame_batch: int = 48,
     frame_steps: int = 4000,
-    vae_frames: int = 5,
-    vae_batch: int = 8,
+    vae_frames: int = 17,
+    vae_batch: int = 4,
     vae_steps: int = 4000,
     vae_lr: float = 1e-3,
     vae_muon_lr: float | None = 0.02,
@@ -93,6 +93,8 @@ def pretrain(
     """Train on `datasets` (their actions are not read); `heldout` only measures, and looks unlike all of them.
 
     layout: sizes of a new pipeline. start: a pipeline to go on from instead ("tiny": the one that ships).
+    frame_steps, frame_batch: the decoder learns from pictures first, which is cheap; then from vae_batch clips of
+    vae_frames, as long as those that are dreamt: its memory of past frames reaches further than a few.
     hop: rows between the clips that the transformer learns from; few clips are learned by heart.
     out: a world model (`PrefixWorld.load`), bf16. Returns the manifest: PSNR of the VAE and validation losses.
     """
