@@ -159,6 +159,8 @@ def test_a_model_cut_over_two_processes_learns_the_same_and_comes_back_whole(tmp
     assert rounding < 1e-3  # of steps of 1e-2
     weights = on_processes(2, tmp_path / "cut", steps=3, make=blocks, sharding="fsdp2")
     require_near(alone, weights, max(2e-6, 4 * rounding))
+    whole = on_processes(2, tmp_path / "whole", steps=3, make=blocks)  # adds the same parts in the same order
+    assert all(torch.allclose(value, whole[name], atol=2e-6) for name, value in weights.items())
     kept = run(tmp_path / "cut", steps=3, make=blocks)  # one process reads the state that two have cut
     require_near(kept, weights, 0.0)
 
