@@ -30,6 +30,8 @@ class Batches:
     """Batches of `batch_size` clips of `frames` frames at the rates of `clocks`, from `episodes` of a dataset.
 
     rest: share of the clips drawn uniformly; the others are drawn by how much moves in them, as robots often wait.
+    first: share of the clips that begin where their episode does, as those that will be labelled: no frame shows what
+    came before.
     degrade: a world model's autoencoder, uint8 (t H W 3) to the same; a clip passes it with probability `degraded`.
     It runs once on each of at most `degraded_clips` clips, of `degrade_frames` frames, whose results are kept.
 
@@ -40,15 +42,15 @@ class Batches:
     """
 
     def __init__(self, dataset: Recorded, episodes: Sequence[int], clocks: Sequence[Clock], *, batch_size: int,
-                 seed: int, rest: float = 0.4, degrade: Degrade | None = None, degraded: float = 0.5,
-                 degraded_clips: int = 64, degrade_frames: int = 17) -> None:  # fmt: skip
+                 seed: int, rest: float = 0.4, first: float = 0.2, degrade: Degrade | None = None,
+                 degraded: float = 0.5, degraded_clips: int = 64, degrade_frames: int = 17) -> None:  # fmt: skip
         self.dataset, self.clocks, self.seed, self.batch_size = dataset, list(clocks), seed, batch_size
         longest = max(clock.steps for clock in self.clocks)
         self.episodes = [i for i in episodes if dataset.length(i) > longest]
         if not self.episodes:
             raise ValueError(f"none of {len(list(episodes))} episodes has the {longest + 1} rows that a training "
                              f"clip spans; lower the labeler's `train_frames`, or record longer episodes")  # fmt: skip
-        self.rows = {i: dataset.episode(i) for i in self.episodes}
+        self.rows, self.first = {i: dataset.episode(i) for i in self.episodes}, first
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0
         self.dreamlike = self._degrade(degrade, degraded_clips, degrade_frames) if self.degraded else []
@@ -65,7 +67,11 @@ class Batches:
                 weight.append(motion[start : start + clock.steps].mean())
         weight = np.array(weight)
         weight = weight / max(weight.mean(), 1e-6) * (1 - rest) + rest
-        return np.array(found), weight / weight.sum()
+        starts = np.array(found)
+        opening = starts[:, 1] == 0
+        for chosen, share in ((opening, self.first), (~opening, 1 - self.first)):
+            weight[chosen] *= share / max(weight[chosen].sum(), 1e-6)
+        return starts, weight / weight.sum()
 
     def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
         """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
@@ -77,7 +83,8 @@ class Batches:
             long = clock.with_frames(frames)
             if len(self.rows[index].action) <= long.steps:
                 continue
-            rows = long.rows + rng.integers(len(self.rows[index].action) - long.steps)
+            latest = len(self.rows[index].action) - long.steps
+            rows = long.rows + (0 if rng.random() < self.first else rng.integers(latest))
             made.append((index, rows, degrade(self.dataset.canvas(index, rows)), clock))
         return made
 
@@ -93,7 +100,7 @@ class Batches:
                 # a clip within the degraded one begins where its rows repeat the clock's pattern
                 firsts = [k for k in range(len(rows) - clock.frames + 1)
                           if np.array_equal(rows[k : k + clock.frames] - rows[k], clock.rows)]  # fmt: skip
-                k = firsts[int(rng.integers(len(firsts)))]
+                k = 0 if rows[0] == 0 and rng.random() < self.first else firsts[int(rng.integers(len(firsts)))]
                 video.append(pictures[k : k + clock.frames])
                 start = int(rows[k])
             else:

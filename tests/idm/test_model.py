@@ -123,6 +123,11 @@ def test_batches_are_functions_of_the_step_and_of_recorded_rows(squares):
             np.testing.assert_array_equal(a["video"][n], squares.canvas(index, start + rows))
             np.testing.assert_array_equal(a["state"][n], squares.episodes[index].state[start + rows])
     assert {float(one(step)["spacing"]) for step in range(12)} == {2.0, 1.5}
+    openings = [squares.episodes[i].action[0] for i in (0, 1, 3)]
+    for share in (0.0, 0.5):  # how many clips begin with their episode, where no frame shows what came before
+        actions = np.concatenate([make(first=share)(step)["action"][:, 0] for step in range(100)])
+        found = np.mean([any(np.array_equal(action, opening) for opening in openings) for action in actions])
+        assert abs(found - share) < 0.1
     dark = make(degrade=lambda video: video // 2, degraded=1.0, degraded_clips=4, degrade_frames=9)(1)["video"]
     assert dark.max() <= 127
     with pytest.raises(ValueError, match="none of 1 episodes has the 53 rows"):
