@@ -1,8 +1,8 @@
 """How fast and within which memory a world model dreams: guidance in one pass or two, step caches, attention, compile.
 
 Batched guidance doubles the batch, two passes do not: the same predictions, half the memory. A step cache leaves out
-blocks whose input hardly changed since the last step (first-block cache, pyramid attention broadcast and others, as
-diffusers hooks); what it leaves out may depend on the whole batch, so clips may then depend on their batch.
+blocks whose input hardly changed since the last step (first-block cache, pyramid attention broadcast, FasterCache and
+others, as diffusers hooks); what it leaves out may depend on the whole batch, so clips may then depend on their batch.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from diffusers import FasterCacheConfig
 from torch import Tensor, nn
 
 from dreamgen.engine.compiling import compile_blocks, wanted
@@ -25,7 +26,8 @@ class Sampler:
     diffusers' attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the
     repeated blocks, at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window.
 
-    Raises ValueError for an unknown mode or backend, and for a cache on a model that takes none.
+    Raises ValueError for an unknown mode or backend, for a cache on a model that takes none, and for one that foretells
+    the prediction without a prompt where the two are not made together.
     """
 
     def __init__(self, layout: Layout, *, frames: int, mode: str, backend: str | None, cache: Any,
@@ -33,6 +35,14 @@ class Sampler:
         if mode not in MODES:
             raise ValueError(f"guidance_mode is '{mode}'; expected one of {', '.join(MODES)}")
         self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, frames, torch.zeros(())
+        self.foretells = isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled
+        if self.foretells and mode == "two_pass":
+            raise ValueError("step_cache foretells the prediction without a prompt from the one with it (FasterCache), "
+                             "but guidance_mode=two_pass makes them apart; take guidance_mode=batched, or "
+                             "step_cache.is_guidance_distilled=true")  # fmt: skip
+        if isinstance(cache, FasterCacheConfig):  # Wan2.1's view of the picture is a row each as well
+            named = FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers
+            cache._unconditional_conditional_input_kwargs_identifiers = (*named, "encoder_hidden_states_image")
         if backend is None and best_device().type == "cpu":
             backend = "_native_math"  # the fused backward pass is three times slower there at these lengths
         for module in layout.experts.values():
@@ -70,8 +80,11 @@ class Sampler:
         if self.cache is not None:
             for module in self.layout.experts.values():
                 module._reset_stateful_cache()
-        batched = self.mode == "batched" or (self.mode == "auto" and self._holds(text, given))
-        both = None if plain is None else (torch.cat([given, given]), torch.cat([text, plain]))
+        if self.foretells and plain is None:
+            raise ValueError("step_cache foretells the prediction without a prompt (FasterCache), but guidance is off; "
+                             "set guidance above 1, or step_cache.is_guidance_distilled=true")  # fmt: skip
+        batched = self.mode == "batched" or self.foretells or (self.mode == "auto" and self._holds(text, given))
+        both = None if plain is None else (torch.cat([given, given]), torch.cat([plain, text]))  # as caches expect them
 
         def model(x: Tensor, time: Tensor) -> Tensor:
             self.now, times = time, time.to(x.device).expand(len(x))
@@ -80,7 +93,7 @@ class Sampler:
                     return predict(x, given, times, text)
             if batched:
                 with self._context("cond_uncond"):
-                    found, rest = predict(torch.cat([x, x]), both[0], times.repeat(2), both[1]).chunk(2)
+                    rest, found = predict(torch.cat([x, x]), both[0], times.repeat(2), both[1]).chunk(2)
             else:
                 with self._context("cond"):
                     found = predict(x, given, times, text)

@@ -70,6 +70,28 @@ def test_a_first_block_cache_skips_blocks(make, plain, mode):
         world.train_full()
 
 
+@pytest.mark.parametrize("name", [NAME, "wan21_i2v_14b"])
+def test_faster_cache_foretells_the_prediction_without_a_prompt(name, tmp_path):
+    folder, runs = zoo.save(name, tmp_path / "toy"), {}
+    for skip in (1, 100):
+        config = diffusers.FasterCacheConfig(
+            spatial_attention_timestep_skip_range=(-1, 0), unconditional_batch_skip_range=skip,
+            unconditional_batch_timestep_skip_range=(-1, 2000), low_frequency_weight_callback=lambda _: 1.0,
+            high_frequency_weight_callback=lambda _: 1.0, attention_weight_callback=lambda _: 0.5)  # fmt: skip
+        world = zoo.world(name, folder, step_cache=config)
+        rows = []
+        world.transformer.blocks[0].ffn.register_forward_hook(lambda *a, rows=rows: rows.append(len(a[2])))
+        runs[skip] = rows, world.dream(prompts(name, 2))
+    plain = zoo.world(name, folder).dream(prompts(name, 2))
+    assert runs[1][0] == [4, 4, 4] and runs[100][0] == [4, 2, 2]
+    assert all(apart(a.video, b.video) <= 1 for a, b in zip(runs[1][1], plain, strict=True))
+    assert any(apart(a.video, b.video) > 0 for a, b in zip(runs[100][1], plain, strict=True))
+    with pytest.raises(ValueError, match="guidance_mode=two_pass makes them apart"):
+        zoo.world(name, folder, step_cache=config, guidance_mode="two_pass")
+    with pytest.raises(ValueError, match="but guidance is off"):
+        zoo.world(name, folder, step_cache=config, guidance=1.0).dream(prompts(name, 1))
+
+
 def test_attention_is_broadcast_over_steps(make, plain):
     config = diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2,
                                                        spatial_attention_timestep_skip_range=(0, 2000))  # fmt: skip
