@@ -5,7 +5,7 @@
 again     the whole policy at every Euler step, observation included
 plain     the observation is encoded once, its keys and values are computed at every step: the published loop
 cached    what `FlowPolicy.act` does: keys, values, AdaLN and the action encoder's time half once
-compiled  the same through torch.compile
+compiled  the same through torch.compile, the observation too
 Actions are compared first. Variants take turns; all see the same observation and noise. Bytes are those of the weights
 that each variant has to read at least; a multiply-add counts as two operations.
 """
@@ -78,11 +78,7 @@ def variants(policy: FlowPolicy, compile: bool) -> dict[str, Callable[[list[Obse
         return euler(velocity, policy.noise(seeds), steps)
 
     def fast(mode: str | None) -> Callable[[list[Observation], list[int]], torch.Tensor]:
-        def run(seen: list[Observation], seeds: list[int]) -> torch.Tensor:
-            known = policy.observe(seen)
-            return compiled(mode)(policy, policy.noise(seeds), known.state, known.plan, known.context, steps, 0)
-
-        return run
+        return lambda seen, seeds: compiled(mode, "cpu")(policy, policy.noise(seeds), policy.inputs(seen), steps, 0)
 
     return {"again": again, "plain": plain, "cached": fast(None)} | ({"compiled": fast("default")} if compile else {})
 

@@ -6,7 +6,7 @@ time t. The loss is the mean of w |v - u|^2 over the steps that exist; acting in
 actions enter and leave through weights of each body (the real robot, its dreams). An unknown state is a learned token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from dreamgen.policies.dit import DiT, KeyValue, repeat_context
 from dreamgen.policies.encoder import TinyEncoder
 from dreamgen.policies.flare import Flare
 from dreamgen.policies.flow import interpolate, mean_error, sample_time
-from dreamgen.policies.inference import compiled
+from dreamgen.policies.inference import compiled, see
 from dreamgen.policies.qformer import QFormer
 from dreamgen.policies.sight import Seen, look, tensors
 from dreamgen.policies.space import Space, Spaces
@@ -252,13 +252,8 @@ class FlowPolicy(nn.Module):
         align = self.flare.loss(tapped, future, batch["future_known"].repeat_interleave(self.draws, 0))
         return flow + self.align_weight * align, {"flow": flow, "align": align}
 
-    @torch.no_grad()
-    def observe(self, observations: Sequence[Observation]) -> Seen:
-        """Encode observations once. A state that holds NaN is unknown.
-
-        Raises ValueError for an observation that lacks a view, whose view or state has another shape, or whose state
-        is unknown where chunks are told relative to it.
-        """
+    def inputs(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Pictures, words, states, which of these are known (one that holds NaN is not), bodies. Errors: `observe`."""
         device = self.position.device
         pictures, states = (x.to(device) for x in tensors(self.robot, observations))
         known, body = states.isfinite().all(1), torch.full((len(states),), self.speaks, device=device)
@@ -266,11 +261,18 @@ class FlowPolicy(nn.Module):
             raise ValueError("the state of an observation is unknown (NaN), and this policy's chunks are told relative "
                              "to it; give the state, or train with frame=recorded")  # fmt: skip
         words = self.encoder.words([o.instruction for o in observations]).to(device)
-        padded = F.pad(states, (0, self.spaces.state_dim - states.shape[1]))
-        tokens = self.encode(pictures, words)
-        state = self.state_token(padded, known, body)
-        return Seen(context=self.dit.context(tokens), plan=self.plan(tokens, state), body=body, state=state,
-                    start=states if self.space.needs_state else None)  # fmt: skip
+        return pictures, words, F.pad(states, (0, self.spaces.state_dim - states.shape[1])), known, body
+
+    @torch.no_grad()
+    def observe(self, observations: Sequence[Observation]) -> Seen:
+        """Encode observations once.
+
+        Raises ValueError for an observation that lacks a view, whose view or state has another shape, or whose state
+        is unknown where chunks are told relative to it.
+        """
+        inputs = self.inputs(observations)
+        context, plan, state = see(self, *inputs)
+        return Seen(context=context, plan=plan, state=state, states=inputs[2], body=inputs[4])
 
     def noise(self, seeds: Sequence[int]) -> Float[Tensor, "b h a"]:
         """What a chunk begins as; each row depends on its own seed alone."""
@@ -278,23 +280,19 @@ class FlowPolicy(nn.Module):
         rows = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         return F.pad(rows, (0, self.spaces.action_dim - shape[1])).to(self.position.device)
 
-    def finish(self, x: Float[Tensor, "b h w"], seen: Seen) -> Float32[np.ndarray, "b h a"]:
-        """Chunks as commands in units."""
+    def finish(self, x: Float[Tensor, "b h w"], states: Float[Tensor, "b d"]) -> Float32[np.ndarray, "b h a"]:
+        """Chunks as commands in units; states: of the observations."""
         x = x[..., : self.robot.action_dim].float()
-        return self.space.command(self.space.unchunk(x, seen.start).cpu().numpy())
-
-    @property
-    def integrate(self) -> Callable[..., Tensor]:
-        """The Euler steps of acting (see `dreamgen.policies.inference`), compiled where that was asked for."""
-        return compiled(self.compiling)
+        return self.space.command(self.space.unchunk(x, states[:, : self.robot.state_dim]).cpu().numpy())
 
     @torch.no_grad()
     def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
         """Action chunks in units, inside the limits, binary parts at one of their two values. Seed i draws row i's
-        noise. Errors: see `observe`."""
-        seen = self.observe(observations)
-        x = self.integrate(self, self.noise(seeds), seen.state, seen.plan, seen.context, self.euler_steps, self.speaks)
-        return self.finish(x, seen)
+        noise. Compiled where that was asked for. Errors: see `observe`."""
+        inputs = self.inputs(observations)
+        chunk = compiled(self.compiling, self.position.device.type)
+        x = chunk(self, self.noise(seeds), inputs, self.euler_steps, self.speaks)
+        return self.finish(x, inputs[2])
 
     def proceed(self, observations: Sequence[Observation], seeds: Sequence[int], rests: Sequence[np.ndarray], *,
                 delay: int, mode: str = "guided", beta: float = 5.0) -> Float32[np.ndarray, "b h a"]:  # fmt: skip

@@ -93,7 +93,7 @@ def proceed(
         weight[i] = weights(policy.horizon, delay, len(rest))
     seen = policy.observe(observations)
     device = policy.position.device
-    previous = policy.space.chunk(torch.from_numpy(before).to(device), seen.start)
+    previous = policy.space.chunk(torch.from_numpy(before).to(device), seen.states[:, : policy.robot.state_dim])
     previous = F.pad(previous, (0, policy.spaces.action_dim - shape[2]))
     frozen = torch.from_numpy(weight == 1)[..., None].to(device)
     pull = torch.from_numpy(weight)[..., None].to(device)
@@ -107,7 +107,7 @@ def proceed(
         clean = torch.where(frozen, previous, x_t)
         return policy.velocity(clean, t, seen.state, seen.plan, seen.context, seen.body, clean=frozen[..., 0])[0]
 
-    chunk = policy.finish(euler(step, policy.noise(seeds), policy.euler_steps), seen)
+    chunk = policy.finish(euler(step, policy.noise(seeds), policy.euler_steps), seen.states)
     done = weight == 1
     chunk[done] = before[done]  # will have been executed by then
     return chunk

@@ -15,13 +15,12 @@ from dreamgen.policies.dit import KeyValue
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Seen:
     """Observations as the action head knows them: keys and values of the context, the state token, what is known of
-    each step of the chunk (b H w), the states (b d) in units where chunks are told relative to them, and which body
-    acts."""
+    each step of the chunk (b H w), the states (b d) in units, and which body acts."""
 
     context: list[KeyValue | None]
     state: Tensor
     plan: Tensor
-    start: Tensor | None
+    states: Tensor
     body: Tensor
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dreamgen.policies.inference import integrate
 from tests.policies.toy import B, batch, loss, observations, policy
 
 ON = dict(align_weight=0.3, align_layer=2, future_tokens=3)
@@ -73,7 +74,7 @@ def test_future_tokens_only_lengthen_the_sequence():
     for model in (plain, flare):
         seen, noise = model.observe(observations()), model.noise(range(B))
         with FlopCounterMode(display=False) as counter:
-            x = model.integrate(model, noise, seen.state, seen.plan, seen.context, model.euler_steps, 0)
+            x = integrate(model, noise, seen.state, seen.plan, seen.context, model.euler_steps, 0)
         cost.append(counter.get_total_flops())
         assert x.shape == (B, 6, 7) and model.act(observations(), range(B)).shape == (B, 6, 7)
     assert 1 < cost[1] / cost[0] < (7 + 3) / 7 * 1.05  # attention alone is not linear

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dreamgen.policies.flow import euler
+from dreamgen.policies.inference import integrate
 from dreamgen.policies.palette import PaletteEncoder, choose_colours
 from dreamgen.policies.policy import FlowPolicy
 from tests.policies.toy import STEPS, observations, robot
@@ -128,5 +129,5 @@ def test_summaries_reach_the_chunk_and_the_fast_way_acts_the_same():
     assert (seen.plan[0] - seen.plan[1]).abs().max() > 1e-4 and (seen.plan[0] - seen.plan[2]).abs().max() > 1e-4
     noise = model.noise([1, 2, 3])
     slow = euler(lambda x, t: model.velocity(x, t, seen.state, seen.plan, seen.context, seen.body)[0], noise, 4)
-    fast = model.integrate(model, noise, seen.state, seen.plan, seen.context, 4, 0)
+    fast = integrate(model, noise, seen.state, seen.plan, seen.context, 4, 0)
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)

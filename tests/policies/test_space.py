@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.policies.inference import integrate
 from dreamgen.policies.policy import FlowPolicy
 from tests.policies.toy import STEPS, B, batch, encoder, loss, observations, policy, robot
 
@@ -97,7 +98,7 @@ def test_bodies_of_other_widths_share_one_policy(tmp_path):
     assert chunk.shape == (B, STEPS, 7)
     seen, noise = model.observe(observations()), model.noise(range(B))
     noise[..., 7:] = 3.0  # nor does what stands in the padding at the start grow
-    x = model.integrate(model, noise, seen.state, seen.plan, seen.context, model.euler_steps, 0)
+    x = integrate(model, noise, seen.state, seen.plan, seen.context, model.euler_steps, 0)
     assert (x[..., 7:] == 3.0).all()
     model.save(tmp_path)
     again = FlowPolicy.load(tmp_path)
