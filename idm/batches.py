@@ -10,7 +10,7 @@ from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.seeding import rng_for
 
-Degrade = Callable[[np.ndarray], np.ndarray]
+Degrade = Callable[[np.ndarray, str], np.ndarray]
 
 
 @runtime_checkable
@@ -32,7 +32,8 @@ class Batches:
     rest: share of the clips drawn uniformly; the others are drawn by how much moves in them, as robots often wait.
     first: share of the clips that begin where their episode does, as those that will be labelled: no frame shows what
     came before.
-    degrade: a world model's autoencoder, uint8 (t H W 3) to the same; a clip passes it with probability `degraded`.
+    degrade: a world model, uint8 (t H W 3) and an instruction to the same clip as it would draw it; a clip passes it
+    with probability `degraded`.
     It runs once on each of at most `degraded_clips` clips, of `degrade_frames` frames, whose results are kept.
 
     Calling gives a dict: video (b f H W 3) uint8, action (b s a), state (b f d), rows (f,), spacing (): robot steps a
@@ -85,7 +86,7 @@ class Batches:
                 continue
             latest = len(self.rows[index].action) - long.steps
             rows = long.rows + (0 if rng.random() < self.first else rng.integers(latest))
-            made.append((index, rows, degrade(self.dataset.canvas(index, rows)), clock))
+            made.append((index, rows, degrade(self.dataset.canvas(index, rows), self.rows[index].instruction), clock))
         return made
 
     def __call__(self, step: int) -> dict[str, torch.Tensor | np.ndarray]:

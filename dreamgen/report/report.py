@@ -11,10 +11,8 @@ from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.engine.train import read_losses
 from dreamgen.report import plots, scenes
 from dreamgen.report.results import gather, manifests
-from dreamgen.report.table import errors, successes, table
+from dreamgen.report.table import differences, errors, successes, table
 from dreamgen.report.tree import trees
-
-STYLES = "abcd"
 
 
 def report(
@@ -62,6 +60,7 @@ def report(
             "command": command,
             "results": results,
             "successes": [(name, s, plots.interval(s["rate"], s["low"], s["high"])) for name, s in successes(results)],
+            "differences": differences(results),
             "errors": errors(results),
             "pipeline": [(name, m["stage"], counts(m["results"])) for name, m in found.items()],
             "pairs": scenes.pairs(dreamed, recordings, clips) if dreamed else [],
@@ -93,19 +92,18 @@ def render(page: Mapping[str, Any]) -> str:
 
 
 def counts(results: Mapping) -> str:
-    """The whole numbers among a step's results: "280 episodes, 10080 rows"."""
-    whole = [f"{value} {key.replace('_', ' ')}" for key, value in results.items() if type(value) is int]
+    """Whole numbers among a step's results that are not 0: "280 episodes, 10080 rows"."""
+    whole = [f"{value} {key.replace('_', ' ')}" for key, value in results.items() if type(value) is int and value]
     return ", ".join(whole[:3])
 
 
 def loss_plot(step: Path) -> str:
     """Training and validation loss of a step that trained, "" for others."""
     rows = read_losses(step)
-    keys = [key for key in (rows[-1] if rows else {}) if key == "loss" or key.startswith("val_")][: len(STYLES)]
     curves = []
-    for key, style in zip(keys, STYLES, strict=False):
-        known = [row for row in rows if key in row]
-        curves.append(plots.Line(key, [row["step"] for row in known], [row[key] for row in known], style))
+    for key, style in (("loss", "a"), ("val_loss", "c")):
+        if known := [row for row in rows if key in row]:
+            curves.append(plots.Line(key, [row["step"] for row in known], [row[key] for row in known], style))
     return plots.lines(curves, title="loss", x_name="steps", log=True) if curves else ""
 
 

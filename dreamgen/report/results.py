@@ -3,10 +3,12 @@
     idm.r2.<part>                                  R2 of the labels on held-out real video, by action part
     replay.recorded | idm_real | idm_dream         success of actions replayed from the same first state
     policy.real | policy.real_dreams               closed-loop success without and with dreams
+    difference.<policy>                            what it gains over the policy that it was evaluated against
     policy.open_loop                               error on held-out episodes, where there is no simulator
     stages.<step>.seconds | peak_mb | stage        what each step took
 
-A success is {successes, n, rate, low, high}, the last two the 95% Wilson interval. What was not measured is absent.
+A success is {successes, n, rate, low, high}, the last two the 95% Wilson interval; a difference {n, won, lost,
+difference, low, high, p} of the same first states (see `dreamgen.stages.pairs`). What was not measured is absent.
 """
 
 import math
@@ -39,6 +41,8 @@ def gather(found: Mapping[str, dict], policies: Mapping[str, str]) -> dict[str, 
         measured = found.get(step, {}).get("results", {})
         if "success" in measured:
             policy[key] = {k: measured["success"][k] for k in SUCCESS}
+            if "against" in measured:
+                results.setdefault("difference", {})[key] = measured["against"]
         elif "open_loop" in measured:
             policy.setdefault("open_loop", {})[key] = measured["open_loop"]
     if policy:

@@ -23,6 +23,14 @@ def successes(results: Mapping) -> list[tuple[str, dict]]:
     return rows
 
 
+def differences(results: Mapping) -> list[tuple[str, str]]:
+    """(name, words) of each policy that was evaluated against another on the same first states."""
+    return [(f"{POLICY.get(key, key)}, paired",
+             f"{100 * d['difference']:+.1f} points [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}], {d['won']} won and "
+             f"{d['lost']} lost of {d['n']}, p {d['p']:.2g}")
+            for key, d in results.get("difference", {}).items()]  # fmt: skip
+
+
 def errors(results: Mapping) -> list[tuple[str, float]]:
     """What was measured as a number: R2 of the labels, open-loop errors of policies."""
     r2 = results.get("idm", {}).get("r2", {})
@@ -42,6 +50,8 @@ def table(results: Mapping) -> str:
         lines.append(f"{'success':<{width}}   rate   95% interval    n")
         for name, s in rows:
             lines.append(f"{name:<{width}}  {s['rate']:5.1%}  {s['low']:6.1%} to {s['high']:6.1%}  {s['n']:>4}")
+    if rows := differences(results):
+        lines += ["", *(f"{name}: {told}" for name, told in rows)]
     if rows := errors(results):
         width = max(len(name) for name, _ in rows)
         lines += ["", *(f"{name:<{width}}  {value:8.3f}" for name, value in rows)]

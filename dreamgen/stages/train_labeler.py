@@ -23,18 +23,19 @@ def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     return sorted(order[apart:]), sorted(order[:apart])
 
 
-def through(world_model: Any, *, redream_up_to: float = 0.0, seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+def through(world_model: Any, *, redream_up_to: float = 0.0, seed: int = 0) -> Callable[..., np.ndarray]:
     """A world model's autoencoder as a function of a clip, uint8 (t H W 3) to the same: how its dreams look at best.
 
-    redream_up_to: clips are noised, each to a level drawn below this, and denoised again: how dreams do look.
+    redream_up_to: clips are noised, each to a level drawn below this, and denoised again under their instruction, the
+    function's second argument: how dreams do look.
     """
     rng = rng_for(seed, "redream")
 
-    def degrade(video: np.ndarray) -> np.ndarray:
+    def degrade(video: np.ndarray, instruction: str = "") -> np.ndarray:
         clip = torch.from_numpy(video)[None]
         if redream_up_to:
             level, noise = redream_up_to * rng.random(), int(rng.integers(2**62))
-            return redream(world_model, clip, level=level, seed=noise)[0].cpu().numpy()
+            return redream(world_model, clip, [instruction], level=level, seed=noise)[0].cpu().numpy()
         return world_model.decode(world_model.encode(clip))[0].cpu().numpy()
 
     return degrade

@@ -89,12 +89,16 @@ class Diffusion:
         return signal * noise - rest * x
 
 
-def integrate(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, scheduler: Any, times: Iterable[Tensor]) -> Tensor:
-    """All steps of a diffusers scheduler whose steps are set; `model(x, time)` predicts what the scheduler expects.
+def integrate(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, scheduler: Any, times: Iterable[Tensor],
+              first: int = 0) -> Tensor:  # fmt: skip
+    """The steps of a diffusers scheduler, whose steps are set, from number `first` on; `model(x, time)` predicts what
+    the scheduler expects.
 
     times: the model's name for each of the scheduler's steps.
     """
-    for t, time in zip(scheduler.timesteps, times, strict=True):
+    if first and hasattr(scheduler, "set_begin_index"):  # one that does not find its place from the time
+        scheduler.set_begin_index(first)
+    for t, time in list(zip(scheduler.timesteps, times, strict=True))[first:]:
         x = scheduler.step(model(x, time), t, x, return_dict=False)[0]
     return x
 

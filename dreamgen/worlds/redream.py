@@ -4,40 +4,41 @@ Latents are noised up to a level and denoised again (SDEdit, Meng et al. 2022, a
 seen such clips, whose actions are known, knows how dreams look.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from dreamgen.engine.precision import autocast
-from dreamgen.worlds.flow import Flow, integrate, noised
+from dreamgen.worlds.flow import Flow, integrate
 from dreamgen.worlds.layout import twin
 from dreamgen.worlds.world import VideoWorld
 
 
 @torch.no_grad()
 def redream(
-    world: VideoWorld, frames: UInt8[Tensor, "b t h w 3"], *, level: float, seed: int
+    world: VideoWorld, frames: UInt8[Tensor, "b t h w 3"], instructions: Sequence[str], *, level: float, seed: int
 ) -> UInt8[Tensor, "b t h w 3"]:
-    """Clips of one window through `world`, without a prompt, from the first of its sampling steps whose sigma is at
-    most `level`; where there is none they pass the autoencoder alone. Raises ValueError for a model of diffusion.
+    """Clips of one window through `world` as it dreams under `instructions`, from the first of its sampling steps whose
+    sigma is at most `level` (of diffusion, whose place in the table of alphas); where there is none they pass the
+    autoencoder alone.
     """
-    if not isinstance(world.layout.process(world.latent_shape), Flow):
-        raise ValueError(f"{world.path} is no model of flow matching; its clips cannot be noised to a level and dreamt "
-                         "again. Set redream_up_to=0.")  # fmt: skip
     latents = world.encode(frames)
     x, given = world.split(latents)
     scheduler, times = world.layout.schedule(world.steps, x.shape[1:], world.device)
-    first = int((scheduler.sigmas[: len(scheduler.timesteps)] > level).sum())
-    if first < len(scheduler.timesteps):
+    process, count = world.layout.process(x.shape[1:]), len(scheduler.timesteps)
+    sigmas = scheduler.sigmas[:count] if isinstance(process, Flow) else scheduler.timesteps / process.unit
+    first = int((sigmas > level).sum())
+    if first < count:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
-        start = noised(x, noise, scheduler.sigmas[first].to(x.device).expand(len(x)))
-        scheduler.set_begin_index(first)
-        scheduler.timesteps, times = scheduler.timesteps[first:], list(times)[first:]
+        start = process.noised(x, noise, sigmas[first].to(x.device, x.dtype).expand(len(x)))
 
         def predict(x: Tensor, given: Tensor, time: Tensor, text: Tensor) -> Tensor:
             with autocast(world.precision, world.device):
                 return world.predict(*map(twin, (x, given, time, text)))[: len(x)].float()
 
-        model = world.sampler.guided(predict, given, world.embed([""] * len(x)), None, 1.0)
-        latents = world.finish(integrate(model, start, scheduler, times), given)
+        plain = world.embed([""] * len(x)) if world.guidance > 1 else None
+        model = world.sampler.guided(predict, given, world.embed(instructions), plain, world.guidance)
+        latents = world.finish(world.layout.end(integrate(model, start, scheduler, times, first)), given)
     return world.decode(latents)

@@ -128,7 +128,9 @@ def test_batches_are_functions_of_the_step_and_of_recorded_rows(squares):
         actions = np.concatenate([make(first=share)(step)["action"][:, 0] for step in range(100)])
         found = np.mean([any(np.array_equal(action, opening) for opening in openings) for action in actions])
         assert abs(found - share) < 0.1
-    dark = make(degrade=lambda video: video // 2, degraded=1.0, degraded_clips=4, degrade_frames=9)(1)["video"]
+    dark = make(degrade=lambda video, instruction: video // 2, degraded=1.0, degraded_clips=4, degrade_frames=9)(1)[
+        "video"
+    ]
     assert dark.max() <= 127
     with pytest.raises(ValueError, match="none of 1 episodes has the 53 rows"):
         Batches(squares, [0], [CLOCK.with_frames(27)], batch_size=1, seed=0)

@@ -23,6 +23,7 @@ ROBOT = Embodiment(
 )  # fmt: skip
 CALIBRATION = {"x": {"spearman": 0.9, "spread": [0.1, 0.2, 0.4], "error": [0.2, 0.3, 0.5]},
                "y": {"spearman": float("nan"), "spread": [], "error": []}}  # fmt: skip
+PAIRED = {"n": 8, "won": 3, "lost": 1, "difference": 0.25, "low": -0.02, "high": 0.48, "p": 0.62}
 SUCCESS = {"successes": 3, "n": 4, "rate": 0.75, "low": 0.30, "high": 0.95}
 TEXTS = ["go <left>", "go right", "stay"]
 
@@ -56,11 +57,12 @@ def folder(tmp_path: Path) -> Path:
     finish_dataset(tmp_path / "labels", labelled, "label")
     (tmp_path / "policy").mkdir()
     rows = [{"step": k, "seconds": 0.1, "loss": 1 / (k + 1)} for k in range(5)]
+    rows[-1] |= {"val_loss": 0.3, "val_psnr": 26.6}
     (tmp_path / "policy" / "losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     finish(tmp_path / "policy", "train_policy", steps=5, skipped={"4": "'action' holds nan"})
     finish(tmp_path / "scores", "evaluate_labels", idm={"r2": {"x": float("nan")}, "calibration": CALIBRATION},
            replay={"recorded": SUCCESS})  # fmt: skip
-    finish(tmp_path / "won", "evaluate", success=SUCCESS, by_instruction={"stay": SUCCESS})
+    finish(tmp_path / "won", "evaluate", success=SUCCESS, by_instruction={"stay": SUCCESS}, against=PAIRED)
     return tmp_path
 
 
@@ -76,6 +78,7 @@ def test_a_run_becomes_one_file_and_its_figures(folder: Path) -> None:
            dreams=folder / "dreams", labels=folder / "labels", policies={"real": "won", "real_dreams": "absent"},
            title="A <run>", command="python -m jobs.pipeline a='<b>'", record={})  # fmt: skip
     results = json.loads((folder / "report" / "results.json").read_text(), parse_constant=pytest.fail)
+    assert results["difference"] == {"real": PAIRED}
     assert results["policy"] == {"real": SUCCESS} and results["replay"] == {"recorded": SUCCESS}
     assert results["idm"]["r2"] == {"x": None}
     assert [part for part, _ in calibrations(results)] == ["x"]
@@ -84,7 +87,9 @@ def test_a_run_becomes_one_file_and_its_figures(folder: Path) -> None:
     assert 'aria-label="error of x: RMS error, error = spread"' in page
     assert "A &lt;run&gt;" in page and "a=&#39;&lt;b&gt;&#39;" in page and "go <left>" not in page
     assert page.count("<video") == 3 + 3 and page.count('class="frame"') == 1
-    assert page.count("<polyline") == 2 * 3 + 1 + 2
+    assert page.count("<polyline") == 2 * 3 + 2 + 2
+    assert 'aria-label="loss: loss, val_loss"' in page  # other figures of a validation have other units
+    assert "+25.0 points [-2.0, +48.0], 3 won and 1 lost of 8, p 0.62" in page
     assert "&#39;action&#39; holds nan" in page and "same first frame" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
 
