@@ -14,8 +14,10 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 from dreamgen.core.clock import Clock
+from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.windows import Windows
+from dreamgen.video.tiling import tile
 
 Shape = tuple[int, int, int]
 
@@ -26,13 +28,16 @@ class ClipPool:
     lengths: numbers of frames, `clock.frames` where None; an episode gives clips of the longest that fits into it.
     hop: rows between the windows of an episode. short: what becomes of episodes that none fits into: "drop" leaves
     them out, "pad" gives each one clip of the shortest length that repeats its last row.
+    copies: every clip is there so many times more, after all clips as they are; each copy is moved by up to `shift`
+    pixels down and right, all its frames and views alike, the border repeated.
 
     too_short: how many episodes that were. Raises ValueError if there is no clip at all.
     """
 
     def __init__(self, datasets: Sequence[Dataset], clock: Clock, *, lengths: Sequence[int] | None = None,
-                 hop: int = 1, short: Literal["drop", "pad"] = "drop") -> None:  # fmt: skip
-        self.datasets, self.too_short = list(datasets), 0
+                 hop: int = 1, short: Literal["drop", "pad"] = "drop", copies: int = 0,
+                 shift: int = 0) -> None:  # fmt: skip
+        self.datasets, self.too_short, self.copies, self.shift = list(datasets), 0, copies, shift
         clocks = [clock.with_frames(n) for n in sorted(set(lengths or [clock.frames]), reverse=True)]
         self.parts: list[_Part] = []
         for dataset in self.datasets:
@@ -52,13 +57,14 @@ class ClipPool:
         self.padded = self.too_short if short == "pad" else 0
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.ends[-1]) * (1 + self.copies)
 
     def _at(self, k: int) -> tuple["_Part", int, int]:
         """The part that clip k is of, its episode there, and its first row."""
+        k = int(k) % int(self.ends[-1])
         number = int(np.searchsorted(self.ends, k, side="right"))
         part = self.parts[number]
-        return part, *part.windows.at(int(k) - (int(self.ends[number - 1]) if number else 0))
+        return part, *part.windows.at(k - (int(self.ends[number - 1]) if number else 0))
 
     def episode(self, k: int) -> tuple[int, int]:
         """Dataset and episode of clip k."""
@@ -72,7 +78,11 @@ class ClipPool:
 
     def frames(self, k: int) -> UInt8[np.ndarray, "t h w 3"]:
         part, local, row = self._at(k)
-        return part.dataset.canvas(int(part.episodes[local]), part.windows.rows(local, row))
+        views = part.dataset.views(int(part.episodes[local]), part.windows.rows(local, row))
+        if k >= self.ends[-1]:
+            by = rng_for(0, "shift", k).integers(-self.shift, self.shift + 1, 2)
+            views = {name: moved(video, *by.tolist()) for name, video in views.items()}
+        return tile(part.dataset.robot, views)
 
     def instruction(self, k: int) -> str:
         part, local, _ = self._at(k)
@@ -81,6 +91,14 @@ class ClipPool:
     def counts(self) -> dict[str, int]:
         """Clips by shape, "17x64x64"."""
         return dict(Counter("x".join(map(str, self.shape(k))) for k in range(len(self))))
+
+
+def moved(video: UInt8[np.ndarray, "t h w 3"], down: int, right: int) -> UInt8[np.ndarray, "t h w 3"]:
+    """Pictures moved by whole pixels; the border is repeated."""
+    rows, columns = (
+        np.clip(np.arange(n) - by, 0, n - 1) for n, by in zip(video.shape[1:3], (down, right), strict=True)
+    )
+    return video[:, rows][:, :, columns]
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,6 +48,8 @@ def finetune(
     validation: int = 8,
     patience: int = 0,
     hop: int = 1,
+    copies: int = 0,
+    shift: int = 4,
     validate_every: int = 250,
     samples: int = 4,
     decoder_steps: int = 0,
@@ -71,6 +73,8 @@ def finetune(
     batch_size: clips of all processes together; token_budget: instead, as many clips of one shape as have at most so
     many tokens. lengths: numbers of frames, of which an episode gives the longest that fits (the world model's own
     where None); short: "drop" or "pad" episodes that none fits.
+    copies: every clip is trained on so many times more, each moved by up to `shift` pixels: a world model that sees a
+    hundred episodes learns them by heart otherwise. Validation is on clips as they are.
     decoder_steps: steps in which the VAE's decoder alone learns the look of this dataset, for a small VAE that has not
     seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting.
     cache: a folder of latents to share between runs; `out/cache` where None. accumulate, sharding, replicas, tracker:
@@ -95,14 +99,14 @@ def finetune(
             return run.manifest()
         wait()
         world.place()
-        pool = ClipPool(datasets, world.clock, lengths=lengths, hop=hop, short=short)
+        pool = ClipPool(datasets, world.clock, lengths=lengths, hop=hop, short=short, copies=copies, shift=shift)
         held = _held_out(datasets, validation, seed)
         rows = np.array([k for k in range(len(pool)) if pool.episode(k) not in held])
         if not len(rows):
             raise ValueError(f"all {sum(map(len, datasets))} episodes of {datasets[0].root} are held out for "
                              f"validation ({validation}); hold out fewer")  # fmt: skip
         where = out / "cache" if cache is None else Path(cache)
-        latents = Latents(world, pool, where, hop=hop)
+        latents = Latents(world, pool, where, transform={"hop": hop, "copies": copies, "shift": shift if copies else 0})
         sizes = Transformer.of({**world.transformer.config, "_class_name": type(world.transformer).__name__})
         video = {shape: sizes.tokens(_latent(world, shape)) for shape in latents.members}
         buckets = Buckets(rows, [latents.shapes[k] for k in rows], batch_size=batch_size, budget=token_budget,

@@ -19,10 +19,11 @@ from dreamgen.worlds.world import VideoWorld
 class Latents:
     """Normalised latents of all clips of `pool`, one cache for each shape, under `root`.
 
-    Raises ValueError if `root` is a cache of another VAE, dataset or transform.
+    transform: what the pool made of the datasets. Raises ValueError if `root` is a cache of another VAE, dataset or
+    transform.
     """
 
-    def __init__(self, world: VideoWorld, pool: ClipPool, root: Path, *, hop: int) -> None:
+    def __init__(self, world: VideoWorld, pool: ClipPool, root: Path, *, transform: dict) -> None:
         self.world, self.pool = world, pool
         shapes = [pool.shape(k) for k in range(len(pool))]
         self.shapes: list[Shape] = shapes
@@ -32,9 +33,9 @@ class Latents:
             self.members[shape] = np.array([k for k, other in enumerate(shapes) if other == shape])
             self.number[self.members[shape]] = np.arange(len(self.members[shape]))
         given = world.cache_key()
-        transform = {key: given.pop(key) for key in ("clock", "canvas") if key in given}
+        transform = transform | {key: given.pop(key) for key in ("clock", "canvas") if key in given}
         about = {"vae": digest(given), "data": [fingerprint(d.root) for d in pool.datasets], "transform": transform,
-                 "hop": hop, "skipped": [sorted(d.skipped) for d in pool.datasets],
+                 "skipped": [sorted(d.skipped) for d in pool.datasets],
                  "clips": sorted(f"{k} {n}" for k, n in pool.counts().items())}  # fmt: skip
         keys = {shape: {**about, "shape": list(shape)} for shape in self.members}
         require_known(root, list(keys.values()))

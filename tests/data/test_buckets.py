@@ -7,7 +7,7 @@ from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.seeding import rng_for
-from dreamgen.data.buckets import Buckets, ClipPool
+from dreamgen.data.buckets import Buckets, ClipPool, moved
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 
@@ -51,6 +51,23 @@ def test_short_episodes_are_padded_where_asked(datasets):
     assert (pool.too_short, pool.padded) == (3, 3)
     with pytest.raises(ValueError, match="no window of 41 rows fits: 6 episodes, the longest has 19"):
         ClipPool(datasets, CLOCK.with_frames(21))
+
+
+def test_copies_are_moved_by_whole_pixels_and_the_clips_themselves_stay(tmp_path):
+    dataset = made(tmp_path / "a", [19, 18], 32)
+    view = np.random.default_rng(0).integers(0, 256, (9, 16, 32, 3), np.uint8)
+    plain, pool = ClipPool([dataset], CLOCK), ClipPool([dataset], CLOCK, copies=9, shift=2)
+    n = len(plain)
+    assert len(pool) == 10 * n and pool.counts() == {"9x16x32": 10 * n}
+    dataset.views = lambda i, rows: {"front": view}
+    clips = [pool.frames(k) for k in range(len(pool))]
+    for k, clip in enumerate(clips):
+        assert (pool.episode(k), pool.instruction(k)) == (plain.episode(k % n), plain.instruction(k % n))
+        found = [(y, x) for y in range(-2, 3) for x in range(-2, 3)
+                 if np.array_equal(clip[:, 2 + y : 14 + y, 2 + x : 30 + x], view[:, 2:14, 2:30])]  # fmt: skip
+        assert found == [(0, 0)] if k < n else len(found) == 1
+    assert len({clip.tobytes() for clip in clips}) > 10 and np.array_equal(clips[-1], pool.frames(len(pool) - 1))
+    assert np.array_equal(moved(view, 1, -2)[:, 0, 0], view[:, 0, 2]) and moved(view, 0, 40).std(2).max() == 0
 
 
 def test_a_batch_has_one_shape_and_keeps_to_its_budget():
