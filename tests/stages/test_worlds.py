@@ -73,7 +73,7 @@ def test_the_decoder_learns_the_look_and_latents_stay(make, dataset, tmp_path):
 def test_finetune_killed_and_continued_saves_the_same(make, dataset, tmp_path, monkeypatch):
     finetune(make(), dataset, out=tmp_path / "whole", **OPTIONS)
     calls = []
-    take = dataset.__class__.canvas
+    take = dataset.__class__.views
 
     def killed(self, *given):
         calls.append(given)
@@ -81,7 +81,7 @@ def test_finetune_killed_and_continued_saves_the_same(make, dataset, tmp_path, m
             raise KeyboardInterrupt
         return take(self, *given)
 
-    monkeypatch.setattr(dataset.__class__, "canvas", killed)
+    monkeypatch.setattr(dataset.__class__, "views", killed)
     with pytest.raises(KeyboardInterrupt):
         finetune(make(), dataset, out=tmp_path / "cut", **OPTIONS)
     monkeypatch.undo()
