@@ -31,12 +31,15 @@ class ClipPool:
     copies: every clip is there so many times more, after all clips as they are; each copy is moved by up to `shift`
     pixels down and right, all its frames and views alike, the border repeated.
 
-    too_short: how many episodes that were. Raises ValueError if there is no clip at all.
+    too_short: how many episodes that were. Raises ValueError if there is no clip at all, and for copies that would not
+    move.
     """
 
     def __init__(self, datasets: Sequence[Dataset], clock: Clock, *, lengths: Sequence[int] | None = None,
                  hop: int = 1, short: Literal["drop", "pad"] = "drop", copies: int = 0,
                  shift: int = 0) -> None:  # fmt: skip
+        if copies < 0 or (copies and shift < 1):
+            raise ValueError(f"copies is {copies}, shift is {shift}; expected copies >= 0 and, with copies, shift >= 1")
         self.datasets, self.too_short, self.copies, self.shift = list(datasets), 0, copies, shift
         clocks = [clock.with_frames(n) for n in sorted(set(lengths or [clock.frames]), reverse=True)]
         self.parts: list[_Part] = []

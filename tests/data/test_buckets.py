@@ -67,6 +67,8 @@ def test_copies_are_moved_by_whole_pixels_and_the_clips_themselves_stay(tmp_path
                  if np.array_equal(clip[:, 2 + y : 14 + y, 2 + x : 30 + x], view[:, 2:14, 2:30])]  # fmt: skip
         assert found == [(0, 0)] if k < n else len(found) == 1
     assert len({clip.tobytes() for clip in clips}) > 10 and np.array_equal(clips[-1], pool.frames(len(pool) - 1))
+    with pytest.raises(ValueError, match="copies is 3, shift is 0; expected copies >= 0"):
+        ClipPool([dataset], CLOCK, copies=3)
     assert np.array_equal(moved(view, 1, -2)[:, 0, 0], view[:, 0, 2]) and moved(view, 0, 40).std(2).max() == 0
 
 
