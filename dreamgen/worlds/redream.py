@@ -10,9 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from dreamgen.engine.precision import autocast
-from dreamgen.worlds.flow import Flow, integrate
-from dreamgen.worlds.layout import twin
+from dreamgen.worlds.flow import Flow
 from dreamgen.worlds.world import VideoWorld
 
 
@@ -33,12 +31,6 @@ def redream(
     if first < count:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
         start = process.noised(x, noise, sigmas[first].to(x.device, x.dtype).expand(len(x)))
-
-        def predict(x: Tensor, given: Tensor, time: Tensor, text: Tensor) -> Tensor:
-            with autocast(world.precision, world.device):
-                return world.predict(*map(twin, (x, given, time, text)))[: len(x)].float()
-
         plain = world.embed([""] * len(x)) if world.guidance > 1 else None
-        model = world.sampler.guided(predict, given, world.embed(instructions), plain, world.guidance)
-        latents = world.finish(world.layout.end(integrate(model, start, scheduler, times, first)), given)
+        latents = world.descend(start, given, world.embed(instructions), plain, scheduler, times, first)
     return world.decode(latents)

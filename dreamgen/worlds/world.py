@@ -4,7 +4,7 @@ A family says how the first picture enters (`condition`, `predict`, `finish`); a
 wants. Distinct first frames and instructions are encoded once and dreamed in one batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -240,14 +240,18 @@ class VideoWorld(nn.Module):
         rows = [place[image.numpy(force=True).tobytes()] for image in images]
         given = self.condition(images[list(distinct.values())])[rows]
         scheduler, times = self.layout.schedule(self.steps, noise.shape[1:], self.device)
+        return self.descend(self.layout.begin(noise), given, text, plain, scheduler, times)
+
+    def descend(self, x: Tensor, given: Tensor, text: Tensor, plain: Tensor | None, scheduler: Any,
+                times: Iterable[Tensor], first: int = 0) -> Tensor:  # fmt: skip
+        """Clean latents of what the scheduler holds as x before its step `first`; plain: see `Sampler.guided`."""
 
         def predict(x: Tensor, given: Tensor, time: Tensor, text: Tensor) -> Tensor:
             with autocast(self.precision, self.device):
                 return self.predict(*map(twin, (x, given, time, text)))[: len(x)].float()
 
         model = self.sampler.guided(predict, given, text, plain, self.guidance)
-        x = integrate(model, self.layout.begin(noise), scheduler, times)
-        return self.finish(self.layout.end(x), given)
+        return self.finish(self.layout.end(integrate(model, x, scheduler, times, first)), given)
 
     def clips(self, prompts: Sequence[Prompt], frames: UInt8[Tensor, "b t h w 3"]) -> list[Clip]:
         """The last part of `dream`: decoded frames with the provenance of their prompts."""
