@@ -230,7 +230,7 @@ def compared(rows: Mapping[str, dict], judge: Judge, threshold: float) -> dict:
     dream = rates("probability")
     found = card(real, dream) | outcome(rows, "probability", threshold)
     trust = getattr(judge, "rates", {})
-    if trust and (own := trust.get("dreamt") or trust.get("real")) and own.tpr + own.tnr > 1:
+    if trust and (own := trust.get("imagined") or trust.get("dreamt") or trust.get("real")) and own.tpr + own.tnr > 1:
         each = [np.isfinite(known(row["probability"])).sum() for row in rows.values()]
         mended = [own.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(dream, each, strict=True)]
         found["corrected"] = card(real, np.array(mended))

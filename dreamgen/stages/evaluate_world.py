@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.clip import Prompt
 from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import Stage, write_json
 from dreamgen.core.protocols import ActionWorldModel, Sim, Tracker
@@ -22,7 +22,7 @@ from dreamgen.engine.progress import progress
 from dreamgen.stages.train_tracker import truth_of
 from dreamgen.video.metrics import psnr, ssim
 from dreamgen.video.mp4 import write_mp4
-from dreamgen.worlds.rollout import extend
+from dreamgen.worlds.rollout import follow_prompts
 
 STREAMS = ("true", "shuffled", "small", "large", "still")
 
@@ -70,7 +70,7 @@ def evaluate_world(
         real = np.stack([dataset.canvas(i, rows) for i in chosen])
         begun = time.perf_counter()
         streams = actions_of(robot, dataset, chosen, int(rows[-1]), small=small, large=large, seed=seed)
-        dreams = {name: np.stack(list(dreamt(world_model, dataset, chosen, real, streams[name], batch_size, seed)))
+        dreams = {name: dreamt(world_model, dataset, chosen, real, streams[name], batch_size, seed)
                   for name in progress(STREAMS, len(STREAMS), "evaluate_world", out, unit="stream")}  # fmt: skip
         rate = real.shape[0] * (real.shape[1] - 1) * len(STREAMS) / (time.perf_counter() - begun)
         for k in range(min(films, len(chosen))):
@@ -126,19 +126,15 @@ def dreamt(
     actions: Sequence[np.ndarray],
     batch_size: int,
     seed: int,
-):  # noqa: ANN201 (yields videos)
-    """The dream (t h w 3) of every episode under its actions, in batches."""
-    for start in range(0, len(chosen), batch_size):
-        part = range(start, min(start + batch_size, len(chosen)))
-        prompts = []
-        for k in part:
-            episode = dataset.episode(chosen[k])
-            prompts.append(Prompt(id=f"w{k:05d}", image=real[k][0], instruction=episode.instruction,
-                                  seed=seed_for(seed, "world", chosen[k]), state=episode.state[0],
-                                  origin=dict(episode.meta)))  # fmt: skip
-        pasts = [Past.begin(prompt, world.robot.action_dim) for prompt in prompts]
-        for past in extend(world, pasts, [actions[k] for k in part]):
-            yield past.video
+) -> np.ndarray:
+    """The dreams (m t h w 3) of the episodes under these actions."""
+    prompts = []
+    for k, index in enumerate(chosen):
+        episode = dataset.episode(index)
+        prompts.append(Prompt(id=f"w{k:05d}", image=real[k][0], instruction=episode.instruction,
+                              seed=seed_for(seed, "world", index), state=episode.state[0], action=actions[k],
+                              origin=dict(episode.meta)))  # fmt: skip
+    return np.stack([past.video for past in follow_prompts(world, prompts, batch_size=batch_size)])
 
 
 def horizons(seconds: Sequence[float | int], hz: float, frames: int) -> dict[str, int]:

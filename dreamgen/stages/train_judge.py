@@ -5,7 +5,7 @@ positive and negative rates that correct success rates later were seen by nothin
 """
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,16 @@ import torch
 from torch import nn
 
 from dreamgen.core.clip import Clip
-from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import Stage, read_json, write_json
-from dreamgen.core.protocols import Sim
+from dreamgen.core.protocols import ActionWorldModel, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.train import clear_state, train
 from dreamgen.filters.rates import Rates, threshold_for
 from dreamgen.stages.agreement import auroc_interval, calibration
 from dreamgen.stages.candidates import Candidates
 from dreamgen.stages.evaluate_filters import replayed
-from dreamgen.stages.train_labeler import through
+from dreamgen.stages.judge_clips import Batches, Recorded, shown_by
 
 YES, NO = ("1", "true", "yes", "success"), ("0", "false", "no", "failure")
 
@@ -72,11 +70,12 @@ def train_judge(
     video_hz: rate at which clips are seen. held_out_share: of episodes; half of them calibrates, half measures.
     least_precision: the threshold is the lowest whose yes is right so often on the calibrating half.
     swapped: share of a batch that shows a success under another instruction, which is a failure. shift: pixels by which
-    training clips move. world_model: whose autoencoder a training clip passes with probability `degraded`, as dreams do
-    (`degraded_clips` pass once, before training).
+    training clips move. world_model: a training clip is shown as this model draws it with probability `degraded`
+    (`judge_clips.shown_by`, once for each of `degraded_clips`, before training). One that takes actions dreams it from
+    its first frame; then such dreams calibrate the judge, too. Any other returns it through its autoencoder.
 
-    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, decoded the same of some of
-    these clips as the world model's autoencoder returns them, dreamt the same of dreams, threshold.
+    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, imagined or decoded the same of
+    up to 200 of these clips as the world model shows them, dreamt the same of dreams, threshold.
     Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels.
     """
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
@@ -90,9 +89,13 @@ def train_judge(
         model = judge(instructions=sorted({clips.instruction(k) for k in range(len(clips))}))
         for dataset in datasets:
             model.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        imagines = isinstance(world_model, ActionWorldModel)
+        shown = shown_by(world_model, out, seed)
+        if hasattr(world_model, "place"):
+            world_model.place()
         if world_model is not None and degraded:
             order = rng_for(seed, "degrade").permutation(training).tolist()
-            clips.degrade(through(world_model), order[:degraded_clips])
+            clips.degrade(shown, order[:degraded_clips])
         if model.state is not None:
             model.fit(np.concatenate([model.states(clips[k]) for k in clips.some(training, seed)]))
         if hasattr(model.encoder, "fit"):
@@ -103,14 +106,14 @@ def train_judge(
                      weight_decay=weight_decay, betas=betas, clip=clip, ema=ema, precision=precision,
                      replicas=replicas, seed=seed, checkpoint_every=checkpoint_every, log_every=log_every,
                      name="train_judge")  # fmt: skip
-        model.slope, model.offset = platt(model.logits([clips[k] for k in fitting]), clips.success[fitting])
-        model.threshold, reached = threshold_for(least_precision, model.judge([clips[k] for k in fitting]),
-                                                 clips.success[fitting])  # fmt: skip
+        known = clips.some(fitting, seed) if imagines else fitting
+        fitted = clips.again(shown, known) if imagines else [clips[k] for k in known]
+        model.slope, model.offset = platt(model.logits(fitted), clips.success[known])
+        model.threshold, reached = threshold_for(least_precision, model.judge(fitted), clips.success[known])
         scores = {"held_out": measured(model, "real", [clips[k] for k in apart], clips.success[apart], seed)}
         if world_model is not None:
-            some = clips.some(apart, seed, degraded_clips)
-            seen = [clips.decoded(k, through(world_model)) for k in some]
-            scores["decoded"] = measured(model, "decoded", seen, clips.success[some], seed)
+            some, name = clips.some(apart, seed), "imagined" if imagines else "decoded"
+            scores[name] = measured(model, name, clips.again(shown, some), clips.success[some], seed)
         if dreams is not None and sim is not None:
             known, success = dreamt(dreams, dream_clips, sim, settle, out)
             scores["dreamt"] = measured(model, "dreamt", known, success, seed)
@@ -120,107 +123,6 @@ def train_judge(
         return run.finish(episodes=[len(training), len(fitting), len(apart)], successes=int(clips.success.sum()),
                           loss=done["loss"], threshold=model.threshold, threshold_precision=reached,
                           slope=model.slope, offset=model.offset, **scores)  # fmt: skip
-
-
-class Recorded:
-    """Recorded clips with their outcomes, decoded when asked for and kept up to `room` bytes; some also as an
-    autoencoder returns them."""
-
-    def __init__(self, datasets: Sequence[Dataset], success: Sequence[Mapping[int, bool]], video_hz: str,
-                 room: int = 1 << 30) -> None:  # fmt: skip
-        self.datasets, self.video_hz, self.room = datasets, video_hz, room
-        self.places = [(d, i) for d, known in enumerate(success) for i in sorted(known)]
-        self.success = np.array([success[d][i] for d, i in self.places], bool)
-        self.returned, self.kept = dict[int, np.ndarray](), dict[int, Clip]()
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def instruction(self, k: int) -> str:
-        d, i = self.places[k]
-        return self.datasets[d].instruction(i)
-
-    def __getitem__(self, k: int) -> Clip:
-        if k in self.kept:
-            return self.kept[k]
-        d, i = self.places[k]
-        dataset = self.datasets[d]
-        clock = Clock(robot_hz=dataset.robot.robot_hz, video_hz=self.video_hz, frames=2)
-        clip, action = recorded_clip(dataset, i, clock)
-        clip = replace(clip, action=action)
-        if clip.video.nbytes <= self.room:
-            self.room -= clip.video.nbytes
-            self.kept[k] = clip
-        return clip
-
-    def degrade(self, returned: Callable[[np.ndarray], np.ndarray], chosen: Sequence[int]) -> None:
-        """Keep what an autoencoder returns of the clips `chosen`; it may take fewer frames than a clip has."""
-        for k in chosen:
-            self.returned[k] = self.decoded(k, returned).video
-
-    def decoded(self, k: int, returned: Callable[[np.ndarray], np.ndarray]) -> Clip:
-        """Clip k, up to the last frame that an autoencoder can end on, as it returns it."""
-        clip = self[k]
-        return replace(clip, video=returned(clip.video[: len(clip.video) - (len(clip.video) - 1) % 4]))
-
-    def some(self, chosen: Sequence[int], seed: int, most: int = 200) -> list[int]:
-        """Up to `most` of the clips `chosen`, to take statistics of."""
-        return rng_for(seed, "sample").permutation(chosen)[:most].tolist()
-
-    def sample(self, model: Any, chosen: Sequence[int]) -> np.ndarray:
-        """Pictures (n v h w 3) that the judge looks at of the clips `chosen`, as returned if kept."""
-        shown = (self.returned[k] if k in self.returned else self[k].video for k in chosen)
-        return np.concatenate([model.pictures(video) for video in shown])
-
-
-class Batches:
-    """Step to batch: as many successes as failures, in random order; a share of the successes swapped to failures."""
-
-    def __init__(self, model: Any, clips: Recorded, chosen: Sequence[int], *, batch_size: int, swapped: float,
-                 shift: int, degraded: float, seed: int) -> None:  # fmt: skip
-        self.model, self.clips, self.batch_size, self.seed = model, clips, batch_size, seed
-        self.swapped, self.shift, self.degraded = swapped, shift, degraded
-        self.kinds = [np.array([k for k in chosen if clips.success[k] == kind]) for kind in (True, False)]
-
-    def __call__(self, step: int) -> dict[str, torch.Tensor]:
-        rng = rng_for(self.seed, "batch", step)
-        pictures, texts, success, states = [], [], [], []
-        for row in rng.permutation(self.batch_size):
-            swap = row < round(self.swapped * self.batch_size) and len(self.model.instructions) > 1
-            right = swap or row % 2 == 0
-            k = int(rng.choice(self.kinds[0 if right else 1]))
-            text = self.clips.instruction(k)
-            if swap:
-                text = str(rng.choice([other for other in self.model.instructions if other != text]))
-            use = k in self.clips.returned and rng.random() < self.degraded
-            video = self.clips.returned[k] if use else self.clips[k].video
-            chosen = jittered(len(video), self.model.frames, rng)
-            pictures.append(moved(self.model.pictures(video, chosen), rng.integers(-self.shift, self.shift + 1, 2)))
-            texts.append(text)
-            success.append(right and not swap)
-            if self.model.state is not None:  # sometimes unknown, so that it can do without
-                states.append(self.model.states(self.clips[k], chosen) * (np.nan if rng.random() < 0.1 else 1))
-        batch = {"pictures": torch.from_numpy(np.stack(pictures)), "words": self.model.encoder.words(texts),
-                 "success": torch.tensor(success, dtype=torch.float32)}  # fmt: skip
-        return batch | ({"states": torch.from_numpy(np.stack(states).astype(np.float32))} if states else {})
-
-
-def jittered(frames: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` frame numbers in order: the first and the last, and one from each span between."""
-    edges = np.linspace(0, frames - 1, count)
-    inner = edges[1:-1] + rng.uniform(-0.5, 0.5, max(0, count - 2)) * (edges[1] - edges[0])
-    return np.concatenate([[0], inner, [frames - 1]]).round().astype(np.int64)
-
-
-def moved(pictures: np.ndarray, by: np.ndarray) -> np.ndarray:
-    """Pictures (t v h w 3) moved by `by` rows and columns; the edge repeats."""
-    reach = int(np.abs(by).max())
-    if not reach:
-        return pictures
-    h, w = pictures.shape[2:4]
-    wide = np.pad(pictures, ((0, 0), (0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
-    top, left = reach + int(by[0]), reach + int(by[1])
-    return wide[:, :, top : top + h, left : left + w]
 
 
 def outcomes(datasets: Sequence[Dataset], labels: Path | None) -> list[dict[int, bool]]:

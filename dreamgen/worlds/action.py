@@ -25,7 +25,7 @@ from dreamgen.core.manifest import read_json, write_json
 from dreamgen.core.seeding import seed_for, torch_rng_for
 from dreamgen.worlds.action_frames import latent_actions, pose_maps
 from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks
-from dreamgen.worlds.rollout import extend, frame_rows, rollout
+from dreamgen.worlds.rollout import follow_prompts, frame_rows, rollout
 
 FILE, WEIGHTS = "action_world.json", "actions.safetensors"
 ROOM = "dreamgen.worlds."
@@ -197,15 +197,11 @@ class ActionWorld(nn.Module):
         plain = [i for i, prompt in enumerate(prompts) if not prompt.action.size]
         if plain:
             found |= dict(zip(plain, self.world.dream([prompts[i] for i in plain]), strict=True))
-        lengths = sorted({len(prompt.action) for prompt in prompts if prompt.action.size})
-        for length in lengths:
-            mine = [i for i, prompt in enumerate(prompts) if prompt.action.size and len(prompt.action) == length]
-            pasts = [Past.begin(prompts[i], self.robot.action_dim) for i in mine]
-            ended = extend(self, pasts, [prompts[i].action for i in mine])
-            for i, past in zip(mine, ended, strict=True):
-                p = past.prompt
-                found[i] = Clip(id=p.id, video=past.video, video_hz=self.clock.video_hz, instruction=p.instruction,
-                                seed=p.seed, pair=p.pair, state=p.state, origin=p.origin)  # fmt: skip
+        acting = [i for i, prompt in enumerate(prompts) if prompt.action.size]
+        for i, past in zip(acting, follow_prompts(self, [prompts[i] for i in acting]), strict=True):
+            p = past.prompt
+            found[i] = Clip(id=p.id, video=past.video, video_hz=self.clock.video_hz, instruction=p.instruction,
+                            seed=p.seed, pair=p.pair, state=p.state, origin=p.origin)  # fmt: skip
         return [found[i] for i in range(len(prompts))]
 
     def train_full(self) -> None:

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from dreamgen.core.clip import Clip, Episode
+from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import is_complete
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.filters.judge import VideoJudge
 from dreamgen.policies.encoder import TinyEncoder
 from dreamgen.policies.palette import PaletteEncoder
-from dreamgen.stages.train_judge import Batches, Recorded, jittered, moved, platt, read_labels, three_ways, train_judge
+from dreamgen.stages.judge_clips import Batches, Recorded, jittered, moved, shown_by
+from dreamgen.stages.train_judge import platt, read_labels, three_ways, train_judge
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "idm"))
 from moving_square import ROBOT, draw  # noqa: E402
@@ -43,7 +45,7 @@ def episodes(meta: bool = True, told: bool = True) -> list[Episode]:
                 instruction=TEXTS[k % 2],
                 state=np.zeros((ROWS, 2), np.float32),
                 video={"top": video},
-                action=np.zeros((ROWS, 3), np.float32),
+                action=np.array([[0, 0, first if row < 4 else last] for row in range(ROWS)], np.float32),
                 meta={"success": bool(success)} if meta else {},
             )
         )
@@ -138,6 +140,41 @@ def test_what_an_autoencoder_takes_from_a_judge_is_measured(dataset, tmp_path):
     assert found["whole"]["decoded"]["auroc"] > 0.9 and found["grey"]["decoded"]["auroc"] < 0.9
 
 
+class Inverted:
+    """Actions move it, but what it dreams is dark where the robot's light is on."""
+
+    robot, clock, gaps = ROBOT, Clock(robot_hz="20", video_hz="10", frames=5), 4
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def imagine(self, pasts, actions):  # noqa: ANN001, ANN201
+        self.asked.append(len(pasts))
+        assert {len(action) for action in actions} == {8}
+        return [np.stack([lit(np.array([20, 16]), -light) for light in action[1::2, 2]]) for action in actions]
+
+
+def test_a_judge_of_dreams_learns_from_dreams_of_known_outcome(tmp_path):
+    write_dataset(tmp_path / "data", episodes(told=False), ROBOT)
+    dataset, world = Dataset(tmp_path / "data", ROBOT), Inverted()
+    options = OPTIONS | {"swapped": 0.0, "world_model": world, "degraded": 1.0}
+    found = train_judge(tiny, [dataset], out=tmp_path / "dreams", **options)["results"]
+    assert found["imagined"]["auroc"] > 0.9 and found["held_out"]["auroc"] < 0.5
+    assert sum(world.asked) == COUNT and max(world.asked) == 16
+    judge = VideoJudge.load(tmp_path / "dreams", robot=ROBOT)
+    assert set(judge.rates) == {"real", "imagined"} and judge.rates["imagined"].tpr == found["imagined"]["tpr"]
+    assert found["imagined"]["precision"] >= 0.9  # the threshold is chosen on dreams
+
+
+def test_dreams_of_recordings_follow_their_actions_whatever_the_batch(dataset, tmp_path):
+    clips = Recorded([dataset], [{i: True for i in range(COUNT)}], "10")
+    some = [clips[k] for k in (3, 1, 2)]
+    many, one = (shown_by(Inverted(), tmp_path, 0, size)(some) for size in (16, 1))
+    for clip, video, alone in zip(some, many, one, strict=True):
+        assert np.array_equal(video, alone) and np.array_equal(video[0], clip.video[0]) and len(video) == 5
+        assert (video[-1].max() > 200) == (clip.action[7, 2] < 0)
+
+
 def test_an_encoder_that_is_fitted_to_pictures_is(dataset, tmp_path):
     def palette(instructions: list[str]) -> VideoJudge:
         torch.manual_seed(0)
@@ -176,7 +213,7 @@ def test_a_killed_training_ends_in_the_same_bits(dataset, tmp_path, monkeypatch)
 def test_batches_hold_both_outcomes_and_swapped_instructions(dataset):
     clips = Recorded([dataset], [{i: bool(dataset.episode(i).meta["success"]) for i in range(COUNT)}], "10")
     model = tiny(list(TEXTS))
-    clips.degrade(lambda video: np.full_like(video[:5], 9), [0])
+    clips.degrade(lambda clips: [np.full_like(clip.video[:5], 9) for clip in clips], [0])
     assert clips.returned[0].shape == (5, 32, 48, 3)  # as many as a causal autoencoder takes
     batches = Batches(model, clips, range(1, COUNT), batch_size=8, swapped=0.25, shift=2, degraded=0.0, seed=1)
     first, again = batches(5), batches(5)

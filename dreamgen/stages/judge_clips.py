@@ -1,0 +1,147 @@
+"""The clips that a judge of success learns from: recordings, and how a world model shows them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dreamgen.core.clip import Clip, Prompt
+from dreamgen.core.clock import Clock
+from dreamgen.core.protocols import ActionWorldModel
+from dreamgen.core.seeding import rng_for, seed_for
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import recorded_clip
+from dreamgen.engine.progress import progress
+from dreamgen.worlds.rollout import follow_prompts
+
+Shown = Callable[[Sequence[Clip]], list[np.ndarray]]
+
+
+def shown_by(world_model: Any, out: Path, seed: int, batch_size: int = 16) -> Shown:
+    """How a world model shows recorded clips, up to the last frame that it can end on: one that takes actions dreams
+    them from their first frame under their own actions, so that what goes astray in its dreams goes astray here; any
+    other returns them through its autoencoder."""
+
+    def decoded(clip: Clip) -> np.ndarray:
+        video = torch.from_numpy(clip.video[: len(clip.video) - (len(clip.video) - 1) % 4])
+        return world_model.decode(world_model.encode(video[None]))[0].cpu().numpy()
+
+    def prompt(clip: Clip) -> Prompt:
+        frames = (len(clip.video) - 1) // getattr(world_model, "gaps", 1) * getattr(world_model, "gaps", 1) + 1
+        steps = Clock(robot_hz=world_model.robot.robot_hz, video_hz=clip.video_hz, frames=frames).steps
+        return Prompt(id=clip.id, image=clip.video[0], instruction=clip.instruction, state=clip.state,
+                      action=clip.action[:steps], seed=seed_for(seed, "shown", clip.id))  # fmt: skip
+
+    def shown(clips: Sequence[Clip]) -> list[np.ndarray]:
+        def told(parts: Sequence[int]) -> Any:
+            return progress(parts, len(parts), "as dreamt", out, unit="batch")
+
+        if isinstance(world_model, ActionWorldModel):
+            pasts = follow_prompts(world_model, [prompt(clip) for clip in clips], batch_size=batch_size, steps=told)
+            return [past.video for past in pasts]
+        return [decoded(clips[k]) for k in told(range(len(clips)))]
+
+    return shown
+
+
+class Recorded:
+    """Recorded clips with their outcomes, decoded when asked for and kept up to `room` bytes; some also as a
+    world model shows them."""
+
+    def __init__(self, datasets: Sequence[Dataset], success: Sequence[Mapping[int, bool]], video_hz: str,
+                 room: int = 1 << 30) -> None:  # fmt: skip
+        self.datasets, self.video_hz, self.room = datasets, video_hz, room
+        self.places = [(d, i) for d, known in enumerate(success) for i in sorted(known)]
+        self.success = np.array([success[d][i] for d, i in self.places], bool)
+        self.returned, self.kept = dict[int, np.ndarray](), dict[int, Clip]()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def instruction(self, k: int) -> str:
+        d, i = self.places[k]
+        return self.datasets[d].instruction(i)
+
+    def __getitem__(self, k: int) -> Clip:
+        if k in self.kept:
+            return self.kept[k]
+        d, i = self.places[k]
+        dataset = self.datasets[d]
+        clock = Clock(robot_hz=dataset.robot.robot_hz, video_hz=self.video_hz, frames=2)
+        clip, action = recorded_clip(dataset, i, clock)
+        clip = replace(clip, action=action)
+        if clip.video.nbytes <= self.room:
+            self.room -= clip.video.nbytes
+            self.kept[k] = clip
+        return clip
+
+    def degrade(self, shown: Shown, chosen: Sequence[int]) -> None:
+        """Keep how a world model shows the clips `chosen`; it may take fewer frames than a clip has."""
+        self.returned |= {k: clip.video for k, clip in zip(chosen, self.again(shown, chosen), strict=True)}
+
+    def again(self, shown: Shown, chosen: Sequence[int]) -> list[Clip]:
+        """The clips `chosen` as a world model shows them."""
+        clips = [self[k] for k in chosen]
+        return [replace(clip, video=video) for clip, video in zip(clips, shown(clips), strict=True)]
+
+    def some(self, chosen: Sequence[int], seed: int, most: int = 200) -> list[int]:
+        """Up to `most` of the clips `chosen`, to take statistics of."""
+        return rng_for(seed, "sample").permutation(chosen)[:most].tolist()
+
+    def sample(self, model: Any, chosen: Sequence[int]) -> np.ndarray:
+        """Pictures (n v h w 3) that the judge looks at of the clips `chosen`, as returned if kept."""
+        shown = (self.returned[k] if k in self.returned else self[k].video for k in chosen)
+        return np.concatenate([model.pictures(video) for video in shown])
+
+
+class Batches:
+    """Step to batch: as many successes as failures, in random order; a share of the successes swapped to failures."""
+
+    def __init__(self, model: Any, clips: Recorded, chosen: Sequence[int], *, batch_size: int, swapped: float,
+                 shift: int, degraded: float, seed: int) -> None:  # fmt: skip
+        self.model, self.clips, self.batch_size, self.seed = model, clips, batch_size, seed
+        self.swapped, self.shift, self.degraded = swapped, shift, degraded
+        self.kinds = [np.array([k for k in chosen if clips.success[k] == kind]) for kind in (True, False)]
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        rng = rng_for(self.seed, "batch", step)
+        pictures, texts, success, states = [], [], [], []
+        for row in rng.permutation(self.batch_size):
+            swap = row < round(self.swapped * self.batch_size) and len(self.model.instructions) > 1
+            right = swap or row % 2 == 0
+            k = int(rng.choice(self.kinds[0 if right else 1]))
+            text = self.clips.instruction(k)
+            if swap:
+                text = str(rng.choice([other for other in self.model.instructions if other != text]))
+            use = k in self.clips.returned and rng.random() < self.degraded
+            video = self.clips.returned[k] if use else self.clips[k].video
+            chosen = jittered(len(video), self.model.frames, rng)
+            pictures.append(moved(self.model.pictures(video, chosen), rng.integers(-self.shift, self.shift + 1, 2)))
+            texts.append(text)
+            success.append(right and not swap)
+            if self.model.state is not None:  # sometimes unknown, so that it can do without
+                states.append(self.model.states(self.clips[k], chosen) * (np.nan if rng.random() < 0.1 else 1))
+        batch = {"pictures": torch.from_numpy(np.stack(pictures)), "words": self.model.encoder.words(texts),
+                 "success": torch.tensor(success, dtype=torch.float32)}  # fmt: skip
+        return batch | ({"states": torch.from_numpy(np.stack(states).astype(np.float32))} if states else {})
+
+
+def jittered(frames: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` frame numbers in order: the first and the last, and one from each span between."""
+    edges = np.linspace(0, frames - 1, count)
+    inner = edges[1:-1] + rng.uniform(-0.5, 0.5, max(0, count - 2)) * (edges[1] - edges[0])
+    return np.concatenate([[0], inner, [frames - 1]]).round().astype(np.int64)
+
+
+def moved(pictures: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Pictures (t v h w 3) moved by `by` rows and columns; the edge repeats."""
+    reach = int(np.abs(by).max())
+    if not reach:
+        return pictures
+    h, w = pictures.shape[2:4]
+    wide = np.pad(pictures, ((0, 0), (0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
+    top, left = reach + int(by[0]), reach + int(by[1])
+    return wide[:, :, top : top + h, left : left + w]
