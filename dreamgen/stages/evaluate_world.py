@@ -20,7 +20,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.streams import noisy, still
 from dreamgen.engine.progress import progress
 from dreamgen.stages.train_tracker import truth_of
-from dreamgen.video.metrics import psnr, ssim
+from dreamgen.video.metrics import by_frame, psnr_by_frame
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.rollout import follow_prompts
 
@@ -42,7 +42,6 @@ def evaluate_world(
     astray: float = 0.05,
     moved: float = 0.03,
     hand: str = "hand",
-    lpips: bool = False,
     films: int = 4,
     seed: int = 0,
     record: dict,
@@ -51,9 +50,9 @@ def evaluate_world(
 
     seconds: horizons, as far as the episodes reach. small, large: disturbances, shares of an entry's half range; their
     effect is compared with that in `sim`, else by the embodiment's rule. astray: metres off that are a hallucination;
-    moved: metres by which a thing has moved. hand: the tracked name of the gripper. lpips: needs torchvision.
+    moved: metres by which a thing has moved. hand: the tracked name of the gripper.
 
-    Results: drift {horizon: psnr, ssim, hold_psnr (the first frame held), positions {name: error, floor} in m},
+    Results: drift {horizon: psnr, ssim, lpips, hold_psnr (the first frame held), positions {name: error, floor} in m},
     before_hallucination (share of a rollout), listening {pixels, hand: error under shuffled / under true actions},
     calibration {small, large: dreamt, real, ratio of the hand's displacement}, untouched (share of things that move
     when nothing is commanded), frames_per_second. Raises ValueError for episodes too short for one latent frame.
@@ -78,7 +77,7 @@ def evaluate_world(
             write_mp4(run.out / "films" / f"{k:02d}.mp4", shown, world_model.clock.video_hz)
         hz = float(robot.rate / world_model.clock.stride)
         found = {"frames": len(rows), "episodes": len(chosen), "frames_per_second": rate,
-                 "drift": drift(real, dreams["true"], seconds, hz, lpips=lpips)}  # fmt: skip
+                 "drift": drift(real, dreams["true"], seconds, hz)}  # fmt: skip
         error = {name: ((dreams[name][:, 1:] - real[:, 1:].astype(np.float32)) ** 2).mean() for name in STREAMS}
         found["listening"] = {"pixels": float(error["shuffled"] / max(error["true"], 1e-9))}
         if locator is not None:
@@ -143,29 +142,13 @@ def horizons(seconds: Sequence[float | int], hz: float, frames: int) -> dict[str
     return known | {"end": frames - 1}
 
 
-def drift(real: np.ndarray, dream: np.ndarray, seconds: Sequence[float | int], hz: float, *, lpips: bool) -> dict:
-    """Likeness of single frames at each horizon, mean over episodes."""
+def drift(real: np.ndarray, dream: np.ndarray, seconds: Sequence[float | int], hz: float) -> dict:
+    """Likeness of single frames at each horizon, mean over episodes; LPIPS where it can be had."""
     found = {}
     for name, k in horizons(seconds, hz, real.shape[1]).items():
-        row = {"psnr": float(np.mean([psnr(r[k : k + 1], d[k : k + 1]) for r, d in zip(real, dream, strict=True)])),
-               "ssim": float(np.mean([ssim(r[k : k + 1], d[k : k + 1]) for r, d in zip(real, dream, strict=True)])),
-               "hold_psnr": float(np.mean([psnr(r[k : k + 1], r[:1]) for r in real]))}  # fmt: skip
-        found[name] = row | ({"lpips": perceptual(real[:, k], dream[:, k])} if lpips else {})
+        found[name] = {key: float(value.mean()) for key, value in by_frame(real[:, k], dream[:, k]).items()}
+        found[name]["hold_psnr"] = float(psnr_by_frame(real[:, k], real[:, 0]).mean())
     return found
-
-
-def perceptual(real: np.ndarray, dream: np.ndarray) -> float:
-    """LPIPS (SqueezeNet) of pictures (n h w 3)."""
-    import torch
-
-    try:
-        from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as lpips
-
-        a, b = (torch.from_numpy(v).permute(0, 3, 1, 2).float() / 255 for v in (real, dream))
-        return float(lpips(a, b, net_type="squeeze", normalize=True))
-    except (ImportError, OSError) as error:
-        raise ValueError(f"LPIPS needs torchvision and the weights that it downloads ({error}); leave it out with "
-                         "stage.lpips=false") from error  # fmt: skip
 
 
 def tracked(names: Sequence[str], truth: np.ndarray, seen: dict[str, np.ndarray], floor: np.ndarray, *, hz: float,
