@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from dreamgen.engine.onednn import OneDnn, available
+
 PRECISIONS = ("auto", "fp32", "bf16")
 
 
@@ -24,7 +26,7 @@ def autocast(precision: str, device: torch.device | str = "cpu") -> AbstractCont
     """Context in which matrix products run in `precision`; weights stay as they are."""
     kind = torch.device(device).type
     if resolve(precision, device) == "fp32":
-        return contextlib.nullcontext()
+        return OneDnn() if kind == "cpu" and available() else contextlib.nullcontext()
     return torch.autocast(kind, dtype=torch.bfloat16)
 
 
