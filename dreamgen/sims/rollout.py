@@ -87,7 +87,7 @@ def rollout(
     groups = [list(plan[i : i + GROUP]) for i in range(0, len(plan), GROUP)]
     run = functools.partial(_run, steps=steps, execute=execute)
     if workers <= 1 or len(groups) <= 1:
-        with _one_thread():
+        with one_thread():
             for group in _served(sim, policy, groups, run):
                 yield from group
         return
@@ -126,7 +126,7 @@ def _in_process(group: list[tuple[str, int]], run: Callable) -> list[Rollout]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Sums in another order round differently, and contacts amplify it: always one thread, as in a process."""
     torch = sys.modules.get("torch")
     before = torch.get_num_threads() if torch else 1

@@ -27,6 +27,7 @@ from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.streams import bounds, noisy, still, stuck
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.progress import progress
+from dreamgen.sims.rollout import one_thread
 
 SOURCES = ("expert", "play", "policy", "perturbed")
 PERTURBED = ("small noise", "large noise", "stuck gripper", "delay", "wrong instruction")
@@ -127,8 +128,9 @@ def _part(plan: list[tuple[int, str]], *, sim: Callable[[], Sim], policy: Policy
     _SIMS[repr(sim)] = world
     arrays: dict[str, np.ndarray] = {}
     for number, (k, instruction) in enumerate(plan):
-        episode = _record(world, k, instruction, policy=policy, source=source, execute=execute, rows=rows, seed=seed,
-                          keep_failures=keep_failures, pairs=pairs, truth=truth)  # fmt: skip
+        with one_thread():  # a policy's: the same in any number of processes, and two of them do not fight
+            episode = _record(world, k, instruction, policy=policy, source=source, execute=execute, rows=rows,
+                              seed=seed, keep_failures=keep_failures, pairs=pairs, truth=truth)  # fmt: skip
         arrays |= {f"{number}/video/{view}": frames for view, frames in episode.video.items()}
         arrays |= {f"{number}/extra/{name}": values for name, values in episode.extra.items()}
         arrays |= {f"{number}/state": episode.state, f"{number}/action": episode.action}
