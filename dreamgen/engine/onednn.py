@@ -23,6 +23,7 @@ def available() -> bool:
 
 @torch.library.custom_op("dreamgen::linear", mutates_args=(), device_types="cpu")  # so that compiled code calls it
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of dense fp32 tensors on a CPU."""
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], None)
 
 
@@ -49,7 +50,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, by oneDNN where all are dense fp32 on a CPU and it is worth the call."""
     parts = (x, weight) if bias is None else (x, weight, bias)
     plain = all(type(p) in (Tensor, torch.nn.Parameter) and p.dtype == torch.float32 for p in parts)
-    if not plain or x.device.type != "cpu" or x.ndim < 2 or weight.ndim != 2 or x.numel() * len(weight) < SMALL:
+    if not plain or x.device.type != "cpu" or x.ndim < 2 or weight.ndim != 2 or not x.numel():
+        return F.linear(x, weight, bias)
+    if x.shape[-2:].numel() * len(weight) < SMALL:  # of one of a batch, whatever its size: both round differently
         return F.linear(x, weight, bias)
     return product(x, weight, bias)
 
