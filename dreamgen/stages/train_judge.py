@@ -90,6 +90,8 @@ def train_judge(
         for dataset in datasets:
             model.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         imagines = isinstance(world_model, ActionWorldModel)
+        if imagines:
+            world_model.robot.require(model.robot.contract(), "the judge")
         shown = shown_by(world_model, out, seed)
         if hasattr(world_model, "place"):
             world_model.place()

@@ -1,6 +1,7 @@
 """Training a judge of a square that must end bright: it learns, is calibrated, resumes, refuses."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,15 @@ def test_dreams_of_recordings_follow_their_actions_whatever_the_batch(dataset, t
     for clip, video, alone in zip(some, many, one, strict=True):
         assert np.array_equal(video, alone) and np.array_equal(video[0], clip.video[0]) and len(video) == 5
         assert (video[-1].max() > 200) == (clip.action[7, 2] < 0)
+
+
+def test_clips_that_a_world_model_cannot_dream_are_named(dataset, tmp_path):
+    shown = shown_by(Inverted(), tmp_path, 0)
+    fast, slow = (Recorded([dataset], [{0: True}], hz)[0] for hz in ("10", "5"))
+    with pytest.raises(ValueError, match="'episode_000000' is seen at 5 Hz, the action-conditioned model dreams at 10"):
+        shown([slow])
+    with pytest.raises(ValueError, match="shows 3 frames, the action-conditioned model dreams 4 at a time"):
+        shown([replace(fast, video=fast.video[:3])])
 
 
 def test_an_encoder_that_is_fitted_to_pictures_is(dataset, tmp_path):
