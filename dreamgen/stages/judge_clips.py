@@ -34,10 +34,11 @@ def shown_by(world_model: Any, out: Path, seed: int, batch_size: int = 16) -> Sh
         if Fraction(clip.video_hz) != Fraction(world_model.clock.video_hz):
             raise ValueError(f"clip '{clip.id}' is seen at {clip.video_hz} Hz, the action-conditioned model dreams at "
                              f"{world_model.clock.video_hz}; set stage.video_hz to that")  # fmt: skip
-        frames = (len(clip.video) - 1) // getattr(world_model, "gaps", 1) * getattr(world_model, "gaps", 1) + 1
+        gaps = getattr(world_model, "gaps", 1)
+        frames = (len(clip.video) - 1) // gaps * gaps + 1
         if frames < 2:
             raise ValueError(f"clip '{clip.id}' shows {len(clip.video)} frames, the action-conditioned model dreams "
-                             f"{world_model.gaps} at a time; leave the episode out")  # fmt: skip
+                             f"{gaps} at a time; leave the episode out")  # fmt: skip
         steps = Clock(robot_hz=world_model.robot.robot_hz, video_hz=clip.video_hz, frames=frames).steps
         return Prompt(id=clip.id, image=clip.video[0], instruction=clip.instruction, state=clip.state,
                       action=clip.action[:steps], seed=seed_for(seed, "shown", clip.id))  # fmt: skip
