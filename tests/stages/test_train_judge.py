@@ -199,8 +199,9 @@ def test_an_encoder_that_is_fitted_to_pictures_is(dataset, tmp_path):
     assert (near < 30).all()  # every colour that it looks for is one of the recordings
 
 
-def test_a_killed_training_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
-    options = OPTIONS | {"steps": 4, "checkpoint_every": 2, "seed": 3}
+@pytest.mark.parametrize("world_model", [None, Inverted()])
+def test_a_killed_training_ends_in_the_same_bits(dataset, tmp_path, monkeypatch, world_model):
+    options = OPTIONS | {"steps": 4, "checkpoint_every": 2, "seed": 3, "world_model": world_model}
     train_judge(tiny, [dataset], out=tmp_path / "whole", **options)
     loss, calls = VideoJudge.loss, []
 
