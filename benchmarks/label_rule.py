@@ -24,9 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dreamgen.core.clip import Clip, Labels  # noqa: E402
+from dreamgen.core.intervals import success_interval  # noqa: E402
 from dreamgen.core.seeding import rng_for, torch_rng_for  # noqa: E402
 from dreamgen.data.lerobot import Dataset  # noqa: E402
-from dreamgen.sims.rollout import replay, success_interval  # noqa: E402
+from dreamgen.sims.rollout import replay  # noqa: E402
 from dreamgen.stages.evaluate_labels import held  # noqa: E402
 from dreamgen.stages.label_scores import lag, r2  # noqa: E402
 from dreamgen.stages.train_labeler import recorded_clip  # noqa: E402

@@ -10,7 +10,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.engine.train import read_losses
 from dreamgen.report import plots, scenes
-from dreamgen.report.results import gather, manifests
+from dreamgen.report.results import evaluations, gather, manifests, pooled
 from dreamgen.report.table import differences, errors, successes, table
 from dreamgen.report.tree import trees
 
@@ -28,7 +28,7 @@ def report(
     alternatives: Path | None = None,
     alternatives_truth: Path | None = None,
     labels: Path | None = None,
-    policies: Mapping[str, str] | None = None,
+    policies: Mapping[str, str | Sequence[str]] | None = None,
     title: str = "",
     command: str = "",
     clips: int = 8,
@@ -41,8 +41,8 @@ def report(
     dreams: output of `dream`; counterfactuals: the same, from which one first frame under many instructions is shown
     (default: `dreams`); alternatives: the same under many streams of actions, shown as trees, with the outcomes that
     `alternatives_truth` (of `evaluate stage=counterfactuals`) knows; labels: output of `label`. policies: key in
-    results.json to the step that evaluated the policy. clips, groups: how many pairs of clips and how many first frames
-    are shown.
+    results.json to the step that evaluated the policy, or to those that evaluated its trainings. clips, groups: how
+    many pairs of clips and how many first frames are shown.
     """
     found = manifests({name: Path(folder) / name for name in steps if Path(folder) / name != out})
     parents = {name: Path(folder) / name for name in found}
@@ -139,13 +139,14 @@ def curated(found: Mapping[str, Mapping], folder: Path) -> list[tuple[str, str]]
     return pictures
 
 
-def by_instruction(found: Mapping[str, Mapping], policies: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Success by instruction: {instruction: {policy key: {successes, n, ...}}}."""
-    rows: dict[str, dict[str, Any]] = {}
-    for key, step in policies.items():
-        for text, success in found.get(step, {}).get("results", {}).get("by_instruction", {}).items():
-            rows.setdefault(text, {})[key] = success
-    return rows
+def by_instruction(found: Mapping[str, dict], policies: Mapping[str, str | Sequence[str]]) -> dict[str, dict[str, Any]]:
+    """Success by instruction, over all trainings: {instruction: {policy key: {successes, n, ...}}}."""
+    rows: dict[str, dict[str, list]] = {}
+    for key, steps in policies.items():
+        for one in evaluations(found, steps):
+            for text, success in one.get("by_instruction", {}).items():
+                rows.setdefault(text, {}).setdefault(key, []).append(success)
+    return {text: {key: pooled(rates) for key, rates in row.items()} for text, row in rows.items()}
 
 
 def bad_episodes(found: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:

@@ -2,23 +2,24 @@
 
     idm.r2.<part>                                  R2 of the labels on held-out real video, by action part
     replay.recorded | idm_real | idm_dream         success of actions replayed from the same first state
-    policy.real | policy.real_dreams               closed-loop success without and with dreams
+    policy.real | policy.real_dreams               closed-loop success without and with dreams, over all trainings
     difference.<policy>                            what it gains over the policy that it was evaluated against
     policy.open_loop                               error on held-out episodes, where there is no simulator
     stages.<step>.seconds | peak_mb | stage        what each step took
 
 A success is {successes, n, rate, low, high}, the last two the 95% Wilson interval; a difference {n, won, lost,
-difference, low, high, p} of the same first states (see `dreamgen.stages.pairs`). What was not measured is absent.
+difference, low, high, p} of the same first states (see `dreamgen.core.intervals`). Where a policy was trained several
+times, both add up what all trainings did and have `trainings`, a list of the rates or differences of each; give each
+training first states of its own, and the intervals hold for these trainings. What was not measured is absent.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamgen.core.intervals import difference_interval, success_interval
 from dreamgen.core.manifest import FILE, is_complete, read_json
-
-SUCCESS = ("successes", "n", "rate", "low", "high")
 
 
 def manifests(steps: Mapping[str, Path]) -> dict[str, dict]:
@@ -26,31 +27,49 @@ def manifests(steps: Mapping[str, Path]) -> dict[str, dict]:
     return {name: read_json(Path(path) / FILE) for name, path in steps.items() if is_complete(Path(path))}
 
 
-def gather(found: Mapping[str, dict], policies: Mapping[str, str]) -> dict[str, Any]:
+def gather(found: Mapping[str, dict], policies: Mapping[str, str | Sequence[str]]) -> dict[str, Any]:
     """The content of results.json.
 
-    found: manifests by step. policies: key under `policy` to the step that evaluated it.
+    found: manifests by step. policies: key under `policy` to the step that evaluated it, or to those that evaluated
+    its trainings.
     """
     results: dict[str, Any] = {}
     for manifest in found.values():
         measured = manifest["results"]
         if manifest["stage"] == "evaluate_labels":
             results |= {key: measured[key] for key in ("idm", "replay") if measured.get(key)}
-    policy = {}
-    for key, step in policies.items():
-        measured = found.get(step, {}).get("results", {})
-        if "success" in measured:
-            policy[key] = {k: measured["success"][k] for k in SUCCESS}
-            if "against" in measured:
-                results.setdefault("difference", {})[key] = measured["against"]
-        elif "open_loop" in measured:
-            policy.setdefault("open_loop", {})[key] = measured["open_loop"]
+    policy: dict[str, Any] = {}
+    for key, steps in policies.items():
+        measured = evaluations(found, steps)
+        if rates := [one["success"] for one in measured if "success" in one]:
+            policy[key] = pooled(rates)
+            if against := [one["against"] for one in measured if "against" in one]:
+                results.setdefault("difference", {})[key] = pooled_difference(against)
+        elif errors := [one["open_loop"] for one in measured if "open_loop" in one]:
+            policy.setdefault("open_loop", {})[key] = errors[0]
     if policy:
         results["policy"] = policy
     results["stages"] = {
         name: {"stage": m["stage"], "seconds": m["seconds"], "peak_mb": m["peak_mb"]} for name, m in found.items()
     }
     return finite(results)
+
+
+def evaluations(found: Mapping[str, dict], steps: str | Sequence[str]) -> list[dict]:
+    """The results of those of `steps` that are there."""
+    return [found[step]["results"] for step in ([steps] if isinstance(steps, str) else steps) if step in found]
+
+
+def pooled(rates: Sequence[Mapping]) -> dict[str, Any]:
+    """The success of several trainings together; of one, as it is."""
+    total = success_interval(sum(s["successes"] for s in rates), sum(s["n"] for s in rates))
+    return total | ({"trainings": [s["rate"] for s in rates]} if len(rates) > 1 else {})
+
+
+def pooled_difference(pairs: Sequence[Mapping]) -> dict[str, Any]:
+    """The paired difference of several trainings together; of one, as it is."""
+    total = difference_interval(*(sum(pair[key] for pair in pairs) for key in ("won", "lost", "n")))
+    return total | ({"trainings": [pair["difference"] for pair in pairs]} if len(pairs) > 1 else {})
 
 
 def finite(value: Any) -> Any:

@@ -27,8 +27,14 @@ def differences(results: Mapping) -> list[tuple[str, str]]:
     """(name, words) of each policy that was evaluated against another on the same first states."""
     return [(f"{POLICY.get(key, key)}, paired",
              f"{100 * d['difference']:+.1f} points [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}], {d['won']} won and "
-             f"{d['lost']} lost of {d['n']}, p {d['p']:.2g}")
+             f"{d['lost']} lost of {d['n']}, p {d['p']:.2g}{each(d)}")
             for key, d in results.get("difference", {}).items()]  # fmt: skip
+
+
+def each(measured: Mapping) -> str:
+    """What each of several trainings gave, in words; "" for one."""
+    rates = [f"{100 * rate:+.1f}" for rate in measured.get("trainings", ())]
+    return f"; of {len(rates)} trainings {', '.join(rates)}" if rates else ""
 
 
 def errors(results: Mapping) -> list[tuple[str, float]]:

@@ -1,4 +1,4 @@
-"""What happens when actions or a policy move a simulated robot, with confidence intervals.
+"""What happens when actions or a policy move a simulated robot.
 
 Episodes run in groups of fixed size, each group on one process and one thread: the result is the same for any number
 of processes. A rollout keeps its actions, so any episode can be filmed afterwards by replaying them.
@@ -19,7 +19,6 @@ from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
 
 GROUP = 8  # simulators that a policy serves at once
-Z = 1.959963984540054  # two-sided 95%
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,20 +29,6 @@ class Rollout:
     seed: int
     success: bool
     action: np.ndarray
-
-
-def success_interval(successes: int, n: int) -> dict:
-    """Share of successes with its 95% Wilson score interval; the whole of [0, 1] for n = 0."""
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes in {n} episodes; expected 0 <= successes <= episodes")
-    if n == 0:
-        return {"successes": 0, "n": 0, "rate": 0.0, "low": 0.0, "high": 1.0}
-    rate = successes / n
-    middle = (rate + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z * np.sqrt(rate * (1 - rate) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    # rounding must not push the bounds past the rate at 0 and 1
-    low, high = min(max(0.0, middle - half), rate), max(min(1.0, middle + half), rate)
-    return {"successes": int(successes), "n": int(n), "rate": rate, "low": float(low), "high": float(high)}
 
 
 def replay(sim: Sim, instruction: str, seed: int, actions: np.ndarray, **scene: str) -> bool:

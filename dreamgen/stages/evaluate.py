@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.engine.progress import progress
-from dreamgen.sims.rollout import Rollout, film, rollout, success_interval
+from dreamgen.sims.rollout import Rollout, film, rollout
 from dreamgen.stages.pairs import episodes_of, paired
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile

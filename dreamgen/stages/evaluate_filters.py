@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import Stage, read_json, require_complete, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.data.lerobot import Dataset
 from dreamgen.engine.progress import progress
-from dreamgen.sims.rollout import replay, success_interval
+from dreamgen.sims.rollout import replay
 from dreamgen.stages.agreement import auroc_interval, auroc_within, chosen_rate
 from dreamgen.stages.curate import SCORES
 from dreamgen.stages.evaluate_labels import held

@@ -14,12 +14,13 @@ import torch
 from dreamgen.core.clip import Clip, Episode, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import Stage, write_json
 from dreamgen.core.protocols import Labeler, Sim
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.progress import progress
-from dreamgen.sims.rollout import replay, success_interval
+from dreamgen.sims.rollout import replay
 from dreamgen.stages.label import integrated, pseudo_states
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.latent_scores import by_gap, probe

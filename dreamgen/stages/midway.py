@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import seed_for
-from dreamgen.sims.rollout import rollout, success_interval
+from dreamgen.sims.rollout import rollout
 
 
 def _prepare() -> None:

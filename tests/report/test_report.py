@@ -9,6 +9,7 @@ import pytest
 
 from dreamgen.core.clip import Clip, Episode
 from dreamgen.core.embodiment import Embodiment, Part, View
+from dreamgen.core.intervals import difference_interval, success_interval
 from dreamgen.core.manifest import Stage
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.writer import write_dataset
@@ -23,8 +24,8 @@ ROBOT = Embodiment(
 )  # fmt: skip
 CALIBRATION = {"x": {"spearman": 0.9, "spread": [0.1, 0.2, 0.4], "error": [0.2, 0.3, 0.5]},
                "y": {"spearman": float("nan"), "spread": [], "error": []}}  # fmt: skip
-PAIRED = {"n": 8, "won": 3, "lost": 1, "difference": 0.25, "low": -0.02, "high": 0.48, "p": 0.62}
-SUCCESS = {"successes": 3, "n": 4, "rate": 0.75, "low": 0.30, "high": 0.95}
+PAIRED = difference_interval(3, 1, 8)
+SUCCESS = success_interval(3, 4)
 TEXTS = ["go <left>", "go right", "stay"]
 
 
@@ -89,9 +90,27 @@ def test_a_run_becomes_one_file_and_its_figures(folder: Path) -> None:
     assert page.count("<video") == 3 + 3 and page.count('class="frame"') == 1
     assert page.count("<polyline") == 2 * 3 + 2 + 2
     assert 'aria-label="loss: loss, val_loss"' in page  # other figures of a validation have other units
-    assert "+25.0 points [-2.0, +48.0], 3 won and 1 lost of 8, p 0.62" in page
+    assert "+25.0 points [-26.4, +66.4], 3 won and 1 lost of 8, p 0.62" in page
     assert "&#39;action&#39; holds nan" in page and "same first frame" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+
+
+def test_trainings_are_added_up(tmp_path: Path) -> None:
+    for k, (real, dreams, pair) in enumerate([(1, 3, (3, 1, 8)), (3, 3, (2, 2, 8)), (2, 4, (4, 0, 4))]):
+        finish(tmp_path / f"real_{k}", "evaluate", success=success_interval(real, 4),
+               by_instruction={"stay": success_interval(real, 4)})  # fmt: skip
+        finish(tmp_path / f"dreams_{k}", "evaluate", success=success_interval(dreams, 4), by_instruction={},
+               against=difference_interval(*pair))  # fmt: skip
+    steps = [f"{name}_{k}" for name in ("real", "dreams") for k in range(3)]
+    policies = {"real": steps[:3], "real_dreams": steps[3:], "absent": ["nowhere"]}
+    report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=steps, policies=policies, record={})
+    results = json.loads((tmp_path / "report" / "results.json").read_text())
+    rates = {"real": success_interval(6, 12) | {"trainings": [0.25, 0.75, 0.5]},
+             "real_dreams": success_interval(10, 12) | {"trainings": [0.75, 0.75, 1.0]}}  # fmt: skip
+    assert results["policy"] == rates
+    assert results["difference"] == {"real_dreams": difference_interval(9, 3, 20) | {"trainings": [0.25, 0.0, 1.0]}}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "9 won and 3 lost of 20, p 0.15; of 3 trainings +25.0, +0.0, +100.0" in page
 
 
 def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
@@ -127,7 +146,7 @@ def test_dreams_find_their_recording(folder: Path) -> None:
 def test_the_table_shows_rates_with_their_intervals() -> None:
     found = {"won": {"stage": "evaluate", "seconds": 2.5, "peak_mb": 100.0, "results": {"success": SUCCESS}}}
     text = table(gather(found, {"real": "won"}))
-    assert "75.0%   30.0% to  95.0%     4" in text and "2.5 s" in text
+    assert "75.0%   30.1% to  95.4%     4" in text and "2.5 s" in text
 
 
 def test_a_plot_places_its_points() -> None:

@@ -3,25 +3,10 @@
 import numpy as np
 import pytest
 from point import ROBOT, Point, Walker
-from scipy.stats import binomtest
 
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import seed_for
-from dreamgen.sims.rollout import GROUP, film, replay, rollout, success_interval
-
-
-@pytest.mark.parametrize(("successes", "n"), [(0, 9), (9, 9), (37, 100), (1, 3)])
-def test_interval_is_wilsons(successes: int, n: int) -> None:
-    found = success_interval(successes, n)
-    wilson = binomtest(successes, n).proportion_ci(method="wilson")
-    assert (found["low"], found["high"]) == pytest.approx((wilson.low, wilson.high), abs=1e-9)
-    assert found["rate"] == successes / n and found["low"] <= found["rate"] <= found["high"]
-
-
-def test_interval_of_nothing_and_of_nonsense() -> None:
-    assert success_interval(0, 0) == {"successes": 0, "n": 0, "rate": 0.0, "low": 0.0, "high": 1.0}
-    with pytest.raises(ValueError, match="expected 0 <= successes"):
-        success_interval(4, 3)
+from dreamgen.sims.rollout import GROUP, film, replay, rollout
 
 
 def test_replay_and_film() -> None:

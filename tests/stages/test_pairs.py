@@ -3,12 +3,10 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from scipy.stats import binom
 
+from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import is_complete, write_json
-from dreamgen.sims.rollout import Z, success_interval
 from dreamgen.stages.pairs import paired
 from dreamgen.stages.policy_table import policy_table
 
@@ -17,23 +15,9 @@ def episodes(wins: str, text: str = "go") -> list[dict]:
     return [{"instruction": text, "seed": k, "success": won == "1", "steps": 3} for k, won in enumerate(wins)]
 
 
-def test_mcnemar_by_hand():
-    mine, theirs = "1111111100110", "0000000011110"
-    made = paired(episodes(mine), episodes(theirs))
-    won, lost, n = 8, 2, 13
-    assert (made["n"], made["won"], made["lost"]) == (n, won, lost) and made["difference"] == pytest.approx(6 / 13)
-    tail = 2 * binom.cdf(min(won, lost), won + lost, 0.5)
-    assert made["p"] == pytest.approx(tail)
-    p1, p2 = 9 / 15, 3 / 15
-    half = Z * np.sqrt((p1 + p2 - (p1 - p2) ** 2) / 15)
-    assert made["low"] == pytest.approx(p1 - p2 - half) and made["high"] == pytest.approx(p1 - p2 + half)
-    assert paired(episodes(mine), episodes(mine))["p"] == 1
-    other = paired(episodes(theirs), episodes(mine))
-    assert other["difference"] == -made["difference"] and other["low"] == pytest.approx(-made["high"])
-
-
 def test_only_shared_episodes_count():
-    assert paired(episodes("101"), episodes("0010"))["n"] == 3
+    made = paired(episodes("101"), episodes("0010"))
+    assert (made["n"], made["won"], made["lost"]) == (3, 1, 0) and made["difference"] == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="none of these episodes"):
         paired(episodes("101"), episodes("101", "stay"))
 
