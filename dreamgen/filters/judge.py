@@ -1,10 +1,12 @@
 """A judge of success: (video, instruction) to a probability, a small classifier over any vision-language encoder.
 
 A few frames spread over the clip, the first and the last among them, are encoded under the instruction; each token is
-shown beside its change since the first frame, and a query attends to all. With `proprioception` it is also told the
-robot's state at these frames, as the embodiment's rule makes it of the commands: in a dream and on a recording the same
-way, never measured, so that a judge knows of closed fingers that are too small to be dreamt. The logit is calibrated on
-held-out episodes (Platt: probability = sigmoid(slope * logit + offset)). An instruction it was not trained on gets nan.
+shown beside its change since the first frame, and a query attends to all. With `proprioception` it is also told parts
+of the robot's state at these frames, as the embodiment's rule makes them of the commands: in a dream and on a recording
+the same way, never measured, so that a judge knows of closed fingers that are too small to be dreamt. Tell it no more
+than that: where the hand was sent says what was attempted, and a judge that hears it looks no more at what came of it.
+The logit is calibrated on held-out episodes (Platt: probability = sigmoid(slope * logit + offset)). An instruction it
+was not trained on gets nan.
 """
 
 import importlib
@@ -37,21 +39,23 @@ class VideoJudge(nn.Module):
     """Judges clips of `robot` of any length.
 
     encoder: as of a policy (`words`, tokens of `width`, `config`). instructions: those it is trained on. frames: that
-    it looks at. proprioception: it is told the state that follows from the commands; where a clip has none it judges by
-    the video. threshold, slope, offset: from calibration. rates: its tpr and tnr, {"real": ..., "dreamt": ...}.
+    it looks at. proprioception: names of the parts of the state that it is told, as they follow from the commands;
+    where a clip has none it judges by the video. threshold, slope, offset: from calibration. rates: its tpr and tnr,
+    {"real": ..., "dreamt": ...}.
     """
 
     name = "judge"
 
     def __init__(self, *, robot: Embodiment, encoder: nn.Module, instructions: Sequence[str] = (), frames: int = 6,
-                 layers: int = 2, heads: int = 4, dropout: float = 0.1, proprioception: bool = False,
+                 layers: int = 2, heads: int = 4, dropout: float = 0.1, proprioception: Sequence[str] = (),
                  threshold: float = 0.5, slope: float = 1.0, offset: float = 0.0,
                  rates: dict | None = None) -> None:  # fmt: skip
         super().__init__()
         if frames < 2:
             raise ValueError(f"a judge compares at least 2 frames, got frames={frames}")
         self.robot, self.encoder, self.instructions = robot, encoder, tuple(instructions)
-        self.config = dict(frames=frames, layers=layers, heads=heads, dropout=dropout, proprioception=proprioception)
+        self.config = dict(frames=frames, layers=layers, heads=heads, dropout=dropout,
+                           proprioception=list(proprioception))  # fmt: skip
         self.frames, self.threshold, self.slope, self.offset = frames, threshold, slope, offset
         self.rates = {name: Rates(**found) for name, found in (rates or {}).items()}
         width = encoder.width
@@ -63,11 +67,9 @@ class VideoJudge(nn.Module):
         self.out = nn.Linear(width, 1)
         self.state = None
         if proprioception:
-            if not any(part.moves and (part.kind != "binary" or part.sets) for part in robot.action):
-                raise ValueError(f"proprioception follows from what commands do, and embodiment '{robot.name}' says of "
-                                 f"none what it `moves`; say so, or set proprioception=false")  # fmt: skip
-            self.normaliser = Normaliser(robot.state_dim)
-            self.state = nn.Sequential(nn.Linear(2 * robot.state_dim, width), nn.GELU(), nn.Linear(width, width))
+            self.told = told_of(robot, proprioception)
+            self.normaliser = Normaliser(len(self.told))
+            self.state = nn.Sequential(nn.Linear(2 * len(self.told), width), nn.GELU(), nn.Linear(width, width))
             self.unknown = nn.Parameter(0.02 * torch.randn(width))
 
     def fit(self, states: Float32[np.ndarray, "n d"]) -> None:
@@ -102,16 +104,16 @@ class VideoJudge(nn.Module):
         return np.stack([views[view.name] for view in self.robot.views], axis=1)
 
     def states(self, clip: Clip, chosen: np.ndarray | None = None) -> Float32[np.ndarray, "t d"]:
-        """The state at these frames by the rule, (frames d) in units; nan where the clip does not say what was done."""
+        """What it is told at these frames, (frames d) in units; nan where the clip does not say what was done."""
         chosen = self._chosen(len(clip.video), chosen)
         if not len(clip.action) or clip.state.shape != (self.robot.state_dim,):
-            return np.full((len(chosen), self.robot.state_dim), np.nan, np.float32)
+            return np.full((len(chosen), len(self.told)), np.nan, np.float32)
         if clip.action.shape[1] != self.robot.action_dim:
             raise ValueError(f"clip '{clip.id}' comes with actions {clip.action.shape[1]} wide, the judge's robot "
                              f"'{self.robot.name}' has {self.robot.action_dim}")  # fmt: skip
         clock = Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=max(2, len(clip.video)))
         states = follow(self.robot, clip.state, clip.action)[0]
-        return states[clock.rows[chosen].clip(max=len(states) - 1)]
+        return states[clock.rows[chosen].clip(max=len(states) - 1)][:, self.told]
 
     def _chosen(self, count: int, chosen: np.ndarray | None) -> np.ndarray:
         chosen = evenly(count, self.frames) if chosen is None else chosen
@@ -182,6 +184,16 @@ class VideoJudge(nn.Module):
             raise ValueError(f"the weights of judge {path} do not load: {error}. Run train_judge again.") from error
         self.path = path
         return self.eval()
+
+
+def told_of(robot: Embodiment, names: Sequence[str]) -> list[int]:
+    """The entries of the state that belong to the parts `names`. ValueError for a part that no command moves."""
+    moved = {part.moves for part in robot.action if part.moves and (part.kind != "binary" or part.sets)}
+    if unknown := [name for name in names if name not in moved]:
+        raise ValueError(f"proprioception names {', '.join(unknown)}; it follows from what commands do, and those of "
+                         f"embodiment '{robot.name}' move {', '.join(sorted(moved)) or 'nothing that it says'}: mend "
+                         f"the names, or the embodiment's `moves` and `sets`")  # fmt: skip
+    return [entry for part in robot.state if part.name in names for entry in range(part.start, part.stop)]
 
 
 def _encoder(config: dict[str, Any], path: Path) -> nn.Module:

@@ -63,7 +63,7 @@ MOVES = (Part(name="arm", start=0, stop=D, kind="delta", limits=(-1.0, 1.0), mov
 
 
 def test_it_is_told_the_state_by_the_rule(tmp_path):
-    one = judge(robot=robot(action=MOVES), proprioception=True, frames=3)
+    one = judge(robot=robot(action=MOVES), proprioception=["pose"], frames=3)
     one.fit(np.random.default_rng(0).normal(1, 2, (50, D)).astype(np.float32))
     plain = clips("open it", frames=5)[0]
     action = np.ones((8, A), np.float32)  # 20 Hz: two steps a frame
@@ -84,8 +84,25 @@ def test_it_is_told_the_state_by_the_rule(tmp_path):
     np.testing.assert_array_equal(VideoJudge.load(tmp_path / "judge").judge([plain, acted, still]), found)
     with pytest.raises(ValueError, match=f"clip 'c0' comes with actions {A - 1} wide"):
         one.judge([dataclasses.replace(acted, action=action[:, 1:])])
-    with pytest.raises(ValueError, match="says of none what it `moves`"):
-        judge(proprioception=True)
+    with pytest.raises(ValueError, match="names pose; it follows from what commands do, .* move nothing that it says"):
+        judge(proprioception=["pose"])
+    with pytest.raises(ValueError, match="names nose; .* move pose: mend"):
+        judge(robot=robot(action=MOVES), proprioception=["pose", "nose"])
+
+
+def test_it_is_told_no_more_than_the_named_parts():
+    state = (Part(name="pose", start=0, stop=D - 1), Part(name="grip", start=D - 1, stop=D))
+    moves = (Part(name="arm", start=0, stop=D - 1, kind="delta", moves="pose", scale=0.5),
+             Part(name="hand", start=D - 1, stop=D, kind="absolute", moves="grip"),
+             Part(name="rest", start=D, stop=A, kind="absolute"))  # fmt: skip
+    one = judge(robot=robot(state=state, action=moves), proprioception=["grip"], frames=3)
+    action = np.random.default_rng(0).normal(size=(8, A)).astype(np.float32)
+    plain = dataclasses.replace(clips("open it", frames=5)[0], state=np.zeros(D, np.float32), action=action)
+    assert one.states(plain).shape == (3, 1)
+    elsewhere = dataclasses.replace(plain, action=np.concatenate([0 * action[:, : D - 1], action[:, D - 1 :]], 1))
+    other = dataclasses.replace(plain, action=np.concatenate([action[:, : D - 1], 0 * action[:, D - 1 :]], 1))
+    found = one.judge([plain, elsewhere, other])
+    assert found[0] == found[1] != found[2]
 
 
 def test_saved_and_loaded_it_says_the_same(tmp_path):
