@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Z = 1.959963984540054  # two-sided 95%
+from dreamgen.core.intervals import Z
 
 
 @dataclass(frozen=True, kw_only=True)

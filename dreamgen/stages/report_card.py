@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-Z = 1.959963984540054  # two-sided 95%
+from dreamgen.core.intervals import Z
+
 RATE_KEYS = ("mae", "bias")
 
 
