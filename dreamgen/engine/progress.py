@@ -43,5 +43,5 @@ def progress(items: Iterable[T], total: int, desc: str, out: Path | None = None,
             yield item
             drawn.update()
             if logger and (index + 1 == total or (index + 1) % max(1, total // 10) == 0):
-                rate = drawn.format_dict["rate"] or 0.0
+                rate = (index + 1) / max(drawn.format_dict["elapsed"], 1e-9)  # the bar's own waits for it to be drawn
                 logger.info("%d/%d %s, %.2f %s/s", index + 1, total, desc, rate, unit)
