@@ -54,6 +54,7 @@ class VideoJudge(nn.Module):
         if frames < 2:
             raise ValueError(f"a judge compares at least 2 frames, got frames={frames}")
         self.robot, self.encoder, self.instructions = robot, encoder, tuple(instructions)
+        self.told = told_of(robot, proprioception)
         self.config = dict(frames=frames, layers=layers, heads=heads, dropout=dropout,
                            proprioception=list(proprioception))  # fmt: skip
         self.frames, self.threshold, self.slope, self.offset = frames, threshold, slope, offset
@@ -66,8 +67,7 @@ class VideoJudge(nn.Module):
         self.attend = nn.TransformerDecoder(layer, layers, nn.LayerNorm(width))
         self.out = nn.Linear(width, 1)
         self.state = None
-        if proprioception:
-            self.told = told_of(robot, proprioception)
+        if self.told:
             self.normaliser = Normaliser(len(self.told))
             self.state = nn.Sequential(nn.Linear(2 * len(self.told), width), nn.GELU(), nn.Linear(width, width))
             self.unknown = nn.Parameter(0.02 * torch.randn(width))
@@ -189,6 +189,8 @@ class VideoJudge(nn.Module):
 def told_of(robot: Embodiment, names: Sequence[str]) -> list[int]:
     """The entries of the state that belong to the parts `names`. ValueError for a part that no command moves."""
     moved = {part.moves for part in robot.action if part.moves and (part.kind != "binary" or part.sets)}
+    if isinstance(names, str | bool):
+        raise ValueError(f"proprioception is {names!r}; expected a list of parts of the state, of {sorted(moved)}")
     if unknown := [name for name in names if name not in moved]:
         raise ValueError(f"proprioception names {', '.join(unknown)}; it follows from what commands do, and those of "
                          f"embodiment '{robot.name}' move {', '.join(sorted(moved)) or 'nothing that it says'}: mend "

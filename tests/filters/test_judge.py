@@ -86,6 +86,9 @@ def test_it_is_told_the_state_by_the_rule(tmp_path):
         one.judge([dataclasses.replace(acted, action=action[:, 1:])])
     with pytest.raises(ValueError, match="names pose; it follows from what commands do, .* move nothing that it says"):
         judge(proprioception=["pose"])
+    for wrong in ("pose", True):
+        with pytest.raises(ValueError, match=r"expected a list of parts of the state, of \['pose'\]"):
+            judge(robot=robot(action=MOVES), proprioception=wrong)
     with pytest.raises(ValueError, match="names nose; .* move pose: mend"):
         judge(robot=robot(action=MOVES), proprioception=["pose", "nose"])
 
