@@ -186,7 +186,7 @@ class VideoJudge(nn.Module):
         return self.eval()
 
 
-def told_of(robot: Embodiment, names: Sequence[str]) -> list[int]:
+def told_of(robot: Embodiment, names: Any) -> list[int]:
     """The entries of the state that belong to the parts `names`. ValueError for a part that no command moves."""
     moved = {part.moves for part in robot.action if part.moves and (part.kind != "binary" or part.sets)}
     if isinstance(names, str | bool):

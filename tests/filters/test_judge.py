@@ -11,7 +11,7 @@ import torch
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.embodiment import Part
 from dreamgen.core.manifest import read_json, write_json
-from dreamgen.filters.judge import VideoJudge
+from dreamgen.filters.judge import VideoJudge, told_of
 from dreamgen.filters.judged import Judged
 from dreamgen.filters.rates import Rates, threshold_for
 
@@ -88,7 +88,7 @@ def test_it_is_told_the_state_by_the_rule(tmp_path):
         judge(proprioception=["pose"])
     for wrong in ("pose", True):
         with pytest.raises(ValueError, match=r"expected a list of parts of the state, of \['pose'\]"):
-            judge(robot=robot(action=MOVES), proprioception=wrong)
+            told_of(robot(action=MOVES), wrong)
     with pytest.raises(ValueError, match="names nose; .* move pose: mend"):
         judge(robot=robot(action=MOVES), proprioception=["pose", "nose"])
 
