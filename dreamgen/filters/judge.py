@@ -4,9 +4,9 @@ A few frames spread over the clip, the first and the last among them, are encode
 shown beside its change since the first frame, and a query attends to all. With `proprioception` it is also told parts
 of the robot's state at these frames, as the embodiment's rule makes them of the commands: in a dream and on a recording
 the same way, never measured, so that a judge knows of closed fingers that are too small to be dreamt. Tell it no more
-than that: where the hand was sent says what was attempted, and a judge that hears it looks no more at what came of it.
-The logit is calibrated on held-out episodes (Platt: probability = sigmoid(slope * logit + offset)). An instruction it
-was not trained on gets nan.
+than that: where the hand was sent says what was attempted, and a judge that has learned from dreams, whose pictures
+err, goes by it. The logit is calibrated on held-out episodes (Platt: probability = sigmoid(slope * logit + offset)). An
+instruction it was not trained on gets nan.
 """
 
 import importlib
@@ -189,7 +189,7 @@ class VideoJudge(nn.Module):
 def told_of(robot: Embodiment, names: Any) -> list[int]:
     """The entries of the state that belong to the parts `names`. ValueError for a part that no command moves."""
     moved = {part.moves for part in robot.action if part.moves and (part.kind != "binary" or part.sets)}
-    if isinstance(names, str | bool):
+    if isinstance(names, str) or not isinstance(names, Sequence):
         raise ValueError(f"proprioception is {names!r}; expected a list of parts of the state, of {sorted(moved)}")
     if unknown := [name for name in names if name not in moved]:
         raise ValueError(f"proprioception names {', '.join(unknown)}; it follows from what commands do, and those of "

@@ -61,13 +61,13 @@ def evaluations(found: Mapping[str, dict], steps: str | Sequence[str]) -> list[d
 
 
 def pooled(rates: Sequence[Mapping]) -> dict[str, Any]:
-    """The success of several trainings together; of one, as it is."""
+    """The success of all trainings together, and the rate of each where there are several."""
     total = success_interval(sum(s["successes"] for s in rates), sum(s["n"] for s in rates))
     return total | ({"trainings": [s["rate"] for s in rates]} if len(rates) > 1 else {})
 
 
 def pooled_difference(pairs: Sequence[Mapping]) -> dict[str, Any]:
-    """The paired difference of several trainings together; of one, as it is."""
+    """The paired difference of all trainings together, and that of each where there are several."""
     total = difference_interval(*(sum(pair[key] for pair in pairs) for key in ("won", "lost", "n")))
     return total | ({"trainings": [pair["difference"] for pair in pairs]} if len(pairs) > 1 else {})
 

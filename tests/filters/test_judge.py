@@ -86,7 +86,7 @@ def test_it_is_told_the_state_by_the_rule(tmp_path):
         one.judge([dataclasses.replace(acted, action=action[:, 1:])])
     with pytest.raises(ValueError, match="names pose; it follows from what commands do, .* move nothing that it says"):
         judge(proprioception=["pose"])
-    for wrong in ("pose", True):
+    for wrong in ("pose", True, None):
         with pytest.raises(ValueError, match=r"expected a list of parts of the state, of \['pose'\]"):
             told_of(robot(action=MOVES), wrong)
     with pytest.raises(ValueError, match="names nose; .* move pose: mend"):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamgen.core.intervals import success_interval
+from dreamgen.core.intervals import difference_interval, success_interval
 from dreamgen.core.manifest import is_complete, write_json
 from dreamgen.stages.pairs import paired
 from dreamgen.stages.policy_table import policy_table
@@ -15,9 +15,15 @@ def episodes(wins: str, text: str = "go") -> list[dict]:
     return [{"instruction": text, "seed": k, "success": won == "1", "steps": 3} for k, won in enumerate(wins)]
 
 
+def test_pairs_are_counted():
+    mine, theirs = "1111111100110", "0000000011110"
+    assert paired(episodes(mine), episodes(theirs)) == difference_interval(8, 2, 13)
+    assert paired(episodes(theirs), episodes(mine)) == difference_interval(2, 8, 13)
+    assert paired(episodes(mine), episodes(mine))["p"] == 1
+
+
 def test_only_shared_episodes_count():
-    made = paired(episodes("101"), episodes("0010"))
-    assert (made["n"], made["won"], made["lost"]) == (3, 1, 0) and made["difference"] == pytest.approx(1 / 3)
+    assert paired(episodes("101"), episodes("0010"))["n"] == 3
     with pytest.raises(ValueError, match="none of these episodes"):
         paired(episodes("101"), episodes("101", "stay"))
 

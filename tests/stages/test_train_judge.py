@@ -112,9 +112,8 @@ def test_commands_tell_what_no_picture_shows(tmp_path):
             sizes = dict(frames=3, layers=1, heads=2, dropout=0.0, proprioception=told)
             return VideoJudge(robot=ROBOT, encoder=tiny([]).encoder, instructions=instructions, **sizes)
 
-        found[len(told)] = train_judge(judge, [dataset], out=tmp_path / str(len(told)), **OPTIONS)["results"][
-            "held_out"
-        ]
+        made = train_judge(judge, [dataset], out=tmp_path / str(len(told)), **OPTIONS)
+        found[len(told)] = made["results"]["held_out"]
     assert found[1]["auroc"] == 1.0 and found[1]["brier"] < 0.1 and found[0]["brier"] > 0.2
 
 
