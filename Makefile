@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ARGS   ?=
 
-.PHONY: demo test test-lerobot lint setup check clean-venv
+.PHONY: demo test test-lerobot test-openpi lint setup check clean-venv
 
 demo: check
 	$(BIN)/python -m jobs.pipeline experiment=demo $(ARGS)
@@ -19,6 +19,15 @@ test: check
 test-lerobot: $(STAMP)
 	@$(BIN)/python tests/lerobot/environment.py .venv-lerobot || exit 0; \
 	  LEROBOT_PYTHON=.venv-lerobot/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/lerobot -rs $(ARGS)
+
+# the published openpi client against our server; it wants an older numpy, and imports typing_extensions unasked
+test-openpi: $(STAMP)
+	@.venv-openpi/bin/python -c 'import openpi_client.websocket_client_policy' 2>/dev/null || { \
+	  $(BIN)/python -m venv --clear .venv-openpi && \
+	  .venv-openpi/bin/python -m pip install -qq openpi-client==0.1.2 typing_extensions; } || { \
+	  echo "test-openpi is skipped, openpi-client does not install here" >&2; exit 0; }; \
+	  OPENPI_CLIENT_PYTHON=.venv-openpi/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_openpi.py \
+	  -rs $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/ty check

@@ -34,12 +34,13 @@ class Batches:
     came before.
     degrade: a world model, uint8 (t H W 3) and an instruction to the same clip as it would draw it; a clip passes it
     with probability `degraded`.
-    It runs once on each of at most `degraded_clips` clips, of `degrade_frames` frames, whose results are kept.
+    It runs once on each of at most `degraded_clips` clips, of `degrade_frames` frames, as many as it can take, whose
+    results are kept: clips within them are drawn.
 
     Calling gives a dict: video (b f H W 3) uint8, action (b s a), state (b f d), rows (f,), spacing (): robot steps a
     gap. All clips of one batch share one clock.
 
-    Raises ValueError for episodes that are all shorter than a clip.
+    Raises ValueError for episodes that are all shorter than a clip, or than one to degrade.
     """
 
     def __init__(self, dataset: Recorded, episodes: Sequence[int], clocks: Sequence[Clock], *, batch_size: int,
@@ -87,6 +88,10 @@ class Batches:
             latest = len(self.rows[index].action) - long.steps
             rows = long.rows + (0 if rng.random() < self.first else rng.integers(latest))
             made.append((index, rows, degrade(self.dataset.canvas(index, rows), self.rows[index].instruction), clock))
+        if count and not made:
+            rows = min(clock.with_frames(frames).steps for clock in self.clocks) + 1
+            raise ValueError(f"none of {len(self.episodes)} episodes has the {rows} rows that {frames} frames for the "
+                             f"world model span; record longer ones, or set world_model=null")  # fmt: skip
         return made
 
     def __call__(self, step: int) -> dict[str, torch.Tensor | np.ndarray]:

@@ -1,5 +1,6 @@
 """A labeler on disk: config.json, contract.json (of the robot whose videos it reads), model.safetensors."""
 
+import inspect
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ def save(model: nn.Module, config: dict, robot: Embodiment, path: Path) -> None:
     """Weights, statistics and settings in the directory `path`."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    write_json(path / "config.json", config)
+    write_json(path / "config.json", {"kind": type(model).__name__, **config})
     write_json(path / "contract.json", robot.contract())
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path / "model.safetensors")
 
@@ -25,13 +26,21 @@ def save(model: nn.Module, config: dict, robot: Embodiment, path: Path) -> None:
 def load(kind: type[Model], path: Path | str, robot: Embodiment | None, changes: dict) -> Model:
     """A model of this kind from a directory written by `save`, its config updated by `changes`.
 
-    Raises ValueError if `robot` is not the one that it was trained for, or a file is missing.
+    Raises ValueError if `robot` is not the one that it was trained for, for a labeler of another kind, or if a file is
+    missing.
     """
     path = Path(path)
+    saved = read_json(path / "config.json")
+    made = saved.pop("kind", kind.__name__)  # checkpoints of old do not say it
+    strange = sorted(saved.keys() - inspect.signature(kind).parameters.keys())
+    if made != kind.__name__ or strange:
+        found = made if made != kind.__name__ else f"labeler with the settings {', '.join(strange)}"
+        raise ValueError(f"{path} holds a {found}, but a {kind.__name__} was asked for; choose the `labeler` that it "
+                         "was trained with, or another path")  # fmt: skip
     contract = read_json(path / "contract.json")
     if robot is not None:
         robot.require(contract, f"labeler {path}")
-    config = {**read_json(path / "config.json"), **changes}
+    config = {**saved, **changes}
     config["clock"] = Clock(**config["clock"])
     model = kind(robot=robot or Embodiment.from_contract(contract), **config)
     model.load_state_dict(load_file(path / "model.safetensors"))

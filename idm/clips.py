@@ -1,6 +1,7 @@
 """What a labeler can read: the rate, length and size of a clip against those that it was trained for."""
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -15,6 +16,22 @@ def clock_of(clip: Clip, robot: Embodiment) -> Clock:
     return Clock(robot_hz=robot.robot_hz, video_hz=clip.video_hz, frames=len(clip.video))
 
 
+def spacings_of(given: Sequence[str | int | float], clock: Clock) -> list[str]:
+    """Robot steps a frame gap, each once and as clocks write them ("3/2" for 1.5); the clock's own where none is given.
+
+    Raises ValueError for what is no number, and where the clock's own is not among them.
+    """
+    try:
+        found = list(dict.fromkeys(str(Fraction(str(steps))) for steps in given)) or [str(clock.stride)]
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"spacings are {list(given)}; expected robot steps a frame, as 2 or '3/2'") from error
+    if str(clock.stride) not in found:
+        raise ValueError(f"spacings are {', '.join(found)} robot steps a frame, but the labeler's clock has "
+                         f"{clock.stride} ({clock.video_hz} of {clock.robot_hz} Hz); add '{clock.stride}' to "
+                         f"labeler.spacings, or change labeler.clock.video_hz")  # fmt: skip
+    return found
+
+
 def require_readable(clip: Clip, robot: Embodiment, spacings: Sequence[str], frames: int) -> None:
     """Raise ValueError if the clip's rate, length or size is not what a labeler was trained for.
 
@@ -25,11 +42,12 @@ def require_readable(clip: Clip, robot: Embodiment, spacings: Sequence[str], fra
         raise ValueError(
             f"clip '{clip.id}' has {clock.stride} robot steps a frame ({clip.video_hz} of "
             f"{robot.robot_hz} Hz); this labeler was trained for {', '.join(spacings)}. "
-            f"Train one with spacings including {clock.stride}, or dream at another rate."
+            f"Give clips of its rate, or train one with labeler.clock.video_hz={clip.video_hz} (inverse dynamics also "
+            f"learns several rates by labeler.spacings)."
         )
     if len(clip.video) < frames:
         raise ValueError(f"clip '{clip.id}' has {len(clip.video)} frames; a window of this labeler has {frames}. "
-                         f"Dream longer clips, or train a labeler with a smaller window")  # fmt: skip
+                         f"Give longer clips, or train a labeler with fewer `frames`")  # fmt: skip
     if clip.video.shape[1:] != (*robot.canvas, 3):
         raise ValueError(f"clip '{clip.id}' has frames of {clip.video.shape[1:]}; the "
                          f"canvas of robot '{robot.name}' is {robot.canvas} with 3 channels")  # fmt: skip

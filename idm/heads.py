@@ -57,14 +57,14 @@ class Heads(nn.Module):
 
     def calibrate(self, labels: list[np.ndarray], actions: list[np.ndarray], read: list[np.ndarray],
                   states: list[np.ndarray]) -> dict[str, float]:  # fmt: skip
-        """Root mean square errors of labels (s a) against actions and of read states (f d) against states."""
+        """Root mean square errors of labels (s a) against actions and of read states (f d), if any, against states."""
         found = {}
         wrong = np.concatenate(labels) - np.concatenate(actions)
-        astray = np.concatenate(read) - np.concatenate(states)
+        astray = np.concatenate(read) - np.concatenate(states) if read else None
         for index, part in enumerate(self.robot.action):
             found[f"sigma_{part.name}"] = sigma = float(np.sqrt((wrong[:, part.slice] ** 2).mean())) + 1e-6
             self.sigma_action[index] = sigma
-            if part.moves:
+            if part.moves and astray is not None:
                 moved = self._moved(part)
                 found[f"sigma_{moved.name}"] = sigma = float(np.sqrt((astray[:, moved.slice] ** 2).mean())) + 1e-6
                 self.sigma_state[index] = sigma

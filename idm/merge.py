@@ -40,7 +40,7 @@ class Windows:
         """Raises ValueError for a clip that is shorter than a window."""
         if clock.frames < frames:
             raise ValueError(f"a clip of {clock.frames} frames is shorter than a window of {frames}; "
-                             f"label longer clips, or train a labeler with a smaller `window`")  # fmt: skip
+                             f"label longer clips, or train a labeler with fewer `frames`")  # fmt: skip
         rows = clock.rows
         at = np.stack([rows[k : k + frames] - rows[k] for k in range(clock.frames - frames + 1)])
         slots = np.arange(horizon(clock, frames))

@@ -19,11 +19,11 @@ from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import torch_rng_for
-from dreamgen.engine.precision import autocast
+from dreamgen.engine.precision import autocast, best_device
 from idm import checkpoint
 from idm.augment import Augment
 from idm.batches import Batches, Recorded
-from idm.clips import alike, clock_of, pictures, require_readable, stacked
+from idm.clips import alike, clock_of, pictures, require_readable, spacings_of, stacked
 from idm.flow import Denoiser
 from idm.heads import Heads
 from idm.merge import RULES, Windows, horizon, merge
@@ -35,13 +35,14 @@ class FlowIDM(nn.Module):
     """Inverse dynamics model, a Labeler.
 
     robot, clock: whose actions it predicts, and the rates of the videos it labels.
-    frames: frames of a window. spacings: robot steps per frame gap that it is trained for and accepts ("2", "3/2");
-        the clock's own by default.
+    frames: frames of a window. spacings: robot steps per frame gap that it is trained for and accepts ("2", "3/2"), the
+        clock's own among them; that alone by default.
     train_frames: frames of a training clip, all of whose windows share one encoding.
     vision: keyword arguments of ConvVision, or of PretrainedVision if they name a `path`.
     width, layers, heads: of the denoiser. draws: noise draws per window and training step.
     time_shape: noise level 1 - t ~ Beta(*time_shape) * 0.999, as published: most draws are noisy.
-    state_weight: of the state error in the loss. augment: keyword arguments of `Augment`.
+    state_weight: of the state error in the loss; at 0 no states are read, and deltas are not corrected by them.
+    augment: keyword arguments of `Augment`.
     flow_steps: Euler steps. samples: per window. rule: merge rule. correct: strength of the drift correction, the
         ratio of the precisions given to positions and deltas over the calibrated one; 0 switches it off.
     """
@@ -78,7 +79,7 @@ class FlowIDM(nn.Module):
             raise ValueError(f"merge rule is '{rule}'; expected one of {', '.join(RULES)}")
         self.robot, self.clock, self.path = robot, clock, None
         self.frames, self.train_frames = frames, train_frames
-        self.spacings = [str(s) for s in spacings] or [str(clock.stride)]
+        self.spacings = spacings_of(spacings, clock)
         self.draws, self.time_shape, self.state_weight = draws, tuple(time_shape), state_weight
         self.flow_steps, self.samples, self.rule, self.correct = flow_steps, samples, rule, correct
         self.precision, self.seed, self.label_batch = precision, seed, label_batch
@@ -113,6 +114,15 @@ class FlowIDM(nn.Module):
         return [Clock(robot_hz=str(rate), video_hz=str(rate / Fraction(s)), frames=self.train_frames)
                 for s in self.spacings]  # fmt: skip
 
+    @property
+    def reads_state(self) -> bool:
+        """False where there is no state, or nobody taught it to read one."""
+        return bool(self.robot.state_dim and self.state_weight)
+
+    def place(self) -> "FlowIDM":
+        """Move to the accelerator, if there is one."""
+        return self.to(best_device())
+
     def encode(self, video: Tensor) -> Tensor:
         """video (b c 3 h w) in [-1, 1] -> tokens (b c l width), each frame once."""
         b, c = video.shape[:2]
@@ -126,7 +136,7 @@ class FlowIDM(nn.Module):
         tokens = self.encode(self.augment(video))
         metrics = {}
         total = torch.zeros((), device=device)
-        if self.robot.state_dim and self.state_weight:
+        if self.reads_state:
             read = self.head.read_state(tokens[:, :, 0])
             metrics["state"] = (read - self.head.state.normalise(batch["state"])).square().mean()
             total = total + self.state_weight * metrics["state"]
@@ -205,12 +215,15 @@ class FlowIDM(nn.Module):
         for clip, (chunk, states) in zip(clips, self.chunks(clips), strict=True):
             clock = self.clock_of(clip)
             labels = merge(chunk, Windows.of(clock, self.frames), self.robot, self.rule)
-            found.append(self.head.corrected(labels, states, clock, self.correct))
+            strength = self.correct if self.reads_state else 0.0
+            found.append(self.head.corrected(labels, states, clock, strength))
         return found
 
     @torch.no_grad()
-    def states(self, clips: Sequence[Clip], labels: Sequence[Labels] = ()) -> list[np.ndarray]:
-        """States (s + 1, d) read from the frames, interpolated to the robot steps between them."""
+    def states(self, clips: Sequence[Clip], labels: Sequence[Labels] = ()) -> list[np.ndarray] | None:
+        """States (s + 1, d) read from the frames, interpolated to the robot steps between them; None: it reads none."""
+        if not self.reads_state:
+            return None
         self.eval()
         device = next(self.parameters()).device
         found: dict[int, np.ndarray] = {}
@@ -233,7 +246,7 @@ class FlowIDM(nn.Module):
 
     def batches(self, dataset: Recorded, episodes: Sequence[int], **options: Any) -> Batches:
         """Training batches by step; options: see `Batches`."""
-        return Batches(dataset, episodes, self.clocks, degrade_frames=self.clock.frames, **options)
+        return Batches(dataset, episodes, self.clocks, **options)
 
     def calibrate(self, dataset: Recorded, episodes: Sequence[int]) -> dict[str, float]:
         """Measure the errors of deltas and of positions read from frames on episodes held out; after training."""
@@ -251,7 +264,7 @@ class FlowIDM(nn.Module):
         found = self.chunks(clips)
         windows = [Windows.of(self.clock_of(clip), self.frames) for clip in clips]
         labels = [merge(chunk, w, self.robot, self.rule).value for (chunk, _), w in zip(found, windows, strict=True)]
-        return self.head.calibrate(labels, actions, [read for _, read in found], states)
+        return self.head.calibrate(labels, actions, [read for _, read in found] if self.reads_state else [], states)
 
     def clock_of(self, clip: Clip) -> Clock:
         return clock_of(clip, self.robot)

@@ -9,6 +9,8 @@ import traceback
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import OmegaConfBaseException
 
+# how numpy and torch say that a disk is full: without its number
+FULL = (os.strerror(errno.ENOSPC), "requested and", "Not enough free space to write", "PytorchStreamWriter failed")
 MENDABLE = (ValueError, OSError, TypeError, ImportError)  # what building a part from a configuration raises
 
 
@@ -40,7 +42,7 @@ def explain(error: BaseException) -> str | None:
     cause = chain[-1]
     for link in chain:
         full = isinstance(link, OSError) and link.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or os.strerror(errno.ENOSPC) in str(link):
+        if full or any(text in str(link) for text in FULL):
             where = getattr(link, "filename", None) or "below `out`"
             return f"the disk is full ({where}). Free some space and give the same command again: it continues"
     if isinstance(error, KeyboardInterrupt):

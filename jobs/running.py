@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
-from hydra.utils import get_method, instantiate
+from hydra.utils import get_method, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dreamgen.core.manifest import require_complete
+from dreamgen.core.manifest import fingerprint, require_complete
 from dreamgen.core.seeding import seed_for
 from jobs.errors import speaking
 from jobs.recipe import load, register
@@ -25,13 +25,15 @@ from jobs.recipe import load, register
 ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # where and how a stage runs, which never changes its result: not part of what a manifest remembers. The inputs of a
 # stage are remembered by what they hold (their fingerprints), not by where they lie.
-PLACES = frozenset("out root path folder parent clips dreams dream_clips counterfactuals demos heldout labels scored "
-                   "truth alternatives alternatives_truth".split())  # fmt: skip
+PLACES = frozenset("out root path start folder parent against clips dreams dream_clips counterfactuals demos heldout "
+                   "labels scored truth alternatives alternatives_truth".split())  # fmt: skip
+NAMED = frozenset(["path", "start"])  # also an id of a hub, an address or a name of ours
 MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description "
                    "cache accumulate checkpointing compile sharding tracker".split())  # fmt: skip
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here
+DROPPED = object()
 log = logging.getLogger("jobs")
 
 
@@ -122,25 +124,49 @@ def check(stage: DictConfig) -> Callable[..., dict]:
     for key, target in walk(OmegaConf.to_container(stage, resolve=True, throw_on_missing=True)):
         if key == "_target_" and not target.startswith(ALLOWED):
             raise ValueError(f"the configuration names '{target}'; only {'*, '.join(ALLOWED)}* may be run")
-    function = get_method(stage._target_)
-    arguments = set(inspect.signature(function).parameters)
-    unknown = sorted(key for key in stage if not key.startswith("_") and key not in arguments)
-    if unknown:
-        known = ", ".join(sorted(arguments - {"record"}))
-        raise ValueError(f"stage '{function.__name__}' has no setting {', '.join(unknown)}; it has {known}")
-    return function
+    for where, part in parts(OmegaConf.to_container(stage, resolve=True)):
+        arguments = inspect.signature(_code(part["_target_"], where)).parameters
+        unknown = sorted(key for key in part if not key.startswith("_") and key not in arguments)
+        if unknown and not any(a.kind is a.VAR_KEYWORD for a in arguments.values()):
+            name, known = part["_target_"].rpartition(".")[2], ", ".join(sorted(set(arguments) - {"record", "self"}))
+            raise ValueError(f"{where} '{name}' has no setting {', '.join(unknown)}; it has {known}")
+    return get_method(stage._target_)
+
+
+def _code(target: str, where: str) -> Callable[..., Any]:
+    logging.getLogger("hydra.utils").disabled = True  # it says the same, in red
+    try:
+        return get_object(target)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{where} names '{target}', which cannot be imported ({error})") from None
 
 
 def record(stage: DictConfig) -> dict:
-    """What a manifest remembers of a stage's configuration: all that can change its result, as plain JSON."""
+    """What a manifest remembers of a stage's configuration, as plain JSON: all that can change its result. Of inputs,
+    what they hold (`fingerprint`), wherever they lie."""
 
     def clean(node: Any) -> Any:
         if isinstance(node, dict):
-            kept = {k: v for k, v in node.items() if k not in MANNER and not (k in PLACES and isinstance(v, str))}
-            return {key: clean(value) for key, value in kept.items()}
+            kept = {key: held(key, value) for key, value in node.items() if key not in MANNER}
+            return {key: clean(value) for key, value in kept.items() if value is not DROPPED}
         return [clean(item) for item in node] if isinstance(node, list) else node
 
+    def held(key: str, value: Any) -> Any:
+        if key not in PLACES or not isinstance(value, str):
+            return value
+        if key not in ("out", "folder") and Path(value).exists():  # a folder's stage says itself what it read of it
+            return fingerprint(Path(value))
+        return value if key in NAMED and not Path(value).is_relative_to(Path(stage.out).parent) else DROPPED
+
     return clean(OmegaConf.to_container(stage, resolve=True))
+
+
+def parts(node: Any, where: str = "stage") -> Iterator[tuple[str, dict]]:
+    """Every (key, node) of a plain configuration that names code."""
+    if isinstance(node, dict) and "_target_" in node:
+        yield where, node
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        yield from parts(value, f"{where}.{key}")
 
 
 def walk(node: Any) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 An embodiment is a YAML file in `conf/embodiment`; adding a robot needs no Python.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -14,7 +15,8 @@ Kind = Literal["absolute", "delta", "binary"]
 KINDS = ("absolute", "delta", "binary")
 ORIENTATIONS = ("", "upright", "rotated", "mirrored", "flipped")
 # what a saved contract may lack: data need not know of it
-OPTIONAL = ("camera", "orientation", "sets", "travel", "tools")
+OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +25,7 @@ class View:
 
     camera: its place and lens where they are known, for pose maps. orientation: how its pictures lie, as recorded and
     as the models see them: upright, rotated (by half a turn), mirrored (left to right), flipped (top to bottom), or
-    empty where nobody said; nothing turns them.
+    empty in contracts that are older than it; nothing turns them.
     """
 
     name: str
@@ -31,7 +33,7 @@ class View:
     height: int
     width: int
     camera: Camera | None = None
-    orientation: str = ""
+    orientation: str = "upright"
 
     def __post_init__(self) -> None:
         if self.orientation not in ORIENTATIONS:
@@ -51,6 +53,7 @@ class Part:
         it moves.
     moves: for an action part, the state part that it changes (delta: adds to; absolute, binary: sets); None if none.
     limits: lowest and highest value of any entry, if known.
+    positive: what high values do, in a word, where the sign is a convention: a gripper `closes` or `opens`.
     sets: for a binary action part, what its low and its high command make of the state part that it moves, and
         `travel`, the seconds that the whole way takes.
     """
@@ -64,6 +67,7 @@ class Part:
     moves: str | None = None
     scale: float = 1.0
     limits: Sequence[float | int] | None = None
+    positive: str = ""
     sets: Sequence[float | int] | None = None
     travel: float = 0.0
 
@@ -121,14 +125,15 @@ class Embodiment:
     robot_hz: rows of state and action a second ("30", "20", "50/3").
     views: the cameras the models see; `grid` lays them out on one canvas, row by row, by name (None is black).
         Without a grid the views stand side by side. All views of a grid have one size.
-    state, action: the parts of `state_key` and `action_key`, in order and without gaps.
+    state, action: the parts of `state_key` and `action_key`, in order and without gaps; none of either for video of
+        what is no robot, from which latent actions can still be learned.
     tools: grippers that pose maps draw, in views with a camera.
     """
 
     name: str
     robot_hz: str | int
     views: Sequence[View]
-    action: Sequence[Part]
+    action: Sequence[Part] = ()
     state: Sequence[Part] = ()
     grid: Sequence[Sequence[str | None]] = ()
     state_key: str = "observation.state"
@@ -154,8 +159,6 @@ class Embodiment:
             raise ValueError(f"embodiment '{self.name}': the views of a grid must have one size")
         _cover("state", self.state)
         _cover("action", self.action)
-        if not self.action:
-            raise ValueError(f"embodiment '{self.name}' has no action parts")
         names = {part.name: part for part in self.state}
         for part in self.action:
             if part.moves is not None and part.moves not in names:
@@ -178,7 +181,7 @@ class Embodiment:
 
     @property
     def action_dim(self) -> int:
-        return self.action[-1].stop
+        return self.action[-1].stop if self.action else 0
 
     @property
     def state_dim(self) -> int:
@@ -206,7 +209,7 @@ class Embodiment:
     def from_contract(cls, contract: dict) -> "Embodiment":
         """The robot that `contract()` describes."""
         parts = {key: tuple(Part(**part) for part in contract[key]) for key in ("state", "action")}
-        views = [View(**{**view, "camera": Camera(**view["camera"])} if view.get("camera") else view)
+        views = [View(**{"orientation": "", **view, "camera": Camera(**view["camera"]) if view.get("camera") else None})
                  for view in contract["views"]]  # fmt: skip
         tools = tuple(Tool(**tool) for tool in contract.get("tools", ()))
         return cls(**{**contract, **parts, "views": tuple(views), "tools": tools})
@@ -233,10 +236,28 @@ class Embodiment:
                 found.append(f"{key}: here {left}, saved {right}")
         return found
 
+    def untold(self, contract: dict) -> list[str]:
+        """Orientations and signs in which this robot is not compared with a saved `contract`: one does not tell."""
+        mine, found = self.contract(), []
+        for key in ("views", "action"):
+            saved = {each["name"]: each for each in contract.get(key) or ()}
+            for here, there in ((each, saved[each["name"]]) for each in mine[key] if each["name"] in saved):
+                both = {name for name in OPTIONAL if here.get(name) and there.get(name)}
+                if key == "views" and "orientation" not in both:
+                    found.append(f"the orientation of view '{here['name']}'")
+                signed = here.get("kind") == "binary" or here.get("positive") or there.get("positive")
+                if key == "action" and signed and not both & {"positive", "sets"}:
+                    found.append(f"what high values of action '{here['name']}' do (positive)")
+        return found
+
     def require(self, contract: dict, where: str) -> None:
-        """Raise ValueError that names each difference between this robot and the `contract` saved at `where`."""
+        """Raise ValueError that names each difference between this robot and the `contract` saved at `where`; warn of
+        an orientation or a sign that only one of them tells, or none."""
         found = self.mismatches(contract)
         if found:
             raise ValueError(f"{where} was made for another robot than embodiment '{self.name}':\n  "
                              + "\n  ".join(found)
                              + "\nChoose the embodiment it was made with, or make it again.")  # fmt: skip
+        if untold := self.untold(contract):
+            log.warning("%s and embodiment '%s' do not both tell, so it is not compared: %s", where, self.name,
+                        ", ".join(untold))  # fmt: skip

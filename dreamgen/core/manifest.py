@@ -6,6 +6,7 @@ directory is an error, never a mixture.
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from typing import Any
 
 FILE = "manifest.json"
 RUN = "run.json"
+WRITING = ".writing"  # beside a dataset while it is written, and until its stage's manifest is there
 
 
 @contextlib.contextmanager
@@ -58,7 +60,13 @@ def digest(value: Any) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """16 hex digits that name a file's bytes."""
+    """16 hex digits that name a file's bytes; read once in a process, as long as it is not written to."""
+    stat = path.stat()
+    return _digest_of(path.resolve(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _digest_of(path: Path, size: int, written: int, inode: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
@@ -120,6 +128,9 @@ def versions() -> dict[str, str]:
 class Stage:
     """One run of one stage on one directory. Use as `with Stage(...) as run: if run.complete: return ...`.
 
+    The manifest's `seconds` are of all runs that it took, but for those that were killed (SIGKILL), which cannot tell;
+    its `peak_mb` is the largest resident memory of this process plus that of its largest child, not of all children.
+
     config: the resolved configuration, plain JSON, free of paths; parents: name to input path. Together they name
     the result: `run.id`. writes: False for all but one of several processes that run a stage together.
 
@@ -148,7 +159,7 @@ class Stage:
             if not path.is_file():
                 continue
             old = read_json(path)
-            if old.get("id") != self.id:
+            if old.get("id") != self.id and not (file == RUN and self._nothing_made()):
                 was = {key: old.get(key) for key in spec}
                 raise ValueError(f"{self.out} holds the output of another configuration ({differences(was, spec)}). "
                                  f"Choose another `out`, or delete {self.out} to make it again.")  # fmt: skip
@@ -156,9 +167,13 @@ class Stage:
         self.before = 0.0
         if not self.complete and self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
-            if not (self.out / RUN).is_file():
+            if not (self.out / RUN).is_file() or read_json(self.out / RUN).get("id") != self.id:
                 write_json(self.out / RUN, {"id": self.id, "seconds": 0.0, **spec})
             self.before = float(read_json(self.out / RUN).get("seconds", 0.0))
+
+    def _nothing_made(self) -> bool:
+        """True where a run only said what it was about to do, as one that was refused its settings."""
+        return all(p.name == RUN or p.suffix == ".log" for p in self.out.iterdir())
 
     def __enter__(self) -> "Stage":
         return self
@@ -187,6 +202,7 @@ class Stage:
         if not self.writes:
             return manifest
         write_json(self.out / FILE, manifest)
-        (self.out / RUN).unlink(missing_ok=True)
+        for file in (RUN, WRITING):
+            (self.out / file).unlink(missing_ok=True)
         self.complete = True
         return manifest

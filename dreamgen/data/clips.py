@@ -6,8 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from dreamgen.core.clip import Clip
-from dreamgen.core.manifest import read_json, write_json
+from dreamgen.core.manifest import FILE, read_json, write_json
 from dreamgen.video.mp4 import read_mp4, write_mp4
+
+
+def require_name(id: str, hint: str = "") -> None:
+    """ValueError if a clip's id is not fit for a file name; `hint` is added to it."""
+    if not re.fullmatch(r"\w[\w.=+-]*", id):
+        raise ValueError(f"clip id '{id}' is not fit for a file name; use letters, digits, '_', '-', '.'{hint}")
 
 
 class ClipFolder:
@@ -35,8 +41,7 @@ class ClipFolder:
 
     def write(self, clip: Clip) -> None:
         """Store a clip; one of the same id is replaced. ValueError if its id is not fit for a file name."""
-        if not re.fullmatch(r"\w[\w.=+-]*", clip.id):
-            raise ValueError(f"clip id '{clip.id}' is not fit for a file name; use letters, digits, '_', '-', '.'")
+        require_name(clip.id)
         (self.root / f"{clip.id}.json").unlink(missing_ok=True)
         write_mp4(self.video(clip.id), clip.video, clip.video_hz, codec=self.codec, crf=self.crf)
         write_json(self.root / f"{clip.id}.json", {
@@ -54,10 +59,14 @@ class ClipFolder:
     def read(self, id: str) -> Clip:
         """A clip with its frames. ValueError if it is not there, or its video is missing, truncated or too short."""
         info = self.info(id)
-        video = read_mp4(self.video(id))
-        if len(video) != info["frames"]:
-            raise ValueError(f"video {self.video(id)} has {len(video)} frames, its json says {info['frames']}; delete "
-                             f"{id}.json and dream it again")  # fmt: skip
+        try:
+            video = read_mp4(self.video(id))
+            if len(video) != info["frames"]:
+                raise ValueError(f"video {self.video(id)} has {len(video)} frames, its json says {info['frames']}")
+        except ValueError as error:
+            raise ValueError(f"{error}; delete {id}.json beside it and {self.root.parent / FILE}, then give the "
+                             "command that made them again (it makes what is missing), or label with skip_bad=true"
+                             ) from error  # fmt: skip
         return Clip(
             id=info["id"], video=video, video_hz=info["video_hz"], instruction=info["instruction"], seed=info["seed"],
             pair=info["pair"], state=np.asarray(info["state"], np.float32), origin=info["origin"],

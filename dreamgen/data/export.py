@@ -35,10 +35,11 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", horizon: i
     codec: for what must be encoded again.
 
     Returns {"episodes", "frames", "encoded": videos that were encoded again, "left_out": columns and cameras}.
-    Raises ValueError for an unknown format, and if `out` holds a finished dataset.
+    Raises ValueError for an unknown format, and if `out` holds anything of a dataset that no unfinished call wrote.
     """
     if format not in FORMATS:
         raise ValueError(f"format is '{format}'; expected one of {', '.join(FORMATS)}")
+    data.require_actions("stage.data")
     start(out, workers)
     source = _Source(data, format, codec)
     ledger = Ledger(rate=data.rate, columns=source.columns)

@@ -11,8 +11,9 @@ from dreamgen.data.layout import CONTRACT, Entry, cameras
 MODALITY = "meta/modality.json"
 
 
-def misfits(root: Path, info: dict, robot: Embodiment) -> Iterator[str]:
-    """What of the dataset at `root` does not fit `robot`; names the part, the rate or the camera."""
+def misfits(root: Path, info: dict, robot: Embodiment, *, actions: bool = True) -> Iterator[str]:
+    """What of the dataset at `root` does not fit `robot`; names the part, the rate or the camera. actions: False for
+    video alone, which needs no actions and may lack states."""
     features = info["features"]
     if (root / CONTRACT).is_file():
         try:
@@ -24,11 +25,12 @@ def misfits(root: Path, info: dict, robot: Embodiment) -> Iterator[str]:
         yield (f"{root} was recorded at {float(fps):g} Hz, embodiment '{robot.name}' says robot_hz {robot.robot_hz}; "
                f"set robot_hz to the rate of the recording")  # fmt: skip
     for kind, key, parts in (("state", robot.state_key, robot.state), ("action", robot.action_key, robot.action)):
-        if not parts:
+        if not parts or (not actions and (kind == "action" or key not in features)):
             continue
         if key not in features:
             yield (f"{root} has no feature '{key}', which embodiment '{robot.name}' reads; it has "
-                   f"{sorted(features)}")  # fmt: skip
+                   f"{sorted(features)}; choose the embodiment it was made with"
+                   f"{', or open it as video without actions: data=video' if kind == 'action' else ''}")  # fmt: skip
             continue
         shape = list(features[key].get("shape", []))
         wrong = _parts(root, kind, key, features[key], parts)

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dreamgen.core.manifest import read_json
@@ -15,6 +16,8 @@ from dreamgen.core.manifest import read_json
 INFO = "meta/info.json"
 CONTRACT = "meta/dreamgen.json"
 PROVENANCE = "meta/provenance.jsonl"
+AGAIN = "copy or export the dataset again"
+PLACED = ("episode_index", "data/chunk_index", "data/file_index", "dataset_from_index", "dataset_to_index")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,9 @@ def read_layout(root: Path) -> Layout:
     version = str(info.get("codebase_version"))
     missing = [key for key in ("fps", "features", "data_path") if key not in info]
     if missing:
-        raise ValueError(f"{root / INFO} lacks {', '.join(missing)}")
+        raise ValueError(f"{root / INFO} lacks {', '.join(missing)}; {AGAIN}")
+    if cameras(info) and "video_path" not in info:
+        raise ValueError(f"{root / INFO} lists the videos {', '.join(cameras(info))} and lacks video_path; {AGAIN}")
     if version.startswith("v2."):
         return _read_v2(root, version, info)
     if version.startswith("v3."):
@@ -102,6 +107,17 @@ def read_jsonl(path: Path, *keys: str) -> list[dict]:
                 raise ValueError(f"{path} line {number} lacks {', '.join(missing)}")
             rows.append(row)
     return rows
+
+
+def check_owner(entry: Entry, table: pa.Table) -> None:
+    """Rows of a file of many episodes are cut out by counting. ValueError if they are those of another episode."""
+    if entry.first is None or "episode_index" not in table.column_names:
+        return
+    owners = table["episode_index"].unique().to_pylist()
+    if owners != [entry.index]:
+        raise ValueError(f"rows {entry.first} to {entry.first + table.num_rows - 1} of {entry.data} are those of "
+                         f"episode {', '.join(map(str, owners[:3]))}: the episode list and the file disagree; copy "
+                         f"both again")  # fmt: skip
 
 
 def episode_stats(root: Path) -> dict[int, dict]:
@@ -142,6 +158,7 @@ def _read_v3(root: Path, version: str, info: dict) -> Layout:
     rows = []
     for file in files:
         names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
+        _require_columns(file, names, keys)
         rows += pq.read_table(file, columns=names).to_pylist()
     rows.sort(key=lambda row: row["episode_index"])
     starts: dict[tuple[int, int], int] = {}
@@ -169,6 +186,15 @@ def _read_v3(root: Path, version: str, info: dict) -> Layout:
         )  # fmt: skip
     mended = _check_totals(info, entries, tasks)
     return Layout(root=root, version=version, info=info, tasks=tasks, entries=entries, mended=mended)
+
+
+def _require_columns(file: Path, names: list[str], keys: list[str]) -> None:
+    """ValueError for an episode table that does not say where rows and frames lie; `keys`: the cameras."""
+    wanted = [*PLACED]
+    for head in (f"videos/{key}/" for key in keys if f"videos/{key}/file_index" in names):
+        wanted += [head + name for name in ("chunk_index", "from_timestamp", "to_timestamp")]
+    if missing := [name for name in wanted if name not in names]:
+        raise ValueError(f"{file} lacks the columns {', '.join(missing)}; {AGAIN}")
 
 
 def _provenance(row: dict) -> dict:

@@ -19,7 +19,7 @@ from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data.columns import BOOKKEEPING, REMEDY, check_instruction, check_numbers, read_column
 from dreamgen.data.fit import absent_cameras, misfits
-from dreamgen.data.layout import PROVENANCE, Entry, locate, read_jsonl, read_layout
+from dreamgen.data.layout import PROVENANCE, Entry, check_owner, locate, read_jsonl, read_layout
 from dreamgen.video.mp4 import count_frames, open_mp4, read_frames
 from dreamgen.video.tiling import resize, tile
 
@@ -32,6 +32,9 @@ class Dataset:
 
     episodes: only these, by the dataset's own numbers (to hold some out).
     mended: what was dirty and how it was taken; skipped: episode index to reason, with `skip_bad`.
+    actions: False opens it as video alone: no action column is needed nor looked at, and states may be absent too.
+    Actions, and states that it does not list, are then NaN, and `meta` says `action_known: False`. So is it always for
+    an embodiment without action parts.
     cache_mb: if all pictures of the dataset fit into this at the size of the views, an episode is decoded once.
 
     Raises ValueError: no finished dataset; made for another robot; rate, widths or cameras that do not match the
@@ -45,6 +48,7 @@ class Dataset:
         robot: Embodiment,
         *,
         skip_bad: bool = False,
+        actions: bool = True,
         episodes: Sequence[int] | None = None,
         cache_mb: int = 512,
         revision: str | None = None,
@@ -54,7 +58,8 @@ class Dataset:
         self.info, self.version, self.mended = layout.info, layout.version, list(layout.mended)
         self.tasks = layout.tasks
         self.skipped: dict[int, str] = {}
-        for misfit in misfits(self.root, self.info, robot):
+        self.has_actions = actions and bool(robot.action)
+        for misfit in misfits(self.root, self.info, robot, actions=self.has_actions):
             raise ValueError(misfit)
         absent = absent_cameras(self.root, self.info, robot, layout.entries)
         self.mended += [f"camera '{key}' is listed and not on disk; left out" for key in absent]
@@ -147,8 +152,21 @@ class Dataset:
         """Pictures of episode i at `rows` (default all), tiled on the embodiment's canvas."""
         return tile(self.robot, self.views(i, rows))
 
+    def first_state(self, i: int) -> np.ndarray:
+        """State at the first row of episode i, empty where it is unknown."""
+        state = self._episodes[i].state[0]
+        return state if np.isfinite(state).all() else state[:0]
+
+    def require_actions(self, reader: str) -> None:
+        """Raise ValueError if the dataset was opened as video alone; `reader` names the option that it was given as."""
+        if not self.has_actions:
+            raise ValueError(f"{reader} reads actions, and {self.root} was opened as video without them (actions=false,"
+                             f" or an embodiment without action parts); give it recordings with their actions, such as "
+                             f"data=folder")  # fmt: skip
+
     def actions(self) -> np.ndarray:
-        """Actions of all episodes (n a), for statistics."""
+        """Actions of all episodes (n a), for statistics. ValueError for video without them."""
+        self.require_actions("a statistic of actions")
         return np.concatenate([episode.action for episode in self._episodes])
 
     def states(self) -> np.ndarray:
@@ -175,11 +193,15 @@ class Dataset:
         robot, rows = self.robot, table.num_rows
         if rows == 0:
             raise ValueError("it has zero length")
+        check_owner(entry, table)
         self._check_videos(entry, rows)
         if rows != entry.length:
             self._note("the length in the episode list disagrees with rows and frames; used the rows")
-        state = self._numbers(table, robot.state_key, robot.state) if robot.state else np.zeros((rows, 0), np.float32)
-        action = self._numbers(table, robot.action_key, robot.action)
+        stated = robot.state_key in self.info["features"]
+        state = self._numbers(table, robot.state_key, robot.state, stated)
+        action = self._numbers(table, robot.action_key, robot.action, self.has_actions)
+        if not self.has_actions:
+            meta = {**meta, "action_known": False}
         self._check_time(table)
         extra = {}
         for key in self._extra:
@@ -189,7 +211,10 @@ class Dataset:
                 self._note(f"feature '{key}' is listed and has no column; left out")
         return Episode(instruction=self._instruction(entry, table), state=state, action=action, extra=extra, meta=meta)
 
-    def _numbers(self, table: pa.Table, key: str, parts: Sequence[Part]) -> np.ndarray:
+    def _numbers(self, table: pa.Table, key: str, parts: Sequence[Part], known: bool) -> np.ndarray:
+        """A column (s k), NaN where it is not known."""
+        if not (parts and known):
+            return np.full((table.num_rows, parts[-1].stop if parts else 0), np.nan, np.float32)
         values = read_column(table, key).astype(np.float32)
         check_numbers(key, values, parts, table.num_rows)
         return values
@@ -254,7 +279,12 @@ class Dataset:
         with self._lock:
             for view in self.robot.views:
                 path, first, _ = self._entries[i].videos[view.key]
-                frames = read_frames(self._reader(path), rows + first, path)
+                try:
+                    frames = read_frames(self._reader(path), rows + first, path)
+                except ValueError as error:
+                    raise ValueError(f"episode {self.index(i)} of {self.root}: {error}; copy the video again, or leave "
+                                     f"the episode out: `episodes` of the dataset lists those to take (skip_bad=true "
+                                     f"does not decode, so it cannot know)") from error  # fmt: skip
                 out[view.name] = resize(frames, view.height, view.width)
         return out
 

@@ -35,6 +35,11 @@ def check_statistics(said: Mapping[str, Mapping], true: Mapping[str, Mapping], f
             found.add("error", "statistics", f"{where}: '{wrong}' of '{name}' has {stored[wrong].size} entries, the "
                       f"data {own[wrong].size}", REMAKE, episode)  # fmt: skip
             continue
+        if broken := [key for key, values in stored.items() if not np.isfinite(values).all()]:
+            at = int(np.flatnonzero(~np.isfinite(stored[broken[0]]))[0])
+            found.add("error", "statistics", f"{where}: '{broken[0]}' of '{name}' is {stored[broken[0]][at]} at entry "
+                      f"{at}", REMAKE, episode)  # fmt: skip
+            continue
         if contradiction := _contradiction(stored):
             found.add("error", "statistics", f"{where} contradicts itself: '{name}' {contradiction}", REMAKE, episode)
             continue

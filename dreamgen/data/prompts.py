@@ -70,7 +70,7 @@ class DatasetPrompts:
             if self.instructions is not None and text not in texts:
                 text = texts[i % len(texts)]
             frames.append({
-                "image": data.canvas(i, [0])[0], "state": data.episode(i).state[0], "instruction": text,
+                "image": data.canvas(i, [0])[0], "state": data.first_state(i), "instruction": text,
                 "pair": f"e{data.index(i):06d}",
                 "origin": {k: v for k, v in data.episode(i).meta.items() if k in ("sim", "seed", "instruction")}
                 | {"episode": data.index(i), "row": 0},

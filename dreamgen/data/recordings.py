@@ -1,4 +1,4 @@
-"""Recorded episodes as clips: what a labeler, a judge or a filter sees of them."""
+"""Recorded episodes as clips, as a labeler, a judge or a filter sees them, and what was not taken of them."""
 
 import numpy as np
 
@@ -16,11 +16,11 @@ def recorded_clip(dataset: Dataset, index: int, clock: Clock) -> tuple[Clip, np.
     whole = clock.with_frames(max(2, clock.frames_in(dataset.length(index))))
     if whole.steps >= dataset.length(index):
         raise ValueError(
-            f"episode {index} of {dataset.root} has {dataset.length(index)} rows; two frames at "
+            f"episode {dataset.index(index)} of {dataset.root} has {dataset.length(index)} rows; two frames at "
             f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or raise the video rate."
         )
-    clip = Clip(id=f"episode_{index:06d}", video=dataset.canvas(index, whole.rows), video_hz=whole.video_hz,
-                instruction=episode.instruction, state=episode.state[0])  # fmt: skip
+    clip = Clip(id=_id(dataset, index), video=dataset.canvas(index, whole.rows), video_hz=whole.video_hz,
+                instruction=episode.instruction, state=dataset.first_state(index))  # fmt: skip
     return clip, episode.action[: whole.steps]
 
 
@@ -29,9 +29,25 @@ class Recordings:
 
     def __init__(self, dataset: Dataset, clock: Clock) -> None:
         self.dataset, self.clock = dataset, clock
+        self.index = {_id(dataset, index): index for index in range(len(dataset))}
 
     def ids(self) -> list[str]:
-        return [f"episode_{index:06d}" for index in range(len(self.dataset))]
+        return list(self.index)
 
     def read(self, id: str) -> Clip:
-        return recorded_clip(self.dataset, int(id.removeprefix("episode_")), self.clock)[0]
+        return recorded_clip(self.dataset, self.index[id], self.clock)[0]
+
+
+def noted(*datasets: Dataset | None) -> dict[str, list]:
+    """What a manifest says of the datasets that a stage read: `mended`, notes, and `skipped`, the bad episodes that
+    `skip_bad` left out, each {dataset, episode, reason}."""
+    read = [dataset for dataset in datasets if dataset is not None]
+    mended = dict.fromkeys(f"{d.root.name}: {note}" for d in read for note in d.mended)
+    skipped = {(d.root, k): {"dataset": d.root.name, "episode": k, "reason": why}
+               for d in read for k, why in d.skipped.items()}  # fmt: skip
+    return {"mended": list(mended), "skipped": list(skipped.values())}
+
+
+def _id(dataset: Dataset, index: int) -> str:
+    """Names a clip by the dataset's own number of its episode."""
+    return f"episode_{dataset.index(index):06d}"

@@ -69,6 +69,23 @@ def late(robot: Embodiment, action: np.ndarray, steps: int) -> np.ndarray:
     return made
 
 
+def resting(robot: Embodiment, state: np.ndarray, steps: int) -> np.ndarray:
+    """Commands (steps a) that leave a state (d,) as it is by the embodiment's rule: deltas 0, absolute parts where they
+    are, binary ones at the command whose `sets` is nearer. What has no rule, or no known state, gets 0 or the low one.
+    """
+    made, where = np.zeros((steps, robot.action_dim), np.float32), {part.name: part.slice for part in robot.state}
+    for part in robot.action:
+        low, high = bounds(part)
+        now = state[where[part.moves]] if part.moves and len(state) else None
+        if part.kind == "binary":
+            closer = now is not None and part.sets and abs(now - part.sets[1]).sum() < abs(now - part.sets[0]).sum()
+            made[:, part.slice] = high if closer else low
+        else:
+            held = now / part.scale if part.kind == "absolute" and now is not None else 0
+            made[:, part.slice] = np.clip(held, low, high)
+    return made
+
+
 def still(robot: Embodiment, action: np.ndarray) -> np.ndarray:
     """Nothing is commanded: deltas are 0, all else holds its first value."""
     return late(robot, action, len(action))

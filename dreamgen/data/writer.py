@@ -1,7 +1,7 @@
 """LeRobot v3.0 in bulk: each episode is encoded once, in parallel; files are joined by stream copy.
 
-`meta/info.json` is written last: a folder without it is unfinished and is written anew. The bytes do not depend on
-the number of workers.
+`meta/info.json` is written last: a folder without it is unfinished. What is being written is marked, and only what is
+marked is ever cleared and written anew. The bytes do not depend on the number of workers.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import RUN, WRITING, is_complete
 from dreamgen.data import statistics
 from dreamgen.data.columns import REMEDY, Column, check_episode, extra_columns, robot_columns
 from dreamgen.data.files_v3 import Files
@@ -24,6 +25,7 @@ from dreamgen.data.layout import INFO
 from dreamgen.data.ledger import Item, Ledger
 from dreamgen.video.mp4 import encode
 
+ROOMS = ("meta", "data", "videos")
 log = logging.getLogger(__name__)
 
 
@@ -46,8 +48,9 @@ def write_dataset(
 
     Returns {"episodes": n, "frames": rows, "skipped": {position among the given: reason}}.
 
-    Raises ValueError if `out` holds a finished dataset, if there is no good episode, and, without `skip_bad`, for the
-    first bad episode: frames and rows that disagree, no rows, wrong widths or sizes, NaN, an empty instruction.
+    Raises ValueError if `out` holds anything of a dataset that no unfinished call wrote, if there is no good episode,
+    and, without `skip_bad`, for the first bad one: frames and rows that disagree, no rows, wrong widths or sizes, NaN,
+    an empty instruction.
     Raises OSError if the disk is full. After any error the dataset is unfinished, and is written anew by the next call.
     """
     start(out, workers)
@@ -94,14 +97,34 @@ def write_dataset(
     return {"episodes": ledger.episodes, "frames": ledger.rows, "skipped": skipped}
 
 
-def start(out: Path, workers: int) -> None:
-    """Clear what an interrupted call left at `out`. ValueError if it holds a finished dataset."""
-    if (Path(out) / INFO).exists():
+def require_free(out: Path) -> None:
+    """ValueError if `out` holds anything of a dataset that neither a finished nor an unfinished run wrote.
+
+    Stages that write a dataset ask before they begin: nothing of others is touched, and no work is done in vain.
+    """
+    out = Path(out)
+    found = [room for room in ROOMS if (out / room).exists()]  # first: another shard may be ending just now
+    if not found or (out / WRITING).is_file() or is_complete(out):
+        return
+    if (out / INFO).exists():
         raise ValueError(f"{out} already holds a dataset; choose another `out`, or delete it")
+    raise ValueError(f"{out} holds {', '.join(found)}, which no unfinished run wrote; choose another `out`, or move "
+                     "them away")  # fmt: skip
+
+
+def start(out: Path, workers: int) -> None:
+    """Mark `out` as being written, and clear what a call that was interrupted left there, a whole dataset too where it
+    came no further than to the stage's manifest. ValueError if it holds anything else of a dataset."""
+    out = Path(out)
+    if is_complete(out):
+        raise ValueError(f"{out} already holds what a stage finished; choose another `out`, or delete it")
+    require_free(out)
     if workers < 1:
         raise ValueError(f"workers is {workers}; expected 1 or more")
-    for room in ("data", "videos", "meta"):
-        shutil.rmtree(Path(out) / room, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / WRITING).touch()
+    for room in ROOMS:
+        shutil.rmtree(out / room, ignore_errors=True)
 
 
 def store(out: Path, files: Any, items: Iterable[Item], skipped: dict[int, str],
@@ -116,6 +139,8 @@ def store(out: Path, files: Any, items: Iterable[Item], skipped: dict[int, str],
             raise ValueError(f"no episode to write to {out} ({reasons or 'none was given'})")
         last()
         files.finish()
+        if not (Path(out) / RUN).is_file():  # within a stage the mark stays until its manifest is there
+            (Path(out) / WRITING).unlink()
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

@@ -14,12 +14,11 @@ from dreamgen.engine.precision import autocast, best_device
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """bf16: FLOP/s of dense matrix products; memory: bytes; bandwidth: bytes/s, 0 where unknown."""
+    """bf16: FLOP/s of dense matrix products, 0 where unknown; memory: bytes."""
 
     name: str
     bf16: float
     memory: float
-    bandwidth: float = 0.0
     match: str = ""
 
 
@@ -46,8 +45,7 @@ def this_gpu() -> Device:
     found = torch.cuda.get_device_properties(0)
     fitting = [row for row in table().values() if row.match in found.name]
     known = max(fitting, key=lambda row: len(row.match), default=None)
-    return Device(name=found.name, memory=found.total_memory, bf16=known.bf16 if known else 0.0,
-                  bandwidth=known.bandwidth if known else 0.0)  # fmt: skip
+    return Device(name=found.name, memory=found.total_memory, bf16=known.bf16 if known else 0.0)
 
 
 @cache
@@ -66,6 +64,12 @@ def this_cpu(threads: int) -> Device:
             seconds.append((time.process_time() - begun) / threads)
     pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Device(name=f"this CPU, {threads} threads", bf16=2 * size**3 / min(seconds), memory=float(pages))
+
+
+def exhausted(error: BaseException | None) -> bool:
+    """Whether an error says that an allocation failed, on a GPU or a CPU."""
+    words = ("allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def memory_left() -> float:

@@ -17,6 +17,15 @@ from dreamgen.engine.state import read_losses
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
+def require_tracker(tracker: str | None) -> None:
+    """Raise ValueError for a tracker that is unknown or not installed."""
+    if tracker is not None and tracker not in TRACKERS:
+        raise ValueError(f"tracker is '{tracker}'; expected one of {', '.join(TRACKERS)}, or null for none")
+    if tracker is not None and find_spec(tracker) is None:
+        package = tracker if tracker == "tensorboard" else f"'dreamgen[{tracker}]'"  # the others are extras
+        raise ValueError(f"tracker '{tracker}' is not installed; pip install {package}, or choose null")
+
+
 class Journal:
     """Rows of `out/losses.jsonl`: means of the metrics since the last row, with the share of time spent on data.
 
@@ -27,10 +36,7 @@ class Journal:
 
     def __init__(self, out: Path, name: str, team: Processes, *, start: int, steps: int, tracker: str | None = None,
                  flops: float | None = None, replicas: int = 1) -> None:  # fmt: skip
-        if tracker is not None and tracker not in TRACKERS:
-            raise ValueError(f"tracker is '{tracker}'; expected one of {', '.join(TRACKERS)}, or null for none")
-        if tracker is not None and find_spec(tracker) is None:
-            raise ValueError(f"tracker '{tracker}' is not installed; pip install dreamgen[{tracker}], or choose null")
+        require_tracker(tracker)
         self.out, self.name, self.team, self.tracker, self.flops = out, name, team, tracker, flops
         self.replicas = replicas
         self.path = out / "losses.jsonl"
@@ -62,7 +68,8 @@ class Journal:
         if self.file:
             self.file.close()
         if self.accelerator:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # `end_training` would also end the process group
+                tracker.finish()
 
     def add(self, metrics: dict[str, float], seconds: float, waited: float) -> None:
         """One step: its metrics, how long it took, and how much of that it waited for data."""

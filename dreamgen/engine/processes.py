@@ -2,7 +2,9 @@
 
 Each process works on its rows of the same global batch (see `dreamgen.engine.shares`), so their number changes nothing
 but the order of sums. "ddp" keeps the whole model in each process. "fsdp2" (arXiv:2304.11277, torch's `fully_shard`)
-cuts every block's weights, gradients and optimiser state over all of them, for models that do not fit.
+cuts every block's weights, gradients and optimiser state over all of them, for models that do not fit: a block goes
+from the CPU to the GPU when it is cut, so a GPU holds its share and one whole block; a machine's main memory holds a
+whole model for each process.
 """
 
 import contextlib
@@ -69,6 +71,12 @@ def agreed(value: Any) -> Any:
     return said[0]
 
 
+def require_sharding(sharding: str) -> None:
+    """Raise ValueError for a way of sharing that is not known."""
+    if sharding not in SHARDINGS:
+        raise ValueError(f"sharding is '{sharding}'; expected one of {', '.join(SHARDINGS)}")
+
+
 class Step(nn.Module):
     """`model.loss` as a forward pass, where DDP listens."""
 
@@ -81,26 +89,28 @@ class Step(nn.Module):
 
 
 class Processes:
-    """`model` on all processes of a run. `loss(batch)` is the model's, with gradients averaged over the processes.
+    """`model` on all processes of a run, moved to their devices. `loss(batch)` is the model's, with gradients averaged
+    over the processes.
 
     Raises ValueError for another `sharding`, and for a model that "fsdp2" cannot cut.
     """
 
     def __init__(self, model: nn.Module, *, sharding: str = "ddp") -> None:
-        if sharding not in SHARDINGS:
-            raise ValueError(f"sharding is '{sharding}'; expected one of {', '.join(SHARDINGS)}")
+        require_sharding(sharding)
         self.rank, self.count = join()
         self.main, self.model = self.rank == 0, model
         self.sharded: list[nn.Module] = []
         self.step: nn.Module | None = None
         if self.count > 1 and sharding == "fsdp2":
             self._cut(model)
-        elif self.count > 1:
+        model.to(best_device())
+        if self.count > 1 and sharding == "ddp":
             from accelerate import Accelerator
             from accelerate.utils import DistributedDataParallelKwargs
 
-            # every weight of a diffusers model is used at each step; of others, some may not be
-            options = DistributedDataParallelKwargs(find_unused_parameters=not list(outermost(model)))
+            # every weight of a diffusers model is used at each step; of others, and of two experts, some may not be
+            trained = [part for part in outermost(model) if any(p.requires_grad for p in part.parameters())]
+            options = DistributedDataParallelKwargs(find_unused_parameters=len(trained) != 1)
             accelerator = Accelerator(cpu=best_device().type == "cpu", kwargs_handlers=[options])
             self.step = accelerator.prepare_model(Step(model))
 
@@ -108,7 +118,9 @@ class Processes:
         from torch.distributed.fsdp import fully_shard
 
         for parameter in (p for p in model.parameters() if p.requires_grad):
-            dist.broadcast(parameter.data, 0)  # an adapter's first weights are drawn in each process
+            first = parameter.data.to(best_device())  # an adapter's first weights are drawn in each process
+            dist.broadcast(first, 0)
+            parameter.data.copy_(first)
         for part in outermost(model):
             blocks = set(getattr(part, "_no_split_modules", None) or getattr(part, "_repeated_blocks", None) or ())
             for block in [m for m in part.modules() if type(m).__name__ in blocks]:

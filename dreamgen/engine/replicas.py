@@ -9,13 +9,45 @@ import ctypes
 import multiprocessing
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch import nn
 
 Half = Callable[[int, int], dict[str, float]]
+
+
+def portable(error: Exception) -> Exception:
+    """An error as another process can read it. What a user can mend stays what it is, a ValueError or an OSError; of
+    any other, where it happened is printed here."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename)
+    for kind in (OSError, ValueError):
+        if isinstance(error, kind):
+            return kind(str(error))
+    traceback.print_exception(error)
+    return RuntimeError(f"a process that helped has failed (see above) with {type(error).__name__}: {error}")
+
+
+def begin(target: Callable[[Connection, int], None], rank: int) -> tuple[BaseProcess, Connection]:
+    """A fork that runs `target(pipe, rank)`, and this end of the pipe."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe()
+    fork = context.Process(target=target, args=(theirs, rank), daemon=True)
+    fork.start()
+    theirs.close()
+    return fork, mine
+
+
+def last_word(pipe: Connection) -> Exception | None:
+    """What a fork says before it ends: an error, or nothing."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None
 
 
 def possible(count: int, device: torch.device) -> int:
@@ -26,23 +58,32 @@ def possible(count: int, device: torch.device) -> int:
 def in_forks(work: Callable[[int], None], count: int) -> None:
     """`work(rank)` in this process, rank 0, and in `count - 1` forks; what they make lies on the disk.
 
-    Raises RuntimeError if a fork failed.
+    Raises what a fork raised (see `portable`), and RuntimeError if one was killed.
     """
+
+    def helped(pipe: Connection, rank: int) -> None:
+        try:
+            work(rank)
+        except Exception as error:
+            pipe.send(portable(error))
+
     threads = torch.get_num_threads()
     if count > 1:
         torch.set_num_threads(1)
-    context = multiprocessing.get_context("fork") if count > 1 else None
-    forks = [context.Process(target=work, args=(rank,), daemon=True) for rank in range(1, count)] if context else []
+    forks, said = [], []
     try:
-        for fork in forks:
-            fork.start()
+        forks += [begin(helped, rank) for rank in range(1, count)]
         work(0)
     finally:
-        for fork in forks:
+        for fork, pipe in forks:
+            said.append(last_word(pipe))
             fork.join()
         torch.set_num_threads(threads)
-    if any(fork.exitcode for fork in forks):
-        raise RuntimeError("a process that helped has failed (see above); run the job again, it continues")
+    for error in said:
+        if error is not None:
+            raise error
+    if any(fork.exitcode for fork, _ in forks):
+        raise RuntimeError("a process that helped was killed; run the job again, it continues")
 
 
 class Replicas:
@@ -59,20 +100,16 @@ class Replicas:
         size = sum(p.numel() for p in self.parameters)
         self.gradients = torch.zeros(max(count - 1, 1), size if count > 1 else 1).share_memory_()
         self.pipes: list[Connection] = []
-        self.forks: list = []
+        self.forks: list[BaseProcess] = []
 
     def __enter__(self) -> "Replicas":
         self.threads = torch.get_num_threads()
         if self.count > 1:
             torch.set_num_threads(1)  # a core each; also, a fork must not meet the threads of its parent
-        context = multiprocessing.get_context("fork") if self.count > 1 else None
         for rank in range(1, self.count):
-            mine, theirs = context.Pipe()
-            fork = context.Process(target=self._serve, args=(theirs, rank), daemon=True)
-            fork.start()
-            theirs.close()
-            self.pipes.append(mine)
+            fork, pipe = begin(self._serve, rank)
             self.forks.append(fork)
+            self.pipes.append(pipe)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -84,7 +121,8 @@ class Replicas:
             fork.join()
 
     def run(self, step: int) -> dict[str, float]:
-        """Mean metrics of the step; mean gradients on the parameters. Raises RuntimeError if a fork died."""
+        """Mean metrics of the step; mean gradients on the parameters. Raises what a fork raised (see `portable`),
+        RuntimeError if one died."""
         for pipe in self.pipes:
             pipe.send(step)
         found = [self.work(step, 0)]
@@ -92,6 +130,9 @@ class Replicas:
             found += [pipe.recv() for pipe in self.pipes]
         except EOFError:
             raise RuntimeError("a replica died; the last checkpoint is whole, run the job again") from None
+        for said in found:
+            if isinstance(said, Exception):
+                raise said
         if self.count > 1 and any(p.grad is not None for p in self.parameters):
             mine = torch.cat([p.grad.flatten() for p in self._whole()])
             total = mine.add_(self.gradients.sum(0)).div_(self.count)
@@ -117,6 +158,10 @@ class Replicas:
                 return
             for p in self.parameters:
                 p.grad = None
-            metrics = self.work(step, rank)
-            torch.cat([p.grad.flatten() for p in self._whole()], out=self.gradients[rank - 1])
-            pipe.send(metrics)
+            try:
+                said = self.work(step, rank)
+                torch.cat([p.grad.flatten() for p in self._whole()], out=self.gradients[rank - 1])
+            except Exception as error:
+                pipe.send(portable(error))
+                return
+            pipe.send(said)

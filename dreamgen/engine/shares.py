@@ -131,6 +131,13 @@ class Part:
         return moved(self.batch, device)
 
 
+def require_rows(whole: int, count: int, accumulate: int) -> None:
+    """Raise ValueError where a batch of `whole` rows has fewer than `count` processes in `accumulate` parts each."""
+    if whole < (pieces := count * accumulate):
+        raise ValueError(f"a batch of {whole} rows cannot be cut into {pieces} parts ({count} processes, accumulate "
+                         f"{accumulate}); take a larger batch, fewer processes or a smaller accumulate")  # fmt: skip
+
+
 def parts_of(batch: Any, replica: int, replicas: int, rank: int, count: int, accumulate: int,
              device: torch.device) -> list[Part]:  # fmt: skip
     """What one process of `count` works on at a step, in `accumulate` parts; replicas draw noise of their own.
@@ -139,9 +146,7 @@ def parts_of(batch: Any, replica: int, replicas: int, rank: int, count: int, acc
     """
     batch = share(batch, replica, replicas)
     whole, pieces = rows(batch), count * accumulate
-    if whole < pieces:
-        raise ValueError(f"a batch of {whole} rows cannot be cut into {pieces} parts ({count} processes, accumulate "
-                         f"{accumulate}); take a larger batch, fewer processes or a smaller accumulate")  # fmt: skip
+    require_rows(whole, count, accumulate)
     made = []
     for piece in range(rank * accumulate, (rank + 1) * accumulate):
         start, stop = bounds(whole, piece, pieces)

@@ -17,13 +17,14 @@ from torch import nn
 from dreamgen.core.seeding import seed_for
 from dreamgen.engine.ahead import Ahead
 from dreamgen.engine.compiling import no_new_code
+from dreamgen.engine.devices import exhausted
 from dreamgen.engine.journal import Journal
 from dreamgen.engine.optimiser import optimisers, schedule
 from dreamgen.engine.precision import autocast, best_device, resolve
 from dreamgen.engine.processes import Processes, agreed, wait
 from dreamgen.engine.replicas import Replicas, possible
 from dreamgen.engine.shares import Part, parts_of
-from dreamgen.engine.state import STATE, Ema, clear_state, load_best, read_losses, restore, save, save_best
+from dreamgen.engine.state import STATE, Ema, clear_state, load_best, read_losses, restore, save, save_best, whole
 
 __all__ = ["Ema", "clear_state", "read_losses", "schedule", "train"]
 
@@ -60,7 +61,8 @@ def train(
 
     AdamW at `lr`; with `muon_lr`, the hidden matrices go to Muon at that rate (see `dreamgen.engine.muon`).
 
-    model: has `loss(batch) -> (scalar, {metric: scalar})`. On return it holds the final (averaged) weights.
+    model: has `loss(batch) -> (scalar, {metric: scalar})`. On return it holds the final (averaged) weights. What moves
+        with the weights and is no weight moves in its `after_step()`, if it has one: `loss` runs in all replicas.
     batch_at: pure function of the step, the batch of all processes (`Rows` are read by those who want them); runs in a
         thread. describe: names a step's episodes for error messages.
     replicas: processes that split each batch on a CPU, where that can be (see `dreamgen.engine.replicas`); the noise
@@ -73,19 +75,22 @@ def train(
     validate: called with the averaged weights every `validate_every` steps and at the end; its figures are logged.
 
     Returns the last mean loss, the last validation figures, steps, seconds, the share of time spent on data.
-    Raises ValueError at a loss that is not finite, and where memory does not suffice; the last good state stays.
+    Raises ValueError at a loss or gradient that is not finite, and where memory does not suffice; the last good state
+    stays.
     """
     out = Path(out)
     device = best_device()
     chosen = resolve(precision, device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"{name}: the model has no trainable weight; unfreeze a part or give it an adapter")
-    model.to(device)
     team = Processes(model, sharding=sharding)
     if team.sharded and muon_lr:
         raise ValueError(f"{name}: muon_lr is {muon_lr}, but Muon moves whole matrices, which fsdp2 cuts; set it to "
                          "null, or take sharding=ddp")  # fmt: skip
     replicas = possible(replicas, device) if team.count == 1 else 1
+    if replicas > 1 and any(getattr(part, "moves_in_loss", False) for part in model.modules()):
+        raise ValueError(f"replicas is {replicas}, but this model moves a codebook of its own while it computes a "
+                         f"loss, which replicas would share: set stage.replicas=1")  # fmt: skip
     movers = optimisers(model, lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, betas=betas)
     average = Ema(model, ema) if ema else None
     state = out / STATE
@@ -95,7 +100,7 @@ def train(
     journal.log.info("%d trainable parameters, %s, steps %d to %d", sum(p.numel() for p in weights), chosen, start,
                      steps)  # fmt: skip
     figures: dict[str, float] = {}
-    begun, stopped = time.time(), start
+    begun, stopped, kept = time.time(), start, start or None
 
     def check(step: int) -> dict[str, float]:
         """Figures of the averaged weights, the same for all processes; the best weights are kept."""
@@ -113,6 +118,19 @@ def train(
             average.swap(model)
         model.train()
         return found
+
+    def require_finite(what: str, value: float, step: int) -> None:
+        """ValueError for a number that is none. It has not reached the weights, so these are kept."""
+        if math.isfinite(value):
+            return
+        held = kept
+        if held != step and agreed(all(bool(b.isfinite().all()) for b in model.buffers())):  # codebooks move in a loss
+            save(state, step, model, average, movers, write=team.main)
+            held = step
+        where = f" of {describe(step)}" if describe else ""
+        good = "no state was kept" if held is None else f"{state} holds the last good state, that of step {held}"
+        raise ValueError(f"{name}: the {what} is {value} at step {step}{where}. Lower the learning rate ({lr}) or mend "
+                         f"the data; {good}.")  # fmt: skip
 
     ahead: dict[int, Ahead] = {}
 
@@ -143,16 +161,15 @@ def train(
             for options in (options for mover in movers for options in mover.param_groups):
                 options["lr"] = options["peak"] * schedule(step, steps=steps, warmup=warmup)
             clock, waited = time.perf_counter(), ahead[0].waited if ahead else 0.0
-            with memory(name, step, accumulate):
+            with memory(name, step, accumulate, model):
                 metrics = group.run(step)
-            if not math.isfinite(metrics["loss"]):
-                where = f" of {describe(step)}" if describe else ""
-                raise ValueError(f"{name}: the loss is {metrics['loss']} at step {step}{where}. Lower the learning "
-                                 f"rate ({lr}) or mend the data; {state} holds the last good state.")  # fmt: skip
-            nn.utils.clip_grad_norm_(weights, clip)
+            require_finite("loss", metrics["loss"], step)
+            require_finite("norm of the gradient", float(whole(nn.utils.clip_grad_norm_(weights, clip))), step)
             for mover in movers:
                 mover.step()
             model.zero_grad(set_to_none=True)
+            if hasattr(model, "after_step"):
+                model.after_step()
             if average:
                 average.update(model, step)
             stopped = step + 1
@@ -164,6 +181,7 @@ def train(
             if stopped % checkpoint_every == 0 and stopped < steps:
                 journal.keep()
                 save(state, stopped, model, average, movers, write=team.main)
+                kept = stopped
     if start < stopped:
         save(state, stopped, model, average, movers, write=team.main)
     elif validate is not None:
@@ -183,14 +201,16 @@ def train(
 class memory:
     """A context in which a lack of memory is told as what would fit."""
 
-    def __init__(self, name: str, step: int, accumulate: int) -> None:
-        self.name, self.step, self.accumulate = name, step, accumulate
+    def __init__(self, name: str, step: int, accumulate: int, model: nn.Module) -> None:
+        self.name, self.step, self.accumulate, self.model = name, step, accumulate, model
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if exhausted(error):
+            on = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+            less = "" if on else "checkpointing=true, "
             raise ValueError(f"{self.name}: out of memory at step {self.step}. What takes less, in this order: "
-                             f"checkpointing=true, accumulate={2 * self.accumulate} (the same result), method=lora, "
+                             f"{less}accumulate={2 * self.accumulate} (the same result), method=lora, "
                              f"sharding=fsdp2 on several GPUs, a smaller batch ({str(error).splitlines()[0]})"
                              ) from error  # fmt: skip

@@ -2,8 +2,9 @@
 
 An action-conditioned model shows what the labels would do. Its error is measured in units of what happens at all: the
 mean square difference of the two videos over that of the dream and its own first frame held. 0 is a perfect cycle, 1
-is as far as if nothing were predicted. A clip in which nothing moves has no scale, and fails. A clip longer than the
-model's window is compared over that window.
+is as far as if nothing were predicted. A clip in which nothing moves has no scale, and fails. A clip is compared over
+as much of the model's window as it fills, up to a frame that the model can end on; where it fills none, the filter
+abstains.
 """
 
 from collections.abc import Sequence
@@ -37,12 +38,15 @@ class Cycle(Referenced):
 
     def raw(self, clips: Sequence[Clip], labels: Sequence[Labels]) -> np.ndarray:
         """One signal."""
-        model, asked = self.world_model, {}
+        model, asked, gaps = self.world_model, {}, getattr(self.world_model, "gaps", 1)
         for k, (clip, label) in enumerate(zip(clips, labels, strict=True)):
             if clip.video_hz != model.clock.video_hz:
                 raise ValueError(f"clip '{clip.id}' runs at {clip.video_hz} Hz, the action-conditioned model at "
                                  f"{model.clock.video_hz}; filter '{self.name}' needs one of that rate")  # fmt: skip
-            clock = model.clock.with_frames(min(len(clip.video), model.clock.frames))
+            frames = (min(len(clip.video), model.clock.frames) - 1) // gaps * gaps + 1
+            if frames < 2:
+                continue
+            clock = model.clock.with_frames(frames)
             action = self._possible(label, clock.steps)
             asked.setdefault((clock.frames, clip.video.shape[1:]), []).append((k, clip, action))
         found = np.full((len(clips), 1), np.nan)

@@ -9,6 +9,14 @@ from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.protocols import Judge
 
 
+def require_known(judge: Judge, texts: Sequence[str]) -> None:
+    """ValueError if the judge says which instructions it knows, and none of `texts` is among them."""
+    known = getattr(judge, "instructions", None)
+    if known is not None and not set(known) & set(texts):
+        raise ValueError(f"the judge knows none of the instructions {list(texts)}, it would abstain on all; it knows "
+                         f"{list(known)}: train it on them with jobs.train_judge, or choose others")  # fmt: skip
+
+
 class Judged:
     """The score is the judge's probability; it abstains (nan) on instructions that the judge never saw."""
 

@@ -22,6 +22,18 @@ LABELS = ("own", "shuffled")
 STATES = ("recorded", "masked", "zero")
 
 
+def others(dataset: Dataset) -> np.ndarray:
+    """For each episode another one (n,): one cycle through all of them, any as likely as any (Sattolo 1986)."""
+    if len(dataset) < 2:
+        raise ValueError(f"labels is 'shuffled', and {dataset.root} has one episode: there are no actions of another; "
+                         f"give at least two episodes, or take labels=own")  # fmt: skip
+    rng, order = rng_for(0, "labels"), np.arange(len(dataset))
+    for i in range(len(order) - 1, 0, -1):
+        j = rng.integers(i)
+        order[[i, j]] = order[[j, i]]
+    return order
+
+
 class Chunks:
     """Addressed by (episode, row), and as windows of a mixture: `len` and `at`.
 
@@ -32,7 +44,7 @@ class Chunks:
     mean square over entries, each in units of `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the
     spread.
 
-    Raises ValueError for a horizon longer than an episode, naming the episode.
+    Raises ValueError for a horizon longer than an episode, naming the episode, and for shuffled labels of one episode.
     """
 
     def __init__(
@@ -53,7 +65,7 @@ class Chunks:
         if past_end not in PAST_END or state not in STATES or labels not in LABELS:
             raise ValueError(f"past_end is '{past_end}', state is '{state}', labels is '{labels}'; expected one of "
                              f"{PAST_END}, {STATES}, {LABELS}")  # fmt: skip
-        self.donor = rng_for(0, "labels").permutation(len(dataset)) if labels == "shuffled" else range(len(dataset))
+        self.donor = others(dataset) if labels == "shuffled" else range(len(dataset))
         self.dataset, self.horizon, self.body = dataset, horizon, body
         self.past_end, self.state, self.future_steps = past_end, state, future_steps
         self.spread_scale, self.action_scale = spread_scale, action_scale
@@ -64,8 +76,9 @@ class Chunks:
         for i in range(len(dataset)):
             length = dataset.length(i)
             if length < horizon:
-                raise ValueError(f"episode {i} of {dataset.root} has {length} rows, the policy's horizon is {horizon}; "
-                                 f"choose a horizon of at most {length}, or leave the episode out")  # fmt: skip
+                raise ValueError(f"episode {dataset.index(i)} of {dataset.root} has {length} rows, the policy's "
+                                 f"horizon is {horizon}; choose a horizon of at most {length}, or leave the episode "
+                                 f"out")  # fmt: skip
             rows = dataset.episode(i).meta.get("frame_rows")
             rows = np.arange(length) if rows is None else np.asarray(rows, np.int64)
             self._frames[i] = rows = rows[rows < length]

@@ -27,7 +27,8 @@ def cacheable(model: Any) -> bool:
 class Features:
     """Features (n tokens, width) float16 of rows of `chunks` by a frozen `encoder`, made in `folder` on first use.
 
-    Raises ValueError for a folder that holds the features of something else.
+    The file is named by the dataset's root, the rows and the encoder: what `folder` holds of others is left alone. That
+    the pictures are those of the last time, the run's own folder sees to, which takes no other input.
     """
 
     def __init__(self, chunks: Any, encoder: nn.Module, folder: Path, *, batch_size: int = 32) -> None:

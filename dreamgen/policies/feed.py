@@ -18,12 +18,14 @@ from dreamgen.policies.features import Features, cacheable
 
 class Feed:
     """Batches for `model` of `real` and `dreams`, in the ratio `ratio`; latent: dreams or videos whose actions are
-    those of another embodiment, the body `latent_body` of the model. They count as dreams.
+    those of another embodiment, the body `latent_body` of the model. videos: of the robot, without actions, which train
+    the body that acts by FLARE's alignment alone. Both count as dreams.
 
     options: for the chunks of all datasets; dream_options: of dreams and latents (see `Chunks`). spread_scale: see
     `Chunks`, in units of the standard deviation of the fitted actions.
 
-    Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than an episode.
+    Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than an episode, and
+    where no dataset trains the body that the policy acts for.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class Feed:
         real: Dataset | None,
         dreams: Sequence[Dataset],
         latent: Sequence[Dataset] = (),
+        videos: Sequence[Dataset] = (),
         batch_size: int,
         ratio: str,
         dream_body: str,
@@ -47,6 +50,11 @@ class Feed:
             raise ValueError("train_policy got neither real data nor dreams; give at least one dataset")
         names = [*([] if real is None else ["real"]), *[dream_body] * len(dreams), *[latent_body] * len(latent)]
         bodies = [model.body(name) for name in names]
+        if model.speaks not in bodies:
+            spoken, trained = model.bodies[model.speaks], ", ".join(f"'{name}'" for name in dict.fromkeys(names))
+            raise ValueError(f"the policy acts for the body '{spoken}', and the data train {trained} alone: it would "
+                             f"act through weights that nothing has trained. Give real data, set dream_body={spoken}, "
+                             f"or make a policy that speaks for a body that is trained (speaks=...)")  # fmt: skip
         for dataset, body in zip(self.datasets, bodies, strict=True):
             model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
@@ -58,8 +66,22 @@ class Feed:
         self._fit(own[:1] if real is not None else own, 0)
         for body in sorted(set(bodies) - {bodies[k] for k in own}):
             self._fit([k for k, b in enumerate(bodies) if b == body], body)
+        self._watch(videos, options)
         self.mixture = Mixture(real=self.chunks[:count], dreams=self.chunks[count:], batch_size=batch_size,
                                ratio=ratio if real is not None else "0:1", seed=seed)  # fmt: skip
+
+    def _watch(self, videos: Sequence[Dataset], options: dict[str, Any]) -> None:
+        """Take in videos without actions, by which nothing is fitted."""
+        if videos and self.model.flare is None:
+            raise ValueError("stage.videos are without actions, so that FLARE's alignment alone learns from them, and "
+                             "policy.align_weight is 0; set it (0.2), or leave the videos out")  # fmt: skip
+        for dataset in videos:
+            if dataset.has_actions:
+                raise ValueError(f"stage.videos holds {dataset.root}, opened with its actions; open it with "
+                                 f"actions=false, or give it as real or dreams")  # fmt: skip
+            self.model.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+            self.datasets.append(dataset)
+            self.chunks.append(Chunks(dataset, body=self.model.speaks, **options))
 
     def _scale(self, k: int, bodies: list[int], count: int) -> np.ndarray:
         """Standard deviation of the recorded actions; of the dataset's own where it has another kind of action."""
@@ -99,6 +121,7 @@ class Feed:
         return collate(parts, self.model.encoder.words)
 
     def describe(self, step: int) -> str:
-        """The episodes of a step's batch, in words."""
-        named = {k: sorted({episode for episode, _ in places}) for k, places in self._by_dataset(step).items()}
+        """The episodes of a step's batch, in words and by their datasets' own numbers."""
+        named = {k: sorted({self.datasets[k].index(i) for i, _ in places})
+                 for k, places in self._by_dataset(step).items()}  # fmt: skip
         return "; ".join(f"episodes {', '.join(map(str, e))} of {self.datasets[k].root}" for k, e in named.items())

@@ -2,8 +2,9 @@
 
 `loss = flow + weight * (1 - cosine(MLP(tokens after layer k), target))`. The target is what the policy's own encoder
 makes of the future pictures: its visual tokens, pooled to M, by a copy that follows it ("ema", decay 0.995) or by its
-first state ("frozen"), or the M queries of the policy's Q-Former, by a copy of both that follows ("qformer"). Rows
-without actions train by this term alone.
+first state ("frozen"), or the M queries of the policy's Q-Former, by a copy of both that follows ("qformer"). The copy
+moves once after each step of the optimiser, and neither drops out nor adds noise. Rows without actions train by this
+term alone.
 """
 
 import copy
@@ -40,6 +41,15 @@ class Flare(nn.Module):
         self.project = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, encoder.width))
         self.target = as_buffers(copy.deepcopy(encoder))
         self.target_queries = None if queries is None else as_buffers(copy.deepcopy(queries))
+        self.train()
+
+    def train(self, mode: bool = True) -> "Flare":
+        """As of any module; what gives the targets stays as it is for acting: they are no noise to be learned."""
+        super().train(mode)
+        for copied in (self.target, self.target_queries):
+            if copied is not None:
+                copied.eval()
+        return self
 
     def follow(self, encoder: nn.Module, queries: nn.Module | None = None) -> None:
         """One step of the moving average: target <- decay * target + (1 - decay) * encoder, queries alike."""

@@ -26,7 +26,7 @@ from dreamgen.policies.flare import Flare
 from dreamgen.policies.flow import interpolate, mean_error, sample_time
 from dreamgen.policies.inference import compiled, see
 from dreamgen.policies.qformer import QFormer
-from dreamgen.policies.sight import Seen, look, tensors
+from dreamgen.policies.sight import Seen, look, same_views, tensors
 from dreamgen.policies.space import Space, Spaces
 
 Batch = dict[str, Tensor]
@@ -108,7 +108,7 @@ class FlowPolicy(nn.Module):
         self.space = Space(robot, **told, state=self.normalise_state, action=self.normalise_action)
         spaces, self.other_normalisers = {}, nn.ModuleDict()
         for name, other in others.items():
-            if other.views != robot.views:
+            if not same_views(other, robot):
                 raise ValueError(f"the body '{name}' is seen by {other.views}, the robot by {robot.views}; bodies of a "
                                  f"policy share their cameras")  # fmt: skip
             made = {"state": Normaliser(other.state_dim), "action": Normaliser(horizon * other.action_dim)}
@@ -246,11 +246,14 @@ class FlowPolicy(nn.Module):
         flow = mean_error((velocity - (x - noise)).square(), weight, entries)
         if not self.flare:
             return flow, {"flow": flow}
-        if self.training:
-            self.flare.follow(self.encoder, self.queries)
         future = self.flare.embed(batch["future"], batch["words"]).repeat_interleave(self.draws, 0)
         align = self.flare.loss(tapped, future, batch["future_known"].repeat_interleave(self.draws, 0))
         return flow + self.align_weight * align, {"flow": flow, "align": align}
+
+    def after_step(self) -> None:
+        """After a step of the optimiser: FLARE's targets follow, once, however many processes the step had."""
+        if self.flare:
+            self.flare.follow(self.encoder, self.queries)
 
     def inputs(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Pictures, words, states, which of these are known (one that holds NaN is not), bodies. Errors: `observe`."""
@@ -288,7 +291,7 @@ class FlowPolicy(nn.Module):
     @torch.no_grad()
     def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
         """Action chunks in units, inside the limits, binary parts at one of their two values. Seed i draws row i's
-        noise. Compiled where that was asked for. Errors: see `observe`."""
+        noise. Compiled where that was asked for, which `proceed` is not. Errors: see `observe`."""
         inputs = self.inputs(observations)
         chunk = compiled(self.compiling, self.position.device.type)
         x = chunk(self, self.noise(seeds), inputs, self.euler_steps, self.speaks)

@@ -84,7 +84,8 @@ def proceed(
     mode: str,
     beta: float,
 ) -> Float32[np.ndarray, "b h a"]:
-    """Chunks of a flow policy that go on from `rests`; see `dreamgen.core.protocols.Continuing`."""
+    """Chunks of a flow policy that go on from `rests`; see `dreamgen.core.protocols.Continuing`. Not compiled, whatever
+    the policy's `compile` says: a pull needs the velocity's gradient, and given steps have a time of their own."""
     require_delay(policy, delay, mode, beta)
     shape = (len(observations), policy.horizon, policy.robot.action_dim)
     before, weight = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)

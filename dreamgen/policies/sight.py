@@ -1,7 +1,7 @@
 """What a policy takes of an observation, and what it says of one that does not fit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,13 @@ class Seen:
 def look(encoder: nn.Module, pictures: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
     """Visual and language tokens of pictures (uint8), or of their features by the frozen part of `encoder`."""
     return encoder(pictures, words) if pictures.dtype == torch.uint8 else encoder.project(pictures, words)
+
+
+def same_views(a: Embodiment, b: Embodiment) -> bool:
+    """Whether two robots share their cameras; an orientation that an older contract does not tell is not compared."""
+    told = all(x.orientation and y.orientation for x, y in zip(a.views, b.views, strict=False))
+    seen = [[v if told else replace(v, orientation="") for v in robot.views] for robot in (a, b)]
+    return seen[0] == seen[1]
 
 
 def _views(robot: Embodiment, observation: Observation) -> np.ndarray:

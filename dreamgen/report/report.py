@@ -14,6 +14,10 @@ from dreamgen.report.results import evaluations, gather, manifests, pooled
 from dreamgen.report.table import differences, errors, successes, table
 from dreamgen.report.tree import trees
 
+# what is shown of a report card of `correlation`, and how it is called there
+CARD = {"r": "r", "r_drop_one": "r, one left out", "rho": "rho", "mmrv": "MMRV", "mae": "MAE", "bias": "bias",
+        "regret": "regret", "episode_auroc": "AUROC", "tpr": "TPR", "tnr": "TNR"}  # fmt: skip
+
 
 def report(
     robot: Embodiment,
@@ -69,8 +73,13 @@ def report(
             "curves": scenes.recovered(labelled, recordings, 3) if labelled else [],
             "calibrations": calibrations(results),
             "correlations": correlations(found),
-            "curated": curated(found, Path(folder)),
-            "losses": [(name, loss_plot(Path(folder) / name)) for name in found if loss_plot(Path(folder) / name)],
+            "cards": [
+                (name, cards(m["results"]["correlation"])) for name, m in found.items() if m["stage"] == "correlation"
+            ],
+            "card_heads": list(CARD.values()),
+            "executed": sheets(found, Path(folder), "evaluate_counterfactuals", "dreamed, judged and executed"),
+            "curated": sheets(found, Path(folder), "curate", "best and worst clips"),
+            "losses": [plotted for name in found for plotted in loss_plots(name, Path(folder) / name)],
             "instructions": by_instruction(found, policies or {}),
             "bad": bad_episodes(found),
             "versions": next(reversed(found.values()))["versions"] if found else {},
@@ -97,14 +106,19 @@ def counts(results: Mapping) -> str:
     return ", ".join(whole[:3])
 
 
-def loss_plot(step: Path) -> str:
-    """Training and validation loss of a step that trained, "" for others."""
-    rows = read_losses(step)
-    curves = []
-    for key, style in (("loss", "a"), ("val_loss", "c")):
-        if known := [row for row in rows if key in row]:
-            curves.append(plots.Line(key, [row["step"] for row in known], [row[key] for row in known], style))
-    return plots.lines(curves, title="loss", x_name="steps", log=True) if curves else ""
+def loss_plots(name: str, step: Path) -> list[tuple[str, str]]:
+    """(caption, plot) of training and validation loss: of a step, and of what it trains apart (a decoder, a
+    regression). Empty for one that does not train."""
+    plotted = []
+    for folder in [step, *sorted(path.parent for path in step.glob("*/losses.jsonl"))]:
+        rows, curves = read_losses(folder), []
+        for key, style in (("loss", "a"), ("val_loss", "c")):
+            if known := [row for row in rows if key in row]:
+                curves.append(plots.Line(key, [row["step"] for row in known], [row[key] for row in known], style))
+        if curves:
+            caption = name if folder == step else f"{name}: {folder.name}"
+            plotted.append((caption, plots.lines(curves, title="loss", x_name="steps", log=True)))
+    return plotted
 
 
 def calibrations(results: Mapping) -> list[tuple[str, str]]:
@@ -129,13 +143,32 @@ def correlations(found: Mapping[str, Mapping]) -> list[tuple[str, str]]:
     return plotted
 
 
-def curated(found: Mapping[str, Mapping], folder: Path) -> list[tuple[str, str]]:
-    """(caption, picture) of each filter's best and worst clips, for every step that curated."""
+def cards(results: Mapping) -> list[tuple[str, list[str]]]:
+    """(evaluator, figures in the order of CARD): the dream, corrected and of seen policies, then the blind ones."""
+    rows = {"the dream": results}
+    rows |= {f"the dream, {key}": results[key] for key in ("corrected", "seen") if results.get(key)}
+    rows |= {f"blind: {key.replace('_', ' ')}": card for key, card in results.get("blind", {}).items()}
+    return [(name, [figure(card, key) for key in CARD]) for name, card in rows.items()]
+
+
+def figure(card: Mapping, key: str) -> str:
+    """A figure of a report card with its interval, "" where there is none."""
+    value = card.get(key)
+    if value is None or (isinstance(value, list) and None in value):
+        return ""
+    if isinstance(value, list):
+        return f"{value[0]:.2f} to {value[1]:.2f}"
+    known = key == "r" and card.get("r_low") is not None
+    return f"{value:.2f}" + (f" [{card['r_low']:.2f}, {card['r_high']:.2f}]" if known else "")
+
+
+def sheets(found: Mapping[str, Mapping], folder: Path, stage: str, told: str) -> list[tuple[str, str]]:
+    """(caption, picture) of the contact sheets that every step of `stage` has left."""
     pictures = []
-    for name in (n for n, manifest in found.items() if manifest["stage"] == "curate"):
+    for name in (n for n, manifest in found.items() if manifest["stage"] == stage):
         for sheet in sorted((folder / name / "sheets").glob("*.png")):
             data = base64.b64encode(sheet.read_bytes()).decode()
-            pictures.append((f"{name}: {sheet.stem}, best and worst clips", f"data:image/png;base64,{data}"))
+            pictures.append((f"{name}: {sheet.stem}, {told}", f"data:image/png;base64,{data}"))
     return pictures
 
 
@@ -149,11 +182,10 @@ def by_instruction(found: Mapping[str, dict], policies: Mapping[str, str | Seque
     return {text: {key: pooled(rates) for key, rates in row.items()} for text, row in rows.items()}
 
 
-def bad_episodes(found: Mapping[str, Mapping]) -> list[tuple[str, str, str]]:
-    """(step, episode, reason) of every bad episode that was left out, by choice."""
-    rows = []
+def bad_episodes(found: Mapping[str, Mapping]) -> list[tuple[str, str, str, list[str]]]:
+    """(dataset, episode, reason, steps) of every bad episode that steps left out, by choice."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
     for name, manifest in found.items():
-        skipped = manifest["results"].get("skipped")
-        if isinstance(skipped, Mapping):
-            rows += [(name, str(episode), str(reason)) for episode, reason in skipped.items()]
-    return rows
+        for one in manifest["results"].get("skipped", ()):
+            rows.setdefault((one["dataset"], str(one["episode"]), one["reason"]), []).append(name)
+    return [(*row, steps) for row, steps in rows.items()]

@@ -4,6 +4,7 @@ A server of ours says for which robot it was made; a client compares that with i
 server of another stack the robot must be told, and the horizon of openpi's, which has no place for it.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,10 @@ from dreamgen.serve.wire import pack_groot, pack_openpi, unpack_groot, unpack_op
 
 
 def _require_chunk(chunk: Any, shape: tuple, where: str) -> np.ndarray:
-    if not isinstance(chunk, np.ndarray) or chunk.shape != shape or not np.isfinite(chunk).all():
-        got = f"shape {chunk.shape}" if isinstance(chunk, np.ndarray) else type(chunk).__name__
+    plain = isinstance(chunk, np.ndarray) and chunk.dtype.kind in "iuf"
+    if not plain or chunk.shape != shape or not np.isfinite(chunk).all():
+        got = f"type {chunk.dtype}" if isinstance(chunk, np.ndarray) else type(chunk).__name__
+        got = f"shape {chunk.shape}" if plain else got
         raise ValueError(f"{where} sent actions of {got}; expected finite numbers of shape {shape}")
     return chunk.astype(np.float32)
 
@@ -31,6 +34,29 @@ def _prefix(told: Mapping[str, Any]) -> int | None:
     return int(prefix) if isinstance(prefix, int) else None
 
 
+def _require_map(value: Any, wanted: Sequence[str], where: str) -> dict:
+    """`value`, which must be a map with the keys `wanted`; ValueError says what `where` sent instead."""
+    if not isinstance(value, dict) or any(key not in value for key in wanted):
+        got = f"a map of {sorted(map(str, value))!s:.200}" if isinstance(value, dict) else f"{type(value).__name__}"
+        raise ValueError(f"{where} sent {got}; expected a map with {', '.join(wanted)}")
+    return value
+
+
+def _modality(node: Any, where: str) -> tuple[list, list]:
+    """The steps and the keys of one modality; `as_json` is a map (N1.6) or text (N1.5)."""
+    told = _require_map(node, ["as_json"], where)["as_json"]
+    try:
+        told = json.loads(told) if isinstance(told, str) else told
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} sent a modality that is no JSON: {error}") from None
+    told = _require_map(told, ["delta_indices", "modality_keys"], where)
+    steps, names = told["delta_indices"], told["modality_keys"]
+    if not isinstance(steps, list) or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{where} sent a modality of delta_indices {steps!r:.80}, modality_keys {names!r:.80}; "
+                         f"expected two lists, the second of text")  # fmt: skip
+    return steps, names
+
+
 class _Remote:
     """A connection that is made on first use, so that a client can be handed to other processes."""
 
@@ -39,12 +65,15 @@ class _Remote:
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_link"}
 
-    def _robot(self, contract: dict | None, robot: Embodiment | None, where: str) -> Embodiment:
+    def _robot(self, contract: Any, robot: Embodiment | None, where: str) -> Embodiment:
         if robot is None and contract is None:
             raise ValueError(f"{where} does not say for which robot it is; give the embodiment: robot=...")
-        if robot is not None and contract is not None:
-            robot.require(contract, f"the policy at {where}")
-        return robot or Embodiment.from_contract(contract)
+        try:
+            if robot is not None and contract is not None:
+                robot.require(contract, f"the policy at {where}")
+            return robot or Embodiment.from_contract(contract)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where} sent a contract that describes no robot: {error!r:.200}") from None
 
     def __enter__(self) -> Any:
         return self
@@ -82,10 +111,15 @@ class OpenpiPolicy(_Remote):
         self.address, self.key, self.timeout = address, key, timeout
         self.metadata = self._connect()
         self.robot = self._robot(self.metadata.get("contract"), robot, address)
-        self.names = names or self.metadata.get("keys") or keys(self.robot)
+        found = names or self.metadata.get("keys") or keys(self.robot)
+        self.names = _require_map(found, ["views", "state", "prompt"], f"{address}, as the keys of an observation,")
+        _require_map(self.names["views"], [], f"{address}, as the keys of the views,")
         if horizon is None and "horizon" not in self.metadata:
             raise ValueError(f"{address} does not say how long its chunks are; give horizon=...")
-        self.horizon = int(self.metadata["horizon"] if horizon is None else horizon)
+        told = self.metadata["horizon"] if horizon is None else horizon
+        if isinstance(told, bool) or not isinstance(told, int | np.integer) or told < 1:
+            raise ValueError(f"{address} has chunks of {told!r:.40} steps; expected a whole number from 1")
+        self.horizon = int(told)
         self.prefix = _prefix(self.metadata)
         self.timing: dict[str, float] = {}
 
@@ -105,7 +139,7 @@ class OpenpiPolicy(_Remote):
             metadata = unpack_openpi(self._link.recv(self.timeout))
         except (OSError, InvalidURI, InvalidHandshake, WebSocketException) as error:
             raise ValueError(f"no openpi server answers at {self.address}: {error}") from None
-        return metadata if isinstance(metadata, dict) else {}
+        return _require_map(metadata, [], f"{self.address}, as its metadata,")
 
     def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
         """Action chunks in units; `timing` holds what the server said of the last."""
@@ -131,7 +165,7 @@ class OpenpiPolicy(_Remote):
             raise ValueError(f"the openpi server at {self.address} broke off: {error}") from None
         if isinstance(reply, str):
             raise ValueError(f"the openpi server at {self.address} refused the observation: {reply}")
-        answer = unpack_openpi(reply)
+        answer = _require_map(unpack_openpi(reply), ["actions"], f"the openpi server at {self.address}")
         self.timing = answer.get("server_timing", {})
         return _require_chunk(answer["actions"], (self.horizon, self.robot.action_dim), self.address)
 
@@ -147,15 +181,18 @@ class GrootPolicy(_Remote):
         self, address: str, *, robot: Embodiment | None = None, key: str | None = None, timeout: float = 60.0
     ) -> None:
         self.address, self.key, self.timeout = address, key, timeout
-        modality = {name: node["as_json"] for name, node in self.ask("get_modality_config").items()}
+        where = f"the GR00T server at {address}"
+        nodes = _require_map(self.ask("get_modality_config"), ["video", "state", "action"], where)
+        modality = {name: _modality(nodes[name], where) for name in ("video", "state", "action")}
         try:
             told = self.ask("contract")
         except ValueError:  # not one of ours
-            told = {}
+            told = None
+        told = told if isinstance(told, dict) else {}
         self.robot, self.prefix = self._robot(told.get("contract"), robot, address), _prefix(told)
-        self.horizon = len(modality["action"]["delta_indices"])
+        self.horizon = len(modality["action"][0])
         for kind, wanted in (("video", self.robot.views), ("state", self.robot.state), ("action", self.robot.action)):
-            here, there = [part.name for part in wanted], modality[kind]["modality_keys"]
+            here, there = [part.name for part in wanted], modality[kind][1]
             if sorted(here) != sorted(there):
                 raise ValueError(f"the policy at {address} has the {kind} keys {there}; embodiment '{self.robot.name}' "
                                  f"has {here}")  # fmt: skip
@@ -196,7 +233,11 @@ class GrootPolicy(_Remote):
 
     def _chunks(self, observations: Sequence[Observation], seeds: Sequence[int], **more: Any) -> np.ndarray:
         options = {"seed": [int(seed) for seed in seeds], **more}
-        action, _ = self.ask("get_action", {"observation": to_groot(observations, self.robot), "options": options})
-        shape = (len(observations), self.horizon)
-        return np.concatenate([_require_chunk(action.get(part.name), (*shape, part.width), self.address)
-                               for part in self.robot.action], -1)  # fmt: skip
+        reply = self.ask("get_action", {"observation": to_groot(observations, self.robot), "options": options})
+        where, parts = f"the GR00T server at {self.address}", self.robot.action
+        if not isinstance(reply, list | tuple) or len(reply) != 2:
+            got = f"a list of {len(reply)}" if isinstance(reply, list | tuple) else type(reply).__name__
+            raise ValueError(f"{where} answered get_action with {got}; expected [action, info]")
+        action, shape = _require_map(reply[0], [part.name for part in parts], where), (len(observations), self.horizon)
+        return np.concatenate([_require_chunk(action[part.name], (*shape, part.width), self.address)
+                               for part in parts], -1)  # fmt: skip

@@ -1,7 +1,8 @@
 """The GR00T protocol: ZeroMQ requests and replies, one msgpack map each.
 
 A request is {"endpoint": name, "data": {...}, ["api_token": key]}. Endpoints: ping, kill, get_action -> [action, info],
-reset, get_modality_config, and ours, contract. What cannot be answered gets {"error": text}.
+reset, get_modality_config, and ours, contract. What cannot be answered gets {"error": text}. N1.6 and later speak so;
+N1.5 has flat observations, which are refused, and sends the `as_json` of a modality, here a map, as text.
 
 Observations are {"video": {view: (B, T, H, W, 3) uint8}, "state": {part: (B, T, D) float32}, "language": {"task":
 [[text]]}}, of which the last step T counts; actions are {part: (B, T, D) float32} in the units of the embodiment.
@@ -23,7 +24,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.serve.asked import answer, seed_of
-from dreamgen.serve.wire import pack_groot, unpack_groot
+from dreamgen.serve.wire import pack_groot, peek, unpack_groot
 
 log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -61,10 +62,20 @@ def to_groot(seen: Sequence[Observation], robot: Embodiment) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _entry(observation: dict, kind: str, name: str, axes: int) -> np.ndarray:
-    """The last step of one array: (B, ...)."""
+def _group(observation: dict, kind: str, names: Sequence[str]) -> dict:
+    """The map under `kind`, which must have all `names`."""
     group = observation.get(kind)
-    value = group.get(name) if isinstance(group, dict) else None
+    if not isinstance(group, dict):
+        raise ValueError(f"the observation's {kind} is {type(group).__name__}; expected a map with {list(names)}")
+    if missing := [name for name in names if name not in group]:
+        raise ValueError(f"the observation's {kind} lacks {missing}; it has {sorted(map(str, group))!s:.200}, expected "
+                         f"{list(names)}")  # fmt: skip
+    return group
+
+
+def _entry(group: dict, kind: str, name: str, axes: int) -> np.ndarray:
+    """The last step of one array: (B, ...)."""
+    value = group[name]
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf" or value.ndim != axes or 0 in value.shape:
         got = f"{value.shape} {value.dtype}" if isinstance(value, np.ndarray) else f"{type(value).__name__}"
         raise ValueError(f"'{name}' of the observation's {kind} is {got}; expected an array "
@@ -87,9 +98,14 @@ def from_groot(observation: Any, robot: Embodiment) -> list[Observation]:
     """The inverse of `to_groot`. Raises ValueError that names what is missing or has another shape."""
     if not isinstance(observation, dict):
         raise ValueError(f"the observation is {type(observation).__name__}; expected a map of video, state, language")
+    if flat := sorted(key for key in map(str, observation) if key.startswith(("video.", "state."))):
+        raise ValueError(f"the observation has flat keys, as of N1.5: {flat!s:.200}; expected the maps video, state, "
+                         f"language")  # fmt: skip
     texts = _texts(observation)
-    views = {view.name: _entry(observation, "video", view.name, 5) for view in robot.views}
-    parts = [_entry(observation, "state", part.name, 3) for part in robot.state]
+    video = _group(observation, "video", [view.name for view in robot.views])
+    states = _group(observation, "state", [part.name for part in robot.state]) if robot.state else {}
+    views = {view.name: _entry(video, "video", view.name, 5) for view in robot.views}
+    parts = [_entry(states, "state", part.name, 3) for part in robot.state]
     for part, value in zip(robot.state, parts, strict=True):
         if value.shape[1] != part.width:
             raise ValueError(f"'{part.name}' of the observation's state is {value.shape[1]} wide; embodiment "
@@ -105,9 +121,11 @@ def from_groot(observation: Any, robot: Embodiment) -> list[Observation]:
 class GrootServer:
     """`policy` at tcp://host:port. Use as a context, or `run()` until `stop()` is called from another thread.
 
-    port: 0 takes a free one; `port` then says which. key: requests must hold it as api_token; None admits all.
-    max_mb: largest request; four times as much is not even read. `kill` is refused to strangers: where the server is
-    bound beyond loopback, it needs a key. max_rows: most observations in a request.
+    port: 0 takes a free one; `port` then says which. key: requests must hold it as api_token, which is looked at before
+    their data are unpacked; None admits all. max_mb: largest request; a frame of four times as much is not even read.
+    ZeroMQ itself keeps all frames of a message until the last has come, and limits neither their sum nor the number of
+    connections: let only hosts you trust reach a port beyond loopback. `kill` is refused to strangers: where the server
+    is bound beyond loopback, it needs a key. max_rows: most observations in a request.
     """
 
     def __init__(
@@ -129,6 +147,7 @@ class GrootServer:
         self._socket = self._context.socket(zmq.REP)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 4 * self.most)
+        self._socket.setsockopt(zmq.RCVHWM, 1)  # of a client that does not wait for its answer; ZeroMQ would keep 1000
         try:
             self._socket.bind(f"tcp://{host}:{port or '*'}")
         except zmq.ZMQError as error:
@@ -146,9 +165,17 @@ class GrootServer:
         try:
             while self._running:
                 if self._socket.poll(100):
-                    self._socket.send(self._reply(self._socket.recv_multipart()))
+                    self._socket.send(self._reply(*self._receive()))
         finally:
             self._close()
+
+    def _receive(self) -> tuple[bytes, int]:
+        """The first frame of a message, and how many it had; the others are let go one by one."""
+        frame, count = self._socket.recv(), 1
+        while self._socket.rcvmore:
+            self._socket.recv(copy=False)
+            count += 1
+        return frame, count
 
     def _close(self) -> None:
         self._socket.close()
@@ -168,12 +195,13 @@ class GrootServer:
         if self._thread:
             self._thread.join()
 
-    def _reply(self, frames: list[bytes]) -> bytes:
+    def _reply(self, frame: bytes, frames: int) -> bytes:
         try:
-            if len(frames) != 1 or len(frames[0]) > self.most:
-                raise ValueError(f"a request of {len(frames)} frames and {sum(map(len, frames))} bytes; expected one "
-                                 f"frame of at most {self.most} bytes")  # fmt: skip
-            return pack_groot(self._answer(unpack_groot(frames[0])))
+            if frames != 1 or len(frame) > self.most:
+                raise ValueError(f"a request of {frames} frames, the first of {len(frame)} bytes; expected one frame "
+                                 f"of at most {self.most} bytes")  # fmt: skip
+            self._admit(frame)
+            return pack_groot(self._answer(unpack_groot(frame)))
         except ValueError as error:
             log.warning("refused: %s", error)
             return pack_groot({"error": str(error)})
@@ -181,14 +209,17 @@ class GrootServer:
             log.exception("the policy failed")
             return pack_groot({"error": f"the policy failed: {type(error).__name__}: {error}"})
 
+    def _admit(self, frame: bytes) -> None:
+        """ValueError for a request without the key."""
+        if self.key is None:
+            return
+        shown = peek(frame, "api_token")
+        if not isinstance(shown, str) or not hmac.compare_digest(shown.encode(), self.key.encode()):
+            raise ValueError("Unauthorized: Invalid API token")
+
     def _answer(self, request: Any) -> Any:
         if not isinstance(request, dict):
             raise ValueError(f"a request of type {type(request).__name__}; expected a map with an endpoint")
-        shown = request.get("api_token")
-        if self.key is not None and not (
-            isinstance(shown, str) and hmac.compare_digest(shown.encode(), self.key.encode())
-        ):
-            raise ValueError("Unauthorized: Invalid API token")
         endpoint, data = request.get("endpoint", "get_action"), request.get("data")
         match endpoint:
             case "ping":

@@ -8,7 +8,8 @@ The server speaks first: its metadata (the robot's contract, the horizon, the ke
 is answered with {"actions": (H, a) float32 in units, "server_timing": {infer_ms, prev_total_ms}}. `realtime` (ours)
 has the chunk go on from the rest of the last one; metadata say with which prefixes the policy was trained for that. A
 frame that cannot be used is answered with a string that says why, and the connection stays open; a frame over `max_mb`
-closes it (1009). GET /healthz says OK. With a key, the handshake must bring `Authorization: Api-Key <key>`.
+closes it (1009). Frames are unpacked one at a time, whatever the number of connections, and of each connection at most
+two wait. GET /healthz says OK. With a key, the handshake must bring `Authorization: Api-Key <key>`.
 """
 
 import hmac
@@ -96,9 +97,9 @@ class OpenpiServer:
                          "prefix": getattr(policy, "prefix", None)}  # fmt: skip
         self._turn, self._count, self._served = threading.Lock(), threading.Lock(), 0
         self._thread: threading.Thread | None = None
-        # without an origin: a page in a browser on this machine is no robot
+        # without an origin: a page in a browser on this machine is no robot; a queue: websockets would keep 16 frames
         self._server = serve(self._talk, host, port, compression=None, max_size=int(max_mb * 2**20), origins=[None],
-                             process_request=self._admit)  # fmt: skip
+                             max_queue=1, process_request=self._admit)  # fmt: skip
         self.port = self._server.socket.getsockname()[1]
         self._open = 0
 
@@ -163,9 +164,9 @@ class OpenpiServer:
         try:
             if isinstance(frame, str):
                 raise ValueError("a text frame; expected a msgpack frame")
-            message = unpack_openpi(frame)
-            seen = from_message(message, self.policy.robot)
             with self._turn:
+                message = unpack_openpi(frame)
+                seen = from_message(message, self.policy.robot)
                 begun = time.monotonic()
                 seed = seed_of(message.get("seed"), seed_for(self.seed, "serve", self._served))
                 self._served += 1

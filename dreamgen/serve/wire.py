@@ -4,8 +4,10 @@ openpi  {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [2, 3]
         b"data": value, b"dtype": "<f4"}
 GR00T   {"__ndarray_class__": True, "as_npy": the bytes of np.save}
 
-What arrives is not trusted: an array must be of numbers or text, and its bytes must be exactly those that its shape
-asks for, so no frame makes memory that it did not bring. Any frame that is not of this form is a ValueError.
+What arrives is not trusted: an array must be of numbers or text, its bytes must be exactly those that its shape asks
+for, and a frame holds at most VALUES values, counted before one is made. So a frame makes a few times its own size
+(a copy of each array, text at up to four bytes a letter) and some 20 MB at most for the objects. Any frame that is not
+of this form is a ValueError.
 """
 
 import io
@@ -18,6 +20,14 @@ import numpy as np
 
 DTYPE = re.compile(r"[<>|=]?[?biufSU]\d{0,9}")  # no objects (pointers), no structures
 HEADER = 4096  # bytes of a .npy header
+VALUES = 100_000  # of a frame, keys too; an array is four to nine of them, however large
+# msgpack, by a value's first byte. FIXED: its bytes. SIZED: (bytes of its length, bytes beside it). COUNTED: (bytes of
+# its count, values for each).
+FIXED = {0xCA: 5, 0xCB: 9, 0xCC: 2, 0xCD: 3, 0xCE: 5, 0xCF: 9, 0xD0: 2, 0xD1: 3, 0xD2: 5, 0xD3: 9, 0xD4: 3, 0xD5: 4,
+         0xD6: 6, 0xD7: 10, 0xD8: 18}  # fmt: skip
+SIZED = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xC7: (1, 1), 0xC8: (2, 1), 0xC9: (4, 1), 0xD9: (1, 0), 0xDA: (2, 0),
+         0xDB: (4, 0)}  # fmt: skip
+COUNTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 VERSIONS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
@@ -101,17 +111,45 @@ def load_npy(data: bytes) -> np.ndarray:
     return array.ravel().reshape(shape[::-1]).T if fortran else array
 
 
-def _pack(value: Any, hook: Callable) -> bytes:
-    return _msgpack().packb(value, default=hook)
+def _require_few(frame: bytes) -> None:
+    """ValueError if the value in `frame` holds, or announces, more than VALUES; a cut frame is left to msgpack."""
+    at, told, left = 0, 1, 1
+    while left and at < len(frame):
+        kind, count = frame[at], 0
+        if 0x80 <= kind < 0xA0:
+            at, count = at + 1, (kind & 15) * (2 if kind < 0x90 else 1)
+        elif 0xA0 <= kind < 0xC0:
+            at += 1 + (kind & 31)
+        elif kind in SIZED:
+            size, beside = SIZED[kind]
+            at += 1 + size + beside + int.from_bytes(frame[at + 1 : at + 1 + size])
+        elif kind in COUNTED:
+            size, each = COUNTED[kind]
+            at, count = at + 1 + size, each * int.from_bytes(frame[at + 1 : at + 1 + size])
+        else:
+            at += FIXED.get(kind, 1)
+        told, left = told + count, left - 1 + count
+        if told > VALUES:
+            raise ValueError(f"it holds {told} values or more; expected at most {VALUES}")
 
 
-def _unpack(frame: bytes, hook: Callable) -> Any:
+def _read(frame: bytes, read: Callable[[Any], Any]) -> Any:
+    """What `read` makes of msgpack and a frame of few values; whatever it raises is a ValueError."""
     msgpack = _msgpack()
     try:
-        return msgpack.unpackb(frame, object_hook=hook)
+        _require_few(frame)
+        return read(msgpack)
     except Exception as error:  # what a hostile header makes numpy raise has no end
         reason = str(error) or type(error).__name__
         raise ValueError(f"a frame of {len(frame)} bytes is malformed: {reason:.300}") from None
+
+
+def _unpack(frame: bytes, hook: Callable) -> Any:
+    return _read(frame, lambda msgpack: msgpack.unpackb(frame, object_hook=hook))
+
+
+def _pack(value: Any, hook: Callable) -> bytes:
+    return _msgpack().packb(value, default=hook)
 
 
 def pack_openpi(value: Any) -> bytes:
@@ -132,3 +170,19 @@ def pack_groot(value: Any) -> bytes:
 def unpack_groot(frame: bytes) -> Any:
     """The inverse of `pack_groot`; ValueError for a malformed or hostile frame."""
     return _unpack(frame, _groot_in)
+
+
+def peek(frame: bytes, key: str) -> Any:
+    """The value under `key` of a frame that holds a map, None if it has none; no other value is made."""
+
+    def read(msgpack: Any) -> Any:
+        unpacker, found = msgpack.Unpacker(max_buffer_size=len(frame)), None
+        unpacker.feed(frame)
+        for _ in range(unpacker.read_map_header()):
+            if unpacker.unpack() == key:
+                found = unpacker.unpack()
+            else:
+                unpacker.skip()
+        return found
+
+    return _read(frame, read)

@@ -1,10 +1,7 @@
 """Episodes that begin in the middle: the expert's first steps are executed before the episode counts as begun."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import numpy as np
-
-from dreamgen.core.clip import Observation
 from dreamgen.core.protocols import Sim
 
 
@@ -15,30 +12,18 @@ class FromKeyframe:
         if steps < 0:
             raise ValueError(f"steps is {steps}; expected 0 or more")
         self.sim, self.steps = sim(), steps
-        self.robot, self.instructions = self.sim.robot, self.sim.instructions
+        for name in ("robot", "instructions", "observe", "state", "objects", "step", "expert", "close"):
+            if hasattr(self.sim, name):  # not every simulator tells where its objects are
+                setattr(self, name, getattr(self.sim, name))
 
-    def reset(self, instruction: str, seed: int) -> None:
-        """ValueError if the expert fulfils the instruction within these steps: nothing would be left to do."""
-        self.sim.reset(instruction, seed)
-        actions = self.sim.expert()
+    def reset(self, instruction: str, seed: int, *, scene_of: str | None = None) -> None:
+        """scene_of: begin as an episode of that instruction does, where the simulator can.
+
+        ValueError if the instruction is fulfilled within these steps: nothing would be left to do.
+        """
+        other = scene_of is not None and scene_of != instruction
+        self.sim.reset(instruction, seed, **({"scene_of": scene_of} if other else {}))
+        actions = self.sim.expert(*([scene_of] if other else []))
         for _ in range(self.steps):
             if self.sim.step(next(actions)):
                 raise ValueError(f"'{instruction}' is fulfilled within the first {self.steps} steps; begin earlier")
-
-    def observe(self) -> Observation:
-        return self.sim.observe()
-
-    def state(self) -> np.ndarray:
-        return self.sim.state()
-
-    def objects(self) -> dict[str, np.ndarray]:
-        return self.sim.objects()
-
-    def step(self, action: np.ndarray) -> bool:
-        return self.sim.step(action)
-
-    def expert(self) -> Iterator[np.ndarray]:
-        return self.sim.expert()
-
-    def close(self) -> None:
-        self.sim.close()

@@ -5,8 +5,7 @@ of processes. A rollout keeps its actions, so any episode can be filmed afterwar
 """
 
 import functools
-import multiprocessing
-import os
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dreamgen.core.orphans import die_with_parent
+from dreamgen.core.clip import Observation
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
+from dreamgen.sims.workers import shared_out
 
 GROUP = 8  # simulators that a policy serves at once
 
@@ -50,6 +50,14 @@ def film(sim: Sim, instruction: str, seed: int, actions: np.ndarray, **scene: st
     return {name: np.stack([views[name] for views in pictures]) for name in pictures[0]}
 
 
+def ask(policy: Policy, observations: Sequence[Observation], seeds: Sequence[int], memories: Sequence[dict],
+        now: int) -> np.ndarray:  # fmt: skip
+    """Chunks (b, horizon, a) of a policy at step `now` of its episodes; one whose chunks go on from the last is given
+    what it remembers of each. memories: one dictionary an episode, empty at its begin."""
+    known = dict(memories=memories, now=now) if getattr(policy, "remembers", False) else {}
+    return policy.act(observations, seeds, **known)
+
+
 def rollout(
     sim: Callable[[], Sim],
     policy: Policy,
@@ -64,7 +72,8 @@ def rollout(
     sim: makes a simulator; with several workers it and the policy must be picklable. steps: an episode ends on success
     or after so many. execute: steps of a chunk that are executed before the policy is asked again.
 
-    Raises ValueError if the policy's robot differs from the simulator's or its chunks are shorter than `execute`.
+    Raises ValueError if the policy's robot differs from the simulator's, its chunks are shorter than `execute`, or a
+    process is killed.
     """
     if steps < 1 or not 1 <= execute <= policy.horizon:
         raise ValueError(f"steps is {steps}, execute is {execute}, the policy's horizon is {policy.horizon}; expected "
@@ -76,10 +85,8 @@ def rollout(
             for group in _served(sim, policy, groups, run):
                 yield from group
         return
-    setting = (sim, policy, os.getpid())
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(groups)), _prepare, setting) as pool:
-        for group in pool.imap(functools.partial(_in_process, run=run), groups):
-            yield from group
+    task = functools.partial(_in_process, run=run)
+    yield from itertools.chain.from_iterable(shared_out(task, groups, workers, prepare=_prepare, given=(sim, policy)))
 
 
 def _served(sim: Callable[[], Sim], policy: Policy, groups: Sequence, run: Callable) -> Iterator[list[Rollout]]:
@@ -97,16 +104,18 @@ def _served(sim: Callable[[], Sim], policy: Policy, groups: Sequence, run: Calla
 _PROCESS: dict = {}
 
 
-def _prepare(sim: Callable[[], Sim], policy: Policy, parent: int) -> None:
+def _prepare(sim: Callable[[], Sim], policy: Policy) -> None:
     import torch
 
-    die_with_parent(parent)
     torch.set_num_threads(1)
-    _PROCESS.update(worlds=[sim() for _ in range(GROUP)], policy=policy)
-    _PROCESS["worlds"][0].robot.require(policy.robot.contract(), "the policy")
+    _PROCESS.update(sim=sim, policy=policy)
 
 
 def _in_process(group: list[tuple[str, int]], run: Callable) -> list[Rollout]:
+    if "worlds" not in _PROCESS:
+        worlds = [_PROCESS["sim"]() for _ in range(GROUP)]
+        worlds[0].robot.require(_PROCESS["policy"].robot.contract(), "the policy")
+        _PROCESS["worlds"] = worlds
     return run(_PROCESS["worlds"], _PROCESS["policy"], group)
 
 
@@ -130,14 +139,13 @@ def _run(worlds: list[Sim], policy: Policy, group: list[tuple[str, int]], *, ste
         world.reset(instruction, seed)
     actions: list[list[np.ndarray]] = [[] for _ in group]
     success = [False] * len(group)
-    memories: list[dict] = [{} for _ in group]  # of policies whose chunks go on from the last
+    memories: list[dict] = [{} for _ in group]
     for start in range(0, steps, execute):
         alive = [i for i in range(len(group)) if not success[i]]
         if not alive:
             break
         seeds = [seed_for(group[i][1], "chunk", start) for i in alive]
-        known = dict(memories=[memories[i] for i in alive], now=start) if getattr(policy, "remembers", False) else {}
-        chunks = policy.act([worlds[i].observe() for i in alive], seeds, **known)
+        chunks = ask(policy, [worlds[i].observe() for i in alive], seeds, [memories[i] for i in alive], start)
         for i, chunk in zip(alive, chunks, strict=True):
             for action in chunk[: min(execute, steps - start)]:
                 actions[i].append(np.asarray(action, np.float32))

@@ -34,6 +34,7 @@ class Candidates:
         if dataset is None:
             self.ids = self.folder.ids()
             return
+        dataset.require_actions("stage.dataset")
         metas = [dataset.episode(i).meta for i in range(len(dataset))]
         self.ids = [meta.get("prompt") or f"episode_{dataset.index(i):06d}" for i, meta in enumerate(metas)]
         if self.folder is not None:

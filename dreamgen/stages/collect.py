@@ -9,8 +9,6 @@ the dataset is the same for any number of processes and after any kill.
 
 import inspect
 import json
-import multiprocessing
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,13 +19,13 @@ import numpy as np
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.manifest import Stage, replacing
-from dreamgen.core.orphans import die_with_parent
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.streams import bounds, noisy, still, stuck
-from dreamgen.data.writer import write_dataset
+from dreamgen.data.writer import require_free, write_dataset
 from dreamgen.engine.progress import progress
-from dreamgen.sims.rollout import one_thread
+from dreamgen.sims.rollout import ask, one_thread
+from dreamgen.sims.workers import shared_out
 
 SOURCES = ("expert", "play", "policy", "perturbed")
 PERTURBED = ("small noise", "large noise", "stuck gripper", "delay", "wrong instruction")
@@ -62,7 +60,8 @@ def collect(
     meta `pair`; of perturbed ones the first is undisturbed. truth: also record where things are (columns object.*).
     Episode.meta: sim, instruction, seed, source, success.
 
-    Raises ValueError for an unknown instruction or source, and for an expert that fails on 20 seeds in a row.
+    Raises ValueError for an unknown instruction or source, for an expert that fails on 20 seeds in a row, for a worker
+    that is killed, and if `out` holds data that is not of this run.
     """
     if source not in SOURCES or (source == "policy") != (policy is not None):
         raise ValueError(f"source is '{source}' and policy is {type(policy).__name__}; expected one of "
@@ -71,8 +70,10 @@ def collect(
         raise ValueError(f"episodes is {episodes}, pairs is {pairs}; expected 1 or more")
     if pairs > 1 and source == "expert":
         raise ValueError("experts from one first state are all alike; for pairs use source=perturbed, play or policy")
+    require_free(out)
     with Stage(out, "collect", config=record, seed=seed) as run:
         if run.complete:
+            shutil.rmtree(out / "parts", ignore_errors=True)  # killed after the manifest
             return run.manifest()
         world = sim()
         robot, known = world.robot, list(world.instructions)
@@ -99,20 +100,16 @@ def collect(
                     yield episode
 
         written = write_dataset(out, recorded(), robot)
-        shutil.rmtree(out / "parts")
         while _SIMS:  # of this process: at its end the drawing contexts could no longer be freed
             _SIMS.popitem()[1].close()
-        return run.finish(**{k: v for k, v in written.items() if k != "skipped"}, **counts)
+        manifest = run.finish(**{k: v for k, v in written.items() if k != "skipped"}, **counts)
+        shutil.rmtree(out / "parts")  # last: a dataset whose manifest is missing is written from them anew
+        return manifest
 
 
 def _mapped(task: Callable, parts: list, workers: int) -> Iterator[Path]:
     """Results in order, whatever finishes first."""
-    if workers <= 1:
-        yield from map(task, parts)
-        return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(workers, len(parts)), die_with_parent, (os.getpid(),)) as pool:
-        yield from pool.imap(task, parts)
+    yield from map(task, parts) if workers <= 1 else shared_out(task, parts, workers)
 
 
 _SIMS: dict[str, Sim] = {}  # one per process and configuration: a scene takes seconds to compile
@@ -271,9 +268,11 @@ class _PolicyMotion:
 
     def __init__(self, policy: Policy, seed: int, execute: int) -> None:
         self.policy, self.seed, self.execute, self.step = policy, seed, min(execute, policy.horizon), 0
+        self.memory: dict = {}
 
     def __call__(self, seen: object) -> np.ndarray:
         if self.step % self.execute == 0:
-            self.chunk = self.policy.act([seen], [seed_for(self.seed, "chunk", self.step)])[0]
+            seed = seed_for(self.seed, "chunk", self.step)
+            self.chunk = ask(self.policy, [seen], [seed], [self.memory], self.step)[0]
         self.step += 1
         return self.chunk[(self.step - 1) % self.execute]

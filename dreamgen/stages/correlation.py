@@ -17,7 +17,10 @@ from dreamgen.core.manifest import Stage, read_json, write_json
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
+from dreamgen.data.streams import resting
 from dreamgen.engine.progress import progress
+from dreamgen.filters.judged import require_known
 from dreamgen.sims.rollout import Rollout, film, rollout
 from dreamgen.stages.label_scores import auroc
 from dreamgen.stages.open_loop import open_loop_error
@@ -61,22 +64,23 @@ def correlation(
     world_model: None puts the simulator in its place, filmed at `video_hz`: what is left is the judge's error on real
     video. degraded: name to maker of a worse policy from `policy=`; each is made of every policy, as `<policy>_<name>`.
     seen: names of policies that gave data to the world model; the headline is of the others. demos: policy to number of
-    demonstrations. validation: recordings for the open-loop error. blind: which blind evaluators to run. films: of how
-    many episodes of a policy, from the first to the last.
+    demonstrations. Both speak of what is made of a policy, too. validation: recordings of experts for the open-loop
+    error. blind: which blind evaluators to run. films: of how many episodes of a policy, from the first to the last.
 
     Writes `policies/<name>.json` ({real, dream, probability, agreement, ... per episode}), films real | dreamt, and
     `results/correlation.json`: k, r, r_low, r_high, rho, mmrv, mae, bias, regret, episode_auroc, tpr, tnr of the dream,
-    and the same for each of `blind`; `corrected` by the judge's own rates; `seen`; `policies`.
+    and the same for each of `blind`; `corrected` by the judge's own rates; `seen`; `policies`. Episodes on which the
+    judge abstains count on neither side.
 
-    Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, a judge that abstains on
-    every episode of a policy, and whatever the parts say of robots, rates and limits.
+    Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, a judge that knows none of
+    the instructions or abstains on every episode of a policy, and whatever the parts say of robots, rates and limits.
     """
     plain, policies = dict(policies or {}), dict(policies or {})
     for how, make in (degraded or {}).items():
         policies |= {f"{name}_{how}": make(policy=policy) for name, policy in plain.items()}
-    known_demos = {name: demos[base] for base in (demos or {}) for name in policies
-                   if name == base or any(name == f"{base}_{how}" for how in degraded or {})}  # fmt: skip
-    check(sim, policies, seen, {**(demos or {}), **known_demos}, blind)
+    check(sim, policies, seen, demos or {}, blind)
+    known_demos = {name: demos[base] for base in (demos or {}) for name in made_of(base, policies, degraded or {})}
+    seen = [name for base in seen for name in made_of(base, policies, degraded or {})]
     parents = {name: path for name, p in policies.items() if (path := getattr(p, "path", None)) is not None}
     if validation is not None:
         parents["validation"] = validation.root
@@ -86,7 +90,7 @@ def correlation(
         world = OracleWorld(sim=sim, video_hz=video_hz) if world_model is None else world_model
         if hasattr(world, "place"):
             world.place()
-        plan, prompts = first_states(sim, instructions, episodes, seed)
+        plan, prompts = first_states(sim, judge, instructions, episodes, seed)
         env = DreamEnv(world=world, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
                        confidence=confidence)  # fmt: skip
         rows = {}
@@ -101,7 +105,7 @@ def correlation(
                 rows[name]["demos"] = float(known_demos[name])
         results = summary(rows, judge, seen, env.threshold)
         write_json(run.out / "results" / "correlation.json", results)
-        return run.finish(correlation=results)
+        return run.finish(correlation=results, **noted(validation))
 
 
 def check(sim: object, policies: Mapping, seen: Sequence[str], demos: Mapping, blind: Sequence[str]) -> None:
@@ -117,7 +121,12 @@ def check(sim: object, policies: Mapping, seen: Sequence[str], demos: Mapping, b
                          f"{', '.join(policies)}, blind evaluators {', '.join(BLIND)}")  # fmt: skip
 
 
-def first_states(sim: Callable[[], Sim], instructions: Sequence[str] | None, episodes: int,
+def made_of(base: str, policies: Mapping, degraded: Mapping) -> list[str]:
+    """The names of a policy and of the worse ones that are made of it."""
+    return [name for name in (base, *(f"{base}_{how}" for how in degraded)) if name in policies]
+
+
+def first_states(sim: Callable[[], Sim], judge: Judge, instructions: Sequence[str] | None, episodes: int,
                  seed: int) -> tuple[list[tuple[str, int]], list[Prompt]]:  # fmt: skip
     """(instruction, seed) of every episode, and the same first states as prompts."""
     world = sim()
@@ -125,6 +134,7 @@ def first_states(sim: Callable[[], Sim], instructions: Sequence[str] | None, epi
         wanted = list(instructions or world.instructions)
         if unknown := [text for text in wanted if text not in world.instructions]:
             raise ValueError(f"the simulator does not know {unknown}; it knows {list(world.instructions)}")
+        require_known(judge, wanted)
         each = max(1, -(-episodes // len(wanted)))
         plan = [(text, seed_for(seed, "evaluate", text, i)) for text in wanted for i in range(each)]
         prompts = []
@@ -152,8 +162,10 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
     found: dict[str, Any] = {"real": [bool(e.success) for e in real], "probability": [e.probability for e in dreamt],
                              "agreement": [e.agreement for e in dreamt]}  # fmt: skip
     if "first_frame" in blind:
-        held = [Past(prompt=p, video=np.repeat(p.image[None], len(e.past.video), 0), action=e.past.action,
-                     state=p.state) for p, e in zip(prompts, dreamt, strict=True)]  # fmt: skip
+        robot = env.world.robot  # it does not hear what the policy commanded either
+        held = [Past(prompt=p, video=np.repeat(p.image[None], len(e.past.video), 0), state=p.state,
+                     action=resting(robot, p.state, len(e.past.action)))
+                for p, e in zip(prompts, dreamt, strict=True)]  # fmt: skip
         found["first_frame"] = judged(env.judge, held, hz).tolist()
     if "shuffled_actions" in blind:
         found["shuffled_actions"] = shuffled(env, dreamt, seed)
@@ -199,14 +211,15 @@ def known(values: Sequence[float | None]) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], np.float64)
 
 
-def rate_of(name: str, what: str, values: Sequence[float | None], threshold: float) -> float:
-    """Share of episodes judged successes, among those that the judge speaks of."""
-    told = known(values)
-    told = told[np.isfinite(told)]
-    if not len(told):
-        raise ValueError(f"the judge abstained on every episode of policy '{name}' ({what}): it was not trained on "
+def rates_of(name: str, key: str, row: Mapping, threshold: float) -> tuple[float, float, int]:
+    """Real and judged success rate of a policy over the episodes that the judge speaks of, and how many these are."""
+    told = known(row[key])
+    spoken = np.isfinite(told)
+    if not spoken.any():
+        raise ValueError(f"the judge abstained on every episode of policy '{name}' ({key}): it was not trained on "
                          "their instructions. Train it with jobs.train_judge, or choose others.")  # fmt: skip
-    return float((told >= threshold).mean())
+    real = np.array(row["real"], bool)[spoken]
+    return float(real.mean()), float((told[spoken] >= threshold).mean()), int(spoken.sum())
 
 
 def outcome(rows: Mapping[str, dict], key: str, threshold: float) -> dict:
@@ -222,25 +235,25 @@ def outcome(rows: Mapping[str, dict], key: str, threshold: float) -> dict:
 
 def compared(rows: Mapping[str, dict], judge: Judge, threshold: float) -> dict:
     """Report cards of the dream and of the blind evaluators over the policies of `rows`."""
-    real = np.array([np.mean(row["real"]) for row in rows.values()])
 
     def rates(key: str) -> np.ndarray:
-        return np.array([rate_of(name, key, row[key], threshold) for name, row in rows.items()])
+        """Real, judged and number of episodes, each of all policies."""
+        return np.array([rates_of(name, key, row, threshold) for name, row in rows.items()]).T
 
-    dream = rates("probability")
+    real, dream, each = rates("probability")
     found = card(real, dream) | outcome(rows, "probability", threshold)
     trust = getattr(judge, "rates", {})
     if trust and (own := trust.get("imagined") or trust.get("dreamt") or trust.get("real")) and own.tpr + own.tnr > 1:
-        each = [np.isfinite(known(row["probability"])).sum() for row in rows.values()]
         mended = [own.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(dream, each, strict=True)]
         found["corrected"] = card(real, np.array(mended))
     blind = {}
     for key in ("shuffled_actions", "first_frame"):
         if all(key in row for row in rows.values()):
-            blind[key] = card(real, rates(key)) | outcome(rows, key, threshold)
+            blind[key] = card(*rates(key)[:2]) | outcome(rows, key, threshold)
     for key in ("demos", "validation"):
         if all(row.get(key) is not None for row in rows.values()):
-            score = card(real, np.array([row[key] for row in rows.values()]), rate=False)
+            every = np.array([np.mean(row["real"]) for row in rows.values()])  # they speak of the policy as a whole
+            score = card(every, np.array([row[key] for row in rows.values()]), rate=False)
             blind[key] = score | dict.fromkeys(("episode_auroc", "tpr", "tnr"))
     agreement = np.concatenate([known(row["agreement"]) for row in rows.values()])
     if np.isfinite(agreement).any():
@@ -255,11 +268,10 @@ def summary(rows: Mapping[str, dict], judge: Judge, seen: Sequence[str], thresho
     found = compared(headline, judge, threshold) | {"headline": "unseen policies" if headline is fresh else "all"}
     if seen and len(seen) >= 2:
         found["seen"] = compared({name: rows[name] for name in seen}, judge, threshold)
-    found["policies"] = {
-        name: {"real": float(np.mean(row["real"])), "dream": rate_of(name, "dream", row["probability"], threshold),
-               "n": len(row["real"]), "seen": name in seen}
-        for name, row in rows.items()
-    }  # fmt: skip
+    found["policies"] = {}
+    for name, row in rows.items():
+        real, dream, n = rates_of(name, "probability", row, threshold)
+        found["policies"][name] = {"real": real, "dream": dream, "n": n, "seen": name in seen}
     return clean(found)
 
 

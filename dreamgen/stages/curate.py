@@ -16,9 +16,9 @@ from dreamgen.core.manifest import Stage, read_json, replacing, require_complete
 from dreamgen.core.protocols import Filter, Labeler
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.clips import ClipFolder
-from dreamgen.data.layout import INFO
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.writer import write_dataset
+from dreamgen.data.recordings import noted
+from dreamgen.data.writer import require_free, write_dataset
 from dreamgen.engine.progress import progress
 from dreamgen.stages.candidates import Candidates, recorded
 from dreamgen.stages.selection import best, best_of, passing, quantile_thresholds, totals
@@ -88,6 +88,8 @@ def curate(
     parents = candidates.parents(clips) | ({"scored": scored} if scored else {}) | ({"truth": truth} if truth else {})
     parents |= {"reference": reference.root} if reference is not None else {}
     parents |= {f"filter_{name}": found for name, filter in filters.items() if (found := _made_of(filter))}
+    if dataset is not None:
+        require_free(out)
     with Stage(out, "curate", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
@@ -100,6 +102,9 @@ def curate(
         groups = [range(i, min(i + batch_size, len(candidates))) for i in range(0, len(candidates), batch_size)]
         work = Work(out, candidates, filters, groups)
         if any(work.missing(name, group) for name in filters for group in groups[shard::num_shards]):
+            for model in (part for filter in filters.values() for part in vars(filter).values()):
+                if hasattr(model, "place"):
+                    model.place()
             work.refer(reference, reference_clips, labeler, video_hz, seed)
         name = "curate" if num_shards == 1 else f"curate {shard} of {num_shards}"
         for group in progress(groups[shard::num_shards], len(groups[shard::num_shards]), name, out, unit="batch"):
@@ -133,7 +138,8 @@ def curate(
             sheets(Path(out) / "sheets", candidates, names, scores)
             counts = _write(Path(out), candidates, rows, codec=codec, crf=crf, workers=workers)
             return run.finish(clips=len(known), kept=int(chosen.sum()), rank_by=rank_by, control=control,
-                              yields=yields(names, scores, good, chosen, limits), **counts)  # fmt: skip
+                              yields=yields(names, scores, good, chosen, limits), **counts,
+                              **noted(dataset, reference))  # fmt: skip
 
 
 class Work:
@@ -246,8 +252,6 @@ def _write(out: Path, candidates: Candidates, rows: list[dict], *, codec: str, c
                 clip.scores.update({name: score for name, score in rows[i]["scores"].items() if score is not None})
                 folder.write(clip)
         return {}
-    if (out / INFO).is_file():  # killed between the dataset and the manifest
-        return {"episodes": len(kept)}
 
     def episodes() -> Iterator:
         for i in progress(kept, len(kept), "write", out, unit="episode"):

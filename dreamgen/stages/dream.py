@@ -11,7 +11,8 @@ from pathlib import Path
 from dreamgen.core.clip import Prompt
 from dreamgen.core.manifest import Stage, digest
 from dreamgen.core.protocols import Filter, Labeler, WorldModel
-from dreamgen.data.clips import ClipFolder
+from dreamgen.data.clips import ClipFolder, require_name
+from dreamgen.data.recordings import noted
 from dreamgen.engine.progress import progress
 from dreamgen.stages.dreaming import Best, Dreamer, clips_at_once
 from dreamgen.stages.sharing import Shard, grouped, sweep
@@ -41,17 +42,15 @@ def dream(
     needs a `labeler`); with a filter the scores stand with the clips. overlap: decode and write while the next batch
     is denoised (None: where it pays). parent: the checkpoint's folder, for the manifest.
 
-    Raises ValueError for a shard out of range, no prompts, two prompts of one id, a budget smaller than a clip, and
-    best_of without a filter.
+    Raises ValueError for a shard out of range, no prompts, ids that two prompts share or that are not fit for file
+    names, a budget smaller than a clip, and best_of without a filter.
     """
     mine, best = Shard(shard, num_shards), Best(best_of, filter, labeler)
     with Stage(out, "dream", config=record, parents=parents(parent, prompts, labeler), seed=seed) as run:
         if run.complete:
             return run.manifest()
         listed = _listed(prompts) if num_shards > 1 else tuple(prompts())
-        ids = [prompt.id for prompt in listed]
-        if not ids or len(set(ids)) < len(ids):
-            raise ValueError(f"{len(ids)} prompts, {len(set(ids))} different ids; expected at least one, each unique")
+        ids = _ids(listed)
         folder = ClipFolder(Path(out) / "clips")
         stored, size = set(folder.ids()), clips_at_once(world_model, batch_size, token_budget)
         groups = mine.of(grouped(listed, max(1, size // best_of)))
@@ -67,7 +66,28 @@ def dream(
         sweep(folder.root)
         texts = {prompt.instruction for prompt in listed}
         pairs = {prompt.pair for prompt in listed}
-        return run.finish(clips=len(ids), instructions=len(texts), first_frames=len(pairs), prompts=digest(ids))
+        return run.finish(clips=len(ids), instructions=len(texts), first_frames=len(pairs), prompts=digest(ids),
+                          **noted(getattr(prompts, "dataset", None)))  # fmt: skip
+
+
+def _ids(prompts: Sequence[Prompt]) -> list[str]:
+    """The ids of all prompts, fit for file names and each its own. ValueError names those that are not."""
+    if not prompts:
+        raise ValueError("there are no prompts; expected at least one")
+    known: dict[str, Prompt] = {}
+    for prompt in prompts:
+        require_name(prompt.id, _picture(prompt, "; rename the picture "))
+        if prompt.id in known:
+            raise ValueError(f"two prompts have the id '{prompt.id}'{_picture(known[prompt.id], ': of ')}"
+                             f"{_picture(prompt, ' and ')}; expected different ones. Pictures that differ by their "
+                             "ending alone make the same: rename one of them")  # fmt: skip
+        known[prompt.id] = prompt
+    return list(known)
+
+
+def _picture(prompt: Prompt, before: str) -> str:
+    """The picture that a prompt's first frame was read from, "" where it was not."""
+    return f"{before}{prompt.origin['picture']}" if "picture" in prompt.origin else ""
 
 
 def parents(world_model: Path | None, prompts: object, labeler: object) -> dict[str, Path]:

@@ -15,6 +15,7 @@ from dreamgen.core.manifest import Stage, replacing, require_complete, write_jso
 from dreamgen.core.protocols import Judge, Sim, Tracker
 from dreamgen.data.clips import ClipFolder
 from dreamgen.engine.progress import progress
+from dreamgen.filters.judged import require_known
 from dreamgen.stages.agreement import auroc_interval
 from dreamgen.video.sheet import captioned, grid, png
 
@@ -32,14 +33,14 @@ def evaluate_counterfactuals(
     record: dict,
 ) -> dict:
     """Results: success {auroc, low, high, n, positives}; optimism (share of real failures that the judge calls
-    successes in the dream), pessimism; by_stream {stream: real and dreamt success rates, n}; with a tracker, coverage
-    (share of real final positions of a pair to which a dreamt one of that object comes within `near` m), precision
-    (the reverse), position_error (m, median, per object).
+    successes in the dream), pessimism; by_stream {stream: real and dreamt success rates, n}, all of the clips that
+    the judge speaks of; with a tracker, of all clips, coverage (share of real final positions of a pair to which a
+    dreamt one of that object comes within `near` m), precision (the reverse), position_error (m, median, per object).
 
     Writes `pairs.json`: {pair: [{id, stream, real, probability}]}, and contact sheets of `sheets` pairs.
 
-    Raises ValueError without a simulator, for clips whose origin has no actions or no first state in the simulator, and
-    for an unfinished dream.
+    Raises ValueError without a simulator, for clips whose origin has no actions or no first state in the simulator, for
+    a judge that knows none of their instructions, and for an unfinished dream.
     """
     if sim is None:
         raise ValueError("counterfactuals are checked against a simulator and the recipe has none; choose sim=...")
@@ -47,10 +48,11 @@ def evaluate_counterfactuals(
     with Stage(out, "evaluate_counterfactuals", config=record, parents={"dreams": dreams}, seed=seed) as run:
         if run.complete:
             return run.manifest()
-        folder, world = ClipFolder(Path(dreams) / "clips"), sim()
-        threshold = getattr(judge, "threshold", 0.5)
-        pairs: dict[str, list[dict]] = defaultdict(list)
+        folder = ClipFolder(Path(dreams) / "clips")
         ids = folder.ids()
+        require_known(judge, sorted({folder.info(id)["instruction"] for id in ids}))
+        world, threshold = sim(), getattr(judge, "threshold", 0.5)
+        pairs: dict[str, list[dict]] = defaultdict(list)
         try:
             for id in progress(ids, len(ids), "replay", out, unit="clip"):
                 clip = folder.read(id)
@@ -101,8 +103,8 @@ def outcomes(rows: Sequence[Mapping], threshold: float) -> dict:
     streams: dict[str, list[int]] = defaultdict(list)
     for k, row in enumerate(rows):
         streams[row["stream"]].append(k)
-    by_stream = {name: {"n": len(ks), "real": float(real[ks].mean()), "dreamt": share(yes[ks], spoken[ks])}
-                 for name, ks in streams.items()}  # fmt: skip
+    by_stream = {name: {"n": int(spoken[ks].sum()), "real": share(real[ks], spoken[ks]),
+                        "dreamt": share(yes[ks], spoken[ks])} for name, ks in streams.items()}  # fmt: skip
     return {
         "success": auroc_interval(told, real),
         "optimism": share(yes, spoken & ~real),

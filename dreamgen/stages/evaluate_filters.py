@@ -12,6 +12,7 @@ from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import Stage, read_json, require_complete, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay
 from dreamgen.stages.agreement import auroc_interval, auroc_within, chosen_rate
@@ -69,7 +70,7 @@ def evaluate_filters(
         found = {name: worth(column, positive, texts, share=share, draws=draws, seed=seed)
                  for name, column in columns.items()}  # fmt: skip
         return run.finish(success=success_interval(int(positive.sum()), len(positive)), filters=found,
-                          yields=made["results"]["yields"], clips=len(rows))  # fmt: skip
+                          yields=made["results"]["yields"], clips=len(rows), **noted(dataset))  # fmt: skip
 
 
 def worth(score: np.ndarray, positive: np.ndarray, texts: list[str], *, share: float, draws: int, seed: int) -> dict:

@@ -15,16 +15,17 @@ from dreamgen.core.clip import Clip, Episode, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.intervals import success_interval
-from dreamgen.core.manifest import Stage, write_json
+from dreamgen.core.kinematics import follow
+from dreamgen.core.manifest import FILE, Stage, is_complete, read_json, write_json
 from dreamgen.core.protocols import Labeler, Sim
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.recordings import recorded_clip
+from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay
-from dreamgen.stages.label import integrated, pseudo_states
+from dreamgen.stages.label import pseudo_states
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.latent_scores import by_gap, probe
-from dreamgen.stages.train_labeler import through
+from dreamgen.stages.train_labeler import frames_through, through
 
 
 def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:
@@ -44,10 +45,11 @@ def state_errors(labeler: Labeler, clips: Sequence[Clip], labels: Sequence[Label
     if not robot.state_dim:
         return {}
     true = [dataset.episode(i).state[: len(label.value)] for i, label in zip(episodes, labels, strict=True)]
-    found = {"integrated": [integrated(robot, t[0], label.value)[0] for t, label in zip(true, labels, strict=True)],
+    found = {"integrated": [follow(robot, t[0], label.value)[0][:-1] for t, label in zip(true, labels, strict=True)],
              "pseudo_state": [state for state, _ in pseudo_states(labeler, clips, labels)]}  # fmt: skip
-    if hasattr(labeler, "states"):
-        found["read"] = [s[: len(t)] for s, t in zip(labeler.states(clips, labels), true, strict=True)]
+    read = labeler.states(clips, labels) if hasattr(labeler, "states") else None
+    if read is not None:
+        found["read"] = [s[: len(t)] for s, t in zip(read, true, strict=True)]
     errors = {kind: np.abs(np.concatenate(states) - np.concatenate(true)) for kind, states in found.items()}
     return {kind: {part.name: float(error[:, part.slice].mean()) for part in robot.state}
             for kind, error in errors.items()}  # fmt: skip
@@ -73,6 +75,14 @@ def previous_frame(clips: Sequence[Clip], actions: Sequence[np.ndarray], clock: 
     return probe(seen, true, robot, seed, context=False)
 
 
+def require_labelled_by(labeler: Any, dreams: Path, fingerprint: str | None) -> None:
+    """Raise ValueError where the dataset `dreams` says that another labeler than this one made its labels."""
+    made = read_json(Path(dreams) / FILE).get("parents", {}).get("labeler") if is_complete(dreams) else None
+    if made and fingerprint and made != fingerprint:
+        raise ValueError(f"the dreams {dreams} were labelled by labeler {made}, but {fingerprint} ({labeler.path}) is "
+                         f"scored; label them with it and name that folder, or set stage.dreams=null")  # fmt: skip
+
+
 def _replayed(sim: Sim, items: list[tuple[str, str, int, np.ndarray]], settle: int, name: str, out: Path) -> dict:
     """Success of (instruction, scene, seed, actions): overall with its interval, by instruction, and one by one."""
     done: list[tuple[str, bool]] = []
@@ -91,10 +101,10 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
                     record: dict) -> dict:  # fmt: skip
     """Score `labeler` on `dataset`, whose episodes it must never have seen.
 
-    sim: makes the simulator in which the episodes were recorded; without one, nothing is replayed. dreams: a labelled
-    dataset; those of its episodes whose first frame came from the simulator (meta "origin": instruction, seed) are
-    replayed from it. world_model: labels of `decoded_clips` recordings that passed its autoencoder are scored too.
-    episodes: only the first so many of each. settle: steps of holding still after the labels.
+    sim: makes the simulator in which the episodes were recorded; without one, nothing is replayed. dreams: a dataset
+    labelled by this labeler; those of its episodes whose first frame came from the simulator (meta "origin":
+    instruction, seed) are replayed from it. world_model: labels of `decoded_clips` recordings that passed its
+    autoencoder are scored too. episodes: only the first so many of each. settle: steps of holding still afterwards.
 
     Results: idm {r2, mae, control_mae, lag, drift, auroc, accuracy, calibration, by part; state: errors of
     pseudo-states; previous_frame: a control that sees no motion; decoded: R2 and MAE on decoded recordings; dreamt: the
@@ -110,6 +120,12 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
             return run.manifest()
         robot = labeler.robot
         robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        dataset.require_actions("stage.dataset")
+        if dreams:
+            require_labelled_by(labeler, dreams, run.spec["parents"].get("labeler"))
+        for part in (labeler, world_model):
+            if hasattr(part, "place"):
+                part.place()
         chosen = range(min(len(dataset), episodes or len(dataset)))
         clips, actions = zip(*(recorded_clip(dataset, i, labeler.clock) for i in chosen), strict=True)
         labels = []
@@ -140,12 +156,12 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
                     results["replay"][name] = _replayed(world, items, settle, name, out)
             world.close()
         write_json(Path(out) / "scores.json", results)
-        return run.finish(episodes=len(clips), **results)
+        return run.finish(episodes=len(clips), **noted(dataset, dreamt), **results)
 
 
 def decoded(labeler: Any, world_model: Any, clips: Sequence[Clip], actions: Sequence[np.ndarray]) -> dict:
     """Scores of the labels of recordings that passed the autoencoder: how well dreams can be labelled at best."""
-    degrade, frames = through(world_model), labeler.clock.frames
+    degrade, frames = through(world_model), frames_through(world_model, labeler.clock.frames)
     short = [clip for clip in clips if len(clip.video) >= frames]
     seen = [replace(clip, video=degrade(clip.video[:frames])) for clip in short]
     labels = [label.value for label in labeler.label(seen)] if seen else []

@@ -17,7 +17,7 @@ from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.core.protocols import Labeler
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.recordings import recorded_clip
+from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.progress import progress
 from dreamgen.stages.latent_scores import (
     by_gap,
@@ -25,6 +25,7 @@ from dreamgen.stages.latent_scores import (
     label_efficiency,
     probe,
     r2_by_part,
+    reachable,
     shuffled,
     split,
 )
@@ -94,8 +95,9 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
     whose frozen latents are a control. pairs: sizes of the label-efficiency curve.
 
     Results, also in `latents.json`: probe {latent, state, pixels, features, shuffled, idm: {linear, mlp: R2 by part}},
-    efficiency {latent, pixels, features: {pairs: {part: {mean, std}}}}, head (R2 of the labelled head), swap, codes,
-    change (share of the target that is not foretold). `swap.png` shows the swaps.
+    efficiency {latent, pixels, features: {pairs: {part: {mean, std}}}}, pairs {there: gaps that probes train on,
+    skipped: sizes above that}, head (R2 of the labelled head), swap, codes, change (share of the target that is not
+    foretold). `swap.png` shows the swaps.
     """
     parents = {"dataset": dataset.root}
     parents |= {name: part.path for name, part in (("labeler", labeler), ("idm", idm)) if getattr(part, "path", None)}
@@ -105,6 +107,10 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
             return run.manifest()
         robot = labeler.source
         robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        dataset.require_actions("stage.dataset")
+        for part in (labeler, idm, world_model):
+            if hasattr(part, "place"):
+                part.place()
         order = rng_for(seed, "latent episodes").permutation(len(dataset))
         chosen = sorted(order[: episodes or len(dataset)].tolist())
         clips, actions = zip(*(recorded_clip(dataset, i, labeler.clock) for i in chosen), strict=True)
@@ -125,6 +131,8 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
         results: dict = {"probe": {name: probe(rows, true, robot, seed) for name, rows in features.items()}}
         results["efficiency"] = {name: label_efficiency(features[name], true, robot, seed, pairs=pairs)
                                  for name in ("latent", "pixels", "features") if name in features}  # fmt: skip
+        there = len(split(true, seed).train)
+        results["pairs"] = {"there": there, "skipped": reachable(pairs, there)[1]}
         if labeler.labelled:
             head = [np.concatenate([gap["action"][k, : b - a] for k, (a, b) in enumerate(clock.gaps())])
                     for gap, clock in zip(gaps, clocks, strict=True)]  # fmt: skip
@@ -139,4 +147,4 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
             results["codes"] = codebook_usage([gap["codes"] for gap in gaps], labeler.config["codebook"])
         results["change"] = float(sum(gap["left"].sum() for gap in gaps) / sum(gap["change"].sum() for gap in gaps))
         write_json(Path(out) / "latents.json", results)
-        return run.finish(episodes=len(clips), **results)
+        return run.finish(episodes=len(clips), **noted(dataset), **results)

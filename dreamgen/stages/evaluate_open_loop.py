@@ -15,6 +15,7 @@ from dreamgen.core.manifest import Stage
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.engine.progress import progress
 
 
@@ -39,6 +40,7 @@ def evaluate_open_loop(
         if run.complete:
             return run.manifest()
         policy.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        dataset.require_actions("stage.dataset")
         places = [(i, row) for i in range(len(dataset)) for row in range(0, dataset.length(i), every)]
         groups = [places[k : k + batch_size] for k in range(0, len(places), batch_size)]
         predicted, recorded = [], []
@@ -51,7 +53,8 @@ def evaluate_open_loop(
         control = actions.mean(0) - np.stack(recorded)
         parts = {part.name: _scores(error, control, part) for part in policy.robot.action}
         whole = _figures(error, control)
-        return run.finish(open_loop={**whole, "by_part": parts}, chunks=len(places), episodes=len(dataset))
+        return run.finish(open_loop={**whole, "by_part": parts}, chunks=len(places), episodes=len(dataset),
+                          **noted(dataset))  # fmt: skip
 
 
 def _observation(dataset: Dataset, episode: int, row: int) -> Observation:

@@ -17,6 +17,7 @@ from dreamgen.core.manifest import Stage, write_json
 from dreamgen.core.protocols import ActionWorldModel, Sim, Tracker
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.data.streams import noisy, still
 from dreamgen.engine.progress import progress
 from dreamgen.stages.train_tracker import truth_of
@@ -65,6 +66,7 @@ def evaluate_world(
             world_model.place()
         robot, names = world_model.robot, locator.names if locator is not None else ()
         robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        dataset.require_actions("stage.dataset")
         chosen, rows = choose(world_model, dataset, episodes, seed)
         real = np.stack([dataset.canvas(i, rows) for i in chosen])
         begun = time.perf_counter()
@@ -90,7 +92,7 @@ def evaluate_world(
                 effect = real_effect(robot, dataset, chosen, streams, sim, hand)
                 found["calibration"] = calibration(seen, effect, names.index(hand))
         write_json(run.out / "results" / "world.json", found)
-        return run.finish(**found)
+        return run.finish(**found, **noted(dataset))
 
 
 def choose(world: ActionWorldModel, dataset: Dataset, episodes: int, seed: int) -> tuple[list[int], np.ndarray]:

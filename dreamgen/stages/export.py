@@ -5,6 +5,8 @@ from pathlib import Path
 from dreamgen.core.manifest import Stage
 from dreamgen.data.export import export_dataset
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
+from dreamgen.data.writer import require_free
 
 
 def export(data: Dataset, *, out: Path, format: str = "v3.0", horizon: int = 16, codec: str = "h264",
@@ -14,10 +16,11 @@ def export(data: Dataset, *, out: Path, format: str = "v3.0", horizon: int = 16,
     horizon: rows of an action chunk for which GR00T's relative statistics are computed. codec: "h264" or "av1", for
     videos that cannot be copied. The manifest says what was mended, skipped, left out and encoded again.
 
-    Raises ValueError for an unknown format.
+    Raises ValueError for an unknown format, and if `out` holds data that is not of this run.
     """
+    require_free(out)
     with Stage(out, "export", config=record, parents={"data": data.root}) as run:
         if run.complete:
             return run.manifest()
         found = export_dataset(data, out, format=format, horizon=horizon, codec=codec, workers=workers)
-        return run.finish(**found, mended=data.mended, skipped=data.skipped)
+        return run.finish(**found, **noted(data))

@@ -14,12 +14,15 @@ from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.buckets import Buckets, ClipPool, Shape
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.engine.compiling import compile_blocks, wanted
 from dreamgen.engine.cost import Transformer, training_memory
 from dreamgen.engine.devices import memory_left
+from dreamgen.engine.journal import require_tracker
 from dreamgen.engine.precision import best_device
-from dreamgen.engine.processes import join, wait
-from dreamgen.engine.shares import Rows
+from dreamgen.engine.processes import join, require_sharding, wait
+from dreamgen.engine.replicas import possible
+from dreamgen.engine.shares import Rows, require_rows
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.latents import Latents
 from dreamgen.stages.validation import Validation
@@ -81,14 +84,17 @@ def finetune(
     see `dreamgen.engine.train`. checkpointing: keep only the inputs of blocks, and compute these again in the backward
     pass. compile: the blocks (see `dreamgen.engine.compiling`).
 
-    Raises ValueError for another method, if no episode is as long as a clip, for a cache of another VAE, dataset or
-    transform, and on a GPU where the first step cannot fit. The manifest counts clips by shape, episodes too short,
-    clips padded, and bad episodes left out.
+    Raises ValueError for another method, sharding or tracker, for a batch of fewer clips than parts, if no episode is
+    as long as a clip, for a cache of another VAE, dataset or transform, and on a GPU where the first step cannot fit.
+    The manifest counts clips by shape, episodes too short, clips padded, and bad episodes left out.
     """
     if method not in ("full", "lora"):
         raise ValueError(f"method is '{method}'; expected 'full' or 'lora'")
+    require_sharding(sharding)
+    require_tracker(tracker)
     world, lora = world_model, method == "lora"
     process, count = join()
+    shards = count if sharding == "fsdp2" else 1
     datasets = [dataset] if isinstance(dataset, Dataset) else list(dataset)
     names = ["dataset"] if len(datasets) == 1 else [f"dataset_{i}" for i in range(len(datasets))]
     parents = {name: d.root for name, d in zip(names, datasets, strict=True)}
@@ -98,7 +104,7 @@ def finetune(
         if run.complete:
             return run.manifest()
         wait()
-        world.place()
+        world.place(experts=shards == 1)  # what is cut goes to the GPU block by block
         pool = ClipPool(datasets, world.clock, lengths=lengths, hop=hop, short=short, copies=copies, shift=shift)
         held = _held_out(datasets, validation, seed)
         rows = np.array([k for k in range(len(pool)) if pool.episode(k) not in held])
@@ -111,6 +117,9 @@ def finetune(
         video = {shape: sizes.tokens(_latent(world, shape)) for shape in latents.members}
         buckets = Buckets(rows, [latents.shapes[k] for k in rows], batch_size=batch_size, budget=token_budget,
                           tokens=video.__getitem__)  # fmt: skip
+        forks = possible(replicas, best_device()) if count == 1 else 1
+        require_rows(min(buckets.sizes), count * forks, accumulate)
+        clips = [-(-size // (count * accumulate * forks)) for size in buckets.sizes]
         latents.build(out, rank=process, count=count, replicas=replicas)
         embedded, which = latents.texts(where, base=base)
         if decoder_steps:
@@ -120,7 +129,8 @@ def finetune(
             world.train_lora(rank=rank, alpha=alpha)
         else:
             world.train_full()
-        check = Validation(world, latents, embedded, which, held, out, samples=samples, seed=seed, write=process == 0)
+        check = Validation(world, latents, embedded, which, held, out, samples=samples, seed=seed, write=process == 0,
+                           clips=dict(zip(buckets.shapes, clips, strict=True)))  # fmt: skip
         if best_device().type == "cuda":
             world.pipe.text_encoder.to("cpu")  # all its texts are known now
         for module in world.trained().values():
@@ -131,10 +141,9 @@ def finetune(
             if wanted(compile, steps=steps):
                 compile_blocks(module)
         text = embedded.shape[1]
-        clips = [-(-size // (count * accumulate)) for size in buckets.sizes]
         _require_memory(world, sizes, [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text,
                         lora=lora, checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate,
-                        shards=count if sharding == "fsdp2" else 1)  # fmt: skip
+                        shards=shards)  # fmt: skip
 
         def batch_at(step: int) -> Rows:
             rng = rng_for(seed, "finetune", step)
@@ -159,12 +168,9 @@ def finetune(
             for folder in (out, out / "decoder"):
                 clear_state(folder)
         wait()
-        skipped = {f"{i}/{k}" if len(datasets) > 1 else str(k): v
-                   for i, d in enumerate(datasets) for k, v in d.skipped.items()}  # fmt: skip
         return run.finish(
             windows=len(pool), episodes=sum(map(len, datasets)), episodes_too_short=pool.too_short,
-            clips_padded=pool.padded, shapes=pool.counts(), episodes_skipped=skipped,
-            mended=[note for d in datasets for note in d.mended], validation=len(held),
+            clips_padded=pool.padded, shapes=pool.counts(), validation=len(held), **noted(*datasets),
             parameters=sum(p.numel() for p in world.transformer.parameters()),
             **{f"final_{k}": v for k, v in result.items()},
         )  # fmt: skip
@@ -202,13 +208,14 @@ def _require_memory(world: VideoWorld, sizes: Transformer, parts: Sequence[tuple
     clips, video = max(parts, key=lambda part: part[0] * part[1])
     if needed(clips, video, checkpointing) <= left:
         return
-    fits = [f"checkpointing={str(on).lower()} with {-(-clips // k)} clips at a time (accumulate={accumulate * k})"
+    less = "stage.method=lora, world_model.weights=bf16, or stage.sharding=fsdp2 on more GPUs"
+    fits = [f"stage.checkpointing={str(on).lower()} with {-(-clips // k)} clips at a time (stage.accumulate="
+            f"{accumulate * k})"
             for on in sorted({checkpointing, True}) for k in range(1, clips + 1)
             if needed(-(-clips // k), video, on) <= left]  # fmt: skip
     raise ValueError(f"a step of {clips} clips of {video} tokens needs about "
                      f"{needed(clips, video, checkpointing) / 1e9:.0f} GB; {left / 1e9:.0f} GB are free. What would "
-                     f"fit: {fits[0] if fits else 'method=lora, weights=bf16, or sharding=fsdp2 on more GPUs'}"
-                     )  # fmt: skip
+                     f"fit: {fits[0] if fits else less}")  # fmt: skip
 
 
 def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: Path,

@@ -17,6 +17,7 @@ from dreamgen.core.manifest import Stage, fingerprint
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.cache import Cache
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.data.windows import Windows
 from dreamgen.engine.progress import progress
 from dreamgen.engine.train import clear_state, train
@@ -57,8 +58,9 @@ def finetune_actions(
 
     shares: of a batch, one per dataset; by default as their windows. lengths: frames of a batch's windows, drawn per
     batch (default: one latent frame, half and all of the model's frames). method: "full", "lora" (an adapter and the
-    action encoder) or "actions" (the encoder alone). validation: episodes of each dataset held out; the loss at fixed
-    noise under true, shuffled and no actions is written every `validate_every` steps, and samples real above dreamt.
+    action encoder) or "actions" (the encoder alone). validation: episodes of each dataset held out, with all that share
+    their first state; the loss at fixed noise under true, shuffled and no actions is written every `validate_every`
+    steps, and samples real above dreamt.
 
     Raises ValueError for another method, shares or lengths that do not fit, datasets of another robot, no windows.
     """
@@ -107,7 +109,7 @@ def finetune_actions(
         return run.finish(
             windows=sum(len(s.train) for s in sources), episodes=sum(len(d) for d in datasets),
             validation=sum(len(s.held) for s in sources), lengths=chosen,
-            parameters=sum(p.numel() for p in world.extension.parameters()),
+            parameters=sum(p.numel() for p in world.extension.parameters()), **noted(*datasets),
             **{f"final_{k}": v for k, v in result.items()},
         )  # fmt: skip
 
@@ -121,12 +123,24 @@ def check(world: ActionWorld, datasets: Sequence[Dataset], shares: Sequence[floa
         raise ValueError(f"shares are {shares} for {len(datasets)} datasets; expected one share of a batch for each")
     for dataset in datasets:
         world.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        dataset.require_actions("stage.datasets")
     full, gap = world.clock.frames, world.gaps
     most = (full - 1) // gap
     chosen = sorted({1 + gap * n for n in (1, -(-most // 2), most)}) if lengths is None else sorted(map(int, lengths))
     if any((frames - 1) % gap or not 1 < frames <= full for frames in chosen):
         raise ValueError(f"lengths are {chosen}; expected 1 + multiples of {gap} up to the model's {full} frames")
     return chosen
+
+
+def held_out(dataset: Dataset, count: int, seed: int) -> set[int]:
+    """`count` episodes to validate on, or a few more: those that share a first state (meta `pair`) stay together."""
+    group = [dataset.episode(i).meta.get("pair") or i for i in range(len(dataset))]
+    held: set[int] = set()
+    for first in rng_for(seed, "validation").permutation(len(dataset)).tolist():
+        if len(held) >= count:
+            break
+        held |= {i for i, name in enumerate(group) if name == group[first]}
+    return held
 
 
 class Source:
@@ -141,8 +155,7 @@ class Source:
         key = {"world": world.cache_key(), "data": fingerprint(dataset.root), "hop": hop,
                "skipped": sorted(dataset.skipped)}  # fmt: skip
         self.cache = Cache(out / "cache", key, count=len(self.windows))
-        count = min(validation, len(dataset) // 5)
-        self.held = set(rng_for(seed, "validation").permutation(len(dataset))[:count].tolist())
+        self.held = held_out(dataset, min(validation, len(dataset) // 5), seed)
         self.train = np.array([k for k, (episode, _) in enumerate(self.places) if episode not in self.held])
         if not len(self.train):
             raise ValueError(f"all windows of {dataset.root} are held out ({validation} episodes); hold out fewer")

@@ -64,6 +64,8 @@ class Recorded:
         self.datasets, self.video_hz, self.room = datasets, video_hz, room
         self.places = [(d, i) for d, known in enumerate(success) for i in sorted(known)]
         self.success = np.array([success[d][i] for d, i in self.places], bool)
+        # episodes of one first state
+        self.groups = [f"{d} {datasets[d].episode(i).meta.get('pair') or i}" for d, i in self.places]
         self.returned, self.kept = dict[int, np.ndarray](), dict[int, Clip]()
 
     def __len__(self) -> int:
@@ -80,7 +82,7 @@ class Recorded:
         dataset = self.datasets[d]
         clock = Clock(robot_hz=dataset.robot.robot_hz, video_hz=self.video_hz, frames=2)
         clip, action = recorded_clip(dataset, i, clock)
-        clip = replace(clip, action=action)
+        clip = replace(clip, action=action) if dataset.has_actions else clip
         if clip.video.nbytes <= self.room:
             self.room -= clip.video.nbytes
             self.kept[k] = clip
@@ -106,13 +108,17 @@ class Recorded:
 
 
 class Batches:
-    """Step to batch: as many successes as failures, in random order; a share of the successes swapped to failures."""
+    """Step to batch: as many successes as failures, in random order; a share of the successes swapped to failures.
+
+    degraded: share of a batch that is drawn from the clips that are kept as a world model shows them, and so shown.
+    """
 
     def __init__(self, model: Any, clips: Recorded, chosen: Sequence[int], *, batch_size: int, swapped: float,
                  shift: int, degraded: float, seed: int) -> None:  # fmt: skip
         self.model, self.clips, self.batch_size, self.seed = model, clips, batch_size, seed
         self.swapped, self.shift, self.degraded = swapped, shift, degraded
         self.kinds = [np.array([k for k in chosen if clips.success[k] == kind]) for kind in (True, False)]
+        self.returned = [np.array([k for k in kind if k in clips.returned]) for kind in self.kinds]
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         rng = rng_for(self.seed, "batch", step)
@@ -120,11 +126,12 @@ class Batches:
         for row in rng.permutation(self.batch_size):
             swap = row < round(self.swapped * self.batch_size) and len(self.model.instructions) > 1
             right = swap or row % 2 == 0
-            k = int(rng.choice(self.kinds[0 if right else 1]))
+            kind = 0 if right else 1
+            use = len(self.returned[kind]) and rng.random() < self.degraded
+            k = int(rng.choice((self.returned if use else self.kinds)[kind]))
             text = self.clips.instruction(k)
             if swap:
                 text = str(rng.choice([other for other in self.model.instructions if other != text]))
-            use = k in self.clips.returned and rng.random() < self.degraded
             video = self.clips.returned[k] if use else self.clips[k].video
             chosen = jittered(len(video), self.model.frames, rng)
             pictures.append(moved(self.model.pictures(video, chosen), rng.integers(-self.shift, self.shift + 1, 2)))

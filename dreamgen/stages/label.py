@@ -5,6 +5,7 @@ Rows are robot steps: a dream's frame stands at the row that shows it and is rep
 `frame_fresh` marks the rows whose picture is new (`meta["frame_rows"]` lists them): only these are observations.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,46 +15,33 @@ import numpy as np
 from dreamgen.core.clip import Clip, Episode, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import Stage, is_complete, require_complete
 from dreamgen.core.protocols import Labeler
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.layout import INFO
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.recordings import Recordings
-from dreamgen.data.writer import write_dataset
+from dreamgen.data.recordings import Recordings, noted
+from dreamgen.data.writer import require_free, write_dataset
 from dreamgen.engine.progress import progress
 from dreamgen.stages.sharing import Parts, Shard, alone, grouped
 from dreamgen.video.tiling import untile
 
 PART = ("value", "spread", "state", "known")  # what is stored of a clip's labels until all are there
-
-
-def integrated(robot: Embodiment, first: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pseudo-states (s d) from the first state (d,) and actions (s a), and which entries they know (d,) bool.
-
-    By the embodiment's rule: a delta adds `scale` times itself to the part it moves, an absolute part sets it for the
-    next row. Parts that no such action moves (grippers under binary commands too) keep their first value, unknown.
-    """
-    state, known = np.repeat(first[None], len(action), axis=0).astype(np.float32), np.zeros(robot.state_dim, bool)
-    where = {part.name: part.slice for part in robot.state}
-    for part in robot.action:
-        if part.moves is None or part.kind == "binary":
-            continue
-        moved = part.scale * action[:-1, part.slice]
-        state[1:, where[part.moves]] = first[where[part.moves]] + moved.cumsum(0) if part.kind == "delta" else moved
-        known[where[part.moves]] = True
-    return state, known
+BAD = "bad"  # and, in their place, why a bad clip was left out
+log = logging.getLogger(__name__)
 
 
 def pseudo_states(labeler: Labeler, clips: Sequence[Clip],
                   labels: Sequence[Labels]) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Per clip the states (s d) and which entries are known (s d) float32.
 
-    The first state is known where the clip brings it. Later ones are what the labeler reads from the frames, if it has
-    `states`, else the integrated actions; without either they are zero and unknown.
+    The first state is known where the clip brings it. Later ones are what the labeler reads from the frames, if its
+    `states` are not None, else what follows of the first under the labels (`dreamgen.core.kinematics`); without either
+    they are zero and unknown.
     """
     robot = labeler.robot
-    read = labeler.states(clips, labels) if hasattr(labeler, "states") else [None] * len(clips)
+    read = (labeler.states(clips, labels) if hasattr(labeler, "states") else None) or [None] * len(clips)
     found = []
     for clip, label, seen in zip(clips, labels, read, strict=True):
         steps = len(label.value)
@@ -61,8 +49,8 @@ def pseudo_states(labeler: Labeler, clips: Sequence[Clip],
         if seen is not None:
             state, known = seen[:steps].astype(np.float32), np.ones((steps, robot.state_dim), np.float32)
         elif first_known:
-            state, sure = integrated(robot, clip.state, label.value)
-            known = np.repeat(sure[None], steps, axis=0).astype(np.float32)
+            state, sure = follow(robot, clip.state, label.value)
+            state, known = state[:-1], np.repeat(sure[None], steps, axis=0).astype(np.float32)
         else:
             state = np.zeros((steps, robot.state_dim), np.float32)
             known = np.zeros_like(state)
@@ -107,8 +95,8 @@ def label(
 ) -> dict:
     """Label the dreams of the finished stage `clips` and write them as a LeRobot dataset to `out`, in order of id.
 
-    clips: also a LeRobot dataset of the robot, whose own actions are not looked at; skip_bad: leave out its bad
-    episodes.
+    clips: also a LeRobot dataset of the robot, with or without actions, which are not looked at. skip_bad: leave out
+    episodes and dreams that cannot be read, and list them in the manifest.
 
     Shards share out the labelling, batch by batch; the call that finds all labels there writes the dataset, on
     `workers` threads.
@@ -121,9 +109,11 @@ def label(
     made = {} if recorded else require_complete(clips, "dreams")
     # a labeler of latent actions reads the videos of one embodiment and writes the actions of another
     getattr(labeler, "source", labeler.robot).require(robot.contract(), "the dreams' robot")
-    recordings = Recordings(Dataset(clips, robot, skip_bad=skip_bad), labeler.clock) if recorded else None
+    dataset = Dataset(clips, robot, skip_bad=skip_bad, actions=False) if recorded else None
+    recordings = None if dataset is None else Recordings(dataset, labeler.clock)
     robot, kind = labeler.robot, "recordings" if recorded else "dreams"
     parents = {kind: clips} | ({"labeler": labeler.path} if getattr(labeler, "path", None) else {})
+    require_free(out)
     with Stage(out, "label", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
@@ -133,8 +123,10 @@ def label(
             raise ValueError(f"{clips} holds no {kind}; give its stage at least one prompt")
         stored = parts.stored()
         left = [number for number in mine.of(range(len(batches))) if number not in stored]
+        if left and hasattr(labeler, "place"):
+            labeler.place()
         for number in progress(left, len(left), mine.title("label"), out, unit="batch"):
-            parts.write(number, _labelled(labeler, [folder.read(id) for id in batches[number]]))
+            parts.write(number, _labelled(labeler, folder, batches[number], skip_bad))
         missing = len(batches) - len(parts.stored())
         if missing:
             return {"complete": False, "batches": len(batches) - missing, "left": missing}
@@ -146,7 +138,7 @@ def label(
         def episodes() -> Iterator[Episode]:
             for number, ids in enumerate(batches):
                 part = parts.read(number)
-                for row, id in enumerate(ids):
+                for row, id in [(row, id) for row, id in enumerate(ids) if f"{row}/{BAD}" not in part]:
                     value, spread, state, known = (part[f"{row}/{name}"] for name in PART)
                     found = Labels(value=value, spread=spread)
                     yield labelled_episode(robot, folder.read(id), found, state, known, source)
@@ -154,21 +146,49 @@ def label(
         with alone(out):  # shards that end together do not write twice
             if is_complete(out):
                 return run.manifest()
-            if not (Path(out) / INFO).is_file():  # else killed between the dataset and the manifest
-                write_dataset(out, episodes(), robot, codec=codec, crf=crf, workers=workers)
-            spreads = [parts.read(number)[f"{row}/spread"] for number, ids in enumerate(batches)
-                       for row in range(len(ids))]  # fmt: skip
+            spreads, bad = _stored(parts, batches)
+            if not spreads:
+                raise ValueError(f"none of the {kind} of {clips} can be read ({next(iter(bad.values()))}); mend them, "
+                                 f"delete {out} and label again")  # fmt: skip
+            write_dataset(out, episodes(), robot, codec=codec, crf=crf, workers=workers)
             spread = np.mean([rows.mean(0) for rows in spreads], axis=0)
             by_part = {part.name: float(spread[part.slice].mean()) for part in robot.action}
-            bad = {"episodes_skipped": recordings.dataset.skipped} if recordings else {}
-            manifest = run.finish(episodes=len(spreads), rows=sum(map(len, spreads)), spread=by_part, **bad)
+            told = noted(dataset)
+            told["skipped"] += [{"dataset": clips.name, "episode": id, "reason": why} for id, why in bad.items()]
+            manifest = run.finish(episodes=len(spreads), rows=sum(map(len, spreads)), spread=by_part, **told)
             shutil.rmtree(parts.root)
             return manifest
 
 
-def _labelled(labeler: Labeler, clips: Sequence[Clip]) -> dict[str, np.ndarray]:
+def _labelled(labeler: Labeler, folder: ClipFolder | Recordings, ids: Sequence[str],
+              skip_bad: bool) -> dict[str, np.ndarray]:  # fmt: skip
     """Labels and pseudo-states of a batch, by row and name."""
-    labels = labeler.label(clips)
-    states = pseudo_states(labeler, clips, labels)
-    rows = [(found.value, found.spread, *state) for found, state in zip(labels, states, strict=True)]
-    return {f"{row}/{name}": array for row, arrays in enumerate(rows) for name, array in zip(PART, arrays, strict=True)}
+    clips, made = {}, {}
+    for row, id in enumerate(ids):
+        try:
+            clips[row] = folder.read(id)
+        except ValueError as error:
+            if not skip_bad:
+                raise
+            log.warning("%s is left out: %s", id, error)
+            made[f"{row}/{BAD}"] = np.array(str(error))
+    if not clips:
+        return made
+    read = list(clips.values())
+    labels = labeler.label(read)
+    for row, found, state in zip(clips, labels, pseudo_states(labeler, read, labels), strict=True):
+        made |= {f"{row}/{name}": array for name, array in zip(PART, (found.value, found.spread, *state), strict=True)}
+    return made
+
+
+def _stored(parts: Parts, batches: Sequence[Sequence[str]]) -> tuple[list[np.ndarray], dict[str, str]]:
+    """The spread of every label, and why the other clips were left out, by id."""
+    spreads, bad = [], {}
+    for number, ids in enumerate(batches):
+        part = parts.read(number)
+        for row, id in enumerate(ids):
+            if f"{row}/{BAD}" in part:
+                bad[id] = str(part[f"{row}/{BAD}"])
+            else:
+                spreads.append(part[f"{row}/spread"])
+    return spreads, bad

@@ -120,15 +120,18 @@ def shuffled(features: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
     return np.split(rows, np.cumsum([len(f) for f in features])[:-1])
 
 
+def reachable(pairs: Sequence[int], there: int) -> tuple[list[int], list[int]]:
+    """The counts that `there` gaps give, and those that they do not."""
+    return [count for count in pairs if count <= there], [count for count in pairs if count > there]
+
+
 def label_efficiency(features: Sequence[np.ndarray], actions: Sequence[np.ndarray], robot: Embodiment, seed: int, *,
                      pairs: Sequence[int] = (10, 50, 200, 1000), draws: int = 5) -> dict[str, dict]:  # fmt: skip
-    """Linear-probe R2 by part from few labelled gaps: {pairs: {part: {mean, std}}}; counts that are not there are
-    left out."""
+    """Linear-probe R2 by part from few labelled gaps: {pairs: {part: {mean, std}}}; without counts that are not
+    `reachable`."""
     x, y = split([in_context(f).astype(np.float64) for f in features], seed), split(actions, seed)
     found: dict[str, dict] = {}
-    for count in pairs:
-        if count > len(y.train):
-            continue
+    for count in reachable(pairs, len(y.train))[0]:
         rows = [rng_for(seed, "pairs", count, n).permutation(len(y.train))[:count] for n in range(draws)]
         scores = [r2_by_part(linear_probe(x._replace(train=x.train[r]), y._replace(train=y.train[r])), y.test, robot)
                   for r in rows]  # fmt: skip

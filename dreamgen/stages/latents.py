@@ -10,17 +10,20 @@ from torch import Tensor
 from dreamgen.core.manifest import digest, fingerprint
 from dreamgen.data.buckets import ClipPool, Shape
 from dreamgen.data.cache import Cache, embeddings, require_known
+from dreamgen.data.lerobot import Dataset
 from dreamgen.engine.processes import wait
 from dreamgen.engine.progress import progress
 from dreamgen.engine.replicas import in_forks, possible
+from dreamgen.worlds.autoencoder import clips_at_once
+from dreamgen.worlds.sampler import enough
 from dreamgen.worlds.world import VideoWorld
 
 
 class Latents:
     """Normalised latents of all clips of `pool`, one cache for each shape, under `root`.
 
-    transform: what the pool made of the datasets. Raises ValueError if `root` is a cache of another VAE, dataset or
-    transform.
+    transform: what the pool made of the datasets. Raises ValueError if `root` is a cache of another VAE, dataset,
+    choice of episodes or cameras, or transform.
     """
 
     def __init__(self, world: VideoWorld, pool: ClipPool, root: Path, *, transform: dict) -> None:
@@ -33,9 +36,9 @@ class Latents:
             self.members[shape] = np.array([k for k, other in enumerate(shapes) if other == shape])
             self.number[self.members[shape]] = np.arange(len(self.members[shape]))
         given = world.cache_key()
-        transform = transform | {key: given.pop(key) for key in ("clock", "canvas") if key in given}
+        transform = transform | {key: given.pop(key) for key in ("clock", "canvas", "precision") if key in given}
         about = {"vae": digest(given), "data": [fingerprint(d.root) for d in pool.datasets], "transform": transform,
-                 "skipped": [sorted(d.skipped) for d in pool.datasets],
+                 "episodes": [_numbers(d) for d in pool.datasets], "views": [_views(d) for d in pool.datasets],
                  "clips": sorted(f"{k} {n}" for k, n in pool.counts().items())}  # fmt: skip
         keys = {shape: {**about, "shape": list(shape)} for shape in self.members}
         require_known(root, list(keys.values()))
@@ -59,8 +62,13 @@ class Latents:
         return shards
 
     def _encode(self, shape: Shape, items: range) -> np.ndarray:
-        clips = np.stack([self.pool.frames(int(k)) for k in self.members[shape][items.start : items.stop]])
-        return self.world.encode(torch.from_numpy(clips)).cpu().numpy()
+        clips, size, found = self.members[shape][items.start : items.stop], clips_at_once(*shape), []
+        doing = f"encoding {min(size, len(clips))} clips of {shape[0]} frames of {shape[1]}x{shape[2]} at a time"
+        with enough(doing, "fewer frames (world_model.frames or stage.lengths), smaller views, or a larger device"):
+            for start in range(0, len(clips), size):
+                some = np.stack([self.pool.frames(int(k)) for k in clips[start : start + size]])
+                found.append(self.world.encode(torch.from_numpy(some)).cpu().numpy())
+        return np.concatenate(found)
 
     def take(self, clips: Sequence[int] | np.ndarray) -> Tensor:
         """Latents (b c t h w) of clips of one shape."""
@@ -79,3 +87,15 @@ class Latents:
         made = embeddings(root, key, [*distinct, ""], self.world.embed)
         which = np.array([number[self.pool.instruction(k)] for k in range(len(self.pool))])
         return made, which
+
+
+def _numbers(dataset: Dataset) -> str:
+    """Names the episodes that are taken, by the dataset's own numbers."""
+    taken = [dataset.index(i) for i in range(len(dataset))]
+    return f"{len(taken)} ({digest(taken)})"
+
+
+def _views(dataset: Dataset) -> list[list[str | None]]:
+    """The cameras on the canvas, row by row, by their keys in the dataset."""
+    robot = dataset.robot
+    return [[name and robot.view(name).key for name in row] for row in robot.grid]

@@ -1,7 +1,7 @@
 """Closed-loop evaluation of a policy while it is trained, in a process of its own: training does not wait.
 
-A snapshot with the averaged weights is evaluated on the same first states every time. What has been measured lies in
-`midway/<step>.json`; a run that is continued measures only what is missing.
+A snapshot with the averaged weights, `midway/<step>`, is evaluated on the same first states every time. What has been
+measured lies in `midway/<step>.json`; a run that is continued measures only what is missing.
 """
 
 import ctypes
@@ -44,30 +44,45 @@ def measure(kind: type, path: Path, sim: Callable[[], Sim], episodes: int, steps
 
 
 class Midway:
-    """episodes, steps, execute: as in the stage `evaluate`. sim must be picklable."""
+    """episodes, steps, execute: as in the stage `evaluate`. sim must be picklable. kind: of the policy.
+
+    A snapshot that has no result, left by a run that was killed, is evaluated before the next one.
+    """
 
     def __init__(
-        self, out: Path, sim: Callable[[], Sim], *, episodes: int, steps: int, execute: int, seed: int
+        self, out: Path, sim: Callable[[], Sim], kind: type, *, episodes: int, steps: int, execute: int, seed: int
     ) -> None:
         self.folder, self.sim, self.options = Path(out) / "midway", sim, (episodes, steps, execute, seed)
+        self.kind = kind
         self.pool: ProcessPoolExecutor | None = None
-        self.begun: list[Future] = []
+        self.begun: dict[Path, Future] = {}
 
     def begin(self, model: nn.Module, step: int) -> None:
         """Evaluate the model as it is now; returns at once."""
-        target = self.folder / f"{step:08d}.json"
-        if target.is_file():
-            return
         snapshot = self.folder / f"{step:08d}"
-        model.save(snapshot)
-        context = multiprocessing.get_context("spawn")
-        self.pool = self.pool or ProcessPoolExecutor(1, mp_context=context, initializer=_prepare)
-        self.begun.append(self.pool.submit(measure, type(model), snapshot, self.sim, *self.options, target))
+        if not snapshot.is_dir() and not snapshot.with_suffix(".json").is_file():
+            partial = snapshot.with_suffix(".partial")  # a kill leaves no snapshot that is half there
+            model.save(partial)
+            partial.rename(snapshot)
+        self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Begin what lies there and was not begun by this process."""
+        for snapshot in sorted(set(self.folder.glob("[0-9]" * 8)) - self.begun.keys()):
+            target = snapshot.with_suffix(".json")
+            if target.is_file():  # killed between the result and the removal
+                shutil.rmtree(snapshot)
+                continue
+            context = multiprocessing.get_context("spawn")
+            self.pool = self.pool or ProcessPoolExecutor(1, mp_context=context, initializer=_prepare)
+            self.begun[snapshot] = self.pool.submit(measure, self.kind, snapshot, self.sim, *self.options, target)
 
     def gather(self) -> list[dict[str, Any]]:
-        """Wait for what is under way; all that was measured, by step."""
-        for future in self.begun:
-            future.result()
+        """Wait for what is under way; all that was measured, by step. Raises what an evaluation has raised, once all
+        have ended; its snapshot stays, and a run that is continued begins it again."""
+        self._catch_up()
         if self.pool:
             self.pool.shutdown()
+        for future in self.begun.values():
+            future.result()
         return [{"step": int(path.stem), **read_json(path)} for path in sorted(self.folder.glob("*.json"))]

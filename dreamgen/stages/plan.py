@@ -6,6 +6,8 @@ peak times the share of it that is expected.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,17 +21,24 @@ from dreamgen.core.manifest import read_json, write_json
 from dreamgen.data.windows import Windows
 from dreamgen.engine.cost import Memory, Transformer, lora_parameters, training_memory
 from dreamgen.engine.devices import device
+from dreamgen.engine.processes import require_sharding
+from dreamgen.engine.shares import require_rows
 from dreamgen.worlds.layout import locate
+from dreamgen.worlds.world import LORA
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A published model: its transformer's configuration, how many experts it has, frames and pixels in a latent."""
+    """A published model: its transformer's configuration, how many experts it has, frames and pixels in a latent.
+
+    channels: of a latent; picture: numbers in CLIP's view of the first frame, 0 where the transformer has none.
+    """
 
     config: dict[str, Any]
     experts: int
     scale: tuple[int, int]
     channels: int
+    picture: int = 0
 
     @classmethod
     def of(cls, path: str) -> "Model":
@@ -37,18 +46,42 @@ class Model:
         folder = Path(locate(path))
         if (folder / "transformer" / "config.json").is_file():
             vae = read_json(folder / "vae" / "config.json")
-            blocks = len(vae.get("block_out_channels", [0] * 4)) - 1
-            time = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio") or 4
-            side = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio") or 2**blocks
-            second = (folder / "transformer_2").is_dir()
-            return cls(config=read_json(folder / "transformer" / "config.json"), experts=1 + second,
-                       scale=(time, side), channels=vae.get("z_dim") or vae.get("latent_channels", 16))  # fmt: skip
+            second, seen = (folder / "transformer_2").is_dir(), folder / "image_encoder" / "config.json"
+            clip = read_json(seen) if seen.is_file() else None
+            picture = clip and ((clip["image_size"] // clip["patch_size"]) ** 2 + 1) * clip["hidden_size"]
+            return cls(config=read_json(folder / "transformer" / "config.json"), experts=1 + second, scale=_scale(vae),
+                       channels=vae.get("z_dim") or vae.get("latent_channels", 16), picture=picture or 0)  # fmt: skip
         known = json.loads((files("dreamgen.stages") / "published.json").read_text())
         if path not in known:
             raise ValueError(f"no transformer's configuration in {folder}, and no published one is known; known are "
                              f"{', '.join(known)}")  # fmt: skip
         row = known[path]
-        return cls(config=row["config"], experts=row["experts"], scale=tuple(row["scale"]), channels=row["channels"])
+        picture = 257 * (row["config"].get("image_dim") or 0)
+        return cls(config=row["config"], experts=row["experts"], scale=tuple(row["scale"]), channels=row["channels"],
+                   picture=picture)  # fmt: skip
+
+    def require(self, path: str, canvas: tuple[int, int], frames: int, patch: int) -> None:
+        """Raise ValueError for a clip that fine-tuning would refuse; see `Layout.require`."""
+        (time, side), kind = self.scale, self.config["_class_name"]
+        grain = max(4, time) if kind.startswith("Wan") else time  # as `WanLayout.grain`
+        if (frames - 1) % grain or any(n % (side * patch) for n in canvas):
+            raise ValueError(f"clips of {frames} frames of {canvas[0]}x{canvas[1]}; {path} takes 1 + a multiple of "
+                             f"{grain} frames and sides that are multiples of {side * patch}")  # fmt: skip
+        if self.config.get("use_learned_positional_embeddings"):
+            fixed = (self.config["sample_height"] * side, self.config["sample_width"] * side)
+            if (canvas, frames) != (fixed, self.config["sample_frames"]):
+                raise ValueError(f"clips of {frames} frames of {canvas[0]}x{canvas[1]}; {path} has learned positions, "
+                                 f"for {self.config['sample_frames']} frames of {fixed[0]}x{fixed[1]} alone"
+                                 )  # fmt: skip
+
+    def planes(self, latents: tuple[int, int, int]) -> int:
+        """Channels of a clip in the cache, for latents (t h w): with the condition where that is channels, packed as
+        `dreamgen.worlds.concat.pack` does."""
+        if self.config["in_channels"] < 2 * self.channels:  # a clean prefix, which the latents hold
+            return self.channels
+        given = 1 if self.config["_class_name"].startswith("CogVideoX") else latents[0]
+        cells = math.prod(latents)
+        return self.channels - (-(self.channels * given * latents[1] * latents[2] + self.picture) // cells)
 
     def parameters(self) -> int:
         """Weights of one transformer, counted on the meta device."""
@@ -86,6 +119,8 @@ def plan(
     hop: int = 1,
     method: str = "full",
     rank: int | None = None,
+    lora: Mapping[str, Any] | None = None,
+    expert: str = "both",
     ema: float | None = 0.995,
     dreams: int = 1000,
     seed: int = 0,
@@ -95,34 +130,39 @@ def plan(
 
     model: a folder, hub id or "tiny"; height, width: pixels of a clip, `robot`'s canvas where None. dataset: counted
     where it is there. gpu: a name of `dreamgen.engine.devices`, or "cpu" for this one; efficiency: the share of its
-    peak that is expected. guidance above 1 doubles the forwards of a dream. The rest is as in `finetune` and `dream`.
+    peak that is expected. guidance above 1 doubles the forwards of a dream. lora: the world model's, whose rank is
+    taken where `rank` is None; expert: of two, which are trained. The rest is as in `finetune` and `dream`.
 
-    Raises ValueError for an unknown model, device or method, and for sizes that the model cannot take.
+    Raises ValueError for an unknown model, device, method, sharding or expert, for sizes that the model cannot take,
+    and for a batch of fewer clips than parts.
     """
+    require_sharding(sharding)
+    require_rows(batch_size, gpus, accumulate)
     if method not in ("full", "lora") or not 0 < efficiency <= 1 or gpus < 1:
         raise ValueError(f"method is '{method}', efficiency {efficiency}, gpus {gpus}; expected 'full' or 'lora', a "
                          "share of the peak in (0, 1], and at least 1")  # fmt: skip
-    found, machine, lora = Model.of(model), device(gpu), method == "lora"
+    found, machine, adapter = Model.of(model), device(gpu), method == "lora"
+    if expert != "both" and (expert not in ("high", "low") or found.experts < 2):
+        raise ValueError(f"expert is '{expert}'; expected 'both' or, for a model of two experts, 'high' or 'low'")
     sizes, canvas = Transformer.of(found.config), (height or robot.canvas[0], width or robot.canvas[1])
+    found.require(model, canvas, frames, sizes.patch[1])
     time, side = found.scale
-    if (frames - 1) % time or any(n % (side * sizes.patch[1]) for n in canvas):
-        raise ValueError(f"clips of {frames} frames of {canvas[0]}x{canvas[1]}; {model} takes 1 + a multiple of {time} "
-                         f"frames and sides that are multiples of {side * sizes.patch[1]}")  # fmt: skip
-    video = sizes.tokens(((frames - 1) // time + 1, canvas[0] // side, canvas[1] // side))
-    each = found.parameters()
+    latents = ((frames - 1) // time + 1, canvas[0] // side, canvas[1] // side)
+    video, each = sizes.tokens(latents), found.parameters()
     parameters = each * found.experts
-    trained = lora_parameters(sizes, rank or 16) * found.experts if lora else parameters
+    trained = lora_parameters(sizes, rank or (lora or {}).get("rank", LORA["rank"])) if adapter else each
+    trained *= found.experts if expert == "both" else 1
     clips = -(-batch_size // (gpus * accumulate))
     memory = {
         on: training_memory(sizes, parameters=parameters, trained=trained, clips=clips, video=video, text=text_length,
-                            lora=lora, checkpointing=on, ema=bool(ema), weight_bytes=2 if weights == "bf16" else 4,
+                            lora=adapter, checkpointing=on, ema=bool(ema), weight_bytes=2 if weights == "bf16" else 4,
                             shards=gpus if sharding == "fsdp2" else 1)
         for on in (False, True)
     }  # fmt: skip
     checkpointing = memory[False].total > 0.92 * machine.memory
     forward = sizes.forward(video, text_length)
-    step = batch_size * sizes.step(video, text_length, lora=lora)
-    done = batch_size * sizes.step(video, text_length, lora=lora, checkpointing=checkpointing)
+    step = batch_size * sizes.step(video, text_length, lora=adapter)
+    done = batch_size * sizes.step(video, text_length, lora=adapter, checkpointing=checkpointing)
     speed = machine.bf16 * efficiency
     dream = forward * denoising_steps * (2 if guidance > 1 else 1)
     windows = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop)
@@ -134,7 +174,7 @@ def plan(
         "forward_flops": forward, "step_flops": step, "checkpointing": checkpointing,
         "memory": {"plain": _bytes(memory[False]), "checkpointing": _bytes(memory[True]), "device": machine.memory},
         "fits": memory[checkpointing].total <= 0.92 * machine.memory,
-        "latent_cache_bytes": windows and 4 * windows * found.channels * video * sizes.patch[0] * sizes.patch[1] ** 2,
+        "latent_cache_bytes": windows and 4 * windows * found.planes(latents) * math.prod(latents),
         "seconds_a_step": done / (speed * gpus), "train_gpu_hours": steps * done / speed / 3600,
         "dream_flops": dream, "dream_seconds": dream / speed, "dream_seconds_at_peak": dream / machine.bf16,
         "dreams_an_hour": 3600 * speed * gpus / dream, "dream_gpu_hours": dreams * dream / speed / 3600,
@@ -143,6 +183,17 @@ def plan(
     write_json(out / "plan.json", {**figures, "config": record})
     (out / "plan.txt").write_text(text + "\n")
     return {**figures, "text": text}
+
+
+def _scale(vae: Mapping[str, Any]) -> tuple[int, int]:
+    """Frames in a latent frame and pixels along the side of a latent cell, as the pipelines take them from a VAE's
+    configuration: named there, or from its down-sampling blocks."""
+    time = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio")
+    side = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
+    if "spatio_temporal_scaling" in vae:  # LTX
+        halvings = 2 ** sum(vae["spatio_temporal_scaling"])
+        return time or vae["patch_size_t"] * halvings, side or vae["patch_size"] * halvings
+    return time or 4, side or 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
 
 
 def _bytes(memory: Memory) -> dict[str, float]:
@@ -190,6 +241,6 @@ def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int)
                      f"{found['dream_gpu_hours']:.3g} GPU hours for {dreams}"),
     ]  # fmt: skip
     if not found["fits"]:
-        rows.append(("too large", "the step does not fit: take method=lora, a larger accumulate, sharding=fsdp2 on "
-                                  "more gpus, or a smaller clip"))  # fmt: skip
+        rows.append(("too large", "the step does not fit: take stage.method=lora, a larger stage.accumulate, "
+                                  "stage.sharding=fsdp2 on more stage.gpus, or a smaller clip"))  # fmt: skip
     return "\n".join(f"{name:14} {text}" for name, text in rows)

@@ -19,6 +19,7 @@ from dreamgen.core.manifest import Stage, fingerprint
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.cache import Cache
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.data.windows import Windows
 from dreamgen.engine.compiling import compile_blocks, wanted
 from dreamgen.engine.precision import autocast
@@ -131,8 +132,9 @@ def pretrain(
         for part in ("frames", "vae", "transformer"):
             clear_state(out / part)
         return run.finish(
-            frames=still, vae=vae, transformer=losses, windows=len(pool), episodes=sum(len(d) for d in datasets)
-        )
+            frames=still, vae=vae, transformer=losses, windows=len(pool), episodes=sum(len(d) for d in datasets),
+            **noted(*datasets, heldout),
+        )  # fmt: skip
 
 
 def _begin(start: str | None, layout: TinyLayout, words: list[str], seed: int) -> WanImageToVideoPipeline:

@@ -1,7 +1,8 @@
 """Video of successes and failures -> a calibrated judge of success, saved in `out` itself.
 
-Episodes are split three ways: to train on, to calibrate on and choose the threshold by, and to measure on. So the true
-positive and negative rates that correct success rates later were seen by nothing that was fitted.
+Episodes are split three ways: to train on, to calibrate on and choose the threshold by, and to measure on; those that
+share a first state stay together. So nothing that is fitted here has seen what the true positive and negative rates,
+which correct success rates later, are counted on; a world model that shows the clips may have learned from them.
 """
 
 import csv
@@ -19,6 +20,7 @@ from dreamgen.core.manifest import Stage, read_json, write_json
 from dreamgen.core.protocols import ActionWorldModel, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.engine.train import clear_state, train
 from dreamgen.filters.rates import Rates, threshold_for
 from dreamgen.stages.agreement import auroc_interval, calibration
@@ -67,12 +69,13 @@ def train_judge(
 
     labels: a CSV or JSON file of rows {episode_index, success} for a single dataset. dreams: labelled dreams, judged
     at the end and replayed in `sim` for the rates on dreamt video; dream_clips: the stage that dreamed them.
-    video_hz: rate at which clips are seen. held_out_share: of episodes; half of them calibrates, half measures.
+    video_hz: rate at which clips are seen. held_out_share: of episodes; half of them calibrates, half measures;
+    episodes of one dataset with the same meta `pair` share a first state and are not parted.
     least_precision: the threshold is the lowest whose yes is right so often on the calibrating half.
     swapped: share of a batch that shows a success under another instruction, which is a failure. shift: pixels by which
-    training clips move. world_model: a training clip is shown as this model draws it with probability `degraded`
-    (`judge_clips.shown_by`, once for each of `degraded_clips`, before training). One that takes actions dreams it from
-    its first frame; then such dreams calibrate the judge, too. Any other returns it through its autoencoder.
+    training clips move. world_model: `degraded` is the share of a batch that is shown as this model draws it
+    (`judge_clips.shown_by`, `degraded_clips` of the clips, once, before training). One that takes actions dreams a clip
+    from its first frame; then such dreams calibrate the judge, too. Any other returns it through its autoencoder.
 
     Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, imagined or decoded the same of
     up to 200 of these clips as the world model shows them, dreamt the same of dreams, threshold.
@@ -84,7 +87,7 @@ def train_judge(
         if run.complete:
             return run.manifest()
         clips = Recorded(datasets, outcomes(datasets, labels), video_hz)
-        training, fitting, apart = three_ways(clips.success, held_out_share, seed)
+        training, fitting, apart = three_ways(clips.success, held_out_share, seed, clips.groups)
         torch.manual_seed(seed_for(seed, "init"))
         model = judge(instructions=sorted({clips.instruction(k) for k in range(len(clips))}))
         for dataset in datasets:
@@ -124,7 +127,7 @@ def train_judge(
         clear_state(out)
         return run.finish(episodes=[len(training), len(fitting), len(apart)], successes=int(clips.success.sum()),
                           loss=done["loss"], threshold=model.threshold, threshold_precision=reached,
-                          slope=model.slope, offset=model.offset, **scores)  # fmt: skip
+                          slope=model.slope, offset=model.offset, **noted(*datasets, dreams), **scores)  # fmt: skip
 
 
 def outcomes(datasets: Sequence[Dataset], labels: Path | None) -> list[dict[int, bool]]:
@@ -167,18 +170,34 @@ def read_labels(path: Path) -> dict[int, bool]:
     return found
 
 
-def three_ways(success: np.ndarray, share: float, seed: int) -> tuple[list[int], list[int], list[int]]:
-    """Clips to train on, to calibrate on, to measure on, each outcome split alike. ValueError if one has too few."""
+def three_ways(success: np.ndarray, share: float, seed: int,
+               groups: Sequence[str] | None = None) -> tuple[list[int], list[int], list[int]]:  # fmt: skip
+    """Clips to train on, to calibrate on, to measure on, each outcome split alike; clips of one of `groups` stay
+    together, so their outcomes are split as nearly alike as whole groups allow. ValueError if one has too few."""
+    together: dict[object, list[int]] = {}
+    for k, group in enumerate(range(len(success)) if groups is None else groups):
+        together.setdefault(group, []).append(k)
+    alone = np.array([one[0] for one in together.values() if len(one) == 1], np.int64)
     parts: list[list[int]] = [[], [], []]
     for kind in (True, False):
-        mine = rng_for(seed, "judge split", int(kind)).permutation(np.flatnonzero(success == kind))
+        mine = rng_for(seed, "judge split", int(kind)).permutation(alone[success[alone] == kind])
         each = max(1, round(share * len(mine) / 2))
-        if len(mine) < 3 or len(mine) <= 2 * each:
-            raise ValueError(f"{len(mine)} of {len(success)} episodes are {'successes' if kind else 'failures'}; a "
-                             f"judge needs at least 3 of each, to train, calibrate and measure on. Collect more with "
-                             f"stage.source=play or stage.keep_failures=true.")  # fmt: skip
         for part, piece in zip(parts, (mine[2 * each :], mine[:each], mine[each : 2 * each]), strict=True):
             part += piece.tolist()
+    siblings = [one for one in together.values() if len(one) > 1]
+    order = rng_for(seed, "judge split", "groups").permutation(len(siblings)).tolist()
+    each, owed = min(1 / 3, max(share / 2, 1 / max(1, len(siblings)))), np.zeros(3)
+    for n in sorted(order, key=lambda n: success[siblings[n]].mean()):  # dealt out: neighbours succeed equally often
+        owed += np.array([1 - 2 * each, each, each]) * len(siblings[n])
+        part = int(owed.argmax())
+        parts[part] += siblings[n]
+        owed[part] -= len(siblings[n])
+    for kind in (True, False):
+        if not all((success[part] == kind).any() for part in parts):
+            raise ValueError(f"{(success == kind).sum()} of {len(success)} episodes, of {len(together)} first states, "
+                             f"are {'successes' if kind else 'failures'}; a judge needs at least 3 of each, of "
+                             "different first states, to train, calibrate and measure on. Collect more with "
+                             "stage.source=play or stage.keep_failures=true.")  # fmt: skip
     return sorted(parts[0]), sorted(parts[1]), sorted(parts[2])
 
 

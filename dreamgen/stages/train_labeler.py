@@ -10,7 +10,7 @@ import torch
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.recordings import recorded_clip
+from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.worlds.redream import redream
@@ -39,6 +39,12 @@ def through(world_model: Any, *, redream_up_to: float = 0.0, seed: int = 0) -> C
         return world_model.decode(world_model.encode(clip))[0].cpu().numpy()
 
     return degrade
+
+
+def frames_through(world_model: Any, least: int) -> int:
+    """The least number of frames, `least` or more, that its autoencoder takes: 1 + a multiple of its grain."""
+    grain = getattr(getattr(world_model, "layout", None), "grain", 1)
+    return 1 - (1 - least) // grain * grain
 
 
 def train_labeler(
@@ -89,14 +95,20 @@ def train_labeler(
         if len(dataset) < 2:
             raise ValueError(f"{dataset.root} has {len(dataset)} episode; a labeler needs at least 2, one to train on "
                              f"and one to be scored on")  # fmt: skip
+        if not hasattr(labeler, "measure"):  # latent actions need none
+            dataset.require_actions("stage.dataset of a labeler of actions")
         training, apart = held_out(len(dataset), held_out_share, seed)
         if episodes is not None:
             training = sorted(rng_for(seed, "labeler episodes").permutation(training)[:episodes].tolist())
         labeler.fit(dataset, training)
+        if hasattr(world_model, "place"):
+            world_model.place()
+        least = max(labeler.clock.frames, getattr(labeler, "train_frames", 2))
         batches = labeler.batches(dataset, training, batch_size=batch_size, seed=seed,
                                   degrade=None if world_model is None
                                   else through(world_model, redream_up_to=redream_up_to, seed=seed),
-                                  degraded=degraded, degraded_clips=degraded_clips)  # fmt: skip
+                                  degraded=degraded, degraded_clips=degraded_clips,
+                                  degrade_frames=frames_through(world_model, least))  # fmt: skip
         clips, actions = zip(*(recorded_clip(dataset, index, labeler.clock) for index in apart), strict=True)
 
         def measured(model: Any) -> dict[str, dict]:
@@ -117,4 +129,5 @@ def train_labeler(
         found = measured(labeler)
         clear_state(out)
         return run.finish(episodes=len(training), held_out=len(apart), steps=steps, loss=done["loss"],
-                          precision=done["precision"], calibration=calibration, held_out_scores=found)  # fmt: skip
+                          precision=done["precision"], calibration=calibration, held_out_scores=found,
+                          **noted(dataset))  # fmt: skip

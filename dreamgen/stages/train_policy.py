@@ -13,6 +13,7 @@ from dreamgen.core.manifest import Stage, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
@@ -46,6 +47,7 @@ def train_policy(
     dream_labels: str = "own",
     latent: Sequence[Dataset] = (),
     latent_body: str = "latent",
+    videos: Sequence[Dataset] = (),
     past_end: str = "mask",
     keep_idle: int | None = None,
     spread_scale: float | None = None,
@@ -71,18 +73,20 @@ def train_policy(
     dream_body: the embodiment that dreams train; "real" shares the robot's own.
     dream_state: "recorded" takes the dreams' (pseudo-)states, "masked" hides them, "zero" puts zeros. dream_labels:
     "shuffled" is the control of dreams with the actions of others. latent: datasets of another embodiment, such as
-    latent actions, that the policy's body `latent_body` learns from; they count as dreams. past_end: what follows the
-    end of an episode; keep_idle: idle observations taken of each episode (null: all); see `Chunks`. spread_scale: trust
-    in labels falls with their spread; null trusts all alike.
+    latent actions, that the policy's body `latent_body` learns from; they count as dreams. videos: datasets of the
+    robot opened without actions, which train by FLARE's alignment alone; they count as dreams. past_end: what follows
+    the end of an episode; keep_idle: idle observations taken of each episode (null: all); see `Chunks`. spread_scale:
+    trust in labels falls with their spread; null trusts all alike.
     validation: held-out episodes; their loss is logged every `validate_every` steps. cache_features: pictures pass a
     frozen encoder once, not at every step. sim, evaluate_every: closed-loop success in a process beside training, a
     multiple of `validate_every` where both are set (results: midway).
 
     Normalisers are fitted to the real data, to the dreams where there are none.
-    Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than an episode, no data, and a
-    loss that is not finite (names the episodes; the last good state stays).
+    Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than an episode, no data, none
+    for the body that the policy acts for, and a loss or gradient that is not finite (names the episodes; the last good
+    state stays). The trained state is kept until all evaluations on the way are done: one that fails costs itself.
     """
-    given = {"real": [] if real is None else [real], "dream": dreams, "latent": latent}
+    given = {"real": [] if real is None else [real], "dream": dreams, "latent": latent, "video": videos}
     numbered = [(kind, dataset) for kind, group in given.items() for dataset in group]
     parents = {f"{kind}_{i}": dataset.root for i, (kind, dataset) in enumerate(numbered)}
     parents |= {} if validation is None else {"validation": validation.root}
@@ -93,17 +97,22 @@ def train_policy(
         if evaluate_every and (sim is None or evaluate_every % interval):
             raise ValueError(f"evaluate_every is {evaluate_every}; expected a multiple of validate_every "
                              f"({validate_every}) and a simulator: sim=...")  # fmt: skip
+        for kind, dataset in [*numbered, *([] if validation is None else [("validation", validation)])]:
+            if kind != "video":
+                dataset.require_actions(f"stage.{'dreams' if kind == 'dream' else kind}")
         torch.manual_seed(seed_for(seed, "init"))
         model = policy if isinstance(policy, nn.Module) else policy()
         common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb)
-        feed = Feed(model, real=real, dreams=dreams, latent=latent, batch_size=batch_size, ratio=ratio,
+        feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, batch_size=batch_size, ratio=ratio,
                     dream_body=dream_body, latent_body=latent_body, spread_scale=spread_scale, options=common,
                     dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
         if cache_features:
             feed.cache(run.out / "features")
-        midway = None if not evaluate_every else Midway(run.out, sim, episodes=evaluate_episodes, steps=evaluate_steps,
-                                                        execute=evaluate_execute, seed=seed)  # fmt: skip
-        common |= dict(horizon=model.horizon, future_steps=model.future_steps)
+        midway = None
+        if evaluate_every:
+            midway = Midway(run.out, sim, type(model), episodes=evaluate_episodes, steps=evaluate_steps,
+                            execute=evaluate_execute, seed=seed)  # fmt: skip
+        common |= dict(horizon=model.horizon, future_steps=model.future_steps, body=model.speaks)
         held_out = None if validation is None else validator(validation, batch_size, common)
 
         def check(model: nn.Module, step: int) -> dict[str, float]:
@@ -126,17 +135,17 @@ def train_policy(
                        validate=check if held_out or midway else None, validate_every=interval, **how)  # fmt: skip
         model.cpu().save(run.out)
         write_json(run.out / "clock.json", {"robot_hz": model.robot.robot_hz, "horizon": model.horizon})
+        found = {} if midway is None else {"midway": midway.gather()}
         clear_state(run.out)
         clear_state(run.out / "regression")
         shutil.rmtree(run.out / "features", ignore_errors=True)
-        found = {} if midway is None else {"midway": midway.gather()}
         weights = sum(p.numel() for p in model.parameters())
         return run.finish(**result, **begun, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
-                          observations=[len(c) for c in feed.chunks])  # fmt: skip
+                          observations=[len(c) for c in feed.chunks], **noted(*feed.datasets, validation))  # fmt: skip
 
 
 def validator(dataset: Dataset, batch_size: int, common: dict) -> Callable[[nn.Module, int], dict[str, float]]:
-    """A fixed, evenly spread batch of held-out observations and fixed noise: the loss on it."""
+    """A fixed, evenly spread batch of held-out observations and fixed noise: the loss on it. common: see `Chunks`."""
     chunks = Chunks(dataset, **common)
     places = [chunks.at(int(k)) for k in np.linspace(0, len(chunks) - 1, min(4 * batch_size, len(chunks)))]
 

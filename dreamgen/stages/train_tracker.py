@@ -10,6 +10,7 @@ from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.normaliser import Normaliser
+from dreamgen.data.recordings import noted
 from dreamgen.engine.train import clear_state, train
 from dreamgen.worlds.tracker import KeypointTracker
 
@@ -90,4 +91,4 @@ def train_tracker(
             error = {name: float(np.median(far[:, k])) for k, name in enumerate(names)}
         model.save(out)
         clear_state(out)
-        return run.finish(frames=len(places), error=error, loss=done["loss"])
+        return run.finish(frames=len(places), error=error, loss=done["loss"], **noted(*datasets))

@@ -1,6 +1,6 @@
 """What a world model is measured by while it is fine-tuned: loss at fixed noise, and dreams beside what happened."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,11 @@ from torch import Tensor
 from dreamgen.core.clip import Prompt
 from dreamgen.core.manifest import write_json
 from dreamgen.core.seeding import seed_for
+from dreamgen.data.buckets import Shape
 from dreamgen.stages.latents import Latents
 from dreamgen.video.metrics import by_frame, lpips_or_reason
 from dreamgen.video.mp4 import write_mp4
+from dreamgen.worlds.sampler import enough
 from dreamgen.worlds.world import VideoWorld
 
 
@@ -21,10 +23,13 @@ class Validation:
 
     `loss`: at fixed noise and times. With samples: `psnr`, `ssim` and, where its weights can be had, `lpips`, means
     over the dreamed frames; each frame's own are in `out/samples/step_*.json`, with the videos, real above dreamed.
+
+    clips: so many at a time of each shape, as a part of a training step has; the means do not depend on it.
     """
 
     def __init__(self, world: VideoWorld, latents: Latents, text: Tensor, which: np.ndarray,
-                 held: set[tuple[int, int]], out: Path, *, samples: int, seed: int, write: bool) -> None:  # fmt: skip
+                 held: set[tuple[int, int]], out: Path, *, samples: int, clips: Mapping[Shape, int], seed: int,
+                 write: bool) -> None:  # fmt: skip
         self.out, self.write, pool, first = out, write, latents.pool, {}
         for k in range(len(pool)):
             first.setdefault(pool.episode(k), k)
@@ -36,14 +41,15 @@ class Validation:
         self.batch: dict[str, Tensor] = {}
         if not chosen:
             return
+        self.size = clips.get(latents.shapes[chosen[0]], 1)
         rows = np.array(chosen * -(-32 // len(chosen)))[:32]
         generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
-        clips = latents.take(rows)
+        taken = latents.take(rows)
         self.batch = {
-            "latents": clips.to(world.device),
-            "noise": torch.randn(clips.shape, generator=generator).to(world.device),
-            "sigma": torch.linspace(0.05, 0.95, len(rows)).to(world.device),
-            "text": text[which[rows]].to(world.device),
+            "latents": taken,
+            "noise": torch.randn(taken.shape, generator=generator),
+            "sigma": torch.linspace(0.05, 0.95, len(rows)),
+            "text": text[which[rows]],
         }
         window = (world.clock.frames, *world.robot.canvas)  # what the model dreams
         for k in [k for k in chosen if latents.shapes[k] == window][:samples]:
@@ -55,11 +61,23 @@ class Validation:
             world.embed([*(prompt.instruction for prompt in self.prompts), ""])
 
     def __call__(self, world: VideoWorld, step: int) -> dict[str, float]:
-        figures = {"loss": float(world.loss(self.batch)[0])}
+        total, size, rows = 0.0, self.size, len(self.batch["sigma"])
+        fewer = "a larger stage.accumulate, a smaller stage.batch_size or stage.token_budget"
+        with enough(f"validating {size} clips at a time at step {step}", fewer):
+            for start in range(0, rows, size):
+                part = {key: value[start : start + size].to(world.device) for key, value in self.batch.items()}
+                total += float(world.loss(part)[0]) * len(part["sigma"])
+        figures = {"loss": total / rows}
         if self.prompts:
-            frames = self._compare([clip.video for clip in world.dream(self.prompts)], world.clock.video_hz, step)
+            frames = self._compare(self._dreamed(world, step), world.clock.video_hz, step)
             figures |= {key: float(np.mean(values)) for key, values in frames.items()}
         return figures
+
+    def _dreamed(self, world: VideoWorld, step: int) -> list[np.ndarray]:
+        less = "stage.samples=0, which leaves them out, or world_model.guidance_mode=two_pass"
+        with enough(f"dreaming samples at step {step}, {self.size} at a time", less):
+            parts = [self.prompts[k : k + self.size] for k in range(0, len(self.prompts), self.size)]
+            return [clip.video for part in parts for clip in world.dream(part)]
 
     def _compare(self, dreamed: Sequence[np.ndarray], hz: str, step: int) -> dict[str, list[float]]:
         pairs = list(zip(self.real, [video[: len(self.real[0])] for video in dreamed], strict=True))

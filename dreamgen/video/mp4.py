@@ -115,7 +115,7 @@ def require_whole(path: Path) -> None:
             kinds.add(head[4:8])
             at += length
     if at != size or not {b"ftyp", b"moov", b"mdat"} <= kinds:
-        raise ValueError(f"video {path} ({size} bytes) is truncated or no mp4 file; make or copy it again")
+        raise ValueError(f"video {path} ({size} bytes) is truncated or no mp4 file")
 
 
 def count_frames(path: Path) -> int:

@@ -38,14 +38,15 @@ def load_adapters(pipe: Any, experts: Mapping[str, nn.Module], entries: Sequence
     """Load adapters {path, weight = 1, expert, weight_name, revision} and activate them all with their weights.
 
     An adapter goes to every transformer of the pipeline, or to the one that `expert` names; a subfolder called
-    `transformer_2` holds what goes to the second. Raises ValueError for one that is not there or fits nowhere.
+    `transformer_2` holds what goes to the second, and a folder with nothing else goes to that alone. Raises ValueError
+    for one that is not there or fits nowhere.
     """
     names: dict[str, dict[str, float]] = {expert: {} for expert in experts}
     for i, entry in enumerate(entries):
         known = {"path", "weight", "expert", "weight_name", "revision"}
         if "path" not in entry or set(entry) - known:
             raise ValueError(f"adapter {i} is {dict(entry)}; expected a path and any of {sorted(known - {'path'})}")
-        for expert in [entry["expert"]] if entry.get("expert") else experts:
+        for expert in [entry["expert"]] if entry.get("expert") else _meant(Path(entry["path"]), experts):
             if expert not in experts:
                 raise ValueError(f"adapter {entry['path']} is for '{expert}'; the pipeline has {sorted(experts)}")
             path, second = str(entry["path"]), Path(entry["path"]) / expert
@@ -56,6 +57,12 @@ def load_adapters(pipe: Any, experts: Mapping[str, nn.Module], entries: Sequence
     for expert, weights in names.items():
         if weights:
             experts[expert].set_adapters(list(weights), list(weights.values()))
+
+
+def _meant(folder: Path, experts: Mapping[str, nn.Module]) -> list[str]:
+    """The transformers that an adapter's folder is for, where nobody names one."""
+    inside = [name for name in experts if (folder / name).is_dir()]
+    return inside if inside and not any(folder.glob("*.safetensors")) else list(experts)
 
 
 def _load(pipe: Any, module: nn.Module, path: str, name: str, options: dict[str, Any]) -> None:
@@ -76,20 +83,21 @@ def _load(pipe: Any, module: nn.Module, path: str, name: str, options: dict[str,
         raise ValueError(f"adapter {path} matches no module of {type(module).__name__}; it was made for another model")
 
 
-def save_adapters(pipe: Any, experts: Mapping[str, nn.Module], out: Path) -> bool:
-    """Write what `add_lora` added as stock diffusers loads it; False if there is none.
+def save_adapters(pipe: Any, experts: Mapping[str, nn.Module], out: Path) -> list[str]:
+    """Write what `add_lora` added as stock diffusers loads it; returns the transformers that have one.
 
     `load_lora_weights(out)`; for a second transformer `load_lora_weights(out / "transformer_2",
     load_into_transformer_2=True)`.
     """
     from peft import get_peft_model_state_dict
 
-    found = False
+    found = []
     for name, module in experts.items():
         config = getattr(module, "peft_config", {}).get(TASK)
         if config is None:
             continue
-        found, folder = True, out if name == "transformer" else out / name
+        found.append(name)
+        folder = out if name == "transformer" else out / name
         if hasattr(type(pipe), "save_lora_weights"):
             type(pipe).save_lora_weights(
                 folder, transformer_lora_layers=get_peft_model_state_dict(module, adapter_name=TASK),

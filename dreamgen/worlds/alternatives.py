@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dreamgen.core.clip import Observation, Past, Prompt
+from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.streams import late, mirrored, noisy, still, stuck
-from dreamgen.video.tiling import tile, untile
+from dreamgen.sims.rollout import ask
+from dreamgen.video.tiling import tile
+from dreamgen.worlds.env import clipped, seen_of
 from dreamgen.worlds.rollout import extend
 from dreamgen.worlds.search import AdversarialSearch
 
@@ -28,8 +31,9 @@ class ActionPrompts:
     `dataset`; exactly one of the two is given. rows: robot steps of each stream.
 
     streams: which, of small and large noise, mirrored, stuck, late, still, other (another first frame's own actions),
-    policy (needs `policy`; in the dream if `world` is given, else one chunk after another blindly from the first
-    frame), adversarial (needs `search`).
+    policy (needs `policy`, and the `world` in whose dream it acts), adversarial (needs `search`).
+
+    Raises ValueError for streams that are unknown, lack what they need, or could only repeat the first frame's own.
     """
 
     sim: Callable[[], Sim] | None = None
@@ -45,15 +49,26 @@ class ActionPrompts:
     seed: int = 0
 
     def __call__(self) -> list[Prompt]:
-        unknown = [name for name in self.streams if name not in STREAMS]
-        needs = {"policy": self.policy and self.world, "adversarial": self.search}
-        lacking = [name for name in needs if name in self.streams and needs[name] is None]
-        if unknown or lacking or (self.sim is None) == (self.dataset is None):
-            raise ValueError(f"streams are {list(self.streams)}; expected some of {', '.join(STREAMS)}, a policy and a "
-                             "world for 'policy', a search for 'adversarial', and either a simulator or a dataset for "
-                             "first frames")  # fmt: skip
+        if unknown := [name for name in self.streams if name not in STREAMS]:
+            raise ValueError(f"there are no streams {unknown}; expected some of {', '.join(STREAMS)}")
+        if (self.sim is None) == (self.dataset is None):
+            raise ValueError("first frames come from either a simulator or a dataset; give exactly one of prompts.sim "
+                             "and prompts.dataset")  # fmt: skip
+        if "policy" in self.streams and (self.policy is None or self.world is None):
+            raise ValueError("the stream 'policy' needs a policy and a world in whose dream it acts; give "
+                             "prompts.policy and prompts.world, or leave the stream out")  # fmt: skip
+        if "adversarial" in self.streams and self.search is None:
+            raise ValueError("the stream 'adversarial' needs a search; give prompts.search, or leave the stream out")
+        robot = self._robot() if self.dataset is None else self.dataset.robot
+        same = repeating(robot, self.first_frames, self.rows)
+        if lost := [name for name in self.streams if name in same]:
+            raise ValueError("streams that would only repeat the first frame's own actions: "
+                             + ", ".join(f"{name} ({same[name]})" for name in lost)
+                             + ". Leave them out of prompts.streams.")  # fmt: skip
+        for world in (self.world, getattr(self.search, "world", None)):
+            if hasattr(world, "place"):
+                world.place()
         first = self._simulated() if self.sim is not None else self._recorded()
-        robot = (self.dataset or self.policy or self.world or self.sim).robot if self.sim is None else self._robot()
         made = []
         for k, prompt in enumerate(first):
             made.append(self._named(prompt, "own", prompt.action))
@@ -106,6 +121,7 @@ class ActionPrompts:
 
     def _recorded(self) -> list[Prompt]:
         data, made = self.dataset, []
+        data.require_actions("prompts.dataset")
         fit = [i for i in range(len(data)) if data.length(i) >= self.rows]
         if len(fit) < self.first_frames:
             raise ValueError(f"{data.root} has {len(fit)} episodes of {self.rows} rows or more; {self.first_frames} "
@@ -121,10 +137,25 @@ class ActionPrompts:
 
     def _acted(self, prompt: Prompt) -> np.ndarray:
         """The policy's own actions, closed-loop in the dream."""
-        past = Past.begin(prompt, self.world.robot.action_dim)
-        while len(past.action) < self.rows:
-            seen = Observation(views=untile(self.world.robot, past.video[-1]), state=past.state,
-                               instruction=prompt.instruction)  # fmt: skip
-            chunk = self.policy.act([seen], [seed_for(self.seed, prompt.pair, len(past.action))])[0]
-            (past,) = extend(self.world, [past], [chunk[: min(self.execute, self.rows - len(past.action))]])
+        robot, memory = self.world.robot, {}
+        past = Past.begin(prompt, robot.action_dim)
+        while (now := len(past.action)) < self.rows:
+            chunk = ask(self.policy, [seen_of(robot, past)], [seed_for(self.seed, prompt.pair, now)], [memory], now)[0]
+            (past,) = extend(self.world, [past], [clipped(robot, chunk[: min(self.execute, self.rows - now)])])
         return past.action
+
+
+def repeating(robot: Embodiment, first_frames: int, rows: int) -> dict[str, str]:
+    """Streams that would equal the first frame's own, whatever it is, and why."""
+    found, kinds = {}, {part.kind for part in robot.action}
+    if kinds == {"binary"}:
+        found |= dict.fromkeys(("small", "large", "adversarial"), f"'{robot.name}' has binary commands alone")
+    if not any(part.kind == "delta" and part.width > 1 for part in robot.action):
+        found["mirrored"] = f"'{robot.name}' has no delta part of 2 or more entries"
+    if "binary" not in kinds:
+        found["stuck"] = f"'{robot.name}' has no binary part"
+    if rows < 4:
+        found["late"] = f"a quarter of {rows} rows is no step"
+    if first_frames < 2:
+        found["other"] = "there is no other first frame"
+    return found

@@ -5,6 +5,7 @@ drops it still scores well. Errors are therefore weighted by how far a pixel sta
 (small objects) and from the clip's mean in time (what moves).
 """
 
+import hashlib
 from functools import partial
 
 import torch
@@ -26,6 +27,23 @@ def saliency(x: Float[Tensor, "b 3 t h w"], *, space: float, time: float) -> Flo
     moves = (x - x.mean(2, keepdim=True)).abs().mean(1, keepdim=True).clamp(max=0.25) / 0.25
     weight = 1 + space * stands_out + time * moves
     return weight / weight.mean((1, 2, 3, 4), keepdim=True)
+
+
+PIXELS = 2**25  # that a VAE is given at once: one clip of 81 frames of 480x832
+
+
+def clips_at_once(frames: int, height: int, width: int) -> int:
+    """How many clips of this size a VAE is given at once; at least 1."""
+    return max(1, PIXELS // (frames * height * width))
+
+
+def weights_digest(module: nn.Module) -> str:
+    """16 hex digits that name a module's weights by their bytes, wherever they lie."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(module.state_dict().items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def to_video(frames: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from dreamgen.engine.precision import autocast
-from dreamgen.worlds.autoencoder import to_video
+from dreamgen.worlds.autoencoder import clips_at_once, to_video, weights_digest
 from dreamgen.worlds.wan import WanLayout
 from dreamgen.worlds.world import VideoWorld
 
@@ -41,8 +41,8 @@ def unpack(planes: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
 class ConcatWorld(VideoWorld):
     """Wan2.1-I2V-14B and Wan2.2-I2V-A14B; other pipelines of this family are subclasses with their layout.
 
-    expert: of two experts, which are trained: "both", "high" (noise above the boundary) or "low"; other settings as in
-    `VideoWorld`.
+    expert: of two experts, which are trained: "both" (each step one of them, as often as its times are drawn), "high"
+    (noise above the boundary) or "low"; other settings as in `VideoWorld`.
     """
 
     kind = WanLayout
@@ -73,17 +73,27 @@ class ConcatWorld(VideoWorld):
         return {name: module for name, module in self.layout.experts.items() if name in EXPERTS[self.expert]}
 
     def draw(self, count: int, shape: Sequence[int], device: torch.device) -> Float[Tensor, " b"]:
-        """Times of the expert that is trained: drawn again until all are on its side of the boundary."""
+        """Times of one expert, the one that is trained or, of both, this step's: drawn again until all are on its side
+        of the boundary.
+
+        A step with one expert is the same on all processes, whatever their rows, and holds one's activations.
+        """
         sigma = super().draw(count, shape, device)
-        while self.boundary and self.expert != "both":
-            wrong = (sigma >= self.boundary) != (self.expert == "high")
+        if not self.boundary:
+            return sigma
+        high = self.expert == "high"
+        if self.expert == "both":
+            high = bool(torch.rand(()) < self.layout.process(shape).above(self.boundary))
+        while True:
+            wrong = (sigma >= self.boundary) != high
             if not wrong.any():
                 break
             sigma = torch.where(wrong, super().draw(count, shape, device), sigma)
         return sigma
 
     def cache_key(self) -> dict:
-        return {**super().cache_key(), "condition": [type(self).__name__, self.layout.image_shape]}
+        seen = weights_digest(self.pipe.image_encoder) if self.layout.image_shape else None
+        return {**super().cache_key(), "condition": [type(self).__name__, self.layout.image_shape, seen]}
 
     @torch.no_grad()
     def encode(self, frames: UInt8[Tensor, "b t h w 3"]) -> Float[Tensor, "b ck lt lh lw"]:
@@ -96,12 +106,15 @@ class ConcatWorld(VideoWorld):
     @torch.no_grad()
     def condition(self, images: UInt8[Tensor, "b 1 h w 3"], frames: int | None = None) -> Tensor:
         """What `predict` is given of the first pictures for clips of so many frames (the clock's), (b k lt lh lw)."""
-        first, frames = to_video(images.to(self.device)), frames or self.clock.frames
-        with autocast(self.precision, self.device):
-            z = (self.layout.condition(first, frames).float() - self.mean) / self.std
-            tokens = self.layout.image_tokens(images)
-        parts = [z] if tokens is None else [z, tokens.to(z)]
-        return pack(parts, z.new_empty(1, 1, (frames - 1) // self.layout.scale[0] + 1, *z.shape[3:]))
+        frames, found = frames or self.clock.frames, []
+        for some in images.to(self.device).split(clips_at_once(frames, *images.shape[2:4])):
+            with autocast(self.precision, self.device):
+                z = self.layout.condition(to_video(some), frames).float()
+                tokens = self.layout.image_tokens(some)
+            z = (z - self.mean) / self.std
+            parts = [z] if tokens is None else [z, tokens.to(z)]
+            found.append(pack(parts, z.new_empty(1, 1, (frames - 1) // self.layout.scale[0] + 1, *z.shape[3:])))
+        return torch.cat(found)
 
     def predict(self, x: Tensor, given: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The prediction for all latent frames; given (b k t h w) as `condition` makes it; timestep (b,), the model's.

@@ -6,6 +6,7 @@ sample a call: the pipeline takes no batch.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -26,17 +27,19 @@ GAPS = 4  # frames of a latent frame
 class Cosmos3:
     """path: a folder or hub id; pipeline: one that is open. domain: of the actions; tier: resolution (256, 480, ...).
 
-    chunk: actions of one call, a multiple of 4. view: "ego_view", "third_person_view", "wrist_view", "concat_view".
-    safety: the checker that the published licence asks for (needs the package cosmos_guardrail).
+    frames: of one call, the first among them: 1 + a multiple of 4. video_hz: None for the robot's, which it has to be.
+    view: "ego_view", "third_person_view", "wrist_view", "concat_view". safety: the checker that the published licence
+    asks for (needs the package cosmos_guardrail).
 
     Raises ValueError: an unknown domain, a robot of another action width, or one whose rate is not the video's.
     """
 
     mode = "forward_dynamics"
 
-    def __init__(self, *, robot: Embodiment, path: str = "", domain: str = "droid_lerobot", chunk: int = 16,
-                 tier: int = 480, steps: int = 35, guidance: float = 1.0, view: str = "third_person_view",
-                 safety: bool = True, pipeline: Any = None) -> None:  # fmt: skip
+    def __init__(self, *, robot: Embodiment, path: str = "", domain: str = "droid_lerobot",
+                 video_hz: str | int | None = None, frames: int = 17, tier: int = 480, steps: int = 35,
+                 guidance: float = 1.0, view: str = "third_person_view", safety: bool = True,
+                 pipeline: Any = None) -> None:  # fmt: skip
         from diffusers import Cosmos3OmniPipeline
         from diffusers.pipelines.cosmos.pipeline_cosmos3_omni import _EMBODIMENT_TO_RAW_ACTION_DIM as WIDTHS
 
@@ -45,11 +48,14 @@ class Cosmos3:
         if robot.action_dim != WIDTHS[domain]:
             raise ValueError(f"embodiment '{robot.name}' has {robot.action_dim} action entries, Cosmos 3's domain "
                              f"'{domain}' {WIDTHS[domain]}; give an embodiment in that representation")  # fmt: skip
-        if chunk < GAPS or chunk % GAPS:
-            raise ValueError(f"chunk is {chunk}; expected a multiple of {GAPS}")
-        self.robot, self.domain, self.tier, self.chunk = robot, domain, tier, chunk
+        if frames <= GAPS or (frames - 1) % GAPS:
+            raise ValueError(f"frames is {frames}; expected 1 + a multiple of {GAPS}")
+        if video_hz is not None and Fraction(video_hz) != robot.rate:
+            raise ValueError(f"video_hz is {video_hz}, embodiment '{robot.name}' moves at {robot.robot_hz} Hz; Cosmos "
+                             "3 has an action for each gap between frames, so they must be equal")  # fmt: skip
+        self.robot, self.domain, self.tier, self.chunk = robot, domain, tier, frames - 1
         self.steps, self.guidance, self.view, self.safety = steps, guidance, view, safety
-        self.clock = Clock(robot_hz=robot.robot_hz, video_hz=robot.robot_hz, frames=chunk + 1)
+        self.clock = Clock(robot_hz=robot.robot_hz, video_hz=robot.robot_hz, frames=frames)
         if pipeline is None:
             pipeline = Cosmos3OmniPipeline.from_pretrained(path, torch_dtype=torch.bfloat16,
                                                            enable_safety_checker=safety)  # fmt: skip

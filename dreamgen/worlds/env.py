@@ -2,9 +2,10 @@
 
 Episodes run in step with each other, in one batch. What a policy sees are the dreamt views, its instruction, and the
 state by the embodiment's rule from the executed commands: nothing that a robot would not give it. First states are
-prompts, from a simulator, a recording (at any row) or a photo.
+prompts, from a simulator, a recording (at any row) or a photo; of a photo the state is unknown, NaN, and stays so.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from dreamgen.core.clip import Clip, Observation, Past, Prompt
-from dreamgen.core.kinematics import within
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.kinematics import follow, within
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy
 from dreamgen.core.seeding import seed_for
+from dreamgen.sims.rollout import ask
 from dreamgen.video.tiling import untile
 from dreamgen.worlds.rollout import extend
 
@@ -25,6 +28,7 @@ except ImportError as error:
     raise ImportError("DreamEnv needs the package gymnasium: pip install 'dreamgen[sim]'") from error
 
 LOOKS = ("last", "every")
+log = logging.getLogger(__name__)
 
 
 class DreamEnv(VectorEnv):
@@ -34,7 +38,8 @@ class DreamEnv(VectorEnv):
     "every" part, where the first yes ends an episode. confidence: dream all twice, with another noise; the share of
     agreement of the two judgements is told. threshold: of the judge; None takes the judge's own, else 0.5.
 
-    An observation is {view: (n h w 3) uint8, "state": (n d) float32}; `observations()` gives them to policies. info:
+    An observation is {view: (n h w 3) uint8, "state": (n d) float32}; `observations()` gives them to policies. A state
+    is NaN where the prompt has none; parts that no rule of the embodiment moves keep their first value. info:
     instruction, probability (n,), abstained (n,) where the judge says nothing, agreement (n,).
 
     Raises ValueError: first frames of another size or camera than the embodiment's; states of another width; actions
@@ -63,6 +68,7 @@ class DreamEnv(VectorEnv):
         self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
         self.observation_space = gymnasium.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.pasts: list[Past] = []
+        self.held = held_parts(robot)  # said once, by the first episode whose state is known
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         """options: {"prompts": at most num_envs prompts}; a seed is added to theirs."""
@@ -78,6 +84,11 @@ class DreamEnv(VectorEnv):
             if prompt.state.shape not in ((robot.state_dim,), (0,)):
                 raise ValueError(f"the state of '{prompt.id}' has {prompt.state.shape[0]} entries; embodiment "
                                  f"'{robot.name}' has {robot.state_dim}")  # fmt: skip
+        if self.held and any(prompt.state.size for prompt in prompts):
+            log.warning("no command of embodiment '%s' says where it leads the state parts %s; policies are told their "
+                        "first value throughout. Give the action parts that move them `moves`, binary ones `sets`.",
+                        robot.name, ", ".join(self.held))  # fmt: skip
+            self.held = []
         if seed is not None:
             prompts = [replace(p, seed=seed_for(seed, "dream", str(p.seed))) for p in prompts]
         self.pasts = [Past.begin(prompt, robot.action_dim) for prompt in prompts]
@@ -92,13 +103,8 @@ class DreamEnv(VectorEnv):
         return {**views, "state": np.stack([seen.state for seen in self.observations()])}
 
     def observations(self) -> list[Observation]:
-        """What a policy is given of each episode; an unknown state is zero."""
-        robot, found = self.world.robot, []
-        for past in self.pasts:
-            views = {name: frame for name, frame in untile(robot, past.video[-1]).items()}
-            state = past.state if len(past.state) else np.zeros(robot.state_dim, np.float32)
-            found.append(Observation(views=views, state=state, instruction=past.prompt.instruction))
-        return found
+        """What a policy is given of each episode."""
+        return [seen_of(self.world.robot, past) for past in self.pasts]
 
     def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """actions (n, execute, a). Episodes that have ended stay as they are."""
@@ -140,6 +146,18 @@ class DreamEnv(VectorEnv):
         self.pasts, self.second = [], []
 
 
+def seen_of(robot: Embodiment, past: Past) -> Observation:
+    """What a policy sees of an episode now; an unknown state is NaN."""
+    state = past.state if len(past.state) else np.full(robot.state_dim, np.nan, np.float32)
+    return Observation(views=untile(robot, past.video[-1]), state=state, instruction=past.prompt.instruction)
+
+
+def held_parts(robot: Embodiment) -> list[str]:
+    """The state parts that no command moves by the embodiment's rule."""
+    known = follow(robot, np.zeros(robot.state_dim), np.zeros((0, robot.action_dim)))[1]
+    return [part.name for part in robot.state if not known[part.slice].all()]
+
+
 def judged(judge: Judge, pasts: Sequence[Past], video_hz: str) -> np.ndarray:
     """Probability of success (b,) of episodes so far; nan where the judge abstains."""
     return np.asarray(judge.judge([clip_of(past, video_hz) for past in pasts]), np.float64)
@@ -174,8 +192,9 @@ def dream_episodes(env: DreamEnv, policy: Policy, prompts: Sequence[Prompt], see
     for start in range(0, len(prompts), env.num_envs):
         env.reset(options={"prompts": prompts[start : start + env.num_envs]})
         own = seeds[start : start + env.num_envs]
+        memories: list[dict] = [{} for _ in own]
         for taken in range(0, env.steps, env.execute):
-            chunks = policy.act(env.observations(), [seed_for(seed, "chunk", taken) for seed in own])
+            chunks = ask(policy, env.observations(), [seed_for(seed, "chunk", taken) for seed in own], memories, taken)
             env.step(clipped(env.world.robot, np.asarray(chunks)[:, : env.execute]))
             if env.done.all():
                 break

@@ -6,8 +6,8 @@ arXiv:2403.03206, for the logit-normal times and their shift). Diffusion with v-
 arXiv:2202.00512), as in CogVideoX: x_t = sqrt(a) * x + sqrt(1 - a) * noise, v = sqrt(a) * noise - sqrt(1 - a) * x.
 """
 
+import math
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,11 @@ class Flow:
 
     def draw(self, count: int, device: torch.device | None = None) -> Float[Tensor, " b"]:
         return draw_sigma(count, shift=self.shift, device=device)
+
+    def above(self, sigma: float) -> float:
+        """The share of drawn times at or above `sigma`, which is in (0, 1)."""
+        u = sigma / (self.shift - (self.shift - 1) * sigma)
+        return 0.5 * math.erfc(math.log(u / (1 - u)) / math.sqrt(2))
 
     def noised(self, x: Tensor, noise: Tensor, sigma: Float[Tensor, " b"]) -> Tensor:
         return noised(x, noise, sigma)
@@ -101,10 +106,3 @@ def integrate(model: Callable[[Tensor, Tensor], Tensor], x: Tensor, scheduler: A
     for t, time in list(zip(scheduler.timesteps, times, strict=True))[first:]:
         x = scheduler.step(model(x, time), t, x, return_dict=False)[0]
     return x
-
-
-def sample(model: Callable[[Tensor, Tensor], Tensor], noise: Tensor, scheduler: Any, steps: int) -> Tensor:
-    """Integrate from noise to data with a diffusers scheduler; `model(x, timestep)` predicts the velocity."""
-    scheduler = deepcopy(scheduler)
-    scheduler.set_timesteps(steps, device=noise.device)
-    return integrate(model, noise, scheduler, scheduler.timesteps)

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import read_json, tree_digest, write_json
 from dreamgen.worlds.flow import Diffusion, Flow
 
 TINY = "tiny"  # the base that ships with the package
@@ -26,6 +27,12 @@ TINY = "tiny"  # the base that ships with the package
 def locate(path: str) -> str:
     """The folder of the base that ships, for "tiny"; else the path or hub id as it is."""
     return str(files("dreamgen.worlds") / "tiny_base") if path == TINY else path
+
+
+def content(path: str, revision: str | None = None) -> str:
+    """Names what lies at a path or "tiny" by its bytes, and at a hub id by that and the revision."""
+    folder = Path(locate(path))
+    return tree_digest(folder) if folder.exists() else f"{path}@{revision}" if revision else str(path)
 
 
 def twin(x: Tensor) -> Tensor:
@@ -162,6 +169,15 @@ class Layout:
     def published(self) -> contextlib.AbstractContextManager:
         """The pipeline as it was published, to be saved."""
         return contextlib.nullcontext()
+
+    def save(self, folder: Path) -> None:
+        """Write the pipeline as it was published, without the places of this machine that diffusers notes."""
+        with self.published():
+            self.pipe.save_pretrained(folder)
+        for file in (folder / "model_index.json", *folder.glob("*/config.json")):
+            settings = read_json(file)
+            if settings.pop("_name_or_path", None) is not None:
+                write_json(file, settings)
 
     def allow(self, texts: Sequence[str]) -> None:
         """Raise ValueError for prompts that the model's licence asks to be refused."""

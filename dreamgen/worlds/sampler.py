@@ -14,6 +14,7 @@ from diffusers import FasterCacheConfig
 from torch import Tensor, nn
 
 from dreamgen.engine.compiling import compile_blocks, wanted
+from dreamgen.engine.devices import exhausted
 from dreamgen.engine.precision import best_device, resolve
 from dreamgen.worlds.layout import Layout
 
@@ -135,31 +136,40 @@ def capacity(layout: Layout) -> int:
 
 @contextlib.contextmanager
 def fitting(world: Any, rows: int) -> Iterator[None]:
-    """Turn an allocation that fails into a ValueError that says what would fit; no rows: only the weights.
+    """Turn an allocation that fails into a ValueError that says what would fit, by the keys of stage `dream`.
 
     world: a `VideoWorld` (which is built on this module).
     """
     try:
         yield
     except RuntimeError as error:
-        said = str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in said and "not enough" not in said:
+        if not exhausted(error):
             raise
-        if rows == 0:
-            less = "weights=bf16, or " if world.weights == "fp32" else ""
-            raise ValueError(f"out of memory with the weights of {world.path}. Try {less}a larger device.") from error
         _, t, h, w = world.latent_shape
         one = row_bytes(world.layout, (h, w), t, world.text_length)
         room, guided = capacity(world.layout), world.guidance > 1
         each = one * (2 if guided and world.sampler.mode != "two_pass" else 1)
         fits, fewer = max(0, min(rows - 1, room // each)), world.clock.frames // 2 // world.layout.grain
-        advice = [f"a batch_size of {max(1, fits)}"] if rows > 1 else []
-        advice += ["guidance_mode=two_pass"] if guided and world.sampler.mode != "two_pass" else []
-        advice += [f"frames={fewer * world.layout.grain + 1} in more windows"] if rows == 1 and fewer else []
-        advice += ["weights=bf16"] if world.weights == "fp32" else []
+        advice, key = [f"stage.batch_size={max(1, fits)}"] if rows > 1 else [], "stage.world_model"
+        advice += [f"{key}.guidance_mode=two_pass"] if guided and world.sampler.mode != "two_pass" else []
+        if rows == 1 and fewer:
+            advice += [f"{key}.frames={fewer * world.layout.grain + 1} with {key}.windows={2 * world.windows}"]
+        advice += [f"{key}.weights=bf16"] if world.weights == "fp32" else []
         raise ValueError(
             f"out of memory with {rows} clips of {world.clock.frames} frames at {h * world.layout.scale[1]}x"
             f"{w * world.layout.scale[1]} ({resolve(world.precision, world.device)}): a clip needs about "
             f"{each / 2**30:.1f} GiB, {max(0, room) / 2**30:.1f} GiB are left beside the weights. Try "
             + (", or ".join(advice) or "a smaller canvas or a larger device") + "."
         ) from error  # fmt: skip
+
+
+@contextlib.contextmanager
+def enough(doing: str, advice: str) -> Iterator[None]:
+    """Turn an allocation that fails while `doing` something into a ValueError with `advice`."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        reason = error.__cause__ or error  # what `fitting` advises is for another stage
+        if not exhausted(reason):
+            raise
+        raise ValueError(f"out of memory {doing}. Try {advice}. ({str(reason).splitlines()[0]})") from reason

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from dreamgen.core.clip import Clip, Prompt
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.manifest import digest, read_json, tree_digest, write_json
+from dreamgen.core.manifest import digest, read_json, write_json
 from dreamgen.core.seeding import seed_for
-from dreamgen.engine.precision import autocast, best_device
+from dreamgen.engine.precision import autocast, best_device, resolve
 from dreamgen.video.tiling import describe
 from dreamgen.worlds.adapters import add_lora, load_adapters, save_adapters
-from dreamgen.worlds.autoencoder import to_frames, to_video
+from dreamgen.worlds.autoencoder import clips_at_once, to_frames, to_video, weights_digest
 from dreamgen.worlds.flow import integrate
-from dreamgen.worlds.layout import TINY, Layout, locate, twin
-from dreamgen.worlds.sampler import Sampler, fitting
+from dreamgen.worlds.layout import TINY, Layout, content, twin
+from dreamgen.worlds.sampler import Sampler, enough, fitting
 
 FILE = "world.json"
-WEIGHTS = {"fp32": None, "bf16": torch.bfloat16}
+WEIGHTS, LORA = {"fp32": None, "bf16": torch.bfloat16}, {"rank": 16, "alpha": 16}
 
 
 class VideoWorld(nn.Module):
@@ -75,11 +75,10 @@ class VideoWorld(nn.Module):
         parts: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.robot, self.path, self.precision, self.weights = robot, path, precision, weights
+        self.robot, self.path, self.revision, self.precision, self.weights = robot, path, revision, precision, weights
         self.clock = Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames)
         self.windows, self.text_length, self.steps, self.guidance = windows, text_length, steps, guidance
-        self.negative_prompt, self.template = negative_prompt, template
-        self.lora = {"rank": 16, "alpha": 16, **(lora or {})}
+        self.negative_prompt, self.template, self.lora = negative_prompt, template, {**LORA, **(lora or {})}
         if weights not in WEIGHTS or windows < 1:
             raise ValueError(f"weights is '{weights}', windows is {windows}; expected 'fp32' or 'bf16', and at least 1")
         if pipeline is None:
@@ -90,9 +89,8 @@ class VideoWorld(nn.Module):
         self._check()
         for name, module in self.layout.experts.items():
             self.add_module(name, module)
-        mean, std = self.layout.moments()
-        self.register_buffer("mean", mean.float().view(-1, 1, 1, 1), persistent=False)
-        self.register_buffer("std", std.float().view(-1, 1, 1, 1), persistent=False)
+        for name, value in zip(("mean", "std"), self.layout.moments(), strict=True):
+            self.register_buffer(name, value.float().view(-1, 1, 1, 1), persistent=False)
         self.adapters = [*([{"path": adapter}] if adapter else []), *map(dict, adapters)]
         load_adapters(pipeline, self.layout.experts, self.adapters)
         self.sampler = Sampler(self.layout, mode=guidance_mode, backend=attention_backend, cache=step_cache,
@@ -117,28 +115,32 @@ class VideoWorld(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        return self.mean.device
 
-    def place(self) -> "VideoWorld":
-        """Move everything to the accelerator, if there is one."""
-        with fitting(self, 0):
-            self.to(best_device())
-            self.pipe.to(best_device())
+    def place(self, *, experts: bool = True) -> "VideoWorld":
+        """Move everything to the accelerator, if there is one; without `experts`, all but the transformers."""
+        with enough(f"with the weights of {self.path}", "`weights: bf16` of the world model, or a larger device"):
+            for name, part in self.pipe.components.items():
+                if isinstance(part, nn.Module) and (experts or name not in self.layout.experts):
+                    part.to(best_device())
+            self.mean, self.std = self.mean.to(best_device()), self.std.to(best_device())
         return self
 
     def cache_key(self) -> dict:
         """Names what `encode` depends on."""
-        state = self.pipe.vae.state_dict()
-        total = [float(v.float().abs().sum()) for v in state.values() if v.is_floating_point()]
-        return {"vae": total, "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist(),
+        return {"vae": weights_digest(self.pipe.vae), "mean": self.mean.flatten().tolist(),
+                "std": self.std.flatten().tolist(), "precision": resolve(self.precision, self.device),
                 "clock": self.clock.spec(), "canvas": self.robot.canvas}  # fmt: skip
 
     @torch.no_grad()
     def encode(self, frames: UInt8[Tensor, "b t h w 3"]) -> Float[Tensor, "b c lt lh lw"]:
         """Normalised latents (the posterior's mean) of clips or, with t = 1, of first frames."""
-        with autocast(self.precision, self.device):
-            z = self.layout.encode(twin(to_video(frames.to(self.device))))[: len(frames)]
-        return (z.float() - self.mean) / self.std
+        found = []
+        for part in frames.split(clips_at_once(*frames.shape[1:4])):
+            with autocast(self.precision, self.device):
+                z = self.layout.encode(twin(to_video(part.to(self.device))))[: len(part)]
+            found.append((z.float() - self.mean) / self.std)
+        return torch.cat(found)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c lt lh lw"]) -> UInt8[Tensor, "b t h w 3"]:
@@ -228,9 +230,7 @@ class VideoWorld(nn.Module):
                 start = self.noise(prompts, k) if noise is None else noise.split(self.latent_shape[1], 2)[k]
                 found.append(self._window(images, start, text, plain))
                 if k + 1 < self.windows:
-                    with autocast(self.precision, self.device):
-                        last = twin(found[-1] * self.std + self.mean)
-                        images = to_frames(self.layout.decode(last))[: len(prompts), -1:]
+                    images = self.decode(found[-1])[:, -1:]
         return torch.cat(found, 2)
 
     def _window(self, images: Tensor, noise: Tensor, text: Tensor, plain: Tensor | None) -> Tensor:
@@ -255,11 +255,9 @@ class VideoWorld(nn.Module):
 
     def clips(self, prompts: Sequence[Prompt], frames: UInt8[Tensor, "b t h w 3"]) -> list[Clip]:
         """The last part of `dream`: decoded frames with the provenance of their prompts."""
-        return [
-            Clip(id=p.id, video=v, video_hz=self.clock.video_hz, instruction=p.instruction, seed=p.seed, pair=p.pair,
-                 state=p.state, origin=p.origin)
-            for p, v in zip(prompts, frames.cpu().numpy(), strict=True)
-        ]  # fmt: skip
+        return [Clip(id=p.id, video=v, video_hz=self.clock.video_hz, instruction=p.instruction, seed=p.seed,
+                     pair=p.pair, state=p.state, origin=p.origin)
+                for p, v in zip(prompts, frames.cpu().numpy(), strict=True)]  # fmt: skip
 
     def trained(self) -> dict[str, nn.Module]:
         """The transformers that a training changes, by their names in the pipeline."""
@@ -295,10 +293,9 @@ class VideoWorld(nn.Module):
         if not lora:
             if dtype is not None:
                 self.pipe.to(dtype=dtype)
-            with self.layout.published():
-                self.pipe.save_pretrained(out / "model")
-        write_json(out / FILE, {"spec": self.spec(), "contract": self.robot.contract(),
-                                "base": self.path if lora else None})  # fmt: skip
+            self.layout.save(out / "model")
+        base = {"base": self.path if lora else None, "revision": self.revision if lora else None, "experts": lora}
+        write_json(out / FILE, {"spec": self.spec(), "contract": self.robot.contract(), **base})
 
     @classmethod
     def load(cls, path: Path | str, **changed: Any) -> "VideoWorld":
@@ -307,14 +304,16 @@ class VideoWorld(nn.Module):
         saved = read_json(path / FILE)
         robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
         robot.require(saved["contract"], str(path))
-        lora = {"path": saved["base"], "adapter": str(path / "adapter")}
-        where = lora if saved["base"] else {"path": str(path / "model")}
+        where = {"path": saved["base"] or str(path / "model"), "revision": saved.get("revision")}
+        if saved["base"]:
+            own = [{"path": str(path / "adapter"), "expert": name} for name in saved.get("experts", [None])]
+            changed["adapters"] = [*own, *changed.get("adapters", ())]
         world = cls(robot=robot, **{**saved["spec"], **where, **changed})
         world.folder = path
         return world
 
     def fingerprint(self) -> str:
         """Names the weights that this world model was opened with."""
-        where = [Path(locate(self.path)), *(Path(entry["path"]) for entry in self.adapters)]
-        names = [tree_digest(path) if path.exists() else str(path) for path in where]
+        given = [(self.path, self.revision), *((entry["path"], entry.get("revision")) for entry in self.adapters)]
+        names = [content(*source) for source in dict.fromkeys(given)]
         return names[0] if len(names) == 1 else digest(names)

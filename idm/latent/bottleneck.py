@@ -44,6 +44,8 @@ class Quantised(nn.Module):
     Codes that a batch leaves almost unused are replaced during the first `renewed` training steps.
     """
 
+    moves_in_loss = True  # the codebook follows a moving average, see `dreamgen.engine.train`
+
     def __init__(self, width: int, latent: int, codebook: int, tokens: int, renewed: int) -> None:
         super().__init__()
         try:

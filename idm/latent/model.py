@@ -20,7 +20,7 @@ from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.normaliser import Normaliser
-from dreamgen.engine.precision import autocast
+from dreamgen.engine.precision import autocast, best_device
 from idm import checkpoint
 from idm.batches import Recorded
 from idm.clips import alike, clock_of, pictures, require_readable, stacked
@@ -45,19 +45,25 @@ class LatentActions(nn.Module):
     attends to. latent: width of z; codebook: number of codes shared by `tokens` tokens, 0 for a continuous z under
     `beta`; renewed: training steps in which unused codes are replaced.
     width, layers, decoder_layers, heads: of the transformers. target: keyword arguments of `Features`; null for pixels.
-    labelled: share of the training episodes whose actions a head is trained on, at least one episode; 0 for no head.
+    target_width: of the target, as a checkpoint knows it; null asks the target.
+    labelled: share of the training episodes whose actions a head is trained on, at least one episode; 0 for no head,
+    as for video without actions.
     output: "latent" labels with z, "actions" through the head.
     """
 
     def __init__(self, *, robot: Embodiment, clock: Clock, frames: int = 5, reach: int = 2, latent: int = 16,
                  beta: float = 2e-4, codebook: int = 0, tokens: int = 4, renewed: int = 200, width: int = 96,
                  layers: int = 2, decoder_layers: int = 2, heads: int = 4, target: dict | None = None,
-                 labelled: float = 0.025, head_weight: float = 0.5, output: str = "latent", precision: str = "auto",
-                 seed: int = 0, label_batch: int = 16) -> None:  # fmt: skip
+                 target_width: int | None = None, labelled: float = 0.025, head_weight: float = 0.5,
+                 output: str = "latent", precision: str = "auto", seed: int = 0,
+                 label_batch: int = 16) -> None:  # fmt: skip
         super().__init__()
         if output not in ("latent", "actions") or (output == "actions" and not labelled):
             raise ValueError(f"output is '{output}' with a labelled share of {labelled}; expected 'latent', or "
                              f"'actions' with a share above 0, which trains the head")  # fmt: skip
+        if labelled and not robot.action:
+            raise ValueError(f"embodiment '{robot.name}' has no action parts, and labelled is {labelled}, the share of "
+                             f"episodes that bring actions; set labeler.labelled=0")  # fmt: skip
         if frames < 2 or reach < 1:
             raise ValueError(f"frames is {frames}, reach is {reach}; expected frames >= 2 and reach >= 1")
         self.source, self.clock, self.frames, self.path = robot, clock, frames, None
@@ -83,21 +89,25 @@ class LatentActions(nn.Module):
                            Continuous(2 * width, latent, beta))  # fmt: skip
         self.told = nn.ModuleList(nn.Linear(latent, 2 * width) for _ in range(decoder_layers))
         self.decoder = nn.ModuleList(Layer(width, heads, 0) for _ in range(decoder_layers))
-        outputs = self.target.width
+        outputs = self.config["target_width"] = self.target.width if target_width is None else target_width
         self.proj_out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, outputs))
         self.register_buffer("scale", torch.ones(outputs))
         self.slots = horizon(clock, 2)
         self.head = nn.Sequential(nn.Linear(3 * latent, 2 * width), nn.GELU(),
-                                  nn.Linear(2 * width, self.slots * robot.action_dim))  # fmt: skip
+                                  nn.Linear(2 * width, self.slots * max(1, robot.action_dim)))  # fmt: skip
         self.action = Normaliser(robot.action_dim)
         torch.random.set_rng_state(generator)
 
     @property
     def target(self) -> Pixels | Features:
-        """What is foretold; frozen features are opened on first use and are no part of the weights."""
+        """What is foretold; frozen features are opened on first use, which labelling is not, and are not saved."""
         if self._target is None:
             self._target = Features(**self.config["target"])
         return self._target
+
+    def place(self) -> "LatentActions":
+        """Move to the accelerator, if there is one."""
+        return self.to(best_device())
 
     def encode(self, video: Tensor) -> Passed:
         """video (b f 3 h w) in [-1, 1] -> what passes the bottleneck for each of the f - 1 gaps."""
@@ -123,7 +133,8 @@ class LatentActions(nn.Module):
     def read(self, label: Tensor) -> Tensor:
         """Actions (b k h a) by the head, normalised, from latents (b k latent) of neighbouring gaps."""
         wide = torch.cat([label[:, :1], label, label[:, -1:]], 1)
-        return self.head(torch.cat([wide[:, :-2], label, wide[:, 2:]], -1)).unflatten(-1, (self.slots, -1))
+        read = self.head(torch.cat([wide[:, :-2], label, wide[:, 2:]], -1))
+        return read.unflatten(-1, (self.slots, -1))[..., : self.source.action_dim]
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Foretelling, bottleneck and head, on a batch of `VideoBatches`."""
@@ -143,10 +154,14 @@ class LatentActions(nn.Module):
 
     def fit(self, dataset: Recorded, episodes: Sequence[int]) -> None:
         """Choose the labelled episodes, and measure their actions and how far the target changes; before training."""
-        self.source.require(dataset.robot.contract(), f"the dataset {getattr(dataset, 'root', '')}")
+        where = f"the dataset {getattr(dataset, 'root', '')}"
+        self.source.require(dataset.robot.contract(), where)
         rng, episodes = rng_for(self.seed, "labelled"), list(episodes)
         count = min(len(episodes), max(1, round(self.labelled * len(episodes)))) if self.labelled else 0
         self.known = sorted(int(i) for i in rng.permutation(episodes)[:count])
+        if any(dataset.episode(i).meta.get("action_known") is False for i in self.known):
+            raise ValueError(f"{where} is video without actions, and a head is to learn actions from a share of "
+                             f"{self.labelled} of its episodes; set labeler.labelled=0")  # fmt: skip
         if count:
             self.action = Normaliser.fit(np.concatenate([dataset.episode(i).action for i in self.known]),
                                          self.source.action)  # fmt: skip
@@ -164,9 +179,10 @@ class LatentActions(nn.Module):
         return {"labelled_episodes": float(len(self.known))}
 
     @torch.no_grad()
-    def gaps(self, clips: Sequence[Clip]) -> list[dict[str, np.ndarray]]:
+    def gaps(self, clips: Sequence[Clip], *, foretold: bool = True) -> list[dict[str, np.ndarray]]:
         """Per clip of k + 1 frames: latent and spread (k latent), action (k h a) by the head, codes (k tokens) where
-        quantised, change: mean square of the target's change over the gap, left: of it what is not foretold (k,)."""
+        quantised; with `foretold`, for which the target is opened, change: mean square of the target's change over the
+        gap, left: of it what is not foretold (k,)."""
         self.eval()
         device = next(self.parameters()).device
         done: dict[int, dict[str, np.ndarray]] = {}
@@ -177,10 +193,13 @@ class LatentActions(nn.Module):
             with autocast(self.precision, device):
                 passed = self.encode(video)
                 action = self.action.denormalise(self.read(passed.label).float())
-                found = self.decode(video[:, :-1].flatten(0, 1), passed.z.flatten(0, 1)).float()
-            true = self.changes(video)
-            left, whole = (x.square().mean((1, 2, 3)).unflatten(0, action.shape[:2]) for x in (found - true, true))
-            rows = {"latent": passed.label, "spread": passed.spread, "action": action, "left": left, "change": whole}
+            rows = {"latent": passed.label, "spread": passed.spread, "action": action}
+            if foretold:
+                with autocast(self.precision, device):
+                    found = self.decode(video[:, :-1].flatten(0, 1), passed.z.flatten(0, 1)).float()
+                true = self.changes(video)
+                sizes = (x.square().mean((1, 2, 3)).unflatten(0, action.shape[:2]) for x in (found - true, true))
+                rows |= dict(zip(("left", "change"), sizes, strict=True))
             rows |= {} if passed.codes is None else {"codes": passed.codes}
             for n, i in enumerate(part):
                 done[i] = {key: value[n].float().cpu().numpy() for key, value in rows.items()}
@@ -192,7 +211,7 @@ class LatentActions(nn.Module):
         spread: the posterior's deviation, or the distance to the code; zero for actions.
         """
         labels = []
-        for clip, found in zip(clips, self.gaps(clips), strict=True):
+        for clip, found in zip(clips, self.gaps(clips, foretold=False), strict=True):
             windows = Windows.of(clock_of(clip, self.source), 2)
             if self.output == "actions":
                 labels.append(merge(found["action"][None], windows, self.robot, "mean"))
@@ -206,7 +225,7 @@ class LatentActions(nn.Module):
     def carry_over(self, frame: np.ndarray, latent: np.ndarray) -> np.ndarray | None:
         """Frames (k + 1 h w 3) that follow `frame` under another clip's latents (k latent), each from the last; None
         where the target is not pixels."""
-        if not isinstance(self.target, Pixels):
+        if self.config["target"]:
             return None
         self.eval()
         device = next(self.parameters()).device

@@ -38,7 +38,7 @@ class Features:
         if world is not None:
             from dreamgen.worlds.prefix import PrefixWorld
 
-            self.vae = PrefixWorld.load(Path(world)) if Path(world).exists() else None
+            self.vae = PrefixWorld.load(Path(world)).place() if Path(world).exists() else None
             if self.vae is None:
                 raise ValueError(f"the world model {world} of the feature target does not exist; finetune one, or "
                                  f"train on pixels (labeler.target=null)")  # fmt: skip

@@ -107,6 +107,20 @@ def test_every_job_has_a_primary_config(job: str) -> None:
     assert job == "pipeline" or cfg.stage._target_.endswith(f".{job}")
 
 
+def test_a_policy_of_latent_actions_is_as_wide_as_its_labeler() -> None:
+    for option, width in (("flow", 16), ("latent_continuous", 16), ("latent_quantised", 32)):
+        cfg, _ = load("train_policy", [f"labeler={option}", "policy=tiny_latent"])
+        assert cfg.policy.robots.latent.action[0].stop == width
+
+
+def test_the_sweep_scores_each_labeler_on_its_labels_of_the_same_dreams() -> None:
+    for size in (10, 50, 200, 500):
+        made, scored = (load(job, ["experiment=labels_sweep", f"step={step}_{size}"])[0].stage
+                        for job, step in (("label", "labels"), ("evaluate", "scores")))  # fmt: skip
+        assert scored.dreams == made.out and scored.labeler.path == made.labeler.path
+        assert made.clips.endswith("heldout_dreams")
+
+
 def test_an_experiment_says_which_question_it_answers() -> None:
     for option in EXPERIMENTS:
         first = (CONF / "experiment" / f"{option}.yaml").read_text().splitlines()[:2]

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.utils import instantiate
 
 from dreamgen.core.embodiment import Embodiment, Part, View
+from jobs.recipe import load
 
+CONF = Path(__file__).parents[2] / "conf"
 FRONT = View(name="front", key="observation.images.front", height=16, width=24, orientation="upright")
 WRIST = View(name="wrist", key="observation.images.wrist", height=16, width=24)
 STATE = (Part(name="hand", start=0, stop=3, unit="m"), Part(name="opening", start=3, stop=4))
 MOVE = Part(name="move", start=0, stop=3, kind="delta", unit="1", scale=0.04, moves="hand", limits=(-1, 1))
-GRIP = Part(name="grip", start=3, stop=4, kind="binary", moves="opening", limits=(-1, 1), sets=(1, 0), travel=0.25)
+GRIP = Part(name="grip", start=3, stop=4, kind="binary", moves="opening", limits=(-1, 1), positive="closes",
+            sets=(1, 0), travel=0.25)  # fmt: skip
 ROBOT = Embodiment(name="arm", robot_hz="20", views=(FRONT, WRIST), state=STATE, action=(MOVE, GRIP))
 
 
@@ -46,6 +50,8 @@ MISMATCHES = {
     "another view": (other(views=(FRONT, replace(WRIST, name="side")), grid=()), "views 'side': here {"),
     "camera key": (view(key="observation.images.top"), "views 'front': key here 'observation.images.top', saved"),
     "orientation": (view(orientation="flipped"), "views 'front': orientation here 'flipped', saved 'upright'"),
+    "unsaid is upright": (other(views=(FRONT, replace(WRIST, orientation="mirrored"))),
+                          "views 'wrist': orientation here 'mirrored', saved 'upright'"),
     "height": (view(height=32), "views 'front': height here 32, saved 16"),
     "width": (view(width=32), "views 'wrist': width here 32, saved 24"),
     "tiling": (other(grid=(("front",), ("wrist",))), "grid: here \\[\\['front'\\], \\['wrist'\\]\\], saved"),
@@ -60,7 +66,8 @@ MISMATCHES = {
     "action scale": (action(scale=0.05), "action 'move': scale here 0.05, saved 0.04"),
     "what it moves": (action(moves=None), "action 'move': moves here None, saved 'hand'"),
     "limits": (action(limits=(-2, 2)), "action 'move': limits here \\[-2.0, 2.0\\], saved \\[-1.0, 1.0\\]"),
-    "gripper sign": (grip(sets=(0, 1)), "action 'grip': sets here \\[0.0, 1.0\\], saved \\[1.0, 0.0\\]"),
+    "gripper sign": (grip(positive="opens"), "action 'grip': positive here 'opens', saved 'closes'"),
+    "gripper kinematics": (grip(sets=(0, 1)), "action 'grip': sets here \\[0.0, 1.0\\], saved \\[1.0, 0.0\\]"),
 }  # fmt: skip
 
 
@@ -74,13 +81,37 @@ def test_every_difference_is_named(name: str) -> None:
     assert made.mismatches(json.loads(json.dumps(made.contract()))) == []
 
 
-def test_what_an_older_contract_does_not_tell_is_no_difference() -> None:
+def test_what_an_older_contract_does_not_tell_is_no_difference_but_is_said(caplog: pytest.LogCaptureFixture) -> None:
     saved = json.loads(json.dumps(ROBOT.contract()))
+    ROBOT.require(saved, "the dataset there")
+    assert not caplog.records
     saved["views"][0].pop("orientation")
+    saved["action"][1].pop("positive")
+    ROBOT.require(saved, "the dataset there")  # `sets` tells the sign
     saved["action"][1].pop("sets")
-    assert ROBOT.mismatches(saved) == [] and ROBOT.mismatches(ROBOT.contract()) == []
-    assert "orientation" not in ROBOT.contract()["views"][1]  # nobody said
+    assert ROBOT.mismatches(saved) == []
+    ROBOT.require(saved, "the dataset there")
+    older = Embodiment.from_contract(saved)  # and it does not make up what it was not told
+    assert json.loads(json.dumps(older.contract())) == saved
+    older.require(saved, "its own")
+    front, sign = "compared: the orientation of view 'front'", "what high values of action 'grip' do (positive)"
+    assert [record.getMessage().endswith(front) for record in caplog.records] == [True, False, False]
+    assert all(record.getMessage().endswith(f"{front}, {sign}") for record in caplog.records[1:])
+    assert caplog.records[1].getMessage().startswith("the dataset there and embodiment 'arm' do not both tell")
+    assert ROBOT.contract()["views"][1]["orientation"] == "upright"  # the default is told
     assert Embodiment.from_contract(json.loads(json.dumps(ROBOT.contract()))) == ROBOT
+
+
+@pytest.mark.parametrize("option", sorted(path.stem for path in (CONF / "embodiment").glob("*.yaml")))
+def test_shipped_robots_tell_the_sign_of_their_grippers(option: str) -> None:
+    robot = instantiate(load("collect", [f"embodiment={option}"])[0].embodiment, _convert_="all")
+    assert robot.untold(robot.contract()) == []
+    signed = [part for part in robot.action if part.positive]
+    assert signed and all(part.positive for part in robot.action if part.kind == "binary")
+    for part in signed:
+        swapped = tuple(replace(p, positive="opens") if p is part else p for p in robot.action)
+        with pytest.raises(ValueError, match=f"action '{part.name}': positive here 'opens', saved 'closes'"):
+            replace(robot, action=swapped).require(robot.contract(), "the dataset there")
 
 
 def test_the_unknown_is_refused() -> None:

@@ -12,6 +12,7 @@ import pytest
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.video.mp4 import write_mp4
+from tests.data.video_only import strip
 
 GR1 = Path(__file__).parents[2].parent / "shared/data/gr1_pick_place"
 
@@ -174,8 +175,38 @@ def test_bad_episode(v2, robot, words):
     assert abs(dataset.views(1, [3])["front"].mean() - (60 + 9)) < 3
 
 
+def test_video_without_actions(v2, robot, tmp_path):
+    from dataclasses import replace
+
+    root = strip(v2[0], tmp_path / "video")
+    with pytest.raises(ValueError, match="no feature 'observation.state'"):
+        Dataset(root, robot)
+    with pytest.raises(ValueError, match="no feature 'action'.*data=video"):
+        Dataset(strip(v2[0], tmp_path / "states", "action"), robot)
+    video, states = Dataset(root, robot, actions=False), Dataset(tmp_path / "states", robot, actions=False)
+    assert np.isnan(video.episode(1).action).all() and video.episode(1).action.shape == (9, 4)
+    assert np.isnan(video.episode(1).state).all() and video.first_state(1).size == 0 and video.length(2) == 11
+    assert video.episode(0).meta["action_known"] is False and video.instruction(2) == v2[1][2].instruction
+    assert np.array_equal(states.first_state(1), v2[1][1].state[0])
+    assert np.array_equal(video.canvas(1, [4]), Dataset(v2[0], robot).canvas(1, [4]))
+    assert np.isnan(Dataset(v2[0], robot, actions=False).episode(0).action).all()  # nor are they looked at
+    with pytest.raises(ValueError, match="stage.real reads actions, and .* without them"):
+        video.require_actions("stage.real")
+    with pytest.raises(ValueError, match="without them .actions=false"):
+        video.actions()
+    alone = Dataset(root, replace(robot, action=(), state=()))
+    assert alone.has_actions is False and alone.robot.action_dim == 0 and alone.episode(1).action.shape == (9, 0)
+
+
 def test_bad_dataset(v2, robot, tmp_path):
     root, _ = v2
+    info = json.loads((root / "meta/info.json").read_text())
+    for key, words in (("video_path", "lists the videos .*front.* lacks video_path; copy or export"),
+                       ("data_path", "lacks data_path; copy or export")):  # fmt: skip
+        (root / "meta/info.json").write_text(json.dumps({k: v for k, v in info.items() if k != key}))
+        with pytest.raises(ValueError, match=words):
+            Dataset(root, robot)
+    (root / "meta/info.json").write_text(json.dumps(info))
     with pytest.raises(ValueError, match="nowhere does not exist"):
         Dataset(tmp_path / "nowhere", robot)
     with pytest.raises(ValueError, match="no finished LeRobot dataset"):
@@ -239,6 +270,31 @@ def test_truncated_v3_names_the_episode(tmp_path, robot, make_episodes):
     with pytest.raises(ValueError, match="episode 2 of .*file-002.mp4.*truncated"):
         Dataset(tmp_path, robot)
     assert list(Dataset(tmp_path, robot, skip_bad=True).skipped) == [2]
+
+
+def test_rows_of_another_episode_are_refused(tmp_path, robot, make_episode):
+    """The list of v3.0 lacks the first episode of a file: what follows would be cut out one episode too early."""
+    write_dataset(tmp_path, (make_episode(i, rows=9) for i in range(3)), robot)
+    path = tmp_path / "meta/episodes/chunk-000/file-000.parquet"
+    rows = pq.read_table(path)
+    pq.write_table(rows.slice(1), path)
+    with pytest.raises(ValueError, match="episode 1 of .*rows 0 to 8 of .*file-000.parquet are those of episode 0"):
+        Dataset(tmp_path, robot)
+    pq.write_table(rows.drop_columns(["data/chunk_index", "videos/observation.images.side/from_timestamp"]), path)
+    with pytest.raises(ValueError, match="lacks the columns data/chunk_index, videos/.*side/from_timestamp; copy"):
+        Dataset(tmp_path, robot)
+
+
+def test_pictures_that_cannot_be_decoded_name_the_episode(tmp_path, robot, make_episodes, monkeypatch):
+    write_dataset(tmp_path, make_episodes(3), robot)
+    path = tmp_path / "videos/observation.images.side/chunk-000/file-000.mp4"
+    data = bytearray(path.read_bytes())
+    at = data.index(b"mdat") + 4
+    data[at : data.index(b"moov") - 4] = bytes(data.index(b"moov") - 4 - at)
+    path.write_bytes(data)
+    dataset = Dataset(tmp_path, robot, skip_bad=True)  # its packets are all there
+    with pytest.raises(ValueError, match="episode 2 of .*file-000.mp4 cannot be decoded.*`episodes` of the dataset"):
+        dataset.views(2, [3])
 
 
 @pytest.mark.skipif(not GR1.is_dir(), reason="the real GR-1 recording is not on this machine")

@@ -89,9 +89,13 @@ def test_tensorboard_has_the_rows(tmp_path):
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in read_losses(tmp_path)])
 
 
-def test_trackers_that_are_not_there_are_named(tmp_path):
+def test_trackers_that_are_not_there_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="tracker is 'paper'; expected one of tensorboard, wandb, trackio"):
         run(tmp_path, tracker="paper")
+    monkeypatch.setattr("dreamgen.engine.journal.find_spec", lambda name: None)
+    for tracker, package in (("tensorboard", "tensorboard"), ("wandb", r"'dreamgen\[wandb\]'")):
+        with pytest.raises(ValueError, match=f"'{tracker}' is not installed; pip install {package}, or choose null"):
+            run(tmp_path, tracker=tracker)
 
 
 def test_out_of_memory_says_what_would_fit(tmp_path):

@@ -1,12 +1,18 @@
 """The training loop: exact resume, averaged weights, clear ends."""
 
+import errno
+import os
+import signal
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from dreamgen.core.seeding import rng_for
 from dreamgen.engine.muon import Muon, is_hidden, orthogonal
+from dreamgen.engine.replicas import Replicas, in_forks
 from dreamgen.engine.train import Ema, clear_state, read_losses, schedule, train
 
 
@@ -31,11 +37,11 @@ def batch_at(step: int) -> dict[str, torch.Tensor]:
     return {"x": torch.from_numpy(x), "y": torch.from_numpy(x[:, :3] * 2)}
 
 
-def run(out, steps, **changed):
+def run(out, steps, batches=batch_at, **changed):
     model = Line()
     options = {"lr": 1e-2, "warmup": 2, "ema": 0.9, "precision": "fp32", "checkpoint_every": 2, "log_every": 1}
     options |= changed
-    result = train(model, batch_at, out=out, steps=steps, **options)
+    result = train(model, batches, out=out, steps=steps, **options)
     return model, result
 
 
@@ -110,9 +116,107 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path)
         batch = batch_at(step)
         return {k: v * float("nan") for k, v in batch.items()} if step == 3 else batch
 
-    with pytest.raises(ValueError, match="nan at step 3 of episode 7"):
-        train(Line(), bad, out=tmp_path, steps=5, checkpoint_every=2, precision="fp32", describe=lambda s: "episode 7")
-    assert (tmp_path / "training" / "latest.json").read_text().strip() == '{\n "step": 2\n}'
+    whole, _ = run(tmp_path / "whole", 5)
+    for every in (2, 3, 5):  # states kept on the way: an older one, this one, none
+        with pytest.raises(ValueError, match="loss is nan at step 3 of episode 7.*training holds .* that of step 3"):
+            run(tmp_path / str(every), 5, batches=bad, checkpoint_every=every, describe=lambda s: "episode 7")
+        again, _ = run(tmp_path / str(every), 5)  # with the data mended
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+        assert [row["step"] for row in read_losses(tmp_path / str(every))] == [0, 1, 2, 3, 4]
+
+
+class Steep(Line):
+    """Of finite loss, whose gradient is none: the root of 0."""
+
+    def loss(self, batch):
+        error, metrics = super().loss(batch)
+        return error + (self.out.bias * batch.get("steep", 0.0)).abs().sum().sqrt() * 0.0, metrics
+
+
+def test_a_model_that_moves_in_its_loss_has_no_replicas(tmp_path):
+    model = Line()
+    model.moves_in_loss = True
+    with pytest.raises(ValueError, match=r"set stage\.replicas=1"):
+        train(model, batch_at, out=tmp_path, steps=1, precision="fp32", replicas=2)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, replicas):
+    def bad(step):
+        return {**batch_at(step), "steep": torch.zeros(()) if step == 1 else torch.ones(())}
+
+    model = Steep()
+    with pytest.raises(ValueError, match="norm of the gradient is nan at step 1 of episode 7.*that of step 1"):
+        train(model, bad, out=tmp_path, steps=3, precision="fp32", replicas=replicas, describe=lambda s: "episode 7")
+    assert all(p.isfinite().all() for p in model.parameters())
+    kept = load_file(tmp_path / "training/step_00000001/model.safetensors")
+    assert all(torch.equal(kept[name], p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+class Codebook(Line):
+    """Something that a loss moves, and spoils."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("code", torch.zeros(3))
+
+    def loss(self, batch):
+        error, metrics = super().loss(batch)
+        self.code.lerp_(error.detach().expand(3), 0.5)
+        return error, metrics
+
+
+def test_what_a_loss_has_spoilt_is_not_kept(tmp_path):
+    bad = lambda step: {k: v * float("nan") for k, v in batch_at(step).items()} if step else batch_at(0)  # noqa: E731
+    with pytest.raises(ValueError, match="nan at step 1.*no state was kept"):
+        train(Codebook(), bad, out=tmp_path, steps=3, precision="fp32")
+    assert not (tmp_path / "training").exists()
+
+
+def test_what_moves_with_the_weights_moves_once_a_step(tmp_path):
+    class Counted(Line):
+        def after_step(self):
+            seen.append(self.out.weight.clone())
+
+    seen, model = [], Counted()
+    train(model, batch_at, out=tmp_path, steps=3, ema=None, precision="fp32", accumulate=2)
+    assert len(seen) == 3 and torch.equal(seen[-1], model.out.weight) and not torch.equal(seen[0], seen[1])
+
+
+class Torn(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("raised", "told"), [
+    (UnicodeDecodeError("utf-8", b"x", 0, 1, "video 3 cannot be read"), (ValueError, "video 3 cannot be read")),
+    (OSError(errno.ENOSPC, "No space left on device", "x.bin"), (OSError, "No space left on device: 'x.bin'")),
+    (Torn("video 3"), (RuntimeError, "with Torn: video 3")),
+])  # fmt: skip
+def test_an_error_of_a_fork_is_told_as_it_is(raised, told):
+    def step(step: int, rank: int) -> dict[str, float]:
+        if rank and step:
+            raise raised
+        return {"loss": 1.0}
+
+    def work(rank: int) -> None:
+        step(1, rank)
+
+    kind, text = told
+    with pytest.raises(kind, match=text) as found, Replicas(Line(), step, 2) as group:
+        assert group.run(0) == {"loss": 1.0}
+        group.run(1)
+    assert getattr(found.value, "errno", None) == getattr(raised, "errno", None)
+    with pytest.raises(kind, match=text):
+        in_forks(work, 2)
+
+
+def test_a_fork_that_is_killed_is_told():
+    def work(rank: int) -> None:
+        if rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(RuntimeError, match="was killed; run the job again"):
+        in_forks(work, 2)
 
 
 def test_average_warms_up():

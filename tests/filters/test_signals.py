@@ -14,6 +14,7 @@ from dreamgen.filters.jerk import Jerk
 from dreamgen.filters.limits import Limits
 from dreamgen.filters.reference import Referenced
 from dreamgen.filters.spread import Spread
+from dreamgen.worlds.rollout import frame_rows
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "idm"))
 from moving_square import CLOCK, ROBOT, Squares, clip_of, draw  # noqa: E402
@@ -139,3 +140,27 @@ def test_true_labels_close_the_cycle_and_others_do_not():
     assert (one.score(clips, true) > 0.99).all() and (one.score(clips, true[1:] + true[:1]) < 0.2).all()
     with pytest.raises(ValueError, match="runs at 5 Hz, the action-conditioned model at 10"):
         one.score([replace(clips[0], video_hz="5")], true[:1])
+
+
+class Chunked:
+    """It holds the first frame, in latent frames of 4, and says of how many steps it was asked."""
+
+    robot, clock, gaps = ROBOT, CLOCK, 4
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def imagine(self, pasts, actions):  # noqa: ANN001, ANN201
+        self.asked += [len(action) for action in actions]
+        return [np.repeat(past.video, len(frame_rows(self.clock, 0, len(action), 4)) - 1, 0)
+                for past, action in zip(pasts, actions, strict=True)]  # fmt: skip
+
+
+def test_a_cycle_ends_where_the_model_can_end():
+    module, world = pytest.importorskip("dreamgen.filters.cycle"), Chunked()
+    squares = Squares(1, seed=4)
+    whole = clip_of(squares, 0)
+    clips = [replace(whole, video=whole.video[:count]) for count in (9, 8, 7, 5, 4)]  # of 9 frames
+    found = module.Cycle(world_model=world, half=0.5).score(clips, [labels(squares.episode(0).action[:16])] * 5)
+    assert world.asked == [16, 8, 8, 8] and np.isnan(found).tolist() == [False] * 4 + [True]
+    np.testing.assert_allclose(found[:4], 1 / (1 + 2**2), rtol=1e-3)  # an error of 1: nothing is predicted

@@ -1,5 +1,6 @@
 """Latent actions: causality, bottlenecks, the labeler's promises, and scores against closed forms."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from idm.latent.bottleneck import Continuous, Quantised
 from idm.latent.model import LatentActions
 from idm.latent.target import Features, Pixels
 from idm.latent.transformer import Layer
+from idm.model import FlowIDM
 
 
 def small(**changes) -> LatentActions:
@@ -130,6 +132,51 @@ def test_features_of_a_tower_can_be_the_target(squares):
         Features()
 
 
+def test_labels_need_no_target(squares, tmp_path, monkeypatch):
+    """What was foretold in training may be gone: a folder deleted, a hub out of reach."""
+    tower = {"model_type": "dinov2", "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 28, "patch_size": 14, "mlp_ratio": 2}  # fmt: skip
+    model = small(target={"path": "none", "config": tower})
+    model.fit(squares, range(3))
+    model.save(tmp_path)
+    clips = [clip_of(squares, 0)]
+    (expected,) = model.label(clips)
+
+    def gone(**_):
+        raise ValueError("the tower is gone")
+
+    monkeypatch.setattr("idm.latent.model.Features", gone)
+    (found,) = LatentActions.load(tmp_path).label(clips)
+    np.testing.assert_array_equal(found.value, expected.value)
+    with pytest.raises(ValueError, match="is gone"):
+        LatentActions.load(tmp_path).gaps(clips)
+
+
+@pytest.mark.parametrize("codebook", [0, 5])
+def test_video_alone_is_enough_even_without_a_robot(squares, tmp_path, codebook):
+    class Video(Squares):
+        robot = replace(ROBOT, action=(), state=())
+
+        def episode(self, index):
+            e = super().episode(index)
+            return replace(e, action=np.full_like(e.action[:, :0], np.nan), meta={"action_known": False})
+
+    video = Video(3)
+    model = small(robot=video.robot, labelled=0.0, codebook=codebook, tokens=3)
+    model.fit(video, range(3))
+    train(model, model.batches(video, range(3), batch_size=2, seed=0), out=tmp_path / "t", steps=2, precision="fp32")
+    model.save(tmp_path / "m")
+    clips = [clip_of(video, i) for i in range(2)]
+    found = LatentActions.load(tmp_path / "m", video.robot).label(clips)
+    assert found[1].value.shape == (16, 6) and np.isfinite(found[1].value).all()
+    assert 0 < model.measure(clips, [])["change"]["left"]
+    with pytest.raises(ValueError, match="no action parts, and labelled is 0.5"):
+        small(robot=video.robot)
+    video.robot = ROBOT
+    with pytest.raises(ValueError, match="squares is video without actions.*set labeler.labelled=0"):
+        small().fit(video, range(3))
+
+
 def test_errors_name_what_is_wrong(squares):
     model = small()
     with pytest.raises(ValueError, match="'square_1' has 4 robot steps a frame.*trained for 2"):
@@ -139,6 +186,23 @@ def test_errors_name_what_is_wrong(squares):
     other = replace(ROBOT, views=(View(name="top", key="k", height=32, width=48),))
     with pytest.raises(ValueError, match="made for another robot"):
         small(robot=other).fit(squares, range(2))
+
+
+def test_a_checkpoint_says_which_kind_of_labeler_it_holds(tmp_path):
+    small().save(tmp_path)
+    with pytest.raises(ValueError, match="holds a LatentActions, but a FlowIDM was asked for"):
+        FlowIDM.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("kind") == "LatentActions"
+    (tmp_path / "config.json").write_text(json.dumps(config))  # as older ones are
+    with pytest.raises(ValueError, match="labeler with the settings beta, codebook, .* but a FlowIDM"):
+        FlowIDM.load(tmp_path)
+    assert LatentActions.load(tmp_path).latent == 6
+
+
+def test_it_moves_to_the_accelerator(monkeypatch):
+    monkeypatch.setattr("idm.latent.model.best_device", lambda: torch.device("meta"))
+    assert {p.device.type for p in small().place().parameters()} == {"meta"}
 
 
 def test_it_learns_to_foretell_and_latents_hold_the_motion(tmp_path):

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
-from dreamgen.stages.label import integrated
+from dreamgen.core.kinematics import follow
 from dreamgen.stages.label_scores import lag
 from idm.merge import RULES, Windows, horizon, merge
 
@@ -65,7 +65,7 @@ def test_law_a_perfect_labeler_returns_the_recorded_actions(robots, rule, stride
         for part in robot.action:
             assert lag([labels.value[:, part.slice]], [action[:, part.slice]]) == 0
         first = np.zeros(robot.state_dim, np.float32)  # the same actions move the same state the same way
-        np.testing.assert_array_equal(integrated(robot, first, labels.value)[0], integrated(robot, first, action)[0])
+        np.testing.assert_array_equal(follow(robot, first, labels.value)[0], follow(robot, first, action)[0])
 
 
 @pytest.mark.parametrize("stride", STRIDES)

@@ -149,6 +149,35 @@ def test_errors_name_the_clip_and_the_remedy(squares):
         small(vision={"channels": [8, 16, 16, 16, 16]})
     with pytest.raises(ValueError, match="expected 2 <= frames <= train_frames"):
         small(frames=8)
+    with pytest.raises(ValueError, match="spacings are 3/2 robot steps a frame.*clock has 2 .10 of 20 Hz.; add '2'"):
+        small(spacings=["3/2"])
+    with pytest.raises(ValueError, match="expected robot steps a frame"):
+        small(spacings=["2", "fast"])
+    with pytest.raises(ValueError, match="none of 2 episodes has the 33 rows that 17 frames for the world model span"):
+        model.batches(squares, [0, 1], batch_size=1, seed=0, degrade=lambda video, text: video, degrade_frames=17)
+
+
+def test_a_spacing_is_known_however_it_is_written(squares):
+    model = small(spacings=["2", "1.5", 1.5])
+    assert model.spacings == ["2", "3/2"]
+    model.check(clip_of(squares, 0, Clock(robot_hz="20", video_hz="40/3", frames=4)))
+
+
+def test_states_that_nobody_taught_it_to_read_are_unknown_and_correct_nothing(squares):
+    model, plain = small(state_weight=0.0), small(correct=0.0)
+    for one in (model, plain):
+        one.fit(squares, range(4))
+    assert set(model.calibrate(squares, [4])) == {"sigma_move", "sigma_light"}
+    clips = [clip_of(squares, 2)]
+    assert model.head.response.abs().sum() > 0 and model.states(clips) is None and plain.states(clips) is not None
+    np.testing.assert_array_equal(model.label(clips)[0].value, plain.label(clips)[0].value)
+
+
+def test_it_moves_to_the_accelerator(monkeypatch):
+    monkeypatch.setattr("idm.model.best_device", lambda: torch.device("meta"))
+    model = small()
+    assert model.place() is model
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {"meta"}
 
 
 def test_the_published_window_can_be_said_and_a_transformers_tower_plugs_in(squares):

@@ -3,6 +3,7 @@
 import pytest
 from hydra.errors import HydraException
 
+from dreamgen.core.manifest import Stage, write_json
 from jobs.errors import explain
 from jobs.recipe import load
 from jobs.running import check, record, run_stage
@@ -70,3 +71,39 @@ def test_errors_become_one_sentence() -> None:
     assert explain(ValueError("row 3 holds nan")) == "row 3 holds nan"
     assert explain(RuntimeError("ours")) is None
     assert "continues" in (explain(KeyboardInterrupt()) or "")
+
+
+def test_a_record_holds_what_inputs_hold(tmp_path) -> None:
+    def of(*overrides: str) -> dict:
+        return record(load("evaluate", ["stage=correlation", f"out={tmp_path}", *overrides])[0].stage)
+
+    judge = tmp_path / "judge"
+    judge.mkdir()
+    write_json(judge / "manifest.json", {"id": "first"})
+    first = of()
+    assert first["judge"]["path"] == "first"
+    write_json(judge / "manifest.json", {"id": "second"})
+    assert of() != first
+    judge.rename(tmp_path / "elsewhere")
+    assert of(f"stage.judge.path={tmp_path}/elsewhere")["judge"]["path"] == "second"
+    assert of("stage.judge.path=team/judge")["judge"]["path"] == "team/judge"  # of a hub
+
+
+@pytest.mark.parametrize(("job", "key"), [("train_policy", "policy"), ("collect", "sim"), ("train_judge", "judge")])
+def test_unknown_keys_of_parts_are_named(job: str, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"stage.{key} '\w+' has no setting nonsense; it has"):
+        check(load(job, [f"+{key}.nonsense=1"])[0].stage)
+
+
+def test_a_refused_setting_does_not_lock_the_folder(tmp_path) -> None:
+    out = tmp_path / "out"
+    Stage(out, "collect", config={"instructions": ["fly"]})
+    with Stage(out, "collect", config={"instructions": ["lift"]}):
+        (out / "episode.npz").touch()
+    with pytest.raises(ValueError, match="another configuration"):
+        Stage(out, "collect", config={"instructions": ["fly"]})
+
+
+@pytest.mark.parametrize("text", ["1000 requested and 10 written", "[enforce fail] PytorchStreamWriter failed writing"])
+def test_a_full_disk_is_known_by_its_words(text: str) -> None:
+    assert "disk is full" in (explain(OSError(text)) or "")

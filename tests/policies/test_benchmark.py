@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from dreamgen.engine.compiling import missing
 
 ROOT = Path(__file__).parents[2]
@@ -18,3 +20,4 @@ def test_the_last_line_is_json() -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert {"name", "ratio", "ours", "peer", "settings", "device"} <= told.keys() and told["ratio"] > 0
+    assert told["device"] == (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")

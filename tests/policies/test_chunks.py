@@ -24,6 +24,9 @@ class Recorded(Dataset):
     def __len__(self) -> int:
         return len(self.episodes)
 
+    def index(self, i: int) -> int:
+        return 40 + i  # the first forty were left out
+
     def length(self, i: int) -> int:
         return len(self.episodes[i].action)
 
@@ -117,8 +120,22 @@ def test_whole_chunks_for_statistics():
     np.testing.assert_array_equal(found, np.stack(want))
 
 
+def test_shuffled_labels_are_never_an_episodes_own():
+    for n in range(2, 40):
+        donor = Chunks(Recorded(*[episode(7)] * n), horizon=STEPS, labels="shuffled").donor.tolist()
+        walked, i = [], 0
+        while not walked or i:  # one cycle passes through all
+            walked.append(i)
+            i = donor[i]
+        assert sorted(walked) == list(range(n))
+    firsts = {Chunks(recorded(), horizon=STEPS, labels="shuffled").donor[0] for _ in range(5)}
+    assert len(firsts) == 1
+    with pytest.raises(ValueError, match="labels is 'shuffled', and recorded has one episode"):
+        Chunks(Recorded(episode(7)), horizon=STEPS, labels="shuffled")
+
+
 def test_a_horizon_longer_than_an_episode_is_named():
-    with pytest.raises(ValueError, match=r"episode 1 of recorded has 7 rows, the policy's horizon is 8"):
+    with pytest.raises(ValueError, match=r"episode 41 of recorded has 7 rows, the policy's horizon is 8"):
         Chunks(recorded(), horizon=8)
     with pytest.raises(ValueError, match="past_end is 'pad'"):
         Chunks(recorded(), horizon=STEPS, past_end="pad")

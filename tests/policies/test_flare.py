@@ -1,11 +1,16 @@
 """FLARE: off without a trace, gradients where they belong, a target that follows."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dreamgen.engine.train import train
 from dreamgen.policies.inference import integrate
+from dreamgen.policies.palette import PaletteEncoder
+from dreamgen.policies.policy import FlowPolicy
 from tests.policies.toy import B, batch, loss, observations, policy
 
 ON = dict(align_weight=0.3, align_layer=2, future_tokens=3)
@@ -51,13 +56,63 @@ def test_the_target_follows_the_encoder():
     with torch.no_grad():
         model.encoder.heat.weight.add_(1)
     loss(model, batch())
+    assert torch.equal(model.flare.target.heat.weight, before)  # a loss may run in several processes
+    model.after_step()
     torch.testing.assert_close(model.flare.target.heat.weight, before + 0.25)
     frozen = policy(**ON, target="frozen")
     before = {k: v.clone() for k, v in frozen.flare.target.state_dict().items()}
     with torch.no_grad():
         frozen.encoder.heat.weight.add_(1)
-    loss(frozen, batch())
+    frozen.after_step()
     assert all(torch.equal(v, before[k]) for k, v in frozen.flare.target.state_dict().items())
+
+
+FOUR = {key: value[:4] for key, value in batch().items()}  # rows: two for each of two processes
+
+
+def trained(out: Path, steps: int = 3, **options) -> FlowPolicy:
+    model = policy(**ON, target="qformer", target_decay=0.75)
+    how = dict(lr=1e-2, warmup=1, ema=None, precision="fp32", checkpoint_every=1, log_every=1)
+    train(model, **{"batch_at": lambda step: FOUR, "out": out, "steps": steps, **how, **options})
+    return model
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_targets_follow_once_a_step_however_many_processes_it_had(tmp_path, replicas):
+    followed = policy(**ON, target="qformer", target_decay=0.75).flare
+
+    def validate(model: FlowPolicy, step: int) -> dict[str, float]:
+        followed.follow(model.encoder, model.queries)
+        return {}
+
+    model = trained(tmp_path, replicas=replicas, validate=validate, validate_every=1)
+    assert not torch.equal(model.flare.target.heat.weight, model.encoder.heat.weight)
+    for name, value in followed.named_buffers():
+        assert torch.equal(value, model.flare.get_buffer(name)), name
+
+
+def test_a_run_with_replicas_that_is_killed_has_the_same_targets(tmp_path):
+    def dies(step: int) -> dict[str, torch.Tensor]:
+        if step == 2:
+            raise ValueError("killed")
+        return FOUR
+
+    whole = trained(tmp_path / "whole", replicas=2)
+    with pytest.raises(ValueError, match="killed"):
+        trained(tmp_path / "cut", replicas=2, batch_at=dies)
+    again = trained(tmp_path / "cut", replicas=2)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_targets_neither_drop_out_nor_add_noise():
+    torch.manual_seed(0)
+    encoder = PaletteEncoder(width=24, colours=3, slots=4, hidden=40, views=2)
+    model, data = policy(**ON, encoder=encoder).train(), batch()
+    words = encoder.words(["open it"] * B)
+    targets = [model.flare.embed(data["future"], words) for _ in range(2)]
+    assert torch.equal(*targets) and torch.equal(model.eval().flare.embed(data["future"], words), targets[0])
+    model.train()
+    assert not torch.equal(model.encode(data["future"], words), model.encode(data["future"], words))
 
 
 def test_alignment_is_zero_for_the_true_embedding():
@@ -87,6 +142,7 @@ def test_a_qformer_is_trained_by_the_action_loss_and_followed():
     before = model.flare.target_queries.layers.norm.bias.clone()
     with torch.no_grad():
         model.queries.layers.norm.bias.add_(1)
+    model.after_step()
     _, metrics = model.loss(data)
     torch.testing.assert_close(model.flare.target_queries.layers.norm.bias, before + 0.25)
     metrics["flow"].backward()

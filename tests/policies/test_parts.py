@@ -1,7 +1,10 @@
 """The pieces of a policy: transformer, flow, bodies, encoder, augmentation."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dreamgen.policies import augment
 from dreamgen.policies.body import BodyLinear
@@ -9,18 +12,27 @@ from dreamgen.policies.dit import DiT, count, on_meta, repeat_context
 from dreamgen.policies.encoder import TinyEncoder
 from dreamgen.policies.flow import euler, interpolate, sample_time
 
+CONF = Path(__file__).parents[2] / "conf" / "policy"
+
+
+def configured(name: str) -> dict[str, int]:
+    """The transformer of conf/policy/<name>.yaml."""
+    config = OmegaConf.load(CONF / f"{name}.yaml")
+    return {key: config[key] for key in ("layers", "heads", "head_width", "out_width")} | {
+        "context_width": config.encoder.width
+    }
+
 
 def test_parameters_of_groot_n1():
     """16 layers of 32 x 48 on 1536-wide tokens: the published 537.8M; N1.5's 550.4M with 2048-wide tokens."""
-    n1 = dict(layers=16, heads=32, head_width=48, out_width=1024)
-    assert count(on_meta(**n1, context_width=1536)) == 537_803_776
-    assert count(on_meta(**n1, context_width=2048)) == 550_386_688
+    n1 = configured("n1")
+    assert count(on_meta(**n1)) == 537_803_776
+    assert count(on_meta(**{**n1, "context_width": 2048})) == 550_386_688
 
 
 def test_parameters_of_groot_n1_6():
     """32 layers of 32 x 48 on 2048-wide tokens: what its published server counts when it loads."""
-    n1_6 = dict(layers=32, heads=32, head_width=48, out_width=1024)
-    assert count(on_meta(**n1_6, context_width=2048)) == 1_091_722_240
+    assert count(on_meta(**configured("n1_6"))) == 1_091_722_240
 
 
 def test_euler_samples_known_fields():

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dreamgen.core.clip import Clip, Episode
@@ -12,11 +14,14 @@ from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.intervals import difference_interval, success_interval
 from dreamgen.core.manifest import Stage
 from dreamgen.data.clips import ClipFolder
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import noted
 from dreamgen.data.writer import write_dataset
 from dreamgen.report import plots, scenes
 from dreamgen.report.report import calibrations, report
 from dreamgen.report.results import gather
 from dreamgen.report.table import table
+from dreamgen.stages.export import export
 
 ROBOT = Embodiment(
     name="toy", robot_hz="10", views=(View(name="front", key="observation.images.front", height=16, width=24),),
@@ -60,7 +65,9 @@ def folder(tmp_path: Path) -> Path:
     rows = [{"step": k, "seconds": 0.1, "loss": 1 / (k + 1)} for k in range(5)]
     rows[-1] |= {"val_loss": 0.3, "val_psnr": 26.6}
     (tmp_path / "policy" / "losses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    finish(tmp_path / "policy", "train_policy", steps=5, skipped={"4": "'action' holds nan"})
+    (tmp_path / "policy" / "regression").mkdir()
+    (tmp_path / "policy" / "regression" / "losses.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    finish(tmp_path / "policy", "train_policy", steps=5)
     finish(tmp_path / "scores", "evaluate_labels", idm={"r2": {"x": float("nan")}, "calibration": CALIBRATION},
            replay={"recorded": SUCCESS})  # fmt: skip
     finish(tmp_path / "won", "evaluate", success=SUCCESS, by_instruction={"stay": SUCCESS}, against=PAIRED)
@@ -88,11 +95,28 @@ def test_a_run_becomes_one_file_and_its_figures(folder: Path) -> None:
     assert 'aria-label="error of x: RMS error, error = spread"' in page
     assert "A &lt;run&gt;" in page and "a=&#39;&lt;b&gt;&#39;" in page and "go <left>" not in page
     assert page.count("<video") == 3 + 3 and page.count('class="frame"') == 1
-    assert page.count("<polyline") == 2 * 3 + 2 + 2
+    assert page.count("<polyline") == 2 * 3 + 2 + 2 + 1
+    assert "<figcaption>policy: regression</figcaption>" in page
     assert 'aria-label="loss: loss, val_loss"' in page  # other figures of a validation have other units
     assert "+25.0 points [-26.4, +66.4], 3 won and 1 lost of 8, p 0.62" in page
-    assert "&#39;action&#39; holds nan" in page and "same first frame" in page
+    assert "same first frame" in page and "left out by choice" not in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+
+
+def test_bad_episodes_are_listed_as_stages_leave_them_out(folder: Path) -> None:
+    path = folder / "heldout" / "data" / "chunk-000" / "file-000.parquet"
+    rows = pq.read_table(path)
+    values = np.array(rows["action"].to_pylist(), np.float32)
+    values[15] = np.nan  # a row of the second episode
+    at = rows.column_names.index("action")
+    actions = pa.FixedSizeListArray.from_arrays(values.ravel(), 2).cast(rows.schema.field(at).type)
+    pq.write_table(rows.set_column(at, rows.schema.field(at), actions), path)
+    data = Dataset(folder / "heldout", ROBOT, skip_bad=True)
+    export(data, out=folder / "copy", record={})
+    finish(folder / "trained", "train_labeler", **noted(data, None, data))
+    report(ROBOT, out=folder / "report", folder=folder, steps=["copy", "trained"], record={})
+    page = (folder / "report" / "report.html").read_text()
+    assert "1 in all" in page and re.search(r"<td>heldout</td><td>1</td><td>[^<]*nan[^<]*</td><td>copy, trained<", page)
 
 
 def test_trainings_are_added_up(tmp_path: Path) -> None:
@@ -115,15 +139,27 @@ def test_trainings_are_added_up(tmp_path: Path) -> None:
 
 def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
     rows = {"good <one>": {"real": 0.9, "dream": 0.8}, "bad": {"real": 0.1, "dream": 0.4}}
-    finish(tmp_path / "compared", "correlation", correlation={"policies": rows, "r": 1.0, "mmrv": None, "bias": 0.1})
+    told = {"policies": rows, "r": 1.0, "r_low": -1.0, "r_high": 1.0, "r_drop_one": [None, None], "mmrv": None,
+            "bias": 0.1, "episode_auroc": 0.87,
+            "blind": {"first_frame": {"r": 0.25, "r_drop_one": [-0.1, 0.5]}}}  # fmt: skip
+    finish(tmp_path / "compared", "correlation", correlation=told)
+    finish(tmp_path / "executed", "evaluate_counterfactuals", clips=1)
+    (tmp_path / "executed" / "sheets").mkdir()
+    (tmp_path / "executed" / "sheets" / "f01.png").write_bytes(b"\x89PNH")
     finish(tmp_path / "kept", "curate", passed=1)
     (tmp_path / "kept" / "sheets").mkdir()
     (tmp_path / "kept" / "sheets" / "jerk.png").write_bytes(b"\x89PNG")
-    report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=["compared", "kept"], record={})
+    report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=["compared", "executed", "kept"],
+           record={})  # fmt: skip
     page = (tmp_path / "report" / "report.html").read_text()
     assert "compared: 2 policies, r 1.000, bias 0.100" in page and "good &lt;one&gt;: 0.90, 0.80" in page
     (x1, y1), (x0, y0) = ((float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', page))
     assert x1 < x0 and y1 > y0 and (x0 - x1) / (y1 - y0) == pytest.approx(2, abs=0.01)
+    cells = re.findall(r"<tr><td>([^<]+)</td>((?:<td class=\"num\">[^<]*</td>){10})", page)
+    figures = {name: re.findall(r">([^<]*)</td>", row) for name, row in cells}
+    assert figures["the dream"][:2] == ["1.00 [-1.00, 1.00]", ""] and figures["the dream"][5:8] == ["0.10", "", "0.87"]
+    assert figures["blind: first frame"][:2] == ["0.25", "-0.10 to 0.50"]
+    assert "executed: f01, dreamed, judged and executed" in page and "data:image/png;base64,iVBOSA==" in page
     assert "kept: jerk, best and worst clips" in page and "data:image/png;base64,iVBORw==" in page
 
 

@@ -1,5 +1,6 @@
 """The GR00T server: by frames as they stand in the protocol, by our client, and by clients that mean harm."""
 
+import json
 import pickle
 import socket
 import time
@@ -11,7 +12,7 @@ import pytest
 
 from dreamgen.core.embodiment import Part
 from dreamgen.serve.clients import GrootPolicy
-from dreamgen.serve.groot import GrootServer, from_groot, to_groot
+from dreamgen.serve.groot import GrootServer, from_groot, modality_config, to_groot
 from dreamgen.serve.wire import pack_groot, unpack_groot
 from tests.serve.toy import ROBOT, STEPS, A, H, Mean, W, observations
 
@@ -124,7 +125,15 @@ BAD = {
     "list": (pack_groot([1]), "expected a map"),
     "pickle": (pickle.dumps({"endpoint": "ping"}), "malformed|expected a map"),
     "nothing": (pack_groot({"endpoint": "get_action"}), "language"),
-    "no view": (pack_groot({"data": {**GOOD, "video": {"front": PICTURES}}}), "'wrist' of the observation's video is"),
+    "no view": (pack_groot({"data": {**GOOD, "video": {"front": PICTURES}}}),
+                r"video lacks \['wrist'\]; it has \['front'\], expected \['front', 'wrist'\]"),
+    "text as a view": (pack_groot({"data": {**GOOD, "video": {"front": PICTURES, "wrist": "a"}}}),
+                       "'wrist' of the observation's video is str"),
+    "no part": (pack_groot({"data": {**GOOD, "state": {}}}), r"state lacks \['pose', 'grip'\]; it has \[\]"),
+    "no video": (pack_groot({"data": {**GOOD, "video": None}}), "video is NoneType; expected a map with"),
+    "N1.5": (pack_groot({"data": {"video.front": PICTURES, "annotation.human.action.task_description": ["a", "a"]}}),
+             "flat keys, as of N1.5: .*video.front.*; expected the maps"),
+    "many values": (b"\xdd\x00\x01\x86\xa0" + b"\x80" * 100_000, "it holds 100001 values or more; expected at most"),
     "four axes": (pack_groot({"data": {**GOOD, "video": {"front": PICTURES, "wrist": PICTURES[:, 0]}}}), "B, T, H, W"),
     "size": (pack_groot({"data": {**GOOD, "video": {"front": PICTURES, "wrist": PICTURES[:, :, 1:]}}}), "view 'wrist'"),
     "batch": (pack_groot({"data": {**GOOD, "language": {"task": [["a"]]}}}), "batches of \\[1, 2\\]"),
@@ -135,7 +144,7 @@ BAD = {
     "token": (pack_groot({"endpoint": ["ping"]}), "Unknown endpoint"),
     "large": (b"\0" * 200_000, "at most 104857 bytes"),
     "fault": (pack_groot({"data": {**GOOD, "language": {"task": [["break"], ["a"]]}}}), "the policy failed"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -149,11 +158,53 @@ def test_what_cannot_be_used_gets_an_error(server: GrootServer, name: str):
         assert link.ask(endpoint="ping")["status"] == "ok"
 
 
+def test_a_server_of_n1_5_is_understood_and_named(server: GrootServer, monkeypatch):
+    ask = GrootPolicy.ask
+
+    def older(self, endpoint, data=None):
+        reply = ask(self, endpoint, data)
+        if endpoint == "get_modality_config":
+            reply = {name: {**node, "as_json": json.dumps(node["as_json"])} for name, node in reply.items()}
+        return reply
+
+    monkeypatch.setattr(GrootPolicy, "ask", older)
+    with GrootPolicy(server.address, robot=ROBOT) as policy:
+        assert policy.horizon == STEPS and policy.act(observations(1), [0]).shape == (1, STEPS, A)
+
+
+CONFIG = modality_config(ROBOT, STEPS)
+ODD = {
+    "list": ({"get_modality_config": [1]}, "sent list; expected a map with video, state, action"),
+    "no action": ({"get_modality_config": {"video": CONFIG["video"]}}, r"a map of \['video'\]; expected a map with"),
+    "no as_json": ({"get_modality_config": {**CONFIG, "state": {}}}, r"a map of \[\]; expected a map with as_json"),
+    "no JSON": ({"get_modality_config": {**CONFIG, "state": {"as_json": "{"}}}, "a modality that is no JSON"),
+    "no keys": ({"get_modality_config": {**CONFIG, "state": {"as_json": "[]"}}}, "list; expected a map with delta_ind"),
+    "steps": ({"get_modality_config": {**CONFIG, "action": {"as_json": {"delta_indices": 3, "modality_keys": []}}}},
+              "delta_indices 3, modality_keys .*; expected two lists"),
+    "contract": ({"contract": {"contract": {"views": 3}}}, "a contract that describes no robot"),
+    "flat action": ({"get_action": {"action.arm": 1}}, r"answered get_action with dict; expected \[action, info\]"),
+    "triple": ({"get_action": [1, 2, 3]}, r"with a list of 3; expected \[action, info\]"),
+    "no map": ({"get_action": [1, {}]}, "sent int; expected a map with arm, hand"),
+    "no hand": ({"get_action": [{"arm": 1}, {}]}, r"a map of \['arm'\]; expected a map with arm, hand"),
+    "no array": ({"get_action": [{"arm": 1, "hand": 1}, {}]}, "actions of int"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_another_server_sends_amiss_is_named(server: GrootServer, monkeypatch, name: str):
+    ask, (replies, want) = GrootPolicy.ask, ODD[name]
+    monkeypatch.setattr(GrootPolicy, "ask", lambda self, endpoint, data=None: (
+        replies[endpoint] if endpoint in replies else ask(self, endpoint, data)))  # fmt: skip
+    with pytest.raises(ValueError, match=want), GrootPolicy(server.address, robot=ROBOT) as policy:
+        policy.act(observations(1), [0])
+
+
 def test_strangers_to_the_transport(server: GrootServer):
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as plain:
         plain.sendall(b"GET / HTTP/1.1\r\n\r\n" + b"\xff" * 100)
     with Link(server) as link, Link(server) as other:
-        assert "2 frames" in link.raw(b"a", b"b")["error"]
+        assert "2 frames, the first of 1 bytes" in link.raw(b"a", b"b")["error"]
+        assert "900 frames" in link.raw(*[b"a" * 1000] * 900)["error"] and link.ask(endpoint="ping")["status"] == "ok"
         link.socket.setsockopt(zmq.RCVTIMEO, 300)
         with pytest.raises(zmq.Again):  # far too large: not even read
             link.raw(b"\0" * 600_000)
@@ -165,6 +216,10 @@ def test_a_key_and_kill():
         with Link(server) as link:
             for request in (dict(endpoint="kill"), dict(endpoint="ping", api_token="guess"), dict(api_token=[1])):
                 assert link.ask(**request) == {"error": "Unauthorized: Invalid API token"}
+            spoilt = {"__ndarray_class__": True, "as_npy": b"no array"}  # would be malformed, were it unpacked
+            refused = link.ask(endpoint="ping", data=spoilt, api_token="guess")
+            assert refused == {"error": "Unauthorized: Invalid API token"}
+            assert "malformed" in link.ask(endpoint="ping", data=spoilt, api_token="secret")["error"]
         with GrootPolicy(server.address, robot=ROBOT, key="secret") as policy:
             assert policy.act(observations(1), [0]).shape == (1, STEPS, A)
             assert policy.ask("kill") is None

@@ -3,9 +3,11 @@
 import os
 import pickle
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from tests.serve.toy import ROBOT, STEPS, A, D, H, Mean, W, observations
 client = pytest.importorskip("websockets.sync.client")
 from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
-PUBLISHED = os.environ.get("OPENPI_CLIENT_PYTHON", "")  # of an environment that holds openpi-client
+HERE = Path(__file__).parent
+PUBLISHED = Path(os.environ.get("OPENPI_CLIENT_PYTHON", HERE.parents[1] / ".venv-openpi/bin/python"))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,7 @@ BAD = {
     "words as a picture": (pack_openpi({**GOOD, "observation/front": np.array(["a"])}), "'observation/front'"),
     "no state": (pack_openpi({k: v for k, v in GOOD.items() if "state" not in k}), "lacks .*state"),
     "number as prompt": (pack_openpi({**GOOD, "prompt": 3}), "'prompt'.*expected text"),
+    "many values": (b"\xdd\x00\x01\x86\xa0" + b"\x80" * 100_000, "it holds 100001 values or more; expected at most"),
     "seed": (pack_openpi({**GOOD, "seed": -1}), "seed is -1"),
     "fault": (pack_openpi({**GOOD, "prompt": "break"}), "the policy failed: RuntimeError"),
 }
@@ -124,6 +128,59 @@ def test_oversized_frames_close_their_connection_only(server: OpenpiServer):
         assert closed.value.rcvd.code == 1009
         other.send(pack_openpi(GOOD))
         assert "actions" in unpack_openpi(other.recv(5))
+
+
+def test_frames_are_unpacked_in_turn_and_do_not_pile_up(server: OpenpiServer):
+    with connect(server) as link, connect(server) as other:
+        link.recv(5), other.recv(5)
+        with server._turn:
+            link.send(b"\xc1")
+            with pytest.raises(TimeoutError):
+                link.recv(0.2)
+        assert "malformed" in link.recv(5)
+        for seed in range(6):  # sent ahead: none is lost
+            other.send(pack_openpi({**GOOD, "seed": seed}))
+        chunks = [unpack_openpi(other.recv(5))["actions"] for _ in range(6)]
+        np.testing.assert_allclose(np.diff(chunks, axis=0), 1, atol=1e-4)
+
+
+@contextmanager
+def foreign(metadata: object, reply: object = None) -> Iterator[str]:
+    """The address of a server that sends `metadata`, then `reply` to whatever comes."""
+    from websockets.sync.server import serve
+
+    def talk(link) -> None:
+        link.send(pack_openpi(metadata))
+        for _ in link:
+            link.send(pack_openpi(reply))
+
+    with serve(talk, "127.0.0.1", 0, compression=None) as made:
+        threading.Thread(target=made.serve_forever, daemon=True).start()
+        yield f"ws://127.0.0.1:{made.socket.getsockname()[1]}"
+
+
+ODD = {
+    "metadata": ([1], None, "as its metadata, sent list; expected a map"),
+    "contract": ({"contract": {"name": "arm"}}, None, "describes no robot: KeyError|robot_hz: here 20, saved None"),
+    "contract of text": ({"contract": "arm"}, None, "a contract that describes no robot"),
+    "horizon": ({"horizon": "long"}, None, "chunks of 'long' steps; expected a whole number"),
+    "keys": ({"keys": ["image"]}, None, "as the keys of an observation, sent list; expected a map with views, state"),
+    "reply": ({}, [1], "sent list; expected a map with actions"),
+    "no actions": ({}, {"action": 1}, r"sent a map of \['action'\]; expected a map with actions"),
+    "shape": ({}, {"actions": np.zeros(3)}, r"actions of shape \(3,\)"),
+    "words": ({}, {"actions": np.full((STEPS, A), "a")}, "actions of type <U1"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("known", [True, False])
+def test_what_another_server_sends_amiss_is_named(name: str, known: bool):
+    metadata, reply, want = ODD[name]
+    if isinstance(metadata, dict):
+        metadata = {"horizon": STEPS, "contract": ROBOT.contract()} | metadata
+    with foreign(metadata, reply) as address, pytest.raises(ValueError, match=want):
+        with OpenpiPolicy(address, robot=ROBOT if known else None, timeout=5.0) as policy:
+            policy.act(observations(1), [0])
 
 
 def test_health_and_strangers(server: OpenpiServer):
@@ -170,10 +227,11 @@ np.testing.assert_allclose(policy.infer(seen)["actions"], want, rtol=1e-6)
 """
 
 
-@pytest.mark.skipif(not Path(PUBLISHED).is_file(), reason="OPENPI_CLIENT_PYTHON names no python with openpi-client")
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="no environment with openpi-client: `make test-openpi` builds one")
 def test_the_published_client():
     with OpenpiServer(Mean(), port=0, key="secret") as server:
-        done = subprocess.run([PUBLISHED, "-c", SCRIPT, str(server.port)], capture_output=True, text=True, timeout=60)
+        command = [str(PUBLISHED), "-c", SCRIPT, str(server.port)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 

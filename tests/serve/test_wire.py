@@ -7,7 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from dreamgen.serve.wire import load_npy, pack_groot, pack_openpi, unpack_groot, unpack_openpi
+from dreamgen.serve import wire
+from dreamgen.serve.wire import load_npy, pack_groot, pack_openpi, peek, unpack_groot, unpack_openpi
 
 msgpack = pytest.importorskip("msgpack")
 
@@ -122,6 +123,10 @@ RUBBISH = {
     "empty": b"", "never used": b"\xc1", "cut": golden_openpi()[:20], "more": golden_openpi() + b"\1",
     "deep": b"\x91" * 5000 + b"\1", "long list": b"\xdd\xff\xff\xff\xff", "long text": b"\xdb\xff\xff\xff\xff",
     "map of lists": b"\x81\x90\1", "not utf-8": b"\xa2\xff\xfe", "pickle": pickle.dumps(Touches()),
+    "maps": b"\xdd\x00\x02\x00\x00" + b"\x80" * 2**17,
+    "lists of lists": b"\xdc\x04\x00" + (b"\xdc\x00\xff" + b"\x90" * 255) * 1024,
+    "numbers": msgpack.packb(list(range(100_000))), "large map": b"\xdf\x00\x01\x00\x00" + b"\1" * 2**17,
+    "lists that are announced": b"\xdc\xff\xff" * 500, "cut map": b"\xde\x01", "cut number": b"\x92\xcb\0\0",
 }  # fmt: skip
 
 
@@ -137,6 +142,35 @@ def test_hostile_groot_frames(name):
     with pytest.raises(ValueError, match="malformed"):
         unpack_groot({**RUBBISH, **HOSTILE_GROOT}[name])
     assert Touches.hits == []
+
+
+def count(value) -> int:
+    below = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return 1 + sum(map(count, below))
+
+
+def test_values_are_counted_as_msgpack_reads_them(monkeypatch):
+    numbers = [sign * 2**n - (sign > 0) for n in range(64) for sign in (-1, 1) if n or sign > 0]
+    texts = ["a" * n for n in (0, 31, 32, 255, 256, 2**16)]
+    ext = [msgpack.ExtType(5, b"a" * n) for n in (0, 1, 2, 3, 4, 8, 16, 17, 255, 256, 2**16)]
+    lists = [list(range(n)) for n in (0, 15, 16, 2**16)]
+    maps = [{str(i): [{}] for i in range(n)} for n in (0, 15, 16, 300)]
+    value = [numbers, texts, [text.encode() for text in texts], ext, lists, maps, [None, True, False, 1.5]]
+    frame, held = msgpack.packb(value), count(value)
+    monkeypatch.setattr(wire, "VALUES", held)
+    assert count(unpack_groot(frame)) == held
+    monkeypatch.setattr(wire, "VALUES", held - 1)
+    with pytest.raises(ValueError, match=f"malformed: it holds {held} values or more; expected at most {held - 1}"):
+        unpack_openpi(frame)
+
+
+def test_one_value_is_read_without_the_rest():
+    hostile = msgpack.unpackb(HOSTILE_GROOT["huge"])
+    frame = msgpack.packb({"endpoint": "ping", "data": {"a": [hostile] * 3}, "api_token": "k"})
+    assert peek(frame, "api_token") == "k" and peek(frame, "seed") is None
+    for name in ("empty", "cut", "never used", "deep", "maps", "large map", "numbers", "lists that are announced"):
+        with pytest.raises(ValueError, match="malformed"):
+            peek(RUBBISH[name], "api_token")
 
 
 def test_random_damage_never_gets_through_as_another_error():

@@ -1,5 +1,8 @@
 """A simulator small enough to know all answers: a point on a line that must reach 1, and a policy that goes there."""
 
+import atexit
+import os
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -42,6 +45,20 @@ class Point:
 
     def close(self) -> None:
         self.closed = True
+
+
+class Deadly(Point):
+    """Its process is killed at the first reset, as by a kernel that is out of memory."""
+
+    def reset(self, instruction: str, seed: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Loud(Point):
+    """Complains when its process ends in the ordinary way, as drawing contexts do."""
+
+    def __init__(self) -> None:
+        atexit.register(os.write, 2, b"too late")
 
 
 class Walker:

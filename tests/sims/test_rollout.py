@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from point import ROBOT, Point, Walker
+from point import ROBOT, Deadly, Loud, Point, Walker
 
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import seed_for
@@ -46,5 +46,18 @@ def test_unfit_policies() -> None:
         list(rollout(Point, Walker(), [("home", 1)], execute=4))
     policy = Walker()
     policy.robot = Embodiment(name="other", robot_hz=5, views=ROBOT.views, action=ROBOT.action, state=ROBOT.state)
-    with pytest.raises(ValueError, match="made for another robot"):
-        list(rollout(Point, policy, [("home", 1)], execute=2))
+    for plan, workers in (([("home", 1)], 1), ([("home", k) for k in range(GROUP + 1)], 2)):
+        with pytest.raises(ValueError, match="made for another robot"):
+            list(rollout(Point, policy, plan, execute=2, workers=workers))
+
+
+def test_processes_end_quietly(capfd: pytest.CaptureFixture) -> None:
+    plan = [("home", k) for k in range(GROUP + 1)]
+    assert len(list(rollout(Loud, Walker(), plan, execute=2, workers=2))) == len(plan)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_process_that_is_killed_ends_the_run() -> None:
+    plan = [("home", k) for k in range(GROUP + 1)]
+    with pytest.raises(ValueError, match="a worker process was killed, perhaps for memory.*fewer `workers`"):
+        list(rollout(Deadly, Walker(), plan, execute=2, workers=2))

@@ -12,6 +12,7 @@ from dreamgen.core.protocols import Sim
 from dreamgen.sims.renderer import Renderer, project
 from dreamgen.sims.tabletop import Appearance, Tabletop
 from dreamgen.sims.tabletop.appearance import APART, NAMED
+from dreamgen.video.tiling import tile, untile
 
 
 def trace(sim: Tabletop, instruction: str, seed: int, steps: int = 25) -> np.ndarray:
@@ -67,6 +68,18 @@ def test_observation(tabletop: Tabletop, drawing: None) -> None:
     qpos = tabletop.data.qpos.copy()
     assert np.array_equal(tabletop.observe().views["front"], seen.views["front"])
     assert np.array_equal(qpos, tabletop.data.qpos)
+
+
+def test_two_large_views_fill_a_canvas(drawing: None) -> None:
+    sim = Tabletop(robot=embodiment(("front", 128, 128), ("side", 128, 128)))
+    sim.reset("press the button", 4)
+    views = {name: view[None] for name, view in sim.observe().views.items()}
+    canvas = tile(sim.robot, views)
+    assert canvas.shape == (1, *sim.robot.canvas, 3) and canvas[0].size == 2 * 128 * 128 * 3
+    for name, view in untile(sim.robot, canvas).items():
+        assert np.array_equal(view, views[name]) and view.std() > 10
+    assert np.abs(views["front"].astype(int) - views["side"]).mean() > 5  # another place to look from
+    sim.close()
 
 
 def test_blocks_are_drawn_where_they_project_and_six_pixels_wide(drawing: None) -> None:

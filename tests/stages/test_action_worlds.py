@@ -102,6 +102,28 @@ def test_it_trains_saves_and_dreams_on(make, dataset, tmp_path):
     assert found["frames"] == 13 and found["drift"]["1s"]["psnr"] > 0 and found["listening"]["pixels"] > 0
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_transformer_trains_too(pipeline_folder, dataset, tmp_path, method):  # noqa: F811
+    torch.manual_seed(0)
+    base = PrefixWorld(robot=robot(), path=str(pipeline_folder), frames=9, steps=2, guidance=1.0, text_length=12,
+                       precision="fp32")  # fmt: skip
+    before = {name: value.clone() for name, value in base.transformer.state_dict().items()}
+    world = ActionWorld(world=base, width=20, history=[0.2])
+    options = {} if method == "full" else {"method": "lora", "rank": 2, "alpha": 2}  # full is the default
+    done = finetune_actions(world, [dataset], out=tmp_path, steps=2, batch_size=2, lr=1e-2, warmup=1, ema=None, hop=8,
+                            validation=0, record={}, **options)  # fmt: skip
+    assert done["results"]["validation"] == 0
+    again = ActionWorld.load(tmp_path, robot=robot(), steps=2)
+    after = again.world.transformer.state_dict()
+    moved = {name for name, value in before.items() if not torch.equal(after.get(name, value), value)}
+    assert bool(moved) == (method == "full") and any("lora" in name for name in after) == (method == "lora")
+    episode = dataset.episode(0)
+    prompt = Prompt(id="x", image=dataset.canvas(0, [0])[0], instruction=TEXTS[0], seed=3, state=episode.state[0],
+                    action=episode.action[:16])  # fmt: skip
+    world.world.steps, videos = 2, [one.dream([prompt])[0].video.astype(int) for one in (world.eval(), again)]
+    assert np.abs(videos[0] - videos[1]).max() <= 1
+
+
 def test_bad_settings_are_named(make, dataset, tmp_path):
     for changed, message in (({"method": "half"}, "method is 'half'"), ({"shares": [1, 2]}, "for 1 datasets"),
                              ({"lengths": [7]}, r"lengths are \[7\]")):  # fmt: skip

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreamgen.core.manifest import is_complete, read_json
+from dreamgen.core.manifest import Stage, is_complete, read_json
 from dreamgen.data.lerobot import Dataset
 from dreamgen.sims.rollout import replay
 from dreamgen.stages import collect as room
 from dreamgen.stages.collect import collect
+from dreamgen.stages.export import export
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sims"))
-from point import ROBOT, Point, Walker  # noqa: E402
+from point import ROBOT, Deadly, Point, Walker  # noqa: E402
 
 ROWS = 9
 
@@ -63,6 +64,49 @@ def test_a_killed_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert calls[5:] == list(range(3, 7)), "the first part was recorded again"
     assert files(tmp_path / "whole") == files(tmp_path / "killed")
     assert collect(Point, out=tmp_path / "killed", **options) == read_json(tmp_path / "killed" / "manifest.json")
+
+
+def test_killed_between_dataset_and_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    def copy(out: Path) -> dict:
+        return export(Dataset(tmp_path / "collected" / "whole", ROBOT), out=out, format="v2.1", record={})
+
+    def record(out: Path) -> dict:
+        return collect(Point, out=out, episodes=4, rows=ROWS, seed=4, record={})
+
+    for name, make in (("collected", record), ("copied", copy)):
+        whole = make(tmp_path / name / "whole")
+        out = tmp_path / name / "killed"
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Stage, "finish", dies)
+            make(out)
+        assert (out / "meta" / "info.json").is_file() and not is_complete(out)
+        assert make(out)["results"] == whole["results"]
+        assert files(out) == files(tmp_path / name / "whole"), "what the kill left is not cleared"
+
+
+def test_nothing_of_others_is_erased(tmp_path: Path) -> None:
+    collect(Point, out=tmp_path / "made", episodes=1, rows=ROWS, record={})
+    made = Dataset(tmp_path / "made", ROBOT)
+    (tmp_path / "mine" / "data").mkdir(parents=True)
+    (tmp_path / "mine" / "data" / "recording.bag").write_text("a week of work")
+    (tmp_path / "theirs" / "meta").mkdir(parents=True)
+    (tmp_path / "theirs" / "meta" / "info.json").write_text("{}")
+    for name, words in (("mine", "holds data, which no unfinished run wrote"), ("theirs", "already holds a dataset")):
+        before = files(tmp_path / name)
+        with pytest.raises(ValueError, match=words):
+            export(made, out=tmp_path / name, record={})
+        with pytest.raises(ValueError, match=words):
+            collect(Point, out=tmp_path / name, episodes=1, rows=ROWS, record={})
+        assert files(tmp_path / name) == before
+
+
+def test_a_worker_that_is_killed_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "PART", 1)
+    with pytest.raises(ValueError, match="a worker process was killed, perhaps for memory.*fewer `workers`"):
+        collect(Deadly, out=tmp_path / "x", episodes=2, rows=ROWS, workers=2, record={})
 
 
 def test_policy_and_play_keep_failures(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The whole evaluator on a simulator that knows all answers: with a perfect world and judge, r = 1 and no bias."""
 
+import inspect
 import json
 import sys
 from functools import partial
@@ -46,6 +47,19 @@ class Column:
         places = np.array([clip.video[-1, 0, :, 0].argmax() for clip in clips])
         told = 1 / (1 + np.exp(-(places - self.home + 0.5)))
         return np.where([c.instruction == "home" for c in clips], told, np.nan)
+
+
+class Telling(Column):
+    """Says what it knows."""
+
+    instructions = ("home",)
+
+
+class Reset(Point):
+    """Nothing may be simulated in it."""
+
+    def reset(self, instruction, seed):
+        raise AssertionError("too late")
 
 
 POLICIES = {f"speed {s}": Steady(s) for s in (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)}
@@ -100,12 +114,51 @@ def test_films_show_reality_beside_the_dream(done) -> None:
 def test_a_run_continues_and_says_what_it_cannot_do(done, tmp_path) -> None:
     with pytest.raises(ValueError, match="abstained on every episode of policy 'speed 0.0'"):
         correlation(oracle(), Column(), Point, POLICIES, out=tmp_path, **{**OPTIONS, "instructions": ["away"]})
+    with pytest.raises(ValueError, match=r"knows none of the instructions \['away'\].*knows \['home'\]"):
+        correlation(oracle(), Telling(), Reset, POLICIES, out=tmp_path, **{**OPTIONS, "instructions": ["away"]})
     with pytest.raises(ValueError, match="nobody: no such policy"):
         correlation(oracle(), Column(), Point, POLICIES, out=tmp_path, seen=["nobody"], **OPTIONS)
     with pytest.raises(ValueError, match="2 or more"):
         correlation(oracle(), Column(), Point, {"a": Walker()}, out=tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match="has none"):
         correlation(oracle(), Column(), None, POLICIES, out=tmp_path, **OPTIONS)
+
+
+class Listening(Column):
+    """Believes in an episode in which the robot was sent forward, whatever the picture shows."""
+
+    def judge(self, clips):
+        return np.array([float((clip.action > 0.01).any()) for clip in clips])
+
+
+def test_the_first_frame_alone_says_nothing_of_commands(tmp_path) -> None:
+    two = {name: POLICIES[name] for name in ("speed 0.2", "speed 0.6")}
+    found = correlation(oracle(), Listening(), Point, two, out=tmp_path, **OPTIONS)["results"]["correlation"]
+    assert [row["dream"] for row in found["policies"].values()] == [1, 1]
+    assert found["blind"]["first_frame"]["tpr"] == 0  # the robot is held still
+
+
+def test_abstentions_count_on_neither_side(tmp_path) -> None:
+    options = {**OPTIONS, "instructions": ["home", "away"], "episodes": 12, "blind": ["first_frame", "demos"]}
+    demos = {name: k for k, name in enumerate(POLICIES)}
+    found = correlation(oracle(), Column(), Point, POLICIES, out=tmp_path, demos=demos, **options)
+    found = found["results"]["correlation"]
+    assert (found["abstained"], found["mae"], found["bias"]) == (36, 0, 0) and found["r"] == pytest.approx(1)
+    for name, row in found["policies"].items():
+        real = read_json(tmp_path / "policies" / f"{name}.json")["real"]
+        assert row["n"] == 6 and row["real"] == row["dream"] == np.mean(real[:6])  # "away" is not judged
+    assert found["blind"]["first_frame"]["bias"] == -np.mean([row["real"] for row in found["policies"].values()])
+
+
+def test_what_is_made_of_a_seen_policy_is_seen(tmp_path) -> None:
+    worse = {"noise": partial(Noisy, size=0.2), "mistaken": partial(Mistaken, instructions=["home", "away"])}
+    names = ["speed 0.1", "speed 0.4"]
+    found = correlation(oracle(), Column(), Point, {n: POLICIES[n] for n in names}, out=tmp_path, seen=["speed 0.4"],
+                        degraded=worse, demos={"speed 0.1": 3, "speed 0.4": 9}, **OPTIONS)  # fmt: skip
+    found = found["results"]["correlation"]
+    seen = {name for name, row in found["policies"].items() if row["seen"]}
+    assert seen == {"speed 0.4", "speed 0.4_noise", "speed 0.4_mistaken"} and found["k"] == found["seen"]["k"] == 3
+    assert read_json(tmp_path / "manifest.json")["results"]["correlation"]["blind"]["demos"]["k"] == 3
 
 
 def prompt(text: str = "home", seed: int = 0) -> Prompt:
@@ -180,6 +233,7 @@ def test_first_states_from_the_middle() -> None:
     env.reset(options={"prompts": [first]})
     seen, *_ = env.step(np.full((1, 3, 1), 0.5))
     assert seen["state"][0, 0] == 0 and (seen["eye"][0, 0, :, 0] == 255).argmax() == 12
+    assert not hasattr(sim, "objects") and not inspect.signature(sim.expert).parameters  # as the simulator itself
 
 
 def test_worse_policies_are_worse_in_the_way_they_say() -> None:

@@ -8,17 +8,18 @@ import pytest
 
 from dreamgen.core.clip import Prompt
 from dreamgen.core.embodiment import Embodiment, Part, View
+from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import read_json
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.streams import late, mirrored, noisy, still, stuck
+from dreamgen.data.streams import late, mirrored, noisy, resting, still, stuck
 from dreamgen.report.tree import trees
 from dreamgen.stages.collect import collect
 from dreamgen.stages.dream import dream
 from dreamgen.stages.evaluate_counterfactuals import evaluate_counterfactuals
 from dreamgen.stages.evaluate_world import evaluate_world
 from dreamgen.video.metrics import lpips_or_reason
-from dreamgen.worlds.alternatives import ActionPrompts
+from dreamgen.worlds.alternatives import ActionPrompts, repeating
 from dreamgen.worlds.oracle import OracleWorld
 from dreamgen.worlds.search import AdversarialSearch
 
@@ -77,17 +78,18 @@ def test_a_perfect_world_does_not_drift_and_listens(recordings, tmp_path) -> Non
     assert found["listening"]["pixels"] > 2 and found["listening"]["hand"] > 1
     assert found["calibration"]["large"]["real"] > found["calibration"]["small"]["real"] > 0
     assert abs(found["calibration"]["large"]["dreamt"] - found["calibration"]["large"]["real"]) < 0.5
-    assert read_json(tmp_path / "results" / "world.json") == found and (tmp_path / "films" / "00.mp4").is_file()
+    assert read_json(tmp_path / "results" / "world.json").items() <= found.items()
+    assert (tmp_path / "films" / "00.mp4").is_file()
 
 
 def test_dreamt_streams_come_true(tmp_path) -> None:
-    streams = ("small", "large", "mirrored", "late", "still", "other")
+    streams = ("small", "large", "late", "still", "other")
     prompts = ActionPrompts(sim=Seen, first_frames=3, instructions=["home"], rows=6, streams=streams, seed=4)
     made = prompts()
-    assert [p.id for p in made[:3]] == ["a000000_own", "a000000_small", "a000000_large"] and len(made) == 3 * 7
-    assert len({p.pair for p in made}) == 3 and len({p.seed for p in made}) == 21
-    assert all(np.array_equal(p.image, made[0].image) for p in made[:7])
-    assert np.array_equal(made[6].action, made[7].action)  # another first frame's own
+    assert [p.id for p in made[:3]] == ["a000000_own", "a000000_small", "a000000_large"] and len(made) == 3 * 6
+    assert len({p.pair for p in made}) == 3 and len({p.seed for p in made}) == 18
+    assert all(np.array_equal(p.image, made[0].image) for p in made[:6])
+    assert np.array_equal(made[5].action, made[6].action)  # another first frame's own
     assert np.allclose(made[1].origin["actions"], made[1].action, atol=1e-5)
     dream(oracle(), prompts, out=tmp_path / "dreams", record={})
     assert ClipFolder(tmp_path / "dreams" / "clips").info("a000001_late")["origin"]["stream"] == "late"
@@ -96,10 +98,10 @@ def test_dreamt_streams_come_true(tmp_path) -> None:
     assert found["success"]["auroc"] == 1 and found["optimism"] == 0 and found["pessimism"] == 0
     assert found["by_stream"]["still"] == {"n": 3, "real": 0.0, "dreamt": 0.0} and found["by_stream"]["own"]["real"] > 0
     assert found["coverage"] == found["precision"] == 1 and found["position_error"]["rock"] == 0
-    assert len(read_json(tmp_path / "truth" / "pairs.json")["a000002"]) == 7
+    assert len(read_json(tmp_path / "truth" / "pairs.json")["a000002"]) == 6
     assert len(list((tmp_path / "truth" / "sheets").glob("*.png"))) == 3
     ((pair, tree), *_) = trees(tmp_path / "dreams", tmp_path / "truth", 2)
-    assert pair == "a000000" and tree.count("<path") == 7 and tree.count("<image") == 1 + 7 * 4
+    assert pair == "a000000" and tree.count("<path") == 6 and tree.count("<image") == 1 + 6 * 4
     assert "judged 0.00, really failed" in tree and trees(tmp_path / "none", None, 2) == []
 
 
@@ -113,6 +115,19 @@ def test_an_optimist_is_told_so(tmp_path) -> None:
 
     found = evaluate_counterfactuals(tmp_path / "dreams", Optimist(), Seen, out=tmp_path / "t", record={})["results"]
     assert found["optimism"] == 1 and found["success"]["auroc"] == 0.5
+
+    class Silent(Column):
+        def judge(self, clips):
+            return np.array([np.nan if clip.pair == "a000000" else 1.0 for clip in clips])
+
+    partly = evaluate_counterfactuals(tmp_path / "dreams", Silent(), Seen, out=tmp_path / "s", record={})["results"]
+    truth = {row["stream"]: row["real"] for row in read_json(tmp_path / "s" / "pairs.json")["a000001"]}
+    assert partly["abstained"] == 3
+    for stream, row in partly["by_stream"].items():
+        assert row == {"n": 1, "real": float(truth[stream]), "dreamt": 1.0}  # both of the clips that are judged
+    Silent.instructions = ("away",)
+    with pytest.raises(ValueError, match=r"knows none of the instructions \['home'\]"):
+        evaluate_counterfactuals(tmp_path / "dreams", Silent(), lambda: None, out=tmp_path / "v", record={})
     with pytest.raises(ValueError, match="needs|against a simulator"):
         evaluate_counterfactuals(tmp_path / "dreams", Optimist(), None, out=tmp_path / "u", record={})
 
@@ -123,10 +138,65 @@ def test_streams_of_recordings_and_policies(recordings) -> None:
     assert [p.origin["stream"] for p in made] == ["own", "policy", "other"] * 2
     acted = made[1].action
     assert acted.shape == (6, 1) and (acted[:3] == acted[0]).all() and 0.2 <= acted[0, 0] <= 0.6
-    with pytest.raises(ValueError, match="a policy and a world"):
-        ActionPrompts(dataset=recordings, streams=("policy",))()
-    with pytest.raises(ValueError, match="either a simulator or a dataset"):
-        ActionPrompts(streams=("small",))()
+    with pytest.raises(ValueError, match="'policy' needs a policy and a world"):
+        ActionPrompts(dataset=recordings, streams=("policy",), policy=Walker())()
+    with pytest.raises(ValueError, match="'adversarial' needs a search"):
+        ActionPrompts(dataset=recordings, streams=("adversarial",))()
+    with pytest.raises(ValueError, match=r"no streams \['odd'\]; expected some of small"):
+        ActionPrompts(dataset=recordings, streams=("odd", "small"))()
+    for both in ({}, {"sim": Seen, "dataset": recordings}):
+        with pytest.raises(ValueError, match="either a simulator or a dataset"):
+            ActionPrompts(streams=("small",), **both)()
+
+
+def test_streams_that_would_repeat_the_first_are_refused(recordings) -> None:
+    made = dict(dataset=recordings, first_frames=1, rows=3)
+    for name, why in (("mirrored", "no delta part of 2"), ("stuck", "no binary part"), ("late", "a quarter of 3 rows"),
+                      ("other", "no other first frame")):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"{name} \(.*{why}.*Leave them out of prompts.streams"):
+            ActionPrompts(streams=("small", name), **made)()
+    view = View(name="eye", key="observation.images.eye", height=8, width=8)
+    grip = Embodiment(name="grip", robot_hz=5, views=[view], action=[Part(name="g", start=0, stop=1, kind="binary")])
+    assert set(repeating(grip, 2, 8)) == {"small", "large", "adversarial", "mirrored"}
+
+
+def test_a_policy_acts_within_the_limits_and_its_world_is_placed(recordings) -> None:
+    class Wild(Walker):
+        remembers = True
+
+        def act(self, observations, seeds, memories=None, now=0):
+            memories[0]["asked"] = memories[0].get("asked", []) + [now]
+            assert memories[0]["asked"] == list(range(0, now + 1, 3))
+            return np.full((1, 3, 1), 7.0, np.float32)
+
+    class Placed(OracleWorld):
+        placed = 0
+
+        def place(self):
+            Placed.placed += 1
+
+    world = Placed(sim=Seen, video_hz=5, frames=4)
+    search = AdversarialSearch(world=world, judge=Column(), population=3, rounds=1)
+    made = ActionPrompts(dataset=recordings, first_frames=1, rows=6, streams=("policy", "adversarial"), policy=Wild(),
+                         world=world, search=search, execute=3)()  # fmt: skip
+    assert (made[1].action == 1).all() and Placed.placed == 2
+
+
+def test_rest_leaves_a_state_as_it_is() -> None:
+    view = View(name="eye", key="observation.images.eye", height=8, width=8)
+    arm = Embodiment(name="arm", robot_hz=5, views=[view],
+                     state=[Part(name="at", start=0, stop=2), Part(name="q", start=2, stop=3),
+                            Part(name="open", start=3, stop=4)],
+                     action=[Part(name="move", start=0, stop=2, kind="delta", moves="at"),
+                             Part(name="go", start=2, stop=3, moves="q", scale=2.0),
+                             Part(name="grip", start=3, stop=4, kind="binary", moves="open", sets=(1, 0)),
+                             Part(name="lamp", start=4, stop=5, limits=(1, 3))])  # fmt: skip
+    for opening in (0.0, 1.0):
+        state = np.array([0.3, -0.2, 0.8, opening], np.float32)
+        action = resting(arm, state, 5)
+        assert action.shape == (5, 5) and np.allclose(follow(arm, state, action)[0], state)
+        assert (action[:, 4] == 1).all()  # 0 is outside its limits
+    assert resting(arm, np.zeros(0, np.float32), 3).tolist() == [[0, 0, 0, 0, 1]] * 3
 
 
 def test_the_search_finds_a_failure_close_by() -> None:

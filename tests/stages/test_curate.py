@@ -95,6 +95,20 @@ def kept(made) -> Path:
     return made["root"] / "kept"
 
 
+def test_the_world_model_of_a_filter_is_placed(made, tmp_path):
+    class Model:
+        placed = 0
+
+        def place(self) -> None:
+            self.placed += 1
+
+    one = Mute()
+    one.world_model = model = Model()
+    for _ in range(2):  # what is complete needs none
+        scored(made, tmp_path, filters={"mute": one}, least={"mute": 0.5})
+    assert model.placed == 1
+
+
 def test_the_good_are_kept_with_their_scores(made, kept):
     manifest, rows = read_json(kept / "manifest.json"), read_json(kept / "scores.json")
     good = [k for k in range(N) if k not in STILL + WILD]
@@ -133,6 +147,15 @@ def test_shards_and_a_killed_run_write_the_same(made, kept, tmp_path, monkeypatc
     assert calls[3:] == [["dream_8"]] and files(tmp_path / "out") == files(kept)
     shown = [Dataset(root, ROBOT).canvas(3).astype(int) for root in (tmp_path / "out", kept)]
     assert np.abs(shown[0] - shown[1]).mean() < 1
+
+
+def test_killed_between_dataset_and_manifest(made, kept, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stage, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        scored(made, tmp_path / "out")
+    assert (tmp_path / "out" / "meta" / "info.json").is_file() and not is_complete(tmp_path / "out")
+    assert scored(made, tmp_path / "out")["results"] == read_json(kept / "manifest.json")["results"]
+    assert files(tmp_path / "out") == files(kept)
 
 
 def test_without_the_dreams_clips_are_read_from_the_labels(made, tmp_path):

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.manifest import tree_digest
@@ -130,6 +131,41 @@ def test_a_choice_needs_something_to_choose_by(tmp_path):
     labelled.needs_labels = True
     with pytest.raises(ValueError, match="'brightness' scores labels; give the stage a labeler"):
         run(DrawnWorld(), lambda: prompts(2), out=tmp_path, best_of=2, filter=labelled)
+
+
+def test_a_bad_clip_is_dreamed_again_as_its_error_says(tmp_path):
+    done = run(DrawnWorld(), lambda: prompts(7), out=tmp_path, batch_size=2)
+    clips, whole = tmp_path / "clips", tree_digest(tmp_path / "clips")
+    (clips / "p4.mp4").write_bytes((clips / "p4.mp4").read_bytes()[:99])
+    with pytest.raises(ValueError, match="delete p4.json beside it and .*manifest.json, then give the command"):
+        ClipFolder(clips).read("p4")
+    (clips / "p4.json").unlink()
+    (tmp_path / "manifest.json").unlink()
+    world = DrawnWorld()
+    again = run(world, lambda: prompts(7), out=tmp_path, batch_size=2)
+    assert world.batches == [["p4", "p5"]] and tree_digest(clips) == whole
+    assert (again["id"], again["results"]) == (done["id"], done["results"])
+
+
+def test_pictures_whose_names_do_not_fit_are_named_before_anything_is_dreamed(tmp_path):
+    def dreamt(*names: str) -> None:
+        for name in names:
+            Image.fromarray(np.zeros((16, 24, 3), np.uint8)).save(tmp_path / name)
+        listed = FolderPrompts(folder=tmp_path, robot=tiny_robot(), instructions=["go"])
+        world = DrawnWorld()
+        try:
+            run(world, listed, out=tmp_path / "out")
+        finally:
+            assert not world.batches
+            for name in names:
+                (tmp_path / name).unlink()
+
+    with pytest.raises(ValueError, match="'IMG 1_i00_s0' is not fit for a file name.*rename the picture IMG 1.png"):
+        dreamt("a.png", "IMG 1.png")
+    with pytest.raises(ValueError, match="two prompts have the id 'a_i00_s0': of a.jpg and a.png"):
+        dreamt("a.png", "a.jpg")
+    with pytest.raises(ValueError, match="there are no prompts"):
+        run(DrawnWorld(), lambda: [], out=tmp_path / "none")
 
 
 def test_what_first_frames_come_from_is_a_parent(tmp_path):

@@ -1,6 +1,7 @@
 """Fine-tuning: buckets, caches, figures per frame, adapters under checkpointing, errors before the first step."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,12 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 from dreamgen.core.clip import Episode
+from dreamgen.core.embodiment import View
+from dreamgen.data.buckets import ClipPool
 from dreamgen.data.cache import Cache, embeddings, require_known
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.train import read_losses
 from dreamgen.stages import finetune as stage
 from dreamgen.stages.finetune import finetune
+from dreamgen.stages.latents import Latents
 from dreamgen.video.metrics import lpips_or_reason, psnr
 from dreamgen.worlds.prefix import PrefixWorld
 from tests.engine.test_processes import forked
@@ -54,13 +58,26 @@ def test_parts_checkpointing_and_compute_change_nothing_but_rounding(make, datas
     assert not (tmp_path / "parts" / "cache").exists()  # it was shared
     plain, parts = weights(tmp_path / "plain"), weights(tmp_path / "parts")
     assert all(torch.allclose(plain[k], parts[k], atol=5e-5) for k in plain)
-    row = read_losses(tmp_path / "plain")[-1]
+    row, other = (read_losses(tmp_path / name)[-1] for name in ("plain", "parts"))  # validated in parts of 4 and 2
+    assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
     assert {"data_wait", "tflops", "of_peak", "val_loss", "val_psnr", "val_ssim"} <= set(row)
+
+
+def test_an_adapter_under_checkpointing_is_the_adapter(make, dataset, tmp_path):
+    found = []
+    for out, options in (("plain", {}), ("less", {"accumulate": 2, "checkpointing": True})):
+        torch.manual_seed(0)  # an adapter starts at random
+        finetune(make(), dataset, out=tmp_path / out, method="lora", rank=2, lr=1e-2, cache=tmp_path / "cache",
+                 **OPTIONS, **options)  # fmt: skip
+        found.append(load_file(next((tmp_path / out / "adapter").glob("*.safetensors"))))
+    assert all(torch.allclose(found[0][k], found[1][k], atol=1e-4) for k in found[0])
+    assert any(value.abs().max() > 1e-3 for key, value in found[0].items() if "lora_B" in key)  # it was 0
 
 
 def test_two_processes_write_what_one_writes(make, dataset, tmp_path):
     finetune(make(), dataset, out=tmp_path / "one", **OPTIONS)
-    forked(2, lambda rank: finetune(make(), dataset, out=tmp_path / "two", **OPTIONS))
+    forked(2, lambda rank: finetune(make(), dataset, out=tmp_path / "two", tracker="tensorboard", **OPTIONS))
+    assert list((tmp_path / "two" / "finetune").glob("events*")) and (tmp_path / "two" / "world.json").is_file()
     one, two = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two"))
     assert one["id"] == two["id"] and (one["results"]["final_processes"], two["results"]["final_processes"]) == (1, 2)
     alone, together = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -94,17 +111,68 @@ def test_a_cache_of_another_vae_is_refused(make, dataset, tmp_path):
         finetune(other(), dataset, out=tmp_path / "b", cache=tmp_path / "a" / "cache", **OPTIONS)
     with pytest.raises(ValueError, match="is of other content .*hop: 1 -> 2"):
         finetune(make(), dataset, out=tmp_path / "c", cache=tmp_path / "a" / "cache", hop=2, **OPTIONS)
+    for chosen in ([0, 1, 2, 3, 5], [0, 1, 2, 4, 5]):  # of the dataset, not of the folder
+        some = Dataset(dataset.root, tiny_robot(), episodes=chosen)
+        with pytest.raises(ValueError, match=r"is of other content \(.*episodes: .*'6 \(.*\)'.* -> .*'5 \("):
+            finetune(make(), some, out=tmp_path / "d", cache=tmp_path / "a" / "cache", **OPTIONS)
+
+
+def test_a_cache_of_other_cameras_is_another(make, tmp_path):
+    robot, rng = tiny_robot(), np.random.default_rng(3)
+    side = View(name="side", key="observation.images.side", height=32, width=48)
+    video = {name: rng.integers(0, 256, (19, 32, 48, 3), dtype=np.uint8) for name in ("front", "side")}
+    write_dataset(tmp_path / "demos", [
+        Episode(instruction="go", state=np.zeros((19, 2), np.float32), action=np.zeros((19, 3), np.float32),
+                video=video, meta={})
+    ], replace(robot, views=[*robot.views, side], grid=()))  # fmt: skip
+    (tmp_path / "demos" / "meta" / "dreamgen.json").unlink()  # as other people's, which name no robot
+    names = set()
+    for view in (robot.views[0], side):
+        seen = Dataset(tmp_path / "demos", replace(robot, views=[view], grid=()))
+        world = make()
+        latents = Latents(world, ClipPool([seen], world.clock), tmp_path / view.name, transform={})
+        names |= {cache.root.name for cache in latents.caches.values()}
+    assert len(names) == 2
 
 
 def test_what_cannot_fit_is_said_before_the_first_step(make, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "best_device", lambda: torch.device("cuda"))
     size = sum(p.numel() for p in make().transformer.parameters())  # 20 bytes each, and 0.7 MB of activations
-    fits = r"checkpointing=false with 2 clips at a time \(accumulate=2\)"
+    fits = r"stage.checkpointing=false with 2 clips at a time \(stage.accumulate=2\)"
     monkeypatch.setattr(stage, "memory_left", lambda: 20 * size + 0.6e6)
     with pytest.raises(ValueError, match=f"4 clips of 18 tokens needs .* fit: {fits}"):
         finetune(make(), dataset, out=tmp_path, **OPTIONS)
     monkeypatch.setattr(stage, "memory_left", lambda: 1e3)
-    with pytest.raises(ValueError, match="What would fit: method=lora"):
+    with pytest.raises(ValueError, match="What would fit: stage.method=lora, world_model.weights=bf16"):
+        finetune(make(), dataset, out=tmp_path, **OPTIONS)
+
+
+def test_what_is_known_before_is_said_before_anything_is_encoded(make, dataset, tmp_path):
+    for options, words in (
+        ({"sharding": "zero"}, "sharding is 'zero'"), ({"tracker": "paper"}, "tracker is 'paper'"),
+        ({"accumulate": 5}, "4 rows cannot be cut into 5 parts"), ({"replicas": 6}, "4 rows cannot be cut into 6"),
+        ({"lengths": [9, 5], "token_budget": 40, "accumulate": 3}, "2 rows cannot be cut into 3"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            finetune(make(), dataset, out=tmp_path, **OPTIONS, **options)
+        assert not (tmp_path / "cache").exists()
+
+
+def full(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(("method", "words"), [
+    ("encode", "encoding 12 clips of 9 frames of 32x48 at a time.*world_model.frames"),
+    ("loss", "validating 4 clips at a time at step 3.*stage.accumulate"),
+    ("descend", "dreaming samples at step 3, 4 at a time.*stage.samples=0"),
+])  # fmt: skip
+def test_out_of_memory_beside_the_steps_names_its_setting(make, dataset, tmp_path, monkeypatch, method, words):
+    plain = getattr(PrefixWorld, method)
+    late = method == "loss"  # of the steps it is said elsewhere
+    monkeypatch.setattr(PrefixWorld, method, lambda *a, **k: plain(*a, **k) if late and torch.is_grad_enabled()
+                        else full())  # fmt: skip
+    with pytest.raises(ValueError, match=f"out of memory {words}"):
         finetune(make(), dataset, out=tmp_path, **OPTIONS)
 
 

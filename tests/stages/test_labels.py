@@ -1,6 +1,7 @@
 """The label stages on a robot small enough to know all answers: a square on a plane."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import recorded_clip
 from dreamgen.data.writer import write_dataset
-from dreamgen.stages.label import integrated, label
+from dreamgen.stages.label import label, pseudo_states
 from dreamgen.stages.train_labeler import held_out, train_labeler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "idm"))
@@ -74,11 +75,21 @@ def test_recorded_clip_spans_its_actions(dataset):
     np.testing.assert_array_equal(clip.video, dataset.canvas(4, np.arange(0, 19, 2)))
 
 
-def test_integrated_states_are_the_recorded_ones(dataset):
-    episode = dataset.episode(0)
-    state, known = integrated(ROBOT, episode.state[0], episode.action)
+def test_states_that_follow_from_the_first_are_the_recorded_ones(dataset):
+    episode, (clip, _) = dataset.episode(0), recorded_clip(dataset, 0, CLOCK)
+    labels = [Labels(value=episode.action, spread=episode.action)]
+    state, known = pseudo_states(Oracle(dataset), [clip], labels)[0]
     np.testing.assert_allclose(state, episode.state, atol=1e-3)
-    assert known.tolist() == [True, True]
+    assert known.shape == state.shape and known.all()
+    opened = replace(ROBOT.state[0], name="opening", start=2, stop=3)
+    light = replace(ROBOT.action[1], moves="opening", sets=(1.0, 0.0))  # what a command does within a step is known too
+    robot = replace(ROBOT, state=(*ROBOT.state, opened), action=(ROBOT.action[0], light))
+    clip = replace(clip, state=np.array([*clip.state, 1.0], np.float32))
+    oracle = Oracle(dataset)
+    oracle.robot = robot
+    state, known = pseudo_states(oracle, [clip], labels)[0]
+    np.testing.assert_array_equal(state[1:, 2], (episode.action[:-1, 2] < 0).astype(np.float32))
+    assert known.all()
 
 
 def test_labelled_dreams_are_a_dataset_with_provenance(dataset, tmp_path):
@@ -111,6 +122,37 @@ def test_recordings_are_labelled_as_dreams_are(dataset, tmp_path):
         assert episode.instruction == source.instruction and episode.meta["source"] == "recording"
         np.testing.assert_allclose(episode.action, source.action[:18], atol=1e-6)
         assert np.abs(made.canvas(i, [4])[0].astype(int) - dataset.canvas(i, [4])[0].astype(int)).mean() < 4
+
+
+def test_dreams_that_cannot_be_read_are_left_out_and_named(dataset, tmp_path):
+    dreams = dreams_of(dataset, tmp_path / "dreams")
+    video = dreams / "clips" / "dream_1.mp4"
+    video.write_bytes(video.read_bytes()[:99])
+    with pytest.raises(ValueError, match="dream_1.mp4.*truncated.*skip_bad=true"):
+        label(Oracle(dataset), dreams, out=tmp_path / "l", robot=ROBOT, batch_size=2, record={})
+    for size in (1, 2):
+        found = label(Oracle(dataset), dreams, out=tmp_path / str(size), robot=ROBOT, batch_size=size, skip_bad=True,
+                      record={})["results"]  # fmt: skip
+        assert found["episodes"] == 2 and [one["episode"] for one in found["skipped"]] == ["dream_1"]
+        assert found["skipped"][0]["dataset"] == "dreams" and "truncated" in found["skipped"][0]["reason"]
+        made = Dataset(tmp_path / str(size), ROBOT)
+        assert [made.episode(i).meta["prompt"] for i in range(2)] == ["dream_0", "dream_2"]
+        np.testing.assert_allclose(made.episode(1).action, dataset.episode(2).action[:16], atol=1e-6)
+
+
+def test_labels_killed_between_dataset_and_manifest(dataset, tmp_path, monkeypatch):
+    dreams = dreams_of(dataset, tmp_path / "dreams")
+    (tmp_path / "l" / "data").mkdir(parents=True)
+    options = {"out": tmp_path / "l", "robot": ROBOT, "record": {}}
+    with pytest.raises(ValueError, match="holds data, which no unfinished run wrote"):
+        label(Oracle(dataset), dreams, **options)
+    (tmp_path / "l" / "data").rmdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Stage, "finish", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        label(Oracle(dataset), dreams, **options)
+    assert (tmp_path / "l" / "meta" / "info.json").is_file()
+    assert label(Oracle(dataset), dreams, **options)["results"]["episodes"] == len(Dataset(tmp_path / "l", ROBOT)) == 3
+    assert not (tmp_path / "l" / ".writing").exists()
 
 
 def test_label_refuses_unfinished_dreams_and_other_settings(dataset, tmp_path):
@@ -207,6 +249,24 @@ def test_decoded_and_dreamt_video_and_the_control_without_motion_are_scored(data
     assert found["dreamt"]["n"] == 3 and found["dreamt"]["r2"] == {"move": 1.0, "light": 1.0}
     assert found["previous_frame"]["linear"]["move"] < 0.9
     assert found["state"]["pseudo_state"]["place"] < 1e-3
+
+
+def test_labeler_and_world_model_are_placed_and_the_dreams_labeler_is_the_one_that_is_scored(dataset, tmp_path):
+    stage, placed = pytest.importorskip("dreamgen.stages.evaluate_labels"), []
+    made, other, world = Oracle(dataset), Oracle(dataset), Darker()
+    for name, part in (("made", made), ("other", other), ("world", world)):
+        part.path, part.place = tmp_path / name, lambda name=name: placed.append(name)
+    for part in (made, other):
+        part.path.mkdir()
+        (part.path / "weights").write_text(part.path.name)
+    label(made, dreams_of(dataset, tmp_path / "dreams"), out=tmp_path / "labels", robot=ROBOT, record={})
+    assert placed == ["made"]
+    with pytest.raises(ValueError, match="labels were labelled by labeler .*other. is scored; label them with it"):
+        stage.evaluate_labels(other, dataset, out=tmp_path / "scores", dreams=tmp_path / "labels", record={})
+    placed.clear()
+    stage.evaluate_labels(made, dataset, out=tmp_path / "scores", dreams=tmp_path / "labels", world_model=world,
+                          record={})  # fmt: skip
+    assert placed == ["made", "world"]
 
 
 def test_training_on_few_episodes_remembers_the_world_model_whose_look_it_learned(dataset, tmp_path):

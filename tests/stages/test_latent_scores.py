@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dreamgen.core.clip import Clip, Episode, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
-from dreamgen.stages.evaluate_latents import evaluate_latents
+from dreamgen.stages.evaluate_latents import evaluate_latents, feature_differences
+from dreamgen.stages.label import label
 from dreamgen.stages.latent_scores import (
     by_gap,
     codebook_usage,
@@ -23,6 +25,8 @@ from dreamgen.stages.latent_scores import (
     shuffled,
     split,
 )
+from dreamgen.stages.train_labeler import train_labeler
+from tests.data.video_only import strip
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "idm"))
 from moving_square import CLOCK, ROBOT, Squares  # noqa: E402
@@ -107,18 +111,66 @@ class Reader(Knowing):
         return [Labels(value=a, spread=np.zeros_like(a)) for a in actions]
 
 
-def test_evaluation_of_latents_that_are_the_actions(tmp_path):
-    squares = Squares(8, rows=19, seed=3)
-    write_dataset(tmp_path / "data", [Episode(instruction="move", state=e.state, action=e.action, video=e.video)
-                                      for e in squares.episodes], ROBOT)  # fmt: skip
-    dataset = Dataset(tmp_path / "data", ROBOT)
-    manifest = evaluate_latents(Knowing(dataset), dataset, out=tmp_path / "scores", idm=Reader(dataset), pairs=(10, 30),
-                                record={})  # fmt: skip
+class Light:
+    """A world model whose latents of a clip are the mean colour of each frame, on one cell."""
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        assert video.shape[1] == 1  # each frame by itself
+        return video.double().mean((2, 3)).movedim(2, 1)[..., None, None]
+
+
+def test_differences_of_features_are_of_neighbouring_frames():
+    video = np.random.default_rng(0).integers(0, 255, (5, 4, 6, 3)).astype(np.uint8)
+    found = feature_differences(Clip(id="c", video=video, video_hz="10", instruction="move"), Light())
+    np.testing.assert_allclose(found, np.diff(video.reshape(5, -1, 3).mean(1), axis=0), atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("squares") / "data"
+    write_dataset(root, [Episode(instruction="move", state=e.state, action=e.action, video=e.video)
+                         for e in Squares(8, rows=19, seed=3).episodes], ROBOT)  # fmt: skip
+    return root
+
+
+def test_video_without_actions_gets_latents_and_labels(data, tmp_path):
+    from idm.latent.model import LatentActions
+    from idm.model import FlowIDM
+
+    video = Dataset(strip(data, tmp_path / "video"), ROBOT, actions=False)
+    sizes = {"width": 32, "heads": 2, "layers": 1}
+    options = {"steps": 2, "batch_size": 2, "precision": "fp32", "record": {}}
+    latent = LatentActions(robot=ROBOT, clock=CLOCK, frames=3, latent=6, decoder_layers=1, labelled=0.0, **sizes)
+    done = train_labeler(latent, video, out=tmp_path / "latent", **options)
+    assert np.isfinite(done["results"]["held_out_scores"]["change"]["left"])
+    labeler = LatentActions.load(tmp_path / "latent")
+    for name, one in (("latents", labeler), ("labels", Reader(Dataset(data, ROBOT)))):
+        label(one, video.root, out=tmp_path / name, robot=ROBOT, record={})
+        made = Dataset(tmp_path / name, one.robot)
+        assert len(made) == 8 and np.isfinite(made.actions()).all()
+        assert (made.episode(3).extra["state_known"] == 0).all()  # no state to begin with
+    np.testing.assert_allclose(made.episode(3).action, Dataset(data, ROBOT).episode(3).action[:18], atol=1e-6)
+    with pytest.raises(ValueError, match="stage.dataset of a labeler of actions reads actions"):
+        idm = FlowIDM(robot=ROBOT, clock=CLOCK, frames=2, vision={"channels": [8, 16], "points": 2}, **sizes)
+        train_labeler(idm, video, out=tmp_path / "idm", **options)
+    with pytest.raises(ValueError, match="set labeler.labelled=0"):
+        told = LatentActions(robot=ROBOT, clock=CLOCK, frames=3, **sizes)
+        train_labeler(told, video, out=tmp_path / "told", **options)
+    with pytest.raises(ValueError, match="stage.dataset reads actions"):
+        evaluate_latents(labeler, video, out=tmp_path / "scores", record={})
+
+
+def test_evaluation_of_latents_that_are_the_actions(data, tmp_path):
+    dataset = Dataset(data, ROBOT)
+    manifest = evaluate_latents(Knowing(dataset), dataset, out=tmp_path / "scores", idm=Reader(dataset),
+                                world_model=Light(), pairs=(10, 30, 99), record={})  # fmt: skip
     found = json.loads((tmp_path / "scores" / "latents.json").read_text())
     assert found["probe"]["latent"]["linear"]["move"] > 0.99 and found["probe"]["shuffled"]["linear"]["move"] < 0.5
     assert found["probe"]["idm"]["linear"] == {"move": 1.0, "light": 1.0} == found["head"]
-    assert set(found["probe"]) == {"latent", "pixels", "state", "shuffled", "idm"}
+    assert set(found["probe"]) == {"latent", "pixels", "state", "features", "shuffled", "idm"}
     assert found["swap"]["donor"]["move"] == 1.0 and found["swap"]["own"]["move"] < 0.9
     assert found["change"] == 0.25 and found["codes"]["used"] == pytest.approx(1 / 3)
+    assert found["pairs"] == {"there": 45, "skipped": [99]}
+    assert set(found["efficiency"]) == {"latent", "pixels", "features"}
     assert set(found["efficiency"]["latent"]) == {"10", "30"} and manifest["results"]["episodes"] == 8
     assert (tmp_path / "scores" / "swap.png").read_bytes()[:4] == b"\x89PNG"

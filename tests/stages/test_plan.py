@@ -12,6 +12,7 @@ from dreamgen.engine.devices import device, table
 from dreamgen.stages.plan import Model, plan
 from dreamgen.worlds.adapters import add_lora
 from dreamgen.worlds.wan import WanLayout
+from tests.worlds import zoo
 from tests.worlds.conftest import LAYOUT, pipeline_folder, tiny_robot  # noqa: F401
 
 
@@ -132,7 +133,43 @@ def test_a_plan_of_a_folder_counts_its_dataset(pipeline_folder, tmp_path):  # no
     assert "6 clips, 6.67 epochs" in found["text"] and (tmp_path / "plan" / "plan.json").is_file()
 
 
+@pytest.mark.parametrize("name", zoo.WORLDS)
+def test_a_folder_is_planned_as_the_world_model_reads_it(name, tmp_path):
+    folder = zoo.save(name, tmp_path / name)
+    world, found = zoo.world(name, folder), Model.of(str(folder))
+    assert found.scale == world.layout.scale and found.experts == len(world.layout.experts)
+    clip = torch.zeros(1, zoo.FRAMES, *zoo.sizes(name), 3, dtype=torch.uint8)
+    assert found.planes(world.latent_shape[1:]) == world.encode(clip).shape[1]
+
+
+def test_latents_of_channel_models_hold_their_condition():
+    cells = (21, 60, 104)  # 81 frames of 480x832
+    wan = Model.of("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers")
+    assert wan.planes(cells) == 16 + 16 + 3  # 257 tokens of 1280 fill 2.5 planes
+    assert Model.of("Wan-AI/Wan2.2-I2V-A14B-Diffusers").planes(cells) == 32
+    assert Model.of("THUDM/CogVideoX-5b-I2V").planes((13, 60, 90)) == 16 + 2
+
+
+def test_adapter_and_expert_are_those_of_the_world_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "parameters", lambda self: 14_000_000_000)
+    options = dict(model="Wan-AI/Wan2.2-I2V-A14B-Diffusers", canvas=(480, 832), frames=81, method="lora")
+    four = made(tmp_path, **options, lora={"rank": 4, "alpha": 4})["trained_parameters"]
+    assert made(tmp_path, **options)["trained_parameters"] == 4 * four  # 16
+    assert made(tmp_path, **options, lora={"rank": 4}, rank=8)["trained_parameters"] == 2 * four
+    assert made(tmp_path, **options, lora={"rank": 4}, expert="low")["trained_parameters"] * 2 == four
+    full = made(tmp_path, **{**options, "method": "full"}, expert="high")
+    assert (full["parameters"], full["trained_parameters"]) == (28_000_000_000, 14_000_000_000)
+
+
 def test_bad_plans_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"19 frames of 64x64; tiny takes 1 \+ a multiple of 4"):
+        made(tmp_path, "tiny", (64, 64), 19)
+    with pytest.raises(ValueError, match="learned positions, for 49 frames of 480x720 alone"):
+        made(tmp_path, "THUDM/CogVideoX-5b-I2V", (480, 832), 49)
+    with pytest.raises(ValueError, match="expert is 'low'; expected 'both' or, for a model of two"):
+        made(tmp_path, "tiny", (64, 64), 17, expert="low")
+    with pytest.raises(ValueError, match="16 rows cannot be cut into 17 parts"):
+        made(tmp_path, "tiny", (64, 64), 17, gpus=17)
     with pytest.raises(ValueError, match="gpu is 'h300'; expected one of h200"):
         device("h300")
     with pytest.raises(ValueError, match="no published one is known; known are Wan-AI"):

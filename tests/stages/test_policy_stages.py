@@ -206,8 +206,8 @@ def test_a_loss_that_is_not_finite_names_the_episodes(folder: Path, tmp_path: Pa
         policy.loss = counted
         return policy
 
-    with pytest.raises(
-        ValueError, match=r"the loss is nan at step 4 of episodes .* of .*real; episodes .* of .*dreams"
-    ):
-        run(folder, tmp_path / "p", policy=breaks, checkpoint_every=3)
-    assert json.loads((tmp_path / "p/training/latest.json").read_text())["step"] == 3
+    dreams = [Dataset(folder / "dreams", ROBOT, episodes=[3, 5])]
+    told = r"the loss is nan at step 4 of episodes .* of .*real; episodes (3|5|3, 5) of .*dreams"
+    with pytest.raises(ValueError, match=told):
+        run(folder, tmp_path / "p", policy=breaks, dreams=dreams, checkpoint_every=3)
+    assert json.loads((tmp_path / "p/training/latest.json").read_text())["step"] == 4

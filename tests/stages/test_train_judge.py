@@ -237,6 +237,20 @@ def test_batches_hold_both_outcomes_and_swapped_instructions(dataset):
         assert bool(success) == (bright == (asked == TEXTS[0]))
 
 
+def test_a_share_of_a_batch_is_as_a_world_model_shows_it(dataset):
+    success = {i: bool(dataset.episode(i).meta["success"]) for i in range(COUNT)}
+    clips, model = Recorded([dataset], [success], "10"), tiny(list(TEXTS))
+    few = [next(i for i in success if success[i] == kind) for kind in (True, False)]  # of 48
+    clips.degrade(lambda clips: [np.full_like(clip.video[:5], 9) for clip in clips], few)
+    for share in (0.0, 0.5, 1.0):
+        batches = Batches(model, clips, range(COUNT), batch_size=40, swapped=0.25, shift=0, degraded=share, seed=1)
+        shown = np.concatenate([(batches(k)["pictures"] == 9).flatten(1).all(1).numpy() for k in range(10)])
+        assert shown.mean() == pytest.approx(share, abs=0.06)
+    clips.returned.pop(few[1])  # no failure is dreamt: failures are shown as they were recorded
+    one_kind = Batches(model, clips, range(COUNT), batch_size=8, swapped=0.0, shift=0, degraded=1.0, seed=1)(0)
+    assert ((one_kind["pictures"] == 9).flatten(1).all(1) == (one_kind["success"] == 1)).all()
+
+
 def test_frames_are_jittered_and_pictures_moved():
     for seed in range(20):
         rows = jittered(18, 5, np.random.default_rng(seed))
@@ -254,7 +268,7 @@ def test_splits_and_calibration():
     parts = three_ways(success, 0.4, 7)
     assert sorted(np.concatenate(parts).tolist()) == list(range(40))
     assert [int(success[part].sum()) for part in parts] == [6, 2, 2]
-    with pytest.raises(ValueError, match="2 of 30 episodes are successes"):
+    with pytest.raises(ValueError, match="2 of 30 episodes, of 30 first states, are successes"):
         three_ways(np.arange(30) < 2, 0.3, 0)
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 3, 4000)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from dreamgen.core.embodiment import Part
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.policies.chunks import Chunks
+from dreamgen.policies.feed import Feed
 from dreamgen.policies.policy import FlowPolicy
 from dreamgen.policies.realtime import Ensembled, RealTime
+from dreamgen.stages import midway
 from dreamgen.stages.evaluate import evaluate
+from dreamgen.stages.train_policy import train_policy
+from tests.data.video_only import strip
 from tests.stages.test_policy_stages import HORIZON, ROBOT, Oracle, Point, episodes, run, small
 
 LATENT = dataclasses.replace(ROBOT, name="point_latent", action=(Part(name="latent", start=0, stop=5),))
@@ -43,8 +48,8 @@ def test_latent_actions_are_learned_beside_real_ones(folder: Path, tmp_path: Pat
     np.testing.assert_allclose(found.spaces.of(1).action.offset.reshape(HORIZON, 5).mean(0),
                                latent.actions().mean(0), atol=0.25)  # fmt: skip
     # evaluated on the way, in another process, as the policy that was saved
-    (midway,) = done["results"]["midway"]
-    assert midway["step"] == 3 and midway["n"] == 4 and 0 <= midway["low"] <= midway["rate"] <= midway["high"]
+    (success,) = done["results"]["midway"]
+    assert success["step"] == 3 and success["n"] == 4 and 0 <= success["low"] <= success["rate"] <= success["high"]
     assert not (tmp_path / "p/midway/00000003").exists()
     with pytest.raises(ValueError, match="name: here point_latent, saved point"):
         run(folder, tmp_path / "q", policy=policy, dreams=[], latent=[Dataset(folder / "dreams", ROBOT)], steps=3)
@@ -54,6 +59,70 @@ def test_latent_actions_are_learned_beside_real_ones(folder: Path, tmp_path: Pat
         run(folder, tmp_path / "s", evaluate_every=2)
 
 
+def test_videos_without_actions_train_by_alignment_alone(folder: Path, tmp_path: Path):
+    aligned = partial(small, align_weight=0.3, align_layer=1, future_tokens=3)
+    video = Dataset(strip(folder / "dreams", tmp_path / "video"), ROBOT, actions=False)
+    done = run(folder, tmp_path / "p", policy=aligned, dreams=[], videos=[video], steps=2)
+    assert done["results"]["observations"] == [54, 36] and done["parents"].keys() == {"real_0", "video_1"}
+    feed = Feed(aligned(), real=Dataset(folder / "real", ROBOT), dreams=[], videos=[video], batch_size=8, ratio="1:1",
+                dream_body="dream", spread_scale=0.5, options={}, dream_options={"state": "zero"}, seed=0)  # fmt: skip
+    batch = feed.at(0)
+    assert batch["valid"].any(1).tolist() == [True] * 4 + [False] * 4 and batch["future_known"][4:].any()
+    assert not batch["state_known"][4:].any() and (batch["body"] == 0).all()
+    with pytest.raises(ValueError, match="FLARE's alignment alone learns from them, and policy.align_weight is 0"):
+        run(folder, tmp_path / "q", dreams=[], videos=[video])
+    with pytest.raises(ValueError, match="opened with its actions; open it with actions=false"):
+        run(folder, tmp_path / "r", policy=aligned, dreams=[], videos=[Dataset(folder / "dreams", ROBOT)])
+    with pytest.raises(ValueError, match="stage.dreams reads actions"):
+        run(folder, tmp_path / "s", policy=aligned, dreams=[video])
+
+
+def untrainable() -> FlowPolicy:
+    policy = small()
+    policy.loss = lambda batch: pytest.fail("training is done")
+    return policy
+
+
+def test_an_evaluation_on_the_way_that_fails_costs_no_training(folder: Path, tmp_path: Path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError("the simulator broke")
+
+    monkeypatch.setattr(midway, "ProcessPoolExecutor", lambda n, mp_context, initializer: ThreadPoolExecutor(n))
+    rollout = midway.rollout
+    monkeypatch.setattr(midway, "rollout", fails)
+    options = dict(steps=4, evaluate_every=2, sim=Point, evaluate_episodes=2, evaluate_steps=4, evaluate_execute=2)
+    with pytest.raises(OSError, match="the simulator broke"):
+        run(folder, tmp_path / "p", **options)
+    assert json.loads((tmp_path / "p/training/latest.json").read_text())["step"] == 4
+    monkeypatch.setattr(midway, "rollout", rollout)
+    (tmp_path / "p/midway/00000003.partial").mkdir()  # of a kill: no snapshot yet
+    done = run(folder, tmp_path / "p", policy=untrainable, **options)
+    assert [row["step"] for row in done["results"]["midway"]] == [2, 4]
+    assert not (tmp_path / "p/training").exists() and not (tmp_path / "p/midway/00000002").exists()
+
+
+def test_a_policy_acts_for_a_body_that_was_trained(folder: Path, tmp_path: Path):
+    dreams, bodies = Dataset(folder / "dreams", ROBOT), []
+
+    def speaks() -> FlowPolicy:
+        policy = small(speaks="dream")
+        loss = policy.loss
+
+        def heard(batch: dict) -> tuple:
+            bodies.extend([] if policy.training else batch["body"].tolist())
+            return loss(batch)
+
+        policy.loss = heard
+        return policy
+
+    with pytest.raises(ValueError, match="acts for the body 'real', and the data train 'dream' alone.*dream_body=real"):
+        train_policy(small, None, [dreams], out=tmp_path / "a", record={})
+    train_policy(small, None, [dreams], out=tmp_path / "b", steps=1, batch_size=2, dream_body="real", record={})
+    train_policy(speaks, None, [dreams], out=tmp_path / "c", steps=1, batch_size=2, validation=dreams, record={})
+    assert bodies == [1] * 8  # held out, as it acts
+    assert FlowPolicy.load(tmp_path / "c", robot=ROBOT).speaks == 1
+
+
 def test_states_and_labels_of_dreams_as_controls(folder: Path):
     data = Dataset(folder / "dreams", ROBOT)
     plain = Chunks(data, horizon=HORIZON).batch([(0, 1), (3, 2)])
@@ -61,7 +130,7 @@ def test_states_and_labels_of_dreams_as_controls(folder: Path):
     assert (zero["state"] == 0).all() and zero["state_known"].all() and (plain["state"] != 0).any()
     shuffled = Chunks(data, horizon=HORIZON, labels="shuffled")
     donors = [int(k) for k in shuffled.donor]
-    assert sorted(donors) == [0, 1, 2, 3] and donors != [0, 1, 2, 3]
+    assert sorted(donors) == [0, 1, 2, 3] and all(k != donor for k, donor in enumerate(donors))
     for i in range(4):
         np.testing.assert_array_equal(shuffled.actions(i, 2)[0], Chunks(data, horizon=HORIZON).actions(donors[i], 2)[0])
     with pytest.raises(ValueError, match="labels is 'random'"):

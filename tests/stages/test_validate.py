@@ -116,6 +116,16 @@ FAULTS = {
     ("error", "statistics", "'std' of 'action' has 2 entries, the data 3"): lambda r: edit(
         r / STATS, lambda s: s["action"].update(std=[1.0, 1.0])
     ),
+    ("error", "statistics", "'mean' of 'action' is nan at entry 1"): lambda r: edit(
+        r / STATS, lambda s: s["action"]["mean"].__setitem__(1, float("nan"))
+    ),
+    ("error", "statistics", f"'std' of '{EYE}' is inf at entry 2"): lambda r: edit(
+        r / STATS, lambda s: s[EYE]["std"].__setitem__(2, [[float("inf")]])
+    ),
+    ("error", "schema", "lacks video_path"): lambda r: edit(r / "meta/info.json", lambda i: i.pop("video_path")),
+    ("error", "schema", "lacks the columns data/chunk_index"): lambda r: change_table(
+        r / "meta/episodes/chunk-000/file-000.parquet", lambda c: c.pop("data/chunk_index")
+    ),
     ("warning", "statistics", "std of entry 2"): lambda r: edit(
         r / STATS, lambda s: s["action"]["std"].__setitem__(2, 0.5)
     ),

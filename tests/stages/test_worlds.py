@@ -99,12 +99,14 @@ def test_finetune_killed_and_continued_saves_the_same(make, dataset, tmp_path, m
     monkeypatch.undo()
     finetune(make(), dataset, out=tmp_path / "cut", copies=1, **OPTIONS)
     assert tree_digest(tmp_path / "whole" / "model") == tree_digest(tmp_path / "cut" / "model")
+    assert not any("_name_or_path" in file.read_text() for file in (tmp_path / "whole" / "model").rglob("*.json"))
 
 
 def test_three_shards_dream_what_one_dreams(make, dataset, tmp_path):
     prompts = DatasetPrompts(dataset=dataset, episodes=3, every_instruction=True, seed=4)
     one = dream(make(), prompts, out=tmp_path / "one", batch_size=2, record={})
-    assert one["results"] == {"clips": 6, "instructions": 2, "first_frames": 3, "prompts": one["results"]["prompts"]}
+    counts = {"clips": 6, "instructions": 2, "first_frames": 3, "skipped": [], "mended": []}
+    assert one["results"] == {**counts, "prompts": one["results"]["prompts"]}
     assert one["parents"] == {"prompts": tree_digest(dataset.root)}
     for shard in (2, 0, 1):
         last = dream(make(), prompts, out=tmp_path / "three", batch_size=2, shard=shard, num_shards=3, record={})
@@ -156,7 +158,7 @@ def test_bad_requests_are_named(make, dataset, tmp_path):
     with pytest.raises(ValueError, match="method is 'half'"):
         finetune(make(), dataset, out=tmp_path / "a", method="half", record={})
     same = [Prompt(id="x", image=np.zeros((32, 48, 3), np.uint8), instruction="go", seed=0)] * 2
-    with pytest.raises(ValueError, match="each unique"):
+    with pytest.raises(ValueError, match="two prompts have the id 'x'"):
         dream(make(), lambda: same, out=tmp_path / "b", record={})
     with pytest.raises(ValueError, match="shard is 3 of 3"):
         dream(make(), lambda: same, out=tmp_path / "c", shard=3, num_shards=3, record={})

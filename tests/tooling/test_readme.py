@@ -16,6 +16,9 @@ LINES = [line for text in TEXTS.values() for block in re.findall(r"```(?:bash)?\
          for line in re.sub(r"\\\n", " ", block).splitlines()
          if re.match(r"(dreamgen|make|python -m jobs\.)", line)]  # fmt: skip
 
+JOINED = re.sub(r"\\\n", " ", "\n".join(TEXTS.values()))
+SCRIPTS = sorted({line.strip() for line in re.findall(r"(?:python|bash) benchmarks/[^`\n]+", JOINED)})
+
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_command_composes(line: str) -> None:
@@ -43,6 +46,20 @@ def test_settings_in_the_text_are_known() -> None:
     for word in re.findall(r"`([\w.]+=[^`\s]+)`", README):
         if word != "a=b":
             load("finetune", [word])
+
+
+@pytest.mark.parametrize("line", SCRIPTS)
+def test_every_script_is_there_and_knows_its_options(line: str) -> None:
+    program, script, *words = shlex.split(line, comments=True)
+    text = (ROOT / script).read_text()
+    assert Path(script).suffix == {"python": ".py", "bash": ".sh"}[program]
+    assert [word for word in words if word.startswith("-") and f'"{word.split("=")[0]}"' not in text] == []
+
+
+def test_every_stage_that_reads_recordings_says_what_it_left_out() -> None:
+    texts = {path.name: path.read_text() for path in (ROOT / "dreamgen" / "stages").glob("*.py")}
+    readers = {name for name, text in texts.items() if "import Dataset\n" in text and "run.finish(" in text}
+    assert len(readers) > 12 and {name for name in readers if "noted(" not in texts[name]} == set()
 
 
 def test_the_makefile_needs_nothing_but_python() -> None:

@@ -4,7 +4,16 @@ import pytest
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanRMS_norm
 
-from dreamgen.worlds.autoencoder import Autoencoding, RmsNorm, convolve, saliency, to_frames, to_video
+from dreamgen.worlds.autoencoder import (
+    Autoencoding,
+    RmsNorm,
+    clips_at_once,
+    convolve,
+    saliency,
+    to_frames,
+    to_video,
+    weights_digest,
+)
 from dreamgen.worlds.tiny import build
 from tests.worlds.conftest import LAYOUT
 
@@ -21,6 +30,19 @@ def test_the_faster_norm_is_the_norm_of_diffusers():
         grads.append((y, *torch.autograd.grad((y * weight).sum(), (x, norm.gamma))))
     for a, b in zip(*grads, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_weights_are_named_by_their_bytes():
+    norm, other, half = WanRMS_norm(7), WanRMS_norm(7), WanRMS_norm(7).to(torch.bfloat16)
+    first = weights_digest(norm)
+    assert weights_digest(other) == first != weights_digest(half)
+    other.gamma.data[3] *= -1  # of the same size
+    assert weights_digest(other) != first
+
+
+def test_small_clips_are_encoded_together_and_large_ones_alone():
+    assert clips_at_once(17, 64, 128) > 64  # a whole shard
+    assert [clips_at_once(*size) for size in ((81, 480, 832), (93, 704, 1280))] == [1, 1]
 
 
 @pytest.mark.parametrize("frames", [1, 2])

@@ -41,7 +41,7 @@ def pipe() -> Cosmos3OmniPipeline:
 
 
 def test_forward_dynamics_imagines(pipe) -> None:
-    world = Cosmos3World(robot=robot(), pipeline=pipe, chunk=4, tier=256, steps=2, safety=False)
+    world = Cosmos3World(robot=robot(), pipeline=pipe, frames=5, tier=256, steps=2, safety=False)
     assert isinstance(world, ActionWorldModel)
     rng = np.random.default_rng(0)
     prompt = Prompt(id="x", image=rng.integers(0, 256, (32, 48, 3), np.uint8), instruction="push the block", seed=1,
@@ -55,7 +55,7 @@ def test_forward_dynamics_imagines(pipe) -> None:
 
 
 def test_inverse_dynamics_labels(pipe) -> None:
-    labeler = Cosmos3Labeler(robot=robot(), pipeline=pipe, chunk=4, tier=256, steps=2, safety=False)
+    labeler = Cosmos3Labeler(robot=robot(), pipeline=pipe, frames=5, tier=256, steps=2, safety=False)
     assert isinstance(labeler, Labeler)
     video = np.random.default_rng(1).integers(0, 256, (7, 32, 48, 3), np.uint8)
     clip = Clip(id="c", video=video, video_hz="8", instruction="push the block", seed=4)
@@ -71,3 +71,16 @@ def test_robots_it_does_not_know_are_named(pipe) -> None:
         Cosmos3World(robot=robot(7), pipeline=pipe)
     with pytest.raises(ValueError, match="domain is 'mine'"):
         Cosmos3World(robot=robot(), pipeline=pipe, domain="mine")
+    with pytest.raises(ValueError, match="frames is 16; expected 1"):
+        Cosmos3World(robot=robot(), pipeline=pipe, frames=16)
+    with pytest.raises(ValueError, match="video_hz is 10, embodiment 'arm' moves at 8 Hz"):
+        Cosmos3World(robot=robot(), pipeline=pipe, video_hz="10")
+
+
+def test_a_saved_pipeline_is_opened(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path / "cosmos")
+    settings = dict(robot=robot(), frames=5, tier=256, steps=1, safety=False)
+    opened = Cosmos3World(path=str(tmp_path / "cosmos"), video_hz="8", **settings)
+    assert opened.clock.frames == 5 and opened.pipe.transformer.dtype == torch.bfloat16
+    for name, value in pipe.transformer.state_dict().items():
+        assert torch.allclose(opened.pipe.transformer.state_dict()[name].float(), value, atol=0.01), name

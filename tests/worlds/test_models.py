@@ -11,9 +11,12 @@ from diffusers.models.transformers import transformer_cosmos
 from PIL import Image
 
 from dreamgen.core.clip import Prompt
+from dreamgen.core.manifest import read_json
+from dreamgen.engine.train import train
 from dreamgen.worlds.cosmos import Unguarded
 from dreamgen.worlds.flow import Flow
 from dreamgen.worlds.world import VideoWorld
+from tests.engine.test_processes import forked
 from tests.worlds import zoo
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
@@ -173,6 +176,85 @@ def test_loss_is_zero_at_the_true_prediction_and_sampling_it_returns_the_clip(na
     if world.start:
         first = world.encode(torch.from_numpy(np.stack([p.image for p in several]))[:, None])
         assert torch.allclose(found[:, :, :1], first, atol=1e-5)
+
+
+def test_an_adapter_of_one_expert_goes_to_that_expert(folders, tmp_path):
+    name, (prompt,) = "wan22_i2v_a14b", prompts("wan22_i2v_a14b", 1)
+    clips, weights = {"none": zoo.world(name, folders[name]).dream([prompt])[0].video}, {}
+    for expert in ("both", "high", "low"):
+        world = zoo.world(name, folders[name], expert=expert)
+        world.train_lora(rank=3, alpha=6)
+        for key, parameter in world.named_parameters():
+            if parameter.requires_grad:
+                weights[key] = weights.get(key, torch.randn(parameter.shape) * 0.3)
+                parameter.data.copy_(weights[key])
+        clips[expert] = world.dream([prompt])[0].video
+        world.save(tmp_path / expert)
+        again = type(world).load(tmp_path / expert)
+        assert apart(again.dream([prompt])[0].video, clips[expert]) <= 1, expert
+    assert all(apart(clips[a], clips[b]) > 2 for a in clips for b in clips if a != b)
+    for low in ({}, {"expert": "transformer_2"}):  # one run each, dreamed with together
+        entry = {"path": str(tmp_path / "low" / "adapter"), **low}
+        assert apart(type(world).load(tmp_path / "high", adapters=[entry]).dream([prompt])[0].video, clips["both"]) <= 1
+
+
+def test_an_adapter_remembers_its_bases_revision(folders, tmp_path):
+    world = zoo.world("cosmos_predict25_2b", folders["cosmos_predict25_2b"], revision="one")
+    world.train_lora()
+    world.save(tmp_path)
+    again = type(world).load(tmp_path, guardrail=False)
+    assert read_json(tmp_path / "world.json")["revision"] == again.revision == "one"
+    world.path, before = "some/model", world.fingerprint()  # on the hub
+    names = {world.fingerprint()}
+    for revision in ("two", None):
+        world.revision = revision
+        names.add(world.fingerprint())
+    assert len(names) == 3 and before not in names and "some/model" in names
+
+
+@pytest.mark.parametrize("name", ["wan22_ti2v_5b", "wan21_i2v_14b", "cogvideox_5b_i2v"])
+def test_a_vae_is_given_as_many_clips_as_fit(name, worlds, monkeypatch):
+    world, rng, sizes = worlds[name], np.random.default_rng(2), []
+    clips = torch.from_numpy(rng.integers(0, 256, (5, zoo.FRAMES, *zoo.sizes(name), 3), np.uint8))
+    whole, encode = world.encode(clips), world.layout.encode
+    monkeypatch.setattr("dreamgen.worlds.autoencoder.PIXELS", 2 * clips[0, ..., 0].numel() + 1)
+    monkeypatch.setattr(world.layout, "encode", lambda video: sizes.append(len(video)) or encode(video))
+    assert torch.allclose(world.encode(clips), whole, atol=1e-4) and max(sizes) == 2
+
+
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_two_experts_are_trained_on_two_processes_as_on_one(sharding, folders, tmp_path):
+    name, generator = "wan22_i2v_a14b", torch.Generator().manual_seed(7)
+    world = zoo.world(name, folders[name])
+    shape = world.latent_shape
+    rows = {"latents": torch.randn(3, 2 * shape[0], *shape[1:], generator=generator), "text": world.embed(zoo.TEXTS)}
+
+    def run(out: Path, **options) -> dict[str, torch.Tensor]:
+        world = zoo.world(name, folders[name])
+        world.train_full()
+        train(world, lambda step: rows, out=out, steps=5, lr=1e-3, warmup=1, ema=None, precision="fp32", log_every=1,
+              **options)  # fmt: skip
+        return world.state_dict()
+
+    def work(rank: int) -> None:
+        torch.save(run(tmp_path / "two", sharding=sharding), tmp_path / f"{rank}.pt")
+
+    before, alone = world.state_dict(), run(tmp_path / "one")
+    forked(2, work)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.allclose(alone[key], found[key], atol=1e-4) for key in alone)
+    for expert in ("transformer", "transformer_2"):  # each had steps of its own
+        assert not torch.equal(alone[f"{expert}.proj_out.weight"], before[f"{expert}.proj_out.weight"])
+
+
+def test_times_of_both_experts_are_as_likely_as_ever(worlds):
+    world, flow = worlds["wan22_i2v_a14b"], Flow(5.0)
+    torch.manual_seed(0)
+    assert flow.above(0.9) == pytest.approx(float((flow.draw(20000) >= 0.9).float().mean()), abs=0.01)
+    drawn = [world.draw(4, world.latent_shape, torch.device("cpu")) >= 0.9 for _ in range(400)]
+    assert all(side.all() or not side.any() for side in drawn)  # a step is one expert's
+    assert np.mean([bool(side[0]) for side in drawn]) == pytest.approx(flow.above(0.9), abs=0.07)
 
 
 def test_two_experts_share_the_times(worlds, folders):

@@ -193,10 +193,10 @@ def test_bad_requests_are_named_before_the_first_step(make, folder, tmp_path, mo
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(world, "predict", full)
-    with pytest.raises(ValueError, match="out of memory with 2 clips of 9 frames at 16x32.*batch_size of 1, or "
-                                         "guidance_mode=two_pass, or weights=bf16"):  # fmt: skip
+    less = "stage.batch_size=1, or stage.world_model.guidance_mode=two_pass, or stage.world_model.weights=bf16"
+    with pytest.raises(ValueError, match=f"out of memory with 2 clips of 9 frames at 16x32.*{less}"):
         world.dream(prompts(NAME, 2))
-    with pytest.raises(ValueError, match="frames=5 in more windows"):
+    with pytest.raises(ValueError, match="stage.world_model.frames=5 with stage.world_model.windows=2"):
         world.dream(prompts(NAME, 1))
 
 

@@ -1,0 +1,41 @@
+"""Episodes that share a first state are held out together."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
+from dreamgen.stages.finetune_actions import held_out
+from dreamgen.stages.judge_clips import Recorded
+from dreamgen.stages.train_judge import three_ways
+from tests.stages.test_train_judge import ROBOT, episodes
+
+
+def test_episodes_of_one_first_state_are_not_parted():
+    rng = np.random.default_rng(2)
+    groups = [f"p{k // 4}" for k in range(160)] + [str(k) for k in range(60)]
+    success = np.concatenate([rng.random(160) < np.repeat(rng.random(40), 4), np.arange(60) % 3 == 0])
+    parts = three_ways(success, 0.4, 7, groups)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(220))
+    where = [{groups[k] for k in part} for part in parts]
+    assert not (where[0] & where[1] or where[0] & where[2] or where[1] & where[2])
+    for part in parts[1:]:
+        assert len(part) == pytest.approx(44, abs=4) and success[part].mean() == pytest.approx(success.mean(), abs=0.06)
+        assert sum(k < 160 for k in part) == pytest.approx(32, abs=4)  # groups and others alike
+    assert three_ways(success, 0.4, 7, [str(k) for k in range(220)]) == three_ways(success, 0.4, 7)
+    with pytest.raises(ValueError, match="8 of 16 episodes, of 2 first states, are successes"):
+        three_ways(np.arange(16) % 2 == 0, 0.3, 0, ["a"] * 8 + ["b"] * 8)
+
+
+def test_the_pairs_of_a_recording_are_its_groups(tmp_path):
+    made = [replace(episode, meta={**episode.meta, **({"pair": f"p{k // 4}"} if k < 8 else {})})
+            for k, episode in enumerate(episodes()[:12])]  # fmt: skip
+    write_dataset(tmp_path / "data", made, ROBOT)
+    data = Dataset(tmp_path / "data", ROBOT)
+    clips = Recorded([data, data], [{i: True for i in range(2, 12)}, {0: True}], "10")
+    assert clips.groups == ["0 p0"] * 2 + ["0 p1"] * 4 + ["0 8", "0 9", "0 10", "0 11", "1 p0"]
+    for seed in range(5):
+        assert held_out(data, 5, seed) >= {0, 1, 2, 3} or held_out(data, 5, seed).isdisjoint({0, 1, 2, 3})
+        assert 5 <= len(held_out(data, 5, seed)) <= 8 and held_out(data, 0, seed) == set()
