@@ -1,6 +1,7 @@
 """Exports against their source, against the format as written down, and against what GR00T's loaders do with it."""
 
 import json
+import shutil
 from fractions import Fraction
 
 import av
@@ -45,6 +46,21 @@ def exported(made, source):
         return Dataset(root / format, source.robot)
 
     return make
+
+
+def test_v2_0_is_read(exported, source, tmp_path):
+    """v2.0 differs from v2.1 by its version and by statistics in one file; it is never written."""
+    old = tmp_path / "old"
+    shutil.copytree(exported("v2.1").root, old)
+    info = json.loads((old / "meta/info.json").read_text())
+    (old / "meta/info.json").write_text(json.dumps(info | {"codebase_version": "v2.0"}))
+    (old / "meta/episodes_stats.jsonl").unlink()
+    (old / "meta/stats.json").write_text("{}")
+    data = Dataset(old, source.robot)
+    assert data.version == "v2.0" and len(data) == N
+    for i in range(N):
+        assert np.array_equal(source.episode(i).action, data.episode(i).action)
+        assert all(np.array_equal(data.views(i)[name], frames) for name, frames in source.views(i).items())
 
 
 @pytest.mark.parametrize("format", ["v3.0", "v2.1", "groot"])
