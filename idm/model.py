@@ -53,7 +53,7 @@ class FlowIDM(nn.Module):
         robot: Embodiment,
         clock: Clock,
         frames: int = 5,
-        spacings: Sequence[str] = (),
+        spacings: Sequence[str | int | float] = (),
         train_frames: int = 6,
         vision: dict | None = None,
         width: int = 128,
