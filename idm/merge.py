@@ -17,7 +17,8 @@ import numpy as np
 
 from dreamgen.core.clip import Labels
 from dreamgen.core.clock import Clock
-from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.kinematics import commands
 
 RULES = ("mean", "centre", "median", "first")
 
@@ -71,11 +72,6 @@ def _median(sorted_values: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Median over axis 0 of ascending values (n s a), of which the first `count` (s,) are real."""
     low = np.take_along_axis(sorted_values, ((count - 1) // 2)[None, :, None], 0)[0]
     return (low + np.take_along_axis(sorted_values, (count // 2)[None, :, None], 0)[0]) / 2
-
-
-def commands(part: Part) -> tuple[float, float]:
-    """The two values of a binary part: its limits, else 0 and 1."""
-    return part.limits or (0.0, 1.0)
 
 
 def merge(chunks: np.ndarray, windows: Windows, robot: Embodiment, rule: str = "centre") -> Labels:

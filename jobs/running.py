@@ -121,10 +121,9 @@ def run_check(cfg: DictConfig) -> None:
 
 def check(stage: DictConfig) -> Callable[..., dict]:
     """The stage function; ValueError if a configuration names code that is not ours, or settings that it has not."""
-    for key, target in walk(OmegaConf.to_container(stage, resolve=True, throw_on_missing=True)):
-        if key == "_target_" and not target.startswith(ALLOWED):
-            raise ValueError(f"the configuration names '{target}'; only {'*, '.join(ALLOWED)}* may be run")
-    for where, part in parts(OmegaConf.to_container(stage, resolve=True)):
+    for where, part in parts(OmegaConf.to_container(stage, resolve=True, throw_on_missing=True)):
+        if not part["_target_"].startswith(ALLOWED):
+            raise ValueError(f"the configuration names '{part['_target_']}'; only {'*, '.join(ALLOWED)}* may be run")
         arguments = inspect.signature(_code(part["_target_"], where)).parameters
         unknown = sorted(key for key in part if not key.startswith("_") and key not in arguments)
         if unknown and not any(a.kind is a.VAR_KEYWORD for a in arguments.values()):
@@ -163,7 +162,7 @@ def record(stage: DictConfig) -> dict:
 
 def parts(node: Any, where: str = "stage") -> Iterator[tuple[str, dict]]:
     """Every (key, node) of a plain configuration that names code."""
-    if isinstance(node, dict) and "_target_" in node:
+    if isinstance(node, dict) and isinstance(node.get("_target_"), str):
         yield where, node
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
         yield from parts(value, f"{where}.{key}")
