@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
+from dreamgen.engine.precision import resolve
+
 OUTER = ("embed", "conv_in", "conv_out", "proj_out", "shared", "relative", "table", "quant_conv")
 
 
@@ -23,8 +25,9 @@ def is_hidden(name: str, parameter: nn.Parameter) -> bool:
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of `matrix` = U S V^T, by a quintic Newton-Schulz iteration in bf16."""
-    x = matrix.bfloat16()
+    """About U V^T of `matrix` = U S V^T, by a quintic Newton-Schulz iteration, in bf16 where the hardware multiplies it:
+    a CPU that has to imitate bf16 takes thirty times as long as in fp32."""
+    x = matrix.bfloat16() if resolve("auto", matrix.device) == "bf16" else matrix.float()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)

@@ -240,7 +240,12 @@ def test_nothing_to_train_is_said(tmp_path):
         train(model, batch_at, out=tmp_path, steps=1)
 
 
-def test_muon_steps_are_orthogonal():
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_muon_steps_are_orthogonal(precision, monkeypatch):
+    """In bf16 where the hardware has it; elsewhere no bf16 is touched, which would be imitated, many times slower."""
+    monkeypatch.setattr("dreamgen.engine.muon.resolve", lambda *_: precision)
+    if precision == "fp32":
+        monkeypatch.setattr(torch.Tensor, "bfloat16", None, raising=False)
     torch.manual_seed(1)
     matrix = torch.randn(24, 40)
     singular = torch.linalg.svdvals(orthogonal(matrix))
