@@ -9,6 +9,7 @@ import torch
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.seeding import rng_for
+from dreamgen.engine.progress import progress
 
 Degrade = Callable[[np.ndarray, str], np.ndarray]
 
@@ -78,7 +79,7 @@ class Batches:
     def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
         """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
         made = []
-        for n in range(count):
+        for n in progress(range(count), count, "draw clips as the world model would", unit="clip"):
             rng = rng_for(self.seed, "degrade", n)
             index = self.episodes[(n * max(1, len(self.episodes) // count)) % len(self.episodes)]
             clock = self.clocks[n % len(self.clocks)]

@@ -1,6 +1,7 @@
 """Resets, replays and pictures of the tabletop are exact; its looks are data."""
 
 import colorsys
+import math
 import itertools
 
 import numpy as np
@@ -82,8 +83,9 @@ def test_two_large_views_fill_a_canvas(drawing: None) -> None:
     sim.close()
 
 
-def test_blocks_are_drawn_where_they_project_and_six_pixels_wide(drawing: None) -> None:
-    sim = Tabletop(robot=embodiment(("front", 64, 64)))
+@pytest.mark.parametrize("look", NAMED, ids=lambda look: look.name)
+def test_blocks_are_drawn_where_they_project_and_six_pixels_wide(drawing: None, look: Appearance) -> None:
+    sim = Tabletop(robot=embodiment(("front", 64, 64)), appearance=look.name)
     sim.reset("close the drawer", 3)
     picture = sim.observe().views["front"].astype(float)
     hue = np.apply_along_axis(lambda p: colorsys.rgb_to_hsv(*p / 255)[0], 2, picture)
@@ -105,6 +107,18 @@ def test_target_is_fixed_and_drawn_robots_are_never_close_to_it() -> None:
     for look in looks:  # each block's own channel is clearly the strongest
         for channel, colour in enumerate((look.red, look.green, look.blue)):
             assert colour[channel] > max(c for i, c in enumerate(colour) if i != channel) + 0.2
+
+
+def test_elsewhere_is_the_same_robot_with_its_camera_in_another_room() -> None:
+    here, there = Appearance.named("target"), Appearance.named("elsewhere")
+    same = ("arm", "hand", "fingers", "red", "green", "blue", "camera")
+    assert all(getattr(here, name) == getattr(there, name) for name in same)
+    other = ("table", "floor", "cabinet", "tray", "handle", "plate", "button", "button_base")
+    assert min(math.dist(getattr(here, name), getattr(there, name)) for name in other) > 0.2
+    # whatever must be told apart in the room can be
+    assert min(math.dist(there.table, getattr(there, name)) for name in ("fingers", "plate", "handle", "arm")) > 0.3
+    assert min(math.dist(getattr(there, b), t) for b in ("red", "green", "blue")
+               for t in (there.table, there.cabinet, there.tray, there.plate)) > 0.42  # fmt: skip
 
 
 def test_random_appearance_is_drawn_from_the_episode(drawing: None) -> None:
