@@ -144,9 +144,10 @@ def correlations(found: Mapping[str, Mapping]) -> list[tuple[str, str]]:
 
 
 def cards(results: Mapping) -> list[tuple[str, list[str]]]:
-    """(evaluator, figures in the order of CARD): the dream, corrected and of seen policies, then the blind ones."""
+    """(evaluator, figures in the order of CARD): the dream, corrected, of seen policies, by the probe; blind ones."""
     rows = {"the dream": results}
     rows |= {f"the dream, {key}": results[key] for key in ("corrected", "seen") if results.get(key)}
+    rows |= {"the dream, by the probe": results["probe"]} if results.get("probe") else {}
     rows |= {f"blind: {key.replace('_', ' ')}": card for key, card in results.get("blind", {}).items()}
     return [(name, [figure(card, key) for key in CARD]) for name, card in rows.items()]
 

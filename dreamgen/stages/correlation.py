@@ -41,6 +41,7 @@ def correlation(
     policies: Mapping[str, Policy] | None,
     *,
     out: Path,
+    probe: Judge | None = None,
     degraded: Mapping[str, Callable[..., Policy]] | None = None,
     episodes: int = 40,
     instructions: Sequence[str] | None = None,
@@ -62,18 +63,20 @@ def correlation(
     """Run every policy for `episodes` episodes (as many for each instruction) in the simulator and in the dream.
 
     world_model: None puts the simulator in its place, filmed at `video_hz`: what is left is the judge's error on real
-    video. degraded: name to maker of a worse policy from `policy=`; each is made of every policy, as `<policy>_<name>`.
-    seen: names of policies that gave data to the world model; the headline is of the others. demos: policy to number of
-    demonstrations. Both speak of what is made of a policy, too. validation: recordings of experts for the open-loop
-    error. blind: which blind evaluators to run. films: of how many episodes of a policy, from the first to the last.
+    video. probe: a second judge of the same dreamt episodes, which ends none; one of positions tells what goes wrong in
+    the dream from what the first misreads in it. degraded: name to maker of a worse policy from `policy=`; each is made
+    of every policy, as `<policy>_<name>`. seen: names of policies that gave data to the world model; the headline is of
+    the others. demos: policy to number of demonstrations. Both speak of what is made of a policy, too. validation:
+    recordings of experts for the open-loop error. blind: which blind evaluators to run. films: of how many episodes of
+    a policy, from the first to the last.
 
-    Writes `policies/<name>.json` ({real, dream, probability, agreement, ... per episode}), films real | dreamt, and
+    Writes `policies/<name>.json` ({real, probability, agreement, probe, ... per episode}), films real | dreamt, and
     `results/correlation.json`: k, r, r_low, r_high, rho, mmrv, mae, bias, regret, episode_auroc, tpr, tnr of the dream,
-    and the same for each of `blind`; `corrected` by the judge's own rates; `seen`; `policies`. Episodes on which the
-    judge abstains count on neither side.
+    and the same of the `probe` and of each of `blind`; `corrected` by the judge's own rates; `seen`; `policies`.
+    Episodes on which the judge abstains count on neither side.
 
-    Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, a judge that knows none of
-    the instructions or abstains on every episode of a policy, and whatever the parts say of robots, rates and limits.
+    Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, a judge or probe that knows
+    none of the instructions or abstains on every episode of a policy, and what the parts say of robots, rates, limits.
     """
     plain, policies = dict(policies or {}), dict(policies or {})
     for how, make in (degraded or {}).items():
@@ -90,20 +93,20 @@ def correlation(
         world = OracleWorld(sim=sim, video_hz=video_hz) if world_model is None else world_model
         if hasattr(world, "place"):
             world.place()
-        plan, prompts = first_states(sim, judge, instructions, episodes, seed)
+        plan, prompts = first_states(sim, [judge, probe], instructions, episodes, seed)
         env = DreamEnv(world=world, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
                        confidence=confidence)  # fmt: skip
         rows = {}
         for name in progress(policies, len(policies), "correlation", run.out, unit="policy"):
             path = run.out / "policies" / f"{name}.json"
             if not path.is_file():
-                row = one_policy(name, policies[name], env, sim, plan, prompts, run.out, blind=blind,
+                row = one_policy(name, policies[name], env, sim, plan, prompts, run.out, probe=probe, blind=blind,
                                  validation=validation, workers=workers, films=films, seed=seed)  # fmt: skip
                 write_json(path, row)
             rows[name] = read_json(path)
             if name in known_demos:
                 rows[name]["demos"] = float(known_demos[name])
-        results = summary(rows, judge, seen, env.threshold)
+        results = summary(rows, judge, probe, seen, env.threshold)
         write_json(run.out / "results" / "correlation.json", results)
         return run.finish(correlation=results, **noted(validation))
 
@@ -126,15 +129,16 @@ def made_of(base: str, policies: Mapping, degraded: Mapping) -> list[str]:
     return [name for name in (base, *(f"{base}_{how}" for how in degraded)) if name in policies]
 
 
-def first_states(sim: Callable[[], Sim], judge: Judge, instructions: Sequence[str] | None, episodes: int,
-                 seed: int) -> tuple[list[tuple[str, int]], list[Prompt]]:  # fmt: skip
+def first_states(sim: Callable[[], Sim], judges: Sequence[Judge | None], instructions: Sequence[str] | None,
+                 episodes: int, seed: int) -> tuple[list[tuple[str, int]], list[Prompt]]:  # fmt: skip
     """(instruction, seed) of every episode, and the same first states as prompts."""
     world = sim()
     try:
         wanted = list(instructions or world.instructions)
         if unknown := [text for text in wanted if text not in world.instructions]:
             raise ValueError(f"the simulator does not know {unknown}; it knows {list(world.instructions)}")
-        require_known(judge, wanted)
+        for judge in filter(None, judges):
+            require_known(judge, wanted)
         each = max(1, -(-episodes // len(wanted)))
         plan = [(text, seed_for(seed, "evaluate", text, i)) for text in wanted for i in range(each)]
         prompts = []
@@ -151,8 +155,8 @@ def first_states(sim: Callable[[], Sim], judge: Judge, instructions: Sequence[st
 
 
 def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim], plan: Sequence[tuple[str, int]],
-               prompts: Sequence[Prompt], out: Path, *, blind: Sequence[str], validation: Dataset | None, workers: int,
-               films: int, seed: int) -> dict[str, Any]:  # fmt: skip
+               prompts: Sequence[Prompt], out: Path, *, probe: Judge | None, blind: Sequence[str],
+               validation: Dataset | None, workers: int, films: int, seed: int) -> dict[str, Any]:  # fmt: skip
     """All that is measured of one policy, plain JSON, nan as None."""
     real = list(rollout(sim, policy, plan, steps=env.steps, execute=env.execute, workers=workers))
     dreamt = dream_episodes(env, policy, prompts, [own for _, own in plan])
@@ -161,6 +165,8 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
         write_mp4(out / "films" / name / f"{k:02d}.mp4", beside(sim, real[k], dreamt[k], env.world.clock), hz)
     found: dict[str, Any] = {"real": [bool(e.success) for e in real], "probability": [e.probability for e in dreamt],
                              "agreement": [e.agreement for e in dreamt]}  # fmt: skip
+    if probe is not None:
+        found["probe"] = judged(probe, [e.past for e in dreamt], hz).tolist()
     if "first_frame" in blind:
         robot = env.world.robot  # it does not hear what the policy commanded either
         held = [Past(prompt=p, video=np.repeat(p.image[None], len(e.past.video), 0), state=p.state,
@@ -233,10 +239,10 @@ def outcome(rows: Mapping[str, dict], key: str, threshold: float) -> dict:
             **{k: float(v.mean()) if len(v) else math.nan for k, v in share.items()}}  # fmt: skip
 
 
-def compared(rows: Mapping[str, dict], judge: Judge, threshold: float) -> dict:
-    """Report cards of the dream and of the blind evaluators over the policies of `rows`."""
+def compared(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, threshold: float) -> dict:
+    """Report cards of the dream, by judge and by probe, and of the blind evaluators over the policies of `rows`."""
 
-    def rates(key: str) -> np.ndarray:
+    def rates(key: str, threshold: float = threshold) -> np.ndarray:
         """Real, judged and number of episodes, each of all policies."""
         return np.array([rates_of(name, key, row, threshold) for name, row in rows.items()]).T
 
@@ -246,6 +252,8 @@ def compared(rows: Mapping[str, dict], judge: Judge, threshold: float) -> dict:
     if trust and (own := trust.get("imagined") or trust.get("dreamt") or trust.get("real")) and own.tpr + own.tnr > 1:
         mended = [own.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(dream, each, strict=True)]
         found["corrected"] = card(real, np.array(mended))
+    if probe is not None:
+        found["probe"] = card(*rates("probe", probe.threshold)[:2]) | outcome(rows, "probe", probe.threshold)
     blind = {}
     for key in ("shuffled_actions", "first_frame"):
         if all(key in row for row in rows.values()):
@@ -261,13 +269,16 @@ def compared(rows: Mapping[str, dict], judge: Judge, threshold: float) -> dict:
     return found | {"blind": blind}
 
 
-def summary(rows: Mapping[str, dict], judge: Judge, seen: Sequence[str], threshold: float) -> dict:
+def summary(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, seen: Sequence[str],
+            threshold: float) -> dict:  # fmt: skip
     """The content of results/correlation.json."""
     fresh = {name: row for name, row in rows.items() if name not in seen}
     headline = fresh if len(fresh) >= 2 else rows
-    found = compared(headline, judge, threshold) | {"headline": "unseen policies" if headline is fresh else "all"}
+    found = compared(headline, judge, probe, threshold) | {
+        "headline": "unseen policies" if headline is fresh else "all"
+    }
     if seen and len(seen) >= 2:
-        found["seen"] = compared({name: rows[name] for name in seen}, judge, threshold)
+        found["seen"] = compared({name: rows[name] for name in seen}, judge, probe, threshold)
     found["policies"] = {}
     for name, row in rows.items():
         real, dream, n = rates_of(name, "probability", row, threshold)

@@ -140,7 +140,7 @@ def test_trainings_are_added_up(tmp_path: Path) -> None:
 def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
     rows = {"good <one>": {"real": 0.9, "dream": 0.8}, "bad": {"real": 0.1, "dream": 0.4}}
     told = {"policies": rows, "r": 1.0, "r_low": -1.0, "r_high": 1.0, "r_drop_one": [None, None], "mmrv": None,
-            "bias": 0.1, "episode_auroc": 0.87,
+            "bias": 0.1, "episode_auroc": 0.87, "probe": {"r": 0.5, "tnr": 0.75},
             "blind": {"first_frame": {"r": 0.25, "r_drop_one": [-0.1, 0.5]}}}  # fmt: skip
     finish(tmp_path / "compared", "correlation", correlation=told)
     finish(tmp_path / "executed", "evaluate_counterfactuals", clips=1)
@@ -159,6 +159,7 @@ def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
     figures = {name: re.findall(r">([^<]*)</td>", row) for name, row in cells}
     assert figures["the dream"][:2] == ["1.00 [-1.00, 1.00]", ""] and figures["the dream"][5:8] == ["0.10", "", "0.87"]
     assert figures["blind: first frame"][:2] == ["0.25", "-0.10 to 0.50"]
+    assert figures["the dream, by the probe"][::9] == ["0.50", "0.75"]
     assert "executed: f01, dreamed, judged and executed" in page and "data:image/png;base64,iVBOSA==" in page
     assert "kept: jerk, best and worst clips" in page and "data:image/png;base64,iVBORw==" in page
 
