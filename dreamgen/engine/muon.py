@@ -25,8 +25,10 @@ def is_hidden(name: str, parameter: nn.Parameter) -> bool:
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """About U V^T of `matrix` = U S V^T, by a quintic Newton-Schulz iteration, in bf16 where the hardware multiplies it:
-    a CPU that has to imitate bf16 takes thirty times as long as in fp32."""
+    """About U V^T of `matrix` = U S V^T, by a quintic Newton-Schulz iteration.
+
+    It is in bf16 where the hardware multiplies it; a CPU that must imitate bf16 takes thirty times as long as in fp32.
+    """
     x = matrix.bfloat16() if resolve("auto", matrix.device) == "bf16" else matrix.float()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x

@@ -9,6 +9,7 @@ import torch
 
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
+from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.train import clear_state, train
@@ -64,6 +65,7 @@ def train_labeler(
     precision: str = "auto",
     replicas: int = 1,
     held_out_share: float = 0.1,
+    more: Sequence[Dataset] = (),
     episodes: int | None = None,
     world_model: Any = None,
     degraded: float = 0.5,
@@ -81,14 +83,17 @@ def train_labeler(
     itself (latent actions have no recorded truth). world_model: one with
     `encode` and `decode`, whose autoencoder a training clip passes with probability `degraded`, so that the labeler
     knows how dreams look; `degraded_clips` pass once, before training. redream_up_to: they are noised up to a level
-    below it and dreamt again (`dreamgen.worlds.redream`), 0 leaves that out. episodes: train on so many only, the same
-    ones among more (to measure what data brings).
+    below it and dreamt again (`dreamgen.worlds.redream`), 0 leaves that out. more: recordings of the robot that are
+    trained on as well, of which nothing is held out: play, for instance, without which a labeler knows the motions of
+    its demonstrations alone. episodes: train on so many of `dataset` only, the same ones among more (to measure what
+    data brings).
 
     Results: scores on the held-out episodes (r2, mae, ... by part), the last loss, the calibration.
     Raises ValueError for a dataset of another robot, too few or too short episodes, a loss that is not finite.
     """
     world = getattr(world_model, "folder", None)
     parents = {"dataset": dataset.root} | ({"world_model": world} if world is not None else {})
+    parents |= {f"more_{k}": other.root for k, other in enumerate(more)}
     with Stage(out, "train_labeler", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
@@ -96,15 +101,18 @@ def train_labeler(
             raise ValueError(f"{dataset.root} has {len(dataset)} episode; a labeler needs at least 2, one to train on "
                              f"and one to be scored on")  # fmt: skip
         if not hasattr(labeler, "measure"):  # latent actions need none
-            dataset.require_actions("stage.dataset of a labeler of actions")
+            for key, one in [("dataset", dataset), *(("more", other) for other in more)]:
+                one.require_actions(f"stage.{key} of a labeler of actions")
         training, apart = held_out(len(dataset), held_out_share, seed)
         if episodes is not None:
             training = sorted(rng_for(seed, "labeler episodes").permutation(training)[:episodes].tolist())
-        labeler.fit(dataset, training)
+        known = Joined([dataset, *more])
+        training += range(len(dataset), len(known))
+        labeler.fit(known, training)
         if hasattr(world_model, "place"):
             world_model.place()
         least = max(labeler.clock.frames, getattr(labeler, "train_frames", 2))
-        batches = labeler.batches(dataset, training, batch_size=batch_size, seed=seed,
+        batches = labeler.batches(known, training, batch_size=batch_size, seed=seed,
                                   degrade=None if world_model is None
                                   else through(world_model, redream_up_to=redream_up_to, seed=seed),
                                   degraded=degraded, degraded_clips=degraded_clips,
@@ -130,4 +138,4 @@ def train_labeler(
         clear_state(out)
         return run.finish(episodes=len(training), held_out=len(apart), steps=steps, loss=done["loss"],
                           precision=done["precision"], calibration=calibration, held_out_scores=found,
-                          **noted(dataset))  # fmt: skip
+                          **noted(dataset, *more))  # fmt: skip

@@ -41,8 +41,9 @@ def test_a_clip_is_judged_alone_and_unknown_instructions_are_not():
     assert np.isnan(together).tolist() == [False, True, False, False]
     alone = np.concatenate([one.judge([clip]) for clip in asked])
     np.testing.assert_allclose(together, alone, atol=1e-6)
-    logits = one.logits(asked)
-    np.testing.assert_allclose(together[[0, 2, 3]], 1 / (1 + np.exp(0.25 - 1.5 * logits[[0, 2, 3]])), atol=1e-9)
+    known = [0, 2, 3]  # judged together: batches of other sizes round differently
+    logits = one.logits([asked[i] for i in known])
+    np.testing.assert_allclose(together[known], 1 / (1 + np.exp(0.25 - 1.5 * logits)), atol=1e-9)
     np.testing.assert_array_equal(Judged(judge=one).score(asked, []), together)
 
 

@@ -1,8 +1,8 @@
 """Resets, replays and pictures of the tabletop are exact; its looks are data."""
 
 import colorsys
-import math
 import itertools
+import math
 
 import numpy as np
 import pytest
