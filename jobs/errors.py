@@ -51,7 +51,8 @@ def explain(error: BaseException) -> str | None:
         where = str(error).partition("full_key: ")[2].strip()
         if cause is error:
             return str(error)
-        return f"{cause}" + (f" (at {where})" if where else "") if isinstance(cause, MENDABLE) else None
+        told = next((link for link in chain if isinstance(link, MENDABLE)), None)  # what was raised, with its remedy
+        return None if told is None else f"{told}" + (f" (at {where})" if where else "")
     if type(error).__module__.startswith("submitit."):  # a process that the launcher started
         told = re.findall(r"^error: (.*)$", str(error), re.MULTILINE)
         why = told[-1] if told else next(iter(str(error).splitlines()), "it was killed")

@@ -70,8 +70,8 @@ def locate(root: str | Path, revision: str | None = None) -> Path:
 def read_layout(root: Path) -> Layout:
     """The index of the dataset at `root`. ValueError if it is unfinished, broken or of an unknown version."""
     if not (root / INFO).is_file():
-        raise ValueError(f"{root} is no finished LeRobot dataset ({INFO} is missing); mend the path, or run the job "
-                         f"that makes it again")  # fmt: skip
+        raise ValueError(f"{root} is no finished LeRobot dataset ({INFO} is missing); mend the path, run the job that "
+                         f"makes it again, or open it with data=video_folder if it holds video files")  # fmt: skip
     info = read_json(root / INFO)
     version = str(info.get("codebase_version"))
     missing = [key for key in ("fps", "features", "data_path") if key not in info]

@@ -6,7 +6,7 @@ State and action of all episodes are held in memory; pictures are decoded when a
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -73,18 +73,25 @@ class Dataset:
         metas = {}
         if (self.root / PROVENANCE).is_file():
             metas = {row.pop("episode_index"): row for row in read_jsonl(self.root / PROVENANCE)}
+        self._counts: dict[Path, int] = {}
+        self._table: tuple[Path, pa.Table] | None = None
+        self._take(layout.entries, lambda e: self._load(e, self._rows(e), metas.get(e.index, e.meta)),
+                   skip_bad=skip_bad, episodes=episodes, cache_mb=cache_mb)  # fmt: skip
+        self._table = None
+
+    def _take(self, entries: Sequence[Entry], load: Callable[[Entry], Episode], *, skip_bad: bool,
+              episodes: Sequence[int] | None, cache_mb: int) -> None:  # fmt: skip
+        """Keep what `load` makes of `entries`, as far as `episodes` names them; a bad one is left out, or raises."""
         self._entries: list[Entry] = []
         self._episodes: list[Episode] = []
         self._notes: dict[str, int] = {}
-        self._counts: dict[Path, int] = {}
-        self._table: tuple[Path, pa.Table] | None = None
-        chosen = [entry for entry in layout.entries if episodes is None or entry.index in episodes]
+        chosen = [entry for entry in entries if episodes is None or entry.index in episodes]
         if absent := sorted(set(episodes or ()) - {entry.index for entry in chosen}):
-            raise ValueError(f"{self.root} has no episode {', '.join(map(str, absent))}; it lists "
-                             f"{len(layout.entries)} episodes")  # fmt: skip
+            raise ValueError(f"{self.root} has no episode {', '.join(map(str, absent))}; it lists {len(entries)} "
+                             f"episodes")  # fmt: skip
         for entry in chosen:
             try:
-                episode = self._load(entry, self._rows(entry), metas.get(entry.index, entry.meta))
+                episode = load(entry)
             except ValueError as error:
                 if not skip_bad:
                     raise ValueError(f"episode {entry.index} of {self.root}: {error}; {REMEDY}") from error
@@ -92,13 +99,12 @@ class Dataset:
                 continue
             self._entries.append(entry)
             self._episodes.append(episode)
-        everywhere, self._table = len(chosen), None
-        self.mended += [note if n == everywhere else f"{note} ({n} episodes)" for note, n in self._notes.items()]
+        self.mended += [note if n == len(chosen) else f"{note} ({n} episodes)" for note, n in self._notes.items()]
         if not self._episodes:
             reasons = "; ".join(f"episode {i}: {why}" for i, why in list(self.skipped.items())[:3])
             raise ValueError(f"{self.root} holds no usable episode ({reasons or 'it lists none'})")
-        size = sum(self.length(i) for i in range(len(self))) * len(robot.views) * 3
-        size *= robot.views[0].height * robot.views[0].width
+        size = sum(self.length(i) for i in range(len(self))) * len(self.robot.views) * 3
+        size *= self.robot.views[0].height * self.robot.views[0].width
         self._cached: dict[int, dict[str, np.ndarray]] | None = {} if size <= cache_mb * 2**20 else None
         self._forget()
 

@@ -15,7 +15,9 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
-from dreamgen.video.tiling import resize, tile
+from dreamgen.video.tiling import cover, tile
+
+ORIGIN = ("sim", "seed", "instruction", "video")  # what a first frame takes along of its episode's meta
 
 
 def _spread(frames: Sequence[dict], instructions: Sequence[str], *, every: bool, count: int, seed: int) -> list[Prompt]:
@@ -61,18 +63,17 @@ class DatasetPrompts:
 
     def __call__(self) -> list[Prompt]:
         data = self.dataset
-        known = list(dict.fromkeys(data.instruction(i) for i in range(len(data))))
-        texts = _require_text(list(self.instructions), "prompts") if self.instructions is not None else known
+        given = self.instructions is not None  # then a dataset's own may be unknown
+        own = [data.episode(i).instruction if given else data.instruction(i) for i in range(len(data))]
+        texts = _require_text(list(self.instructions), "prompts") if given else list(dict.fromkeys(own))
         chosen = rng_for(self.seed, "prompts").permutation(len(data))[: self.episodes]
         frames = []
         for i in sorted(chosen.tolist()):
-            text = data.instruction(i)
-            if self.instructions is not None and text not in texts:
-                text = texts[i % len(texts)]
+            text = own[i] if own[i] in texts else texts[i % len(texts)]
             frames.append({
                 "image": data.canvas(i, [0])[0], "state": data.first_state(i), "instruction": text,
                 "pair": f"e{data.index(i):06d}",
-                "origin": {k: v for k, v in data.episode(i).meta.items() if k in ("sim", "seed", "instruction")}
+                "origin": {k: v for k, v in data.episode(i).meta.items() if k in ORIGIN}
                 | {"episode": data.index(i), "row": 0},
             })  # fmt: skip
         return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
@@ -145,16 +146,7 @@ class FolderPrompts:
                 picture = np.asarray(Image.open(path).convert("RGB"))
             except (UnidentifiedImageError, OSError) as error:
                 raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-            frame = {"image": _fit(picture, *self.robot.canvas), "state": np.zeros(0, np.float32), "pair": path.stem,
+            frame = {"image": cover(picture, *self.robot.canvas), "state": np.zeros(0, np.float32), "pair": path.stem,
                      "instruction": texts[0], "origin": {"picture": path.name}}  # fmt: skip
             made += _spread([frame], texts, every=True, count=self.repeats, seed=self.seed)
         return made
-
-
-def _fit(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The largest middle part of the canvas's shape, resized."""
-    h, w = picture.shape[:2]
-    scale = min(h / height, w / width)
-    ch, cw = round(height * scale), round(width * scale)
-    top, left = (h - ch) // 2, (w - cw) // 2
-    return resize(picture[None, top : top + ch, left : left + cw], height, width)[0]

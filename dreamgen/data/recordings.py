@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dreamgen.core.clip import Clip
+from dreamgen.core.clip import Clip, Episode
 from dreamgen.core.clock import Clock
 from dreamgen.data.lerobot import Dataset
 
@@ -20,7 +20,7 @@ def recorded_clip(dataset: Dataset, index: int, clock: Clock) -> tuple[Clip, np.
             f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or raise the video rate."
         )
     clip = Clip(id=_id(dataset, index), video=dataset.canvas(index, whole.rows), video_hz=whole.video_hz,
-                instruction=episode.instruction, state=dataset.first_state(index))  # fmt: skip
+                instruction=episode.instruction, state=dataset.first_state(index), origin=_origin(episode))  # fmt: skip
     return clip, episode.action[: whole.steps]
 
 
@@ -46,6 +46,11 @@ def noted(*datasets: Dataset | None) -> dict[str, list]:
     skipped = {(d.root, k): {"dataset": d.root.name, "episode": k, "reason": why}
                for d in read for k, why in d.skipped.items()}  # fmt: skip
     return {"mended": list(mended), "skipped": list(skipped.values())}
+
+
+def _origin(episode: Episode) -> dict:
+    """Which file an episode of a folder of videos is."""
+    return {"video": episode.meta["video"]} if "video" in episode.meta else {}
 
 
 def _id(dataset: Dataset, index: int) -> str:

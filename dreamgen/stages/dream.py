@@ -55,8 +55,10 @@ def dream(
         stored, size = set(folder.ids()), clips_at_once(world_model, batch_size, token_budget)
         groups = mine.of(grouped(listed, max(1, size // best_of)))
         left = [group for group in groups if not stored.issuperset(prompt.id for prompt in group)]
-        if left and hasattr(world_model, "place"):
-            world_model.place()
+        judging = vars(filter).values() if filter is not None else ()  # models that a filter scores by
+        for part in (world_model, labeler, *judging) if left else ():
+            if hasattr(part, "place"):
+                part.place()
         with Dreamer(world_model, folder.write, size=size, best=best, overlap=overlap) as dreamer:
             for group in progress(left, len(left), mine.title("dream"), out, unit="batch"):
                 dreamer(group)

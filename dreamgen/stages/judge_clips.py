@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.progress import progress
-from dreamgen.worlds.rollout import follow_prompts
+from dreamgen.stages.sharing import Parts, grouped
+from dreamgen.worlds.rollout import alike, follow_prompts
 
+SHOWN = "shown"  # the folder of clips as a world model shows them, while their stage runs
 Shown = Callable[[Sequence[Clip]], list[np.ndarray]]
 
 
 def shown_by(world_model: Any, out: Path, seed: int, batch_size: int = 16) -> Shown:
     """How a world model shows recorded clips, up to the last frame that it can end on: one that takes actions dreams
     them from their first frame under their own actions, so that what goes astray in its dreams goes astray here; any
-    other returns them through its autoencoder."""
+    other returns them through its autoencoder. What is done is kept in `out/shown` by the number of the call and of the
+    batch: a stage that was killed takes it up from there, as it asks for the same clips in the same order."""
+    calls = count()
 
     def decoded(clip: Clip) -> np.ndarray:
         video = torch.from_numpy(clip.video[: len(clip.video) - (len(clip.video) - 1) % 4])
@@ -44,13 +49,20 @@ def shown_by(world_model: Any, out: Path, seed: int, batch_size: int = 16) -> Sh
                       action=clip.action[:steps], seed=seed_for(seed, "shown", clip.id))  # fmt: skip
 
     def shown(clips: Sequence[Clip]) -> list[np.ndarray]:
-        def told(parts: Sequence[int]) -> Any:
-            return progress(parts, len(parts), "as dreamt", out, unit="batch")
-
-        if isinstance(world_model, ActionWorldModel):
-            pasts = follow_prompts(world_model, [prompt(clip) for clip in clips], batch_size=batch_size, steps=told)
-            return [past.video for past in pasts]
-        return [decoded(clips[k]) for k in told(range(len(clips)))]
+        imagines = isinstance(world_model, ActionWorldModel)
+        prompts = [prompt(clip) for clip in clips] if imagines else []
+        batches = alike(prompts, batch_size) if imagines else grouped(range(len(clips)), batch_size)
+        parts = Parts(Path(out) / SHOWN / str(next(calls)))
+        stored = parts.stored()
+        left = [number for number in range(len(batches)) if number not in stored]
+        for number in progress(left, len(left), "as dreamt", out, unit="batch"):
+            if imagines:
+                videos = [past.video for past in follow_prompts(world_model, [prompts[k] for k in batches[number]])]
+            else:
+                videos = [decoded(clips[k]) for k in batches[number]]
+            parts.write(number, {str(k): video for k, video in zip(batches[number], videos, strict=True)})
+        found = {int(k): video for number in range(len(batches)) for k, video in parts.read(number).items()}
+        return [found[k] for k in range(len(clips))]
 
     return shown
 

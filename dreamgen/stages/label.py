@@ -22,6 +22,7 @@ from dreamgen.data.clips import ClipFolder
 from dreamgen.data.layout import INFO
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import Recordings, noted
+from dreamgen.data.video_folder import VideoFolder, is_video_folder
 from dreamgen.data.writer import require_free, write_dataset
 from dreamgen.engine.progress import progress
 from dreamgen.stages.sharing import Parts, Shard, alone, grouped
@@ -79,7 +80,7 @@ def labelled_episode(robot: Embodiment, clip: Clip, label: Labels, state: np.nda
 
 def label(
     labeler: Labeler,
-    clips: Path,
+    clips: str | Path | Dataset,
     *,
     out: Path,
     robot: Embodiment,
@@ -95,8 +96,9 @@ def label(
 ) -> dict:
     """Label the dreams of the finished stage `clips` and write them as a LeRobot dataset to `out`, in order of id.
 
-    clips: also a LeRobot dataset of the robot, with or without actions, which are not looked at. skip_bad: leave out
-    episodes and dreams that cannot be read, and list them in the manifest.
+    clips: also a LeRobot dataset of the robot, with or without actions, which are not looked at, a folder of video
+    files, or any dataset that is open already; all of these must bring instructions, as what is written will. skip_bad:
+    leave out episodes and dreams that cannot be read, and list them in the manifest.
 
     Shards share out the labelling, batch by batch; the call that finds all labels there writes the dataset, on
     `workers` threads.
@@ -104,12 +106,12 @@ def label(
     Raises ValueError for unfinished dreams, no dreams, a shard out of range, a labeler of another robot, and clips that
     it cannot label (rate, size or length; names the clip).
     """
-    clips, mine = Path(clips), Shard(shard, num_shards)
-    recorded = (clips / INFO).is_file()
+    mine = Shard(shard, num_shards)
+    dataset = _recorded(clips, robot, labeler, skip_bad)
+    clips, recorded = Path(clips) if dataset is None else dataset.root, dataset is not None
     made = {} if recorded else require_complete(clips, "dreams")
     # a labeler of latent actions reads the videos of one embodiment and writes the actions of another
     getattr(labeler, "source", labeler.robot).require(robot.contract(), "the dreams' robot")
-    dataset = Dataset(clips, robot, skip_bad=skip_bad, actions=False) if recorded else None
     recordings = None if dataset is None else Recordings(dataset, labeler.clock)
     robot, kind = labeler.robot, "recordings" if recorded else "dreams"
     parents = {kind: clips} | ({"labeler": labeler.path} if getattr(labeler, "path", None) else {})
@@ -158,6 +160,22 @@ def label(
             manifest = run.finish(episodes=len(spreads), rows=sum(map(len, spreads)), spread=by_part, **told)
             shutil.rmtree(parts.root)
             return manifest
+
+
+def _recorded(clips: str | Path | Dataset, robot: Embodiment, labeler: Labeler, skip_bad: bool) -> Dataset | None:
+    """The videos to be labelled where they are not a stage's dreams. ValueError if one has no instruction."""
+    if isinstance(clips, Dataset):
+        dataset = clips
+        robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+    elif (Path(clips) / INFO).is_file():
+        dataset = Dataset(clips, robot, skip_bad=skip_bad, actions=False)
+    elif is_video_folder(Path(clips)):
+        dataset = VideoFolder(clips, robot, skip_bad=skip_bad, video_hz=labeler.clock.video_hz)
+    else:
+        return None
+    for i in range(len(dataset)):
+        dataset.instruction(i)
+    return dataset
 
 
 def _labelled(labeler: Labeler, folder: ClipFolder | Recordings, ids: Sequence[str],

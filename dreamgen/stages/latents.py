@@ -23,7 +23,7 @@ class Latents:
     """Normalised latents of all clips of `pool`, one cache for each shape, under `root`.
 
     transform: what the pool made of the datasets. Raises ValueError if `root` is a cache of another VAE, dataset,
-    choice of episodes or cameras, or transform.
+    choice of episodes or cameras, or transform, and for a video that has no instruction.
     """
 
     def __init__(self, world: VideoWorld, pool: ClipPool, root: Path, *, transform: dict) -> None:
@@ -35,6 +35,8 @@ class Latents:
         for shape in dict.fromkeys(shapes):
             self.members[shape] = np.array([k for k, other in enumerate(shapes) if other == shape])
             self.number[self.members[shape]] = np.arange(len(self.members[shape]))
+        # before anything is encoded: a dataset may lack one
+        self.instructions = sorted({d.instruction(i) for d in pool.datasets for i in range(len(d))})
         given = world.cache_key()
         transform = transform | {key: given.pop(key) for key in ("clock", "canvas", "precision") if key in given}
         about = {"vae": digest(given), "data": [fingerprint(d.root) for d in pool.datasets], "transform": transform,
@@ -80,7 +82,7 @@ class Latents:
 
         base: names the weights of the text encoder.
         """
-        distinct = sorted({d.instruction(i) for d in self.pool.datasets for i in range(len(d))})
+        distinct = self.instructions
         number = {text: i for i, text in enumerate(distinct)}
         key = {"base": base, "prompts": [self.world.prompt(text) for text in [*distinct, ""]],
                "length": self.world.text_length, "dtype": str(self.world.transformer.dtype)}  # fmt: skip

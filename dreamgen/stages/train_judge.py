@@ -6,6 +6,7 @@ which correct success rates later, are counted on; a world model that shows the 
 """
 
 import csv
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from dreamgen.filters.rates import Rates, threshold_for
 from dreamgen.stages.agreement import auroc_interval, calibration
 from dreamgen.stages.candidates import Candidates
 from dreamgen.stages.evaluate_filters import replayed
-from dreamgen.stages.judge_clips import Batches, Recorded, shown_by
+from dreamgen.stages.judge_clips import SHOWN, Batches, Recorded, shown_by
 
 YES, NO = ("1", "true", "yes", "success"), ("0", "false", "no", "failure")
 
@@ -125,9 +126,12 @@ def train_judge(
         model.save(out)
         write_json(Path(out) / "scores.json", scores)
         clear_state(out)
-        return run.finish(episodes=[len(training), len(fitting), len(apart)], successes=int(clips.success.sum()),
-                          loss=done["loss"], threshold=model.threshold, threshold_precision=reached,
-                          slope=model.slope, offset=model.offset, **noted(*datasets, dreams), **scores)  # fmt: skip
+        manifest = run.finish(episodes=[len(training), len(fitting), len(apart)], successes=int(clips.success.sum()),
+                              loss=done["loss"], threshold=model.threshold, threshold_precision=reached,
+                              slope=model.slope, offset=model.offset, **noted(*datasets, dreams),
+                              **scores)  # fmt: skip
+        shutil.rmtree(Path(out) / SHOWN, ignore_errors=True)
+        return manifest
 
 
 def outcomes(datasets: Sequence[Dataset], labels: Path | None) -> list[dict[int, bool]]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -29,6 +29,7 @@ ENCODERS = {
     "av1": ("libsvtav1", 20, "yuv420p", {"svtav1-params": "lp=1"}),
 }
 DENSE = 4
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # what a Matroska file and its body begin with
 BT601, LIMITED = 6, 1  # what the colour conversion below computes; said in the file so that no player guesses
 
 
@@ -99,23 +100,48 @@ def enlarge(frames: UInt8[np.ndarray, "t h w 3"], factor: int = 2) -> UInt8[np.n
 
 
 def require_whole(path: Path) -> None:
-    """Raise ValueError if `path` is missing or is no whole mp4 file: its boxes fill it exactly. Decodes nothing."""
+    """Raise ValueError if `path` is missing or is no whole mp4, mov, mkv or webm file. Decodes nothing."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"video {path} is missing")
-    size, at, kinds = path.stat().st_size, 0, set()
+    size = path.stat().st_size
     with path.open("rb") as file:
-        while at + 8 <= size:
-            file.seek(at)
-            head = file.read(16)
-            length = int.from_bytes(head[:4], "big")
-            length = int.from_bytes(head[8:16], "big") if length == 1 else length if length else size - at
-            if length < 8:
-                break
-            kinds.add(head[4:8])
-            at += length
-    if at != size or not {b"ftyp", b"moov", b"mdat"} <= kinds:
-        raise ValueError(f"video {path} ({size} bytes) is truncated or no mp4 file")
+        matroska = file.read(4) == EBML
+        if not (_segment_is_whole if matroska else _boxes_are_whole)(file, size):
+            raise ValueError(f"video {path} ({size} bytes) is truncated or no {path.suffix[1:] or 'video'} file")
+
+
+def _boxes_are_whole(file: BinaryIO, size: int) -> bool:
+    """Whether the boxes of an mp4 or mov file fill it exactly."""
+    at, kinds = 0, set()
+    while at + 8 <= size:
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[:4], "big")
+        length = int.from_bytes(head[8:16], "big") if length == 1 else length if length else size - at
+        if length < 8:
+            break
+        kinds.add(head[4:8])
+        at += length
+    return at == size and {b"moov", b"mdat"} <= kinds  # a mov of before 2005 has no ftyp
+
+
+def _segment_is_whole(file: BinaryIO, size: int) -> bool:
+    """Whether a Matroska file (mkv, webm) is as long as its segment says; one that was streamed does not say."""
+    at = 0
+    while at < size:
+        file.seek(at)
+        head = file.read(12)
+        name = 9 - head[0].bit_length()  # leading zeros tell how many bytes a number has
+        if name > 4 or len(head) <= name:
+            break
+        count = 9 - head[name].bit_length()
+        unknown = 2 ** (7 * count) - 1  # the largest number, which means that nobody says
+        length = int.from_bytes(head[name : name + count], "big") & unknown
+        at += name + count + length
+        if head[:name] == SEGMENT:
+            return length == unknown or at <= size
+    return False
 
 
 def count_frames(path: Path) -> int:
@@ -133,7 +159,8 @@ def count_frames(path: Path) -> int:
 
 
 def open_mp4(path: Path) -> "decord.VideoReader":
-    """A decord reader with one thread. ValueError names the file if it is missing, truncated or undecodable."""
+    """A decord reader with one thread, also of mov, mkv and webm. ValueError names the file if it is missing, truncated
+    or undecodable."""
     import decord
 
     require_whole(path)
@@ -141,6 +168,18 @@ def open_mp4(path: Path) -> "decord.VideoReader":
         return decord.VideoReader(str(path), num_threads=1)
     except (RuntimeError, decord.DECORDError) as error:
         raise ValueError(f"video {path} cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
+
+
+def frame_times(reader: "decord.VideoReader", path: Path) -> np.ndarray:
+    """Seconds from the first frame of an open reader to each of its frames (n,) float64; `path` is for the error.
+
+    Raises ValueError for a file that does not tell them: they must increase.
+    """
+    times = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+    if not (np.isfinite(times).all() and (np.diff(times) > 0).all()):
+        raise ValueError(f"video {path} does not tell when each of its {len(times)} frames is shown, so its rate is "
+                         f"unknown; write it anew with a rate (ffmpeg -r)")  # fmt: skip
+    return times - times[:1]
 
 
 def read_frames(reader: "decord.VideoReader", rows: Sequence[int] | np.ndarray, path: Path) -> np.ndarray:

@@ -80,3 +80,12 @@ def resize(frames: UInt8[np.ndarray, "*b h w 3"], height: int, width: int) -> UI
         y = interpolate(x, (height, width), mode="bilinear", antialias=True, align_corners=False)
         out[i] = y[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
     return out.reshape(*frames.shape[:-3], height, width, 3)
+
+
+def cover(frames: UInt8[np.ndarray, "*b h w 3"], height: int, width: int) -> UInt8[np.ndarray, "*b H W 3"]:
+    """The largest middle part of pictures that has the shape of (height, width), resized to it."""
+    h, w = frames.shape[-3:-1]
+    scale = min(h / height, w / width)
+    ch, cw = round(height * scale), round(width * scale)
+    top, left = (h - ch) // 2, (w - cw) // 2
+    return resize(frames[..., top : top + ch, left : left + cw, :], height, width)

@@ -4,7 +4,7 @@ All times are those of one clock that starts with the episode: frame K shows rob
 so chunks join without a lost or doubled step also where the rates do not divide.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Int64
@@ -72,20 +72,23 @@ def extend(world: ActionWorldModel, pasts: Sequence[Past], actions: Sequence[np.
     return [joined(world.robot, past, new, action) for past, new, action in zip(pasts, frames, actions, strict=True)]
 
 
-def follow_prompts(world: ActionWorldModel, prompts: Sequence[Prompt], *, batch_size: int | None = None,
-                   steps: Callable[[Sequence[int]], Iterable[int]] = iter) -> list[Past]:  # fmt: skip
-    """What `world` imagines of each prompt under its own actions, in order; equally long ones share batches of at most
-    `batch_size`. steps: is given the starts of the batches and passes them on (a progress bar)."""
+def alike(prompts: Sequence[Prompt], batch_size: int | None) -> list[list[int]]:
+    """Numbers of prompts with equally many actions, at most `batch_size` a batch; short ones first."""
     lengths = [len(prompt.action) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: lengths[i])
     parts: list[list[int]] = []
-    for i in order:
+    for i in sorted(range(len(prompts)), key=lambda i: lengths[i]):
         if not parts or lengths[parts[-1][0]] != lengths[i] or len(parts[-1]) == batch_size:
             parts.append([])
         parts[-1].append(i)
+    return parts
+
+
+def follow_prompts(world: ActionWorldModel, prompts: Sequence[Prompt], *,
+                   batch_size: int | None = None) -> list[Past]:  # fmt: skip
+    """What `world` imagines of each prompt under its own actions, in order, by batches of `alike`."""
     found: dict[int, Past] = {}
-    for n in steps(range(len(parts))):
-        mine = [prompts[i] for i in parts[n]]
+    for part in alike(prompts, batch_size):
+        mine = [prompts[i] for i in part]
         pasts = [Past.begin(prompt, world.robot.action_dim) for prompt in mine]
-        found |= dict(zip(parts[n], extend(world, pasts, [prompt.action for prompt in mine]), strict=True))
+        found |= dict(zip(part, extend(world, pasts, [prompt.action for prompt in mine]), strict=True))
     return [found[i] for i in range(len(prompts))]

@@ -1,6 +1,7 @@
 """Dreaming many: batches by tokens, decoding behind, best of n, shares of one list, and what cannot be done."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,18 @@ def test_the_best_of_three_seeds_is_kept_and_its_score_with_it(tmp_path):
     # more seeds than a batch holds: the same clips
     run(DrawnWorld(), lambda: prompts(5), out=tmp_path / "small", best_of=3, filter=Brightness(), batch_size=2)
     assert tree_digest(tmp_path / "small" / "clips") == tree_digest(tmp_path / "best" / "clips")
+
+
+def test_what_chooses_is_placed_beside_the_world_model(tmp_path):
+    placed, world, judging = [], DrawnWorld(), Brightness()
+    labeler, judging.model = SimpleNamespace(robot=tiny_robot(), label=len), SimpleNamespace()
+    for name, part in (("world", world), ("labeler", labeler), ("model", judging.model)):
+        part.place = partial(placed.append, name)
+    run(world, lambda: prompts(2), out=tmp_path, best_of=2, filter=judging, labeler=labeler)
+    assert placed == ["world", "labeler", "model"]
+    (tmp_path / "manifest.json").unlink()
+    run(world, lambda: prompts(2), out=tmp_path, best_of=2, filter=judging, labeler=labeler)
+    assert len(placed) == 3  # nothing was left to dream
 
 
 def test_a_choice_needs_something_to_choose_by(tmp_path):

@@ -171,7 +171,7 @@ def test_a_judge_of_dreams_learns_from_dreams_of_known_outcome(tmp_path):
 def test_dreams_of_recordings_follow_their_actions_whatever_the_batch(dataset, tmp_path):
     clips = Recorded([dataset], [{i: True for i in range(COUNT)}], "10")
     some = [clips[k] for k in (3, 1, 2)]
-    many, one = (shown_by(Inverted(), tmp_path, 0, size)(some) for size in (16, 1))
+    many, one = (shown_by(Inverted(), tmp_path / str(size), 0, size)(some) for size in (16, 1))
     for clip, video, alone in zip(some, many, one, strict=True):
         assert np.array_equal(video, alone) and np.array_equal(video[0], clip.video[0]) and len(video) == 5
         assert (video[-1].max() > 200) == (clip.action[7, 2] < 0)

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
+from hydra.utils import instantiate
 
 from dreamgen.core.clip import Clip, Prompt
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.protocols import ActionWorldModel, Labeler
 from dreamgen.worlds.cosmos3 import Cosmos3Labeler, Cosmos3World
 from dreamgen.worlds.tiny import tokenizer
+from jobs.recipe import load
+from jobs.running import check
 
 TEMPLATE = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }} {% endfor %}"
 
@@ -84,3 +87,15 @@ def test_a_saved_pipeline_is_opened(pipe, tmp_path) -> None:
     assert opened.clock.frames == 5 and opened.pipe.transformer.dtype == torch.bfloat16
     for name, value in pipe.transformer.state_dict().items():
         assert torch.allclose(opened.pipe.transformer.state_dict()[name].float(), value, atol=0.01), name
+
+
+def test_the_labeler_of_the_configuration_labels(pipe, tmp_path) -> None:
+    pipe.save_pretrained(tmp_path / "cosmos")
+    words = [f"labeler.path={tmp_path / 'cosmos'}", "labeler.frames=5", "labeler.tier=256", "labeler.steps=1"]
+    cfg, _ = load("label", ["labeler=cosmos3", "stage.labeler=${labeler}", "labeler.safety=false", *words])
+    check(cfg.stage)
+    labeler = instantiate(cfg.stage.labeler, _partial_=True, _convert_="all")(robot=robot())
+    assert labeler.samples == 2 and labeler.place() is labeler
+    video = np.random.default_rng(2).integers(0, 256, (5, 32, 48, 3), np.uint8)
+    (labels,) = labeler.label([Clip(id="c", video=video, video_hz="8", instruction="push the block", seed=4)])
+    assert labels.value.shape == (4, 10) and np.isfinite(labels.value).all()
