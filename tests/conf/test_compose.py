@@ -20,12 +20,7 @@ GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not pa
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
 EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 STAGES = [option for group, option in OPTIONS if group == "stage"]
-DOWNLOADS = {
-    "flow_published",
-    "siglip2",
-    "dino",
-    "cosmos3",
-}  # options whose weights come from a hub: composed here, not built
+DOWNLOADS = {"flow_published", "siglip2", "dino", "cosmos3"}  # weights from a hub: composed here, not built
 NEEDED = dict.fromkeys(("gr1", "gr1_smoke"), ["data.root=some/folder"])  # what an experiment leaves to the command line
 
 
