@@ -12,7 +12,8 @@ from jobs.recipe import load
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 TEXTS = {path.name: path.read_text() for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
-LINES = [line for text in TEXTS.values() for block in re.findall(r"```(?:bash)?\n(.*?)```", text, re.DOTALL)
+BLOCKS = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINES = [line for text in TEXTS.values() for language, block in BLOCKS.findall(text) if language in ("", "bash")
          for line in re.sub(r"\\\n", " ", block).splitlines()
          if re.match(r"(dreamgen|make|python -m jobs\.)", line)]  # fmt: skip
 
