@@ -21,11 +21,6 @@ class Joined:
     def __len__(self) -> int:
         return len(self.places)
 
-    def index(self, i: int) -> int:
-        """Its dataset's own number of episode i."""
-        dataset, k = self.places[i]
-        return dataset.index(k)
-
     def length(self, i: int) -> int:
         """Rows of episode i."""
         dataset, k = self.places[i]
@@ -35,11 +30,6 @@ class Joined:
         """State, action and instruction of episode i."""
         dataset, k = self.places[i]
         return dataset.episode(k)
-
-    def first_state(self, i: int) -> np.ndarray:
-        """The state (d,) in which episode i begins."""
-        dataset, k = self.places[i]
-        return dataset.first_state(k)
 
     def canvas(self, i: int, rows: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "t H W 3"]:
         """The tiled views of episode i at `rows`."""

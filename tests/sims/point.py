@@ -71,3 +71,14 @@ class Walker:
         rows = [np.full((3, 1), np.random.default_rng(seed).uniform(0.2, 0.6) if o.instruction == "home" else 0.0)
                 for o, seed in zip(observations, seeds, strict=True)]  # fmt: skip
         return np.stack(rows).astype(np.float32)
+
+
+class Steady(Walker):
+    """Goes home at one speed, with a little noise that depends on the seed."""
+
+    def __init__(self, speed: float) -> None:
+        self.speed = speed
+
+    def act(self, observations, seeds):
+        rows = [np.full((3, 1), self.speed + 0.05 * np.random.default_rng(seed).normal()) for seed in seeds]
+        return np.stack(rows).astype(np.float32)

@@ -21,18 +21,7 @@ from dreamgen.worlds.env import DreamEnv, dream_episodes
 from dreamgen.worlds.oracle import OracleWorld
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sims"))
-from point import ROBOT, Point, Walker  # noqa: E402
-
-
-class Steady(Walker):
-    """Goes home at one speed, with a little noise that depends on the seed."""
-
-    def __init__(self, speed: float) -> None:
-        self.speed = speed
-
-    def act(self, observations, seeds):
-        rows = [np.full((3, 1), self.speed + 0.05 * np.random.default_rng(seed).normal()) for seed in seeds]
-        return np.stack(rows).astype(np.float32)
+from point import ROBOT, Point, Steady, Walker  # noqa: E402
 
 
 class Column:

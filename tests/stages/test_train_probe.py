@@ -17,7 +17,7 @@ from dreamgen.stages.train_probe import train_probe
 from dreamgen.worlds.oracle import OracleWorld
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sims"))
-from point import ROBOT, Point, Walker  # noqa: E402
+from point import ROBOT, Point, Steady  # noqa: E402
 
 
 class Bright:
@@ -37,15 +37,6 @@ class Blind:
 
     def judge(self, clips):
         return np.ones(len(clips))
-
-
-class Steady(Walker):
-    def __init__(self, speed: float) -> None:
-        self.speed = speed
-
-    def act(self, observations, seeds):
-        rows = [np.full((3, 1), self.speed + 0.05 * np.random.default_rng(seed).normal()) for seed in seeds]
-        return np.stack(rows).astype(np.float32)
 
 
 def recorded(root: Path, count: int = 80) -> Dataset:

@@ -6,7 +6,7 @@ ever looks like a named one, so a model that was trained on drawn appearances ha
 
 import colorsys
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mujoco
 import numpy as np
@@ -142,26 +142,25 @@ def _draw(rng: np.random.Generator) -> dict:
     return {**colours, "light": round(0.8 + 0.3 * next(shares), 4), "camera": camera}
 
 
+TARGET = Appearance(
+    name="target",
+    arm=(0.46, 0.20, 0.58),
+    hand=(0.20, 0.14, 0.24),
+    fingers=(0.98, 0.62, 0.08),
+    table=(0.78, 0.74, 0.66),
+    floor=(0.35, 0.37, 0.40),
+    cabinet=(0.45, 0.33, 0.24),
+    tray=(0.66, 0.50, 0.36),
+    handle=(0.12, 0.12, 0.13),
+    plate=(0.97, 0.95, 0.55),
+    button=(0.93, 0.30, 0.72),
+    button_base=(0.22, 0.24, 0.27),
+)
 NAMED = (
-    Appearance(
-        name="target",
-        arm=(0.46, 0.20, 0.58),
-        hand=(0.20, 0.14, 0.24),
-        fingers=(0.98, 0.62, 0.08),
-        table=(0.78, 0.74, 0.66),
-        floor=(0.35, 0.37, 0.40),
-        cabinet=(0.45, 0.33, 0.24),
-        tray=(0.66, 0.50, 0.36),
-        handle=(0.12, 0.12, 0.13),
-        plate=(0.97, 0.95, 0.55),
-        button=(0.93, 0.30, 0.72),
-        button_base=(0.22, 0.24, 0.27),
-    ),
-    Appearance(  # the same robot, camera and blocks in another room
+    TARGET,
+    replace(  # the same robot, camera and blocks in another room
+        TARGET,
         name="elsewhere",
-        arm=(0.46, 0.20, 0.58),
-        hand=(0.20, 0.14, 0.24),
-        fingers=(0.98, 0.62, 0.08),
         table=(0.33, 0.36, 0.33),
         floor=(0.62, 0.52, 0.40),
         cabinet=(0.62, 0.66, 0.72),
