@@ -261,3 +261,8 @@ class Embodiment:
         if untold := self.untold(contract):
             log.warning("%s and embodiment '%s' do not both tell, so it is not compared: %s", where, self.name,
                         ", ".join(untold))  # fmt: skip
+
+    def require_same(self, part: object, where: str) -> None:
+        """As `require`, of a judge, a tracker or a policy; one that names no robot is taken for any."""
+        if (own := getattr(part, "robot", None)) is not None:
+            self.require(own.contract(), where)

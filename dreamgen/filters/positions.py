@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from dreamgen.core.clip import Clip
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, replacing, write_json
 from dreamgen.core.protocols import Tracker
 from dreamgen.filters.rates import Rates
@@ -43,6 +44,11 @@ class PositionJudge:
         self.rates = {name: Rates(**found) for name, found in (rates or {}).items()}
         self.mean, self.std = np.zeros(m), np.ones(m)
         self.weights = np.zeros((len(self.instructions), m + 1))  # the last one is b
+
+    @property
+    def robot(self) -> Embodiment | None:
+        """That of the tracker, where it names one."""
+        return getattr(self.locator, "robot", None)
 
     def features(self, clip: Clip) -> Float[np.ndarray, " m"]:
         """The numbers of a clip, m. ValueError for frames that the tracker does not read."""

@@ -31,12 +31,27 @@ class Rollout:
     action: np.ndarray
 
 
-def replay(sim: Sim, instruction: str, seed: int, actions: np.ndarray, **scene: str) -> bool:
-    """Do these actions (s a) fulfil the instruction from the first state of (instruction, seed)?
+def begin(sim: Sim, instruction: str, seed: int, state: np.ndarray | None = None, **scene: str) -> None:
+    """Reset to the first state of (instruction, seed).
 
-    scene: options of the simulator's reset, e.g. `scene_of`: the instruction whose scene it is, if another.
+    state: (d,) that the robot had where the episode or clip began; empty or nan where it is unknown. scene: options of
+    the simulator's reset, e.g. `scene_of`: the instruction whose scene it is, if another. Raises ValueError where the
+    robot begins elsewhere: then this is not the simulator that the first frame was drawn in.
     """
     sim.reset(instruction, seed, **scene)
+    state = np.zeros(0) if state is None else np.asarray(state, np.float64)
+    if state.size and np.isfinite(state).all():
+        found = np.asarray(sim.state(), np.float64)
+        if found.shape != state.shape or not np.allclose(found, state, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"'{instruction}' with seed {seed} begins at the state {found.round(3).tolist()} in this "
+                             f"simulator, but was recorded or dreamt from {state.round(3).tolist()}; choose the "
+                             "simulator that the first frames came from (sim=..., also its keyframe `sim.steps`)")  # fmt: skip
+
+
+def replay(sim: Sim, instruction: str, seed: int, actions: np.ndarray, state: np.ndarray | None = None,
+           **scene: str) -> bool:  # fmt: skip
+    """Do these actions (s a) fulfil the instruction from the first state of (instruction, seed)? See `begin`."""
+    begin(sim, instruction, seed, state, **scene)
     return any(sim.step(action) for action in actions)
 
 

@@ -6,12 +6,16 @@ import numpy as np
 
 from dreamgen.core.seeding import rng_for
 from dreamgen.stages.label_scores import auroc
+from dreamgen.stages.selection import middling
 
 
-def auroc_interval(score: np.ndarray, positive: np.ndarray, *, draws: int = 1000, seed: int = 0) -> dict:
-    """AUROC of (n,) scores with its 95% percentile bootstrap, drawn within each outcome; nan scores do not count.
+def auroc_interval(score: np.ndarray, positive: np.ndarray, *, groups: Sequence[str] | None = None, draws: int = 1000,
+                   seed: int = 0) -> dict:  # fmt: skip
+    """AUROC of (n,) scores with its 95% percentile bootstrap; nan scores do not count.
 
-    {auroc, low, high, n, positives}; None where there are not both outcomes.
+    groups: of each score; those of one group (one first state) share their luck, so whole groups are drawn. Without
+    them scores are drawn, within each outcome. {auroc, low, high, n, positives}; None where there are not both
+    outcomes.
     """
     told = np.isfinite(score)
     score, positive = score[told], np.asarray(positive, bool)[told]
@@ -21,9 +25,18 @@ def auroc_interval(score: np.ndarray, positive: np.ndarray, *, draws: int = 1000
         return found
     rng, drawn = rng_for(seed, "bootstrap"), np.empty(draws)
     wins = (good[:, None] > bad) + 0.5 * (good[:, None] == bad)  # a draw only picks rows and columns
+    if groups is not None:
+        number = np.unique(np.asarray(groups)[told], return_inverse=True)[1]
+        count = number.max() + 1
     for k in range(draws):
-        drawn[k] = wins[rng.integers(len(good), size=len(good))][:, rng.integers(len(bad), size=len(bad))].mean()
-    low, high = np.quantile(drawn, (0.025, 0.975))
+        if groups is None:
+            drawn[k] = wins[rng.integers(len(good), size=len(good))][:, rng.integers(len(bad), size=len(bad))].mean()
+            continue
+        often = np.bincount(rng.integers(count, size=count), minlength=count)[number]
+        of_good, of_bad = often[positive], often[~positive]
+        pairs = of_good.sum() * of_bad.sum()
+        drawn[k] = of_good @ wins @ of_bad / pairs if pairs else np.nan  # a draw of one outcome alone says nothing
+    low, high = np.nanquantile(drawn, (0.025, 0.975)) if np.isfinite(drawn).any() else (np.nan, np.nan)
     return found | {"auroc": auroc(score, positive), "low": float(low), "high": float(high)}
 
 
@@ -42,8 +55,7 @@ def auroc_within(score: np.ndarray, positive: np.ndarray, groups: Sequence[str])
 def chosen_rate(score: np.ndarray, positive: np.ndarray, share: float) -> float:
     """Share of successes among the best `share` of clips; an abstention ranks in the middle."""
     count = max(1, round(share * len(score)))
-    filled = np.where(np.isfinite(score), score, np.nanmedian(score) if np.isfinite(score).any() else 0.0)
-    return float(np.asarray(positive, float)[np.argsort(-filled, kind="stable")[:count]].mean())
+    return float(np.asarray(positive, float)[np.argsort(-middling(score), kind="stable")[:count]].mean())
 
 
 def calibration(probability: np.ndarray, success: np.ndarray, bins: int = 10) -> dict:

@@ -16,8 +16,10 @@ from dreamgen.core.protocols import Judge, Sim, Tracker
 from dreamgen.data.clips import ClipFolder
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
+from dreamgen.sims.rollout import begin
 from dreamgen.stages.agreement import auroc_interval
 from dreamgen.video.sheet import captioned, grid, png
+from dreamgen.video.tiling import tile
 
 
 def evaluate_counterfactuals(
@@ -28,19 +30,20 @@ def evaluate_counterfactuals(
     out: Path,
     locator: Tracker | None = None,
     near: float = 0.03,
+    hand: str = "hand",
     sheets: int = 8,
     seed: int = 0,
     record: dict,
 ) -> dict:
     """Results: success {auroc, low, high, n, positives}; optimism (share of real failures that the judge calls
     successes in the dream), pessimism; by_stream {stream: real and dreamt success rates, n}, all of the clips that
-    the judge speaks of; with a tracker, of all clips, coverage (share of real final positions of a pair to which a
-    dreamt one of that object comes within `near` m), precision (the reverse), position_error (m, median, per object).
+    the judge speaks of; with a tracker `positions`, of all clips, by thing (see there).
 
-    Writes `pairs.json`: {pair: [{id, stream, real, probability}]}, and contact sheets of `sheets` pairs.
+    hand: the tracked name of the gripper. Writes `pairs.json`: {pair: [{id, stream, real, probability}]}, and contact sheets of `sheets` pairs.
 
     Raises ValueError without a simulator, for clips whose origin has no actions or no first state in the simulator, for
-    a judge that knows none of their instructions, and for an unfinished dream.
+    a judge that knows none of their instructions or is of another robot, another simulator than that of the first
+    frames, and for an unfinished dream.
     """
     if sim is None:
         raise ValueError("counterfactuals are checked against a simulator and the recipe has none; choose sim=...")
@@ -54,21 +57,26 @@ def evaluate_counterfactuals(
         world, threshold = sim(), getattr(judge, "threshold", 0.5)
         pairs: dict[str, list[dict]] = defaultdict(list)
         try:
+            for part, name in ((judge, "the judge"), (locator, "the tracker")):
+                world.robot.require_same(part, name)
             for id in progress(ids, len(ids), "replay", out, unit="clip"):
                 clip = folder.read(id)
                 actions, origin = clip.origin.get("actions"), clip.origin
                 if actions is None or "seed" not in origin or "instruction" not in origin:
                     raise ValueError(f"clip '{id}' of {dreams} has no actions or no state in the simulator; dream "
                                      "them with mode=actions and first frames from the simulator")  # fmt: skip
-                world.reset(origin["instruction"], int(origin["seed"]))
+                begin(world, origin["instruction"], int(origin["seed"]), clip.state)
+                begun = world.objects() if locator is not None else {}
                 clip = replace(clip, action=np.array(actions, np.float32))
                 real = any([world.step(action) for action in clip.action])
-                row = {"id": id, "stream": origin.get("stream", ""), "real": real,
+                row = {"id": id, "pair": clip.pair, "stream": origin.get("stream", ""), "real": real,
                        "probability": float(judge.judge([clip])[0])}  # fmt: skip
                 if locator is not None:
-                    where = world.objects()
-                    row["positions"] = [where[name].tolist() for name in locator.names]
-                    row["dreamt"] = locator.track(clip.video[-1:])[0].tolist()
+                    where, seen = world.objects(), world.observe().views
+                    picture = tile(world.robot, {name: view[None] for name, view in seen.items()})
+                    row["begun"], row["positions"] = ([at[name].tolist() for name in locator.names]
+                                                      for at in (begun, where))  # fmt: skip
+                    row["read"], row["dreamt"] = locator.track(np.stack([picture[0], clip.video[-1]])).tolist()
                 pairs[clip.pair].append(row)
         finally:
             world.close()
@@ -80,7 +88,7 @@ def evaluate_counterfactuals(
                 temporary.write_bytes(png(captioned([told(folder, row) for row in pairs[pair]])))
         found = outcomes(rows, threshold)
         if locator is not None:
-            found |= positions(list(pairs.values()), locator.names, near)
+            found["positions"] = positions(list(pairs.values()), locator.names, near, hand)
         return run.finish(clips=len(rows), pairs=len(pairs), **found)
 
 
@@ -106,7 +114,7 @@ def outcomes(rows: Sequence[Mapping], threshold: float) -> dict:
     by_stream = {name: {"n": int(spoken[ks].sum()), "real": share(real[ks], spoken[ks]),
                         "dreamt": share(yes[ks], spoken[ks])} for name, ks in streams.items()}  # fmt: skip
     return {
-        "success": auroc_interval(told, real),
+        "success": auroc_interval(told, real, groups=[row["pair"] for row in rows]),
         "optimism": share(yes, spoken & ~real),
         "pessimism": share(~yes, spoken & real),
         "abstained": int((~spoken).sum()),
@@ -114,16 +122,30 @@ def outcomes(rows: Sequence[Mapping], threshold: float) -> dict:
     }
 
 
-def positions(groups: Sequence[Sequence[Mapping]], names: Sequence[str], near: float) -> dict:
-    """Coverage, precision and error of final positions; of a pair's streams, object by object."""
-    covered, precise, errors = [], [], []
+def positions(groups: Sequence[Sequence[Mapping]], names: Sequence[str], near: float, hand: str) -> dict:
+    """Final positions of the things that really moved by more than `near`, under some stream of their pair.
+
+    {name: error (m, median), floor (the tracker's, on the simulator's picture of the same), coverage (share of the real
+    positions to which a dreamt one of that thing comes within `near`), precision (the reverse), read (coverage by what
+    the tracker reads off the simulator's pictures: what a perfect model reaches), held (coverage by where it began: what
+    a still picture reaches), n}, and the same of "all" but the hand. What nothing moves is left out: it proves nothing.
+    """
+    rows: dict[str, list[tuple]] = {}
     for group in groups:
-        real = np.array([row["positions"] for row in group])  # m n 3
-        dreamt = np.array([row["dreamt"] for row in group])
-        far = np.linalg.norm(real[:, None] - dreamt[None], axis=-1)  # real x dreamt x n
-        covered.append((far.min(1) < near).mean())
-        precise.append((far.min(0) < near).mean())
-        errors.append(np.linalg.norm(real - dreamt, axis=-1))
-    median = np.median(np.concatenate(errors), 0)
-    return {"coverage": float(np.mean(covered)), "precision": float(np.mean(precise)),
-            "position_error": {name: float(median[k]) for k, name in enumerate(names)}}  # fmt: skip
+        begun, real, read, dreamt = (
+            np.array([row[key] for row in group]) for key in ("begun", "positions", "read", "dreamt")
+        )  # m n 3
+        for n, name in enumerate(names):
+            if (np.linalg.norm(real[:, n] - begun[:, n], axis=-1) > near).any():
+                far, seen, still = (np.linalg.norm(real[:, None, n] - at[None, :, n], axis=-1)
+                                    for at in (dreamt, read, begun))  # fmt: skip
+                rows.setdefault(name, []).append((far.diagonal(), seen.diagonal(), far.min(1) < near,
+                                                  far.min(0) < near, seen.min(1) < near, still.min(1) < near))  # fmt: skip
+    found = {}
+    for name, told in [*rows.items(), ("all", [row for name, each in rows.items() if name != hand for row in each])]:
+        if told:
+            error, floor, covered, precise, seen, held = map(np.concatenate, zip(*told, strict=True))
+            found[name] = {"error": float(np.median(error)), "floor": float(np.median(floor)),
+                           "coverage": float(covered.mean()), "precision": float(precise.mean()),
+                           "read": float(seen.mean()), "held": float(held.mean()), "n": len(error)}  # fmt: skip
+    return found

@@ -92,8 +92,10 @@ def replayed(rows: list[dict], dataset: Dataset, sim: Callable[[], Sim], settle:
         for row in progress(known, len(known), "replay", out, unit="episode"):
             origin: Mapping = row["origin"]
             scene = {} if row["instruction"] == origin["instruction"] else {"scene_of": origin["instruction"]}
-            action = held(dataset.episode(number[row["episode"]]).action, world.robot, settle)
-            done = replay(world, row["instruction"], int(origin["seed"]), action, **scene)
+            number_of = number[row["episode"]]
+            action = held(dataset.episode(number_of).action, world.robot, settle)
+            begun = dataset.first_state(number_of)
+            done = replay(world, row["instruction"], int(origin["seed"]), action, begun, **scene)
             found.append({key: row[key] for key in ("id", "episode", "instruction")} | {"success": bool(done)})
     finally:
         world.close()

@@ -83,12 +83,14 @@ def require_labelled_by(labeler: Any, dreams: Path, fingerprint: str | None) -> 
                          f"scored; label them with it and name that folder, or set stage.dreams=null")  # fmt: skip
 
 
-def _replayed(sim: Sim, items: list[tuple[str, str, int, np.ndarray]], settle: int, name: str, out: Path) -> dict:
-    """Success of (instruction, scene, seed, actions): overall with its interval, by instruction, and one by one."""
+def _replayed(sim: Sim, items: list[tuple[str, str, int, np.ndarray, np.ndarray]], settle: int, name: str,
+              out: Path) -> dict:  # fmt: skip
+    """Success of (instruction, scene, seed, first state, actions): overall with its interval, and by instruction."""
     done: list[tuple[str, bool]] = []
-    for instruction, scene, seed, action in progress(items, len(items), f"replay {name}", out, unit="episode"):
+    for instruction, scene, seed, state, action in progress(items, len(items), f"replay {name}", out, unit="episode"):
         options = {} if scene == instruction else {"scene_of": scene}
-        done.append((instruction, bool(replay(sim, instruction, seed, held(action, sim.robot, settle), **options))))
+        action = held(action, sim.robot, settle)
+        done.append((instruction, bool(replay(sim, instruction, seed, action, state, **options))))
     texts = sorted({text for text, _ in done})
     groups = {text: [ok for other, ok in done if other == text] for text in texts}
     return {**success_interval(sum(ok for _, ok in done), len(done)),
@@ -144,7 +146,8 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
             world = sim()
             known = [i for i in chosen if "seed" in dataset.episode(i).meta]
             recorded = [dataset.episode(i) for i in known]
-            begun = [(e.instruction, e.meta.get("scene_of") or e.instruction, int(e.meta["seed"])) for e in recorded]
+            begun = [(e.instruction, e.meta.get("scene_of") or e.instruction, int(e.meta["seed"]),
+                      dataset.first_state(i)) for i, e in zip(known, recorded, strict=True)]  # fmt: skip
             chain = {
                 "recorded": [(*start, e.action) for start, e in zip(begun, recorded, strict=True)],
                 "idm_real": [(*start, labels[i].value) for start, i in zip(begun, known, strict=True)],
@@ -174,7 +177,7 @@ def beside_recorded(dreams: Dataset, recorded: Sequence[Episode],
     """Labels of dreams, and what was recorded from the same first state under the same instruction, (s a) each."""
     known = {(e.instruction, str(e.meta.get("seed"))): e.action for e in recorded if "seed" in e.meta}
     labels, actions = [], []
-    for text, scene, seed, action in dreamed(dreams, count):
+    for text, scene, seed, _, action in dreamed(dreams, count):
         true = known.get((text, str(seed))) if scene == text else None
         if true is not None and len(true) >= len(action):
             labels.append(action)
@@ -182,12 +185,13 @@ def beside_recorded(dreams: Dataset, recorded: Sequence[Episode],
     return labels, actions
 
 
-def dreamed(dataset: Dataset, episodes: int | None) -> list[tuple[str, str, int, np.ndarray]]:
-    """(instruction, scene, seed, actions) of the labelled dreams whose first frame came from the simulator."""
+def dreamed(dataset: Dataset, episodes: int | None) -> list[tuple[str, str, int, np.ndarray, np.ndarray]]:
+    """(instruction, scene, seed, first state, actions) of the labelled dreams whose first frame a simulator drew."""
     found = []
     for index in range(min(len(dataset), episodes or len(dataset))):
         episode = dataset.episode(index)
         origin = episode.meta.get("origin") or {}
         if "seed" in origin and "instruction" in origin:
-            found.append((episode.instruction, origin["instruction"], int(origin["seed"]), episode.action))
+            begun = dataset.first_state(index)
+            found.append((episode.instruction, origin["instruction"], int(origin["seed"]), begun, episode.action))
     return found

@@ -20,12 +20,15 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.data.streams import noisy, still
 from dreamgen.engine.progress import progress
+from dreamgen.sims.rollout import begin
 from dreamgen.stages.train_tracker import truth_of
 from dreamgen.video.metrics import by_frame, psnr_by_frame
 from dreamgen.video.mp4 import write_mp4
+from dreamgen.video.tiling import tile
 from dreamgen.worlds.rollout import follow_prompts
 
 STREAMS = ("true", "shuffled", "small", "large", "still")
+EXECUTED = ("true", "small", "large", "still")  # in the simulator, too
 
 
 def evaluate_world(
@@ -54,9 +57,15 @@ def evaluate_world(
     moved: metres by which a thing has moved. hand: the tracked name of the gripper.
 
     Results: drift {horizon: psnr, ssim, lpips, hold_psnr (the first frame held), positions {name: error, floor} in m},
-    before_hallucination (share of a rollout), listening {pixels, hand: error under shuffled / under true actions},
-    calibration {small, large: dreamt, real, ratio of the hand's displacement}, untouched (share of things that move
-    when nothing is commanded), frames_per_second. Raises ValueError for episodes too short for one latent frame.
+    before_hallucination (share of a rollout until a thing is astray that the tracker reads rightly on the recording at
+    that time), readable (share of positions for which it does), listening {pixels, hand: error under shuffled / under
+    true actions}, calibration {small, large: the hand's displacement dreamt, real, read off the simulator's picture,
+    ratio of dreamt to read}, untouched, untouched_floor (share of things that move when nothing is commanded, in the
+    dream and, which is the tracker's error, in the simulator), frames_per_second. Without a simulator nothing is read
+    and the ratio is that to the embodiment's rule.
+
+    Raises ValueError for episodes too short for one latent frame, a tracker of another robot, and a simulator in which
+    the episodes begin otherwise.
     """
     parents = {"dataset": dataset.root}
     with Stage(out, "evaluate_world", config=record, parents=parents, seed=seed) as run:
@@ -66,6 +75,7 @@ def evaluate_world(
             world_model.place()
         robot, names = world_model.robot, locator.names if locator is not None else ()
         robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        robot.require_same(locator, "the tracker")
         dataset.require_actions("stage.dataset")
         chosen, rows = choose(world_model, dataset, episodes, seed)
         real = np.stack([dataset.canvas(i, rows) for i in chosen])
@@ -88,9 +98,11 @@ def evaluate_world(
             floor = np.stack([locator.track(video) for video in real])
             found |= tracked(names, truth, seen, floor, hz=hz, seconds=seconds, astray=astray, moved=moved, hand=hand,
                              listening=found["listening"], drifts=found["drift"])  # fmt: skip
+            ends, read = executed(dataset, chosen, streams, sim, locator, hand)
+            if read:
+                found["untouched_floor"] = float((went(read["still"], floor[:, 0], names, hand) > moved).mean())
             if hand in names:
-                effect = real_effect(robot, dataset, chosen, streams, sim, hand)
-                found["calibration"] = calibration(seen, effect, names.index(hand))
+                found["calibration"] = calibration(seen, ends, read, names.index(hand))
         write_json(run.out / "results" / "world.json", found)
         return run.finish(**found, **noted(dataset))
 
@@ -163,48 +175,64 @@ def tracked(names: Sequence[str], truth: np.ndarray, seen: dict[str, np.ndarray]
         drifts[name]["positions"] = {thing: {"error": float(np.median(far[:, k, n])),
                                              "floor": float(np.median(own[:, k, n]))}
                                      for n, thing in enumerate(names)}  # fmt: skip
-    wrong = (far > astray).any(-1) & (own <= astray).all(-1)  # what the tracker misreads in reality is no hallucination
-    twice = wrong[:, :-1] & wrong[:, 1:]
+    readable = own <= astray  # what the tracker misreads in reality is no hallucination
+    wrong = (far > astray) & readable
+    twice = (wrong[:, :-1] & wrong[:, 1:]).any(-1)
     first = np.where(twice.any(1), twice.argmax(1), truth.shape[1] - 1)
-    found = {"before_hallucination": float((first / (truth.shape[1] - 1)).mean())}
+    found = {"before_hallucination": float((first / (truth.shape[1] - 1)).mean()), "readable": float(readable.mean())}
     if hand in names:
         n = names.index(hand)
         other = np.linalg.norm(seen["shuffled"][:, 1:, n] - truth[:, 1:, n], axis=-1).mean()
         listening["hand"] = float(other / max(far[:, 1:, n].mean(), 1e-9))
-    things = [n for n, name in enumerate(names) if name != hand]
-    went = np.linalg.norm(seen["still"][:, -1] - seen["still"][:, 0], axis=-1)[:, things]
-    return found | {"untouched": float((went > moved).mean()), "untouched_m": float(np.median(went))}
+    far = went(seen["still"][:, -1], seen["still"][:, 0], names, hand)
+    return found | {"untouched": float((far > moved).mean()), "untouched_m": float(np.median(far))}
 
 
-def real_effect(robot: object, dataset: Dataset, chosen: Sequence[int], streams: dict, sim: Callable[[], Sim] | None,
-                hand: str) -> dict[str, np.ndarray]:  # fmt: skip
-    """Where the hand really ends under each stream (m 3): in the simulator, else by the embodiment's rule."""
-    ends: dict[str, list] = {name: [] for name in ("true", "small", "large")}
-    world = sim() if sim is not None else None
+def went(last: np.ndarray, first: np.ndarray, names: Sequence[str], hand: str) -> np.ndarray:
+    """How far the things (m n 3) are from where they were, without the hand, (m n)."""
+    return np.linalg.norm(last - first, axis=-1)[:, [n for n, name in enumerate(names) if name != hand]]
+
+
+def executed(dataset: Dataset, chosen: Sequence[int], streams: dict, sim: Callable[[], Sim] | None, locator: Tracker,
+             hand: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # fmt: skip
+    """Where the hand really ends under each stream (m 3), and where the tracker sees all things on the simulator's last
+    picture (m n 3). Where no simulator recorded the episodes the first is by the embodiment's rule, the second empty.
+    """
+    ends: dict[str, list] = {name: [] for name in EXECUTED}
+    read: dict[str, list] = {name: [] for name in EXECUTED}
+    robot, world = dataset.robot, sim() if sim is not None else None
     try:
         for k, i in enumerate(chosen):
             meta, state = dataset.episode(i).meta, dataset.episode(i).state[0]
-            for name, found in ends.items():
+            for name in EXECUTED:
                 if world is not None and hasattr(world, "objects") and "seed" in meta:
-                    world.reset(meta["instruction"], int(meta["seed"]))
+                    begin(world, meta["instruction"], int(meta["seed"]), dataset.first_state(i))
                     for action in streams[name][k]:
                         world.step(action)
-                    found.append(world.objects()[hand])
-                else:
+                    if hand in locator.names:
+                        ends[name].append(world.objects()[hand])
+                    picture = tile(robot, {view: seen[None] for view, seen in world.observe().views.items()})
+                    read[name].append(locator.track(picture)[0])
+                elif hand in locator.names:
                     part = robot.tools[0].position if robot.tools else robot.state[0].name
                     where = next(p.slice for p in robot.state if p.name == part)
-                    found.append(follow(robot, state, streams[name][k])[0][-1][where])
+                    ends[name].append(follow(robot, state, streams[name][k])[0][-1][where])
     finally:
         if world is not None:
             world.close()
-    return {name: np.stack(found) for name, found in ends.items()}
+    whole = all(len(found) == len(chosen) for found in read.values())
+    return ({name: np.stack(found) for name, found in ends.items() if found},
+            {name: np.stack(found) for name, found in read.items()} if whole else {})  # fmt: skip
 
 
-def calibration(seen: dict[str, np.ndarray], effect: dict[str, np.ndarray], n: int) -> dict:
-    """How far a disturbance moves the hand's last position, dreamt and really, m; their ratio is 1 if calibrated."""
+def calibration(seen: dict[str, np.ndarray], ends: dict[str, np.ndarray], read: dict[str, np.ndarray], n: int) -> dict:
+    """How far a disturbance moves the hand's last position, m: dreamt, really, and as the tracker reads it off the
+    simulator's pictures; the ratio of dreamt to read (really, where nothing was read) is 1 if calibrated."""
     found = {}
     for name in ("small", "large"):
         dream = np.linalg.norm(seen[name][:, -1, n] - seen["true"][:, -1, n], axis=-1).mean()
-        real = np.linalg.norm(effect[name] - effect["true"], axis=-1).mean()
-        found[name] = {"dreamt": float(dream), "real": float(real), "ratio": float(dream / max(real, 1e-9))}
+        real = np.linalg.norm(ends[name] - ends["true"], axis=-1).mean()
+        told = np.linalg.norm(read[name][:, n] - read["true"][:, n], axis=-1).mean() if read else None
+        found[name] = {"dreamt": float(dream), "real": float(real), "read": None if told is None else float(told),
+                       "ratio": float(dream / max(real if told is None else told, 1e-9))}  # fmt: skip
     return found

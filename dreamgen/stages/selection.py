@@ -43,18 +43,25 @@ def passing(scores: np.ndarray, names: Sequence[str], least: Mapping[str, float]
 def totals(scores: np.ndarray, names: Sequence[str], rank_by: str = "mean") -> np.ndarray:
     """One figure a clip (n,) in [0, 1]: the scores of filter `rank_by`, or the mean over filters of the clip's rank.
 
-    Ranks have no scale, so that no filter outweighs another by how its scores spread. An abstention is in the middle.
+    Ranks have no scale, so that no filter outweighs another by how its scores spread. An abstention is in the middle:
+    it gets the median of that filter's scores.
     """
     from scipy.stats import rankdata
 
     if rank_by != "mean":
         require_known([rank_by], names, "rank_by")
-        return np.nan_to_num(scores[:, list(names).index(rank_by)], nan=0.5)
+        return middling(scores[:, list(names).index(rank_by)])
     ranks = np.full(scores.shape, 0.5)
     for k, column in enumerate(scores.T):
         told = np.isfinite(column)
         ranks[told, k] = (rankdata(column[told]) - 0.5) / max(1, told.sum())
     return ranks.mean(1) if len(names) else np.full(len(scores), 0.5)
+
+
+def middling(scores: np.ndarray) -> np.ndarray:
+    """Scores (n,) with the median of those that are known in the place of nan; 0.5 where none is."""
+    known = scores[np.isfinite(scores)]
+    return np.where(np.isfinite(scores), scores, np.median(known) if len(known) else 0.5)
 
 
 def best_of(total: np.ndarray, groups: Sequence[str], good: np.ndarray, count: int) -> np.ndarray:

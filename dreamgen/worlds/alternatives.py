@@ -31,7 +31,8 @@ class ActionPrompts:
     `dataset`; exactly one of the two is given. rows: robot steps of each stream.
 
     streams: which, of small and large noise, mirrored, stuck, late, still, other (another first frame's own actions),
-    policy (needs `policy`, and the `world` in whose dream it acts), adversarial (needs `search`).
+    policy (needs `policy`, and the `world` in whose dream it acts), adversarial (needs `search`; origin holds the
+    `probability` of success that it came down to).
 
     Raises ValueError for streams that are unknown, lack what they need, or could only repeat the first frame's own.
     """
@@ -73,6 +74,10 @@ class ActionPrompts:
         for k, prompt in enumerate(first):
             made.append(self._named(prompt, "own", prompt.action))
             for name in self.streams:
+                if name == "adversarial":
+                    action, least = self.search(prompt, prompt.action, seed_for(self.seed, prompt.pair))
+                    made.append(self._named(prompt, name, action, probability=least))
+                    continue
                 rng = rng_for(self.seed, "stream", prompt.pair, name)
                 action = {
                     "small": lambda a, rng=rng: noisy(robot, a, 0.1, rng, smooth=0.6),
@@ -83,7 +88,6 @@ class ActionPrompts:
                     "still": lambda a: still(robot, a),
                     "other": lambda a, k=k: first[(k + 1) % len(first)].action,
                     "policy": lambda a, p=prompt: self._acted(p),
-                    "adversarial": lambda a, p=prompt: self.search(p, a, seed_for(self.seed, p.pair))[0],
                 }[name](prompt.action)
                 made.append(self._named(prompt, name, action))
         return made
@@ -93,9 +97,9 @@ class ActionPrompts:
         sim.close()
         return sim.robot
 
-    def _named(self, prompt: Prompt, name: str, action: np.ndarray) -> Prompt:
+    def _named(self, prompt: Prompt, name: str, action: np.ndarray, **found: float) -> Prompt:
         id = f"{prompt.pair}_{name}"
-        origin = {**prompt.origin, "stream": name, "actions": np.asarray(action, float).round(6).tolist()}
+        origin = {**prompt.origin, "stream": name, "actions": np.asarray(action, float).round(6).tolist(), **found}
         return replace(prompt, id=id, action=np.asarray(action, np.float32), origin=origin,
                        seed=seed_for(self.seed, "dream", id))  # fmt: skip
 

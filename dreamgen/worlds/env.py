@@ -42,8 +42,8 @@ class DreamEnv(VectorEnv):
     is NaN where the prompt has none; parts that no rule of the embodiment moves keep their first value. info:
     instruction, probability (n,), abstained (n,) where the judge says nothing, agreement (n,).
 
-    Raises ValueError: first frames of another size or camera than the embodiment's; states of another width; actions
-    outside the limits; `execute` steps that do not end on a frame of the model's clock.
+    Raises ValueError: a judge of another robot; first frames of another size than the embodiment's canvas; states of
+    another width; actions outside the limits; `execute` steps that do not end on a frame of the model's clock.
     """
 
     metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.DISABLED}
@@ -54,6 +54,7 @@ class DreamEnv(VectorEnv):
         if looks not in LOOKS or steps % execute:
             raise ValueError(f"looks is '{looks}', steps is {steps}, execute {execute}; expected one of "
                              f"{', '.join(LOOKS)}, and steps a multiple of execute")  # fmt: skip
+        world.robot.require_same(judge, "the judge")
         self.world, self.judge, self.num_envs = world, judge, num_envs
         self.steps, self.execute, self.looks, self.confidence = steps, execute, looks, confidence
         self.threshold = getattr(judge, "threshold", 0.5) if threshold is None else threshold

@@ -11,6 +11,7 @@ import numpy as np
 from dreamgen.core.clip import Clip, Past, Prompt
 from dreamgen.core.clock import Clock
 from dreamgen.core.protocols import Sim
+from dreamgen.sims.rollout import begin
 from dreamgen.video.tiling import tile
 from dreamgen.worlds.rollout import frame_rows
 
@@ -37,7 +38,7 @@ class OracleWorld:
             raise ValueError(f"the oracle replays first states of its simulator; the origin of '{past.prompt.id}' is "
                              f"{origin}, without an instruction and a seed")  # fmt: skip
         ends = frame_rows(self.clock, now, len(action))[1:]
-        self.sim.reset(origin["instruction"], int(origin["seed"]))
+        begin(self.sim, origin["instruction"], int(origin["seed"]), past.prompt.state)
         for step in past.action:
             self.sim.step(step)
         frames = []

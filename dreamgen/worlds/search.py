@@ -24,6 +24,7 @@ class AdversarialSearch:
         if not 0 < elite < population or rounds < 1 or knots < 2:
             raise ValueError(f"elite is {elite}, population {population}, rounds {rounds}, knots {knots}; expected 0 < "
                              "elite < population, at least 1 round and 2 knots")  # fmt: skip
+        world.robot.require_same(judge, "the judge")
         self.world, self.judge, self.size, self.knots = world, judge, size, knots
         self.rounds, self.population, self.elite = rounds, population, elite
 
@@ -39,13 +40,18 @@ class AdversarialSearch:
         return made
 
     def probability(self, prompt: Prompt, actions: Sequence[np.ndarray]) -> np.ndarray:
-        """What the judge says of each stream, dreamt; an abstention counts as 1: it proves no failure."""
+        """What the judge says of each stream, dreamt. ValueError where it abstains: it proves no failure."""
         pasts = [Past.begin(prompt, self.world.robot.action_dim) for _ in actions]
         found = judged(self.judge, extend(self.world, pasts, list(actions)), self.world.clock.video_hz)
-        return np.where(np.isnan(found), 1.0, found)
+        if np.isnan(found).any():
+            raise ValueError(f"the judge abstains on '{prompt.instruction}', so a search for its failure has nothing to "
+                             "go by; train it on this instruction, choose others, or leave the stream 'adversarial' "
+                             "out")  # fmt: skip
+        return found
 
     def __call__(self, prompt: Prompt, action: np.ndarray, seed: int) -> tuple[np.ndarray, float]:
-        """The stream that fails best and its probability of success; never one that fails less than `action`."""
+        """The stream that fails best and its probability of success; never one that fails less than `action`. Where
+        no change makes the judge doubt more, that is `action` itself."""
         rng, shape = rng_for(seed, "adversarial"), (self.knots, self.world.robot.action_dim)
         mean, spread = np.zeros(shape), np.full(shape, 0.6)
         best, least = np.array(action, np.float32), float(self.probability(prompt, [action])[0])

@@ -74,10 +74,12 @@ def test_a_perfect_world_does_not_drift_and_listens(recordings, tmp_path) -> Non
         assert ("lpips" in row) == (lpips_or_reason()[0] is not None)
         assert row["psnr"] > 30 and row["ssim"] > 0.95
         assert row["positions"]["hand"]["error"] <= 0.5 and row["positions"]["rock"] == {"error": 0, "floor": 0}
-    assert found["before_hallucination"] == 1 and found["untouched"] == 0
+    assert found["before_hallucination"] == 1 and found["untouched"] == found["untouched_floor"] == 0
+    assert found["readable"] > 0.9
     assert found["listening"]["pixels"] > 2 and found["listening"]["hand"] > 1
     assert found["calibration"]["large"]["real"] > found["calibration"]["small"]["real"] > 0
     assert abs(found["calibration"]["large"]["dreamt"] - found["calibration"]["large"]["real"]) < 0.5
+    assert [row["ratio"] for row in found["calibration"].values()] == [1, 1]  # beside what the tracker reads of it
     assert read_json(tmp_path / "results" / "world.json").items() <= found.items()
     assert (tmp_path / "films" / "00.mp4").is_file()
 
@@ -97,7 +99,9 @@ def test_dreamt_streams_come_true(tmp_path) -> None:
                                      near=0.6, record={})["results"]  # fmt: skip
     assert found["success"]["auroc"] == 1 and found["optimism"] == 0 and found["pessimism"] == 0
     assert found["by_stream"]["still"] == {"n": 3, "real": 0.0, "dreamt": 0.0} and found["by_stream"]["own"]["real"] > 0
-    assert found["coverage"] == found["precision"] == 1 and found["position_error"]["rock"] == 0
+    hand = found["positions"].pop("hand")
+    assert hand["coverage"] == hand["precision"] == hand["read"] == 1 and hand["n"] == 18 and hand["held"] < 1
+    assert hand["error"] == hand["floor"] <= 0.25 and found["positions"] == {}  # nothing moves the rock
     assert len(read_json(tmp_path / "truth" / "pairs.json")["a000002"]) == 6
     assert len(list((tmp_path / "truth" / "sheets").glob("*.png"))) == 3
     ((pair, tree), *_) = trees(tmp_path / "dreams", tmp_path / "truth", 2)

@@ -38,6 +38,9 @@ def test_totals_are_mean_ranks_or_one_filter():
     spread, judge = np.array([0.9, 0.1, 0.5, 0.5, 0.7]), np.array([3, np.nan, 7, 5, 1]) / 8
     np.testing.assert_allclose(totals(SCORES, NAMES), (spread_ranks(spread) + np.nan_to_num(judge, nan=0.5)) / 2)
     np.testing.assert_allclose(totals(SCORES, NAMES, "judge"), [0.2, 0.5, 0.9, 0.8, 0.1])
+    low = np.array([[0.3], [0.2], [np.nan], [0.1]])
+    assert totals(low, ["judge"], "judge").tolist() == [0.3, 0.2, 0.2, 0.1]  # the middle, not above all
+    assert totals(np.full((2, 1), np.nan), ["judge"], "judge").tolist() == [0.5, 0.5]
     assert totals(np.zeros((3, 0)), []).tolist() == [0.5] * 3
 
 
@@ -71,6 +74,15 @@ def test_areas_and_their_intervals():
     assert found["low"] < found["auroc"] < found["high"] and 0.1 < found["high"] - found["low"] < 0.3
     assert auroc_interval(score, positive, draws=300) == found
     assert auroc_interval(score, np.ones(120, bool))["auroc"] is None
+    alone = auroc_interval(score, positive, groups=[str(k) for k in range(120)], draws=300)
+    assert alone["high"] - alone["low"] == pytest.approx(found["high"] - found["low"], rel=0.3)
+    four = dict(score=np.tile(score, 4), positive=np.tile(positive, 4))  # every clip four times: nothing new is known
+    naive, whole = (
+        auroc_interval(**four, draws=300),
+        auroc_interval(**four, groups=[str(k) for k in range(120)] * 4, draws=300),
+    )
+    assert whole["high"] - whole["low"] == pytest.approx(alone["high"] - alone["low"], rel=0.3)
+    assert naive["high"] - naive["low"] < 0.65 * (whole["high"] - whole["low"])
     groups = rng.choice(["x", "y", "z"], 120).tolist()
     same = [(score[i] > score[j]) for i in range(120) for j in range(120)
             if positive[i] and not positive[j] and groups[i] == groups[j]]  # fmt: skip
