@@ -24,11 +24,12 @@ from jobs.recipe import load, register
 # a `_target_` is code: only these may be named by a configuration, also by one that came with a download
 ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # where and how a stage runs, which never changes its result: not part of what a manifest remembers. The inputs of a
-# stage are remembered by what they hold (their fingerprints), not by where they lie.
+# stage are remembered by what they hold (their fingerprints), not by where they lie. Bad episodes that `skip_bad` left
+# out stand in the manifest's results.
 PLACES = frozenset("out root path start folder parent against clips dreams dream_clips counterfactuals demos heldout "
                    "labels scored truth alternatives alternatives_truth".split())  # fmt: skip
 NAMED = frozenset(["path", "start"])  # also an id of a hub, an address or a name of ours
-MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description "
+MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description skip_bad "
                    "cache accumulate checkpointing compile sharding tracker".split())  # fmt: skip
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]

@@ -49,6 +49,7 @@ def test_a_record_holds_what_changes_the_result_and_no_place() -> None:
         return record(load("label", overrides)[0].stage)
 
     assert of() == of("out=somewhere/else", "workers=3", "shard=1", "num_shards=2", "embodiment.description=words")
+    assert of() == of("skip_bad=true")  # the remedy that an error names; the manifest counts what was left out
     assert of() != of("embodiment=tabletop_two_views")
     assert "runs/" not in str(of())
 
