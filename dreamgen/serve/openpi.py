@@ -109,11 +109,14 @@ class OpenpiServer:
         return f"ws://{self.host}:{self.port}"
 
     def run(self) -> None:
-        """Serve until `stop`."""
-        self._server.serve_forever()
+        """Serve until `stop`, then end all connections."""
+        try:
+            self._server.serve_forever()
+        finally:
+            self._server.shutdown()
 
     def stop(self) -> None:
-        """End `run` and all connections."""
+        """End `run` and all connections, and wait for that: not from the thread of `run`, nor a signal's handler."""
         self._server.shutdown()
 
     def __enter__(self) -> "OpenpiServer":

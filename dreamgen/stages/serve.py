@@ -49,14 +49,13 @@ def serve(
         log.warning("%s is open to everyone who reaches this machine: no key is set", server.address)
     answer = {"host": host, "port": server.port, "address": server.address, "horizon": policy.horizon,
               "embodiment": robot.name}  # fmt: skip
-    write_json(out / "server.json", answer)
-    log.info("serving at %s", server.address)
     ours = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: server.stop()) if ours else None
+    before = signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.stop).start()) if ours else None
     try:
+        write_json(out / "server.json", answer)
+        log.info("serving at %s", server.address)
         server.run()
     finally:
-        server.stop()
         (out / "server.json").unlink(missing_ok=True)
         if ours:
             signal.signal(signal.SIGTERM, before)

@@ -1,6 +1,9 @@
 """The stage that serves: where it listens is said once it does, and it ends when it is told to."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -16,9 +19,19 @@ from dreamgen.stages.serve import serve
 from tests.serve.toy import ROBOT, Mean, observations
 
 pytest.importorskip("websockets"), pytest.importorskip("zmq")
+PROTOCOLS = [(OpenpiServer, OpenpiPolicy), (GrootServer, GrootPolicy)]
 
 
-@pytest.mark.parametrize(("protocol", "client"), [(OpenpiServer, OpenpiPolicy), (GrootServer, GrootPolicy)])
+def announced(out: Path, seconds: float = 30.0) -> dict:
+    """What `server.json` says, once it is there."""
+    until = time.monotonic() + seconds
+    while not (out / "server.json").is_file():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return json.loads((out / "server.json").read_text())
+
+
+@pytest.mark.parametrize(("protocol", "client"), PROTOCOLS)
 def test_it_says_where_and_ends(tmp_path: Path, protocol, client):
     made: list = []
 
@@ -28,11 +41,7 @@ def test_it_says_where_and_ends(tmp_path: Path, protocol, client):
 
     thread = threading.Thread(target=partial(serve, Mean(), remembered, out=tmp_path, port=0, record={}))
     thread.start()
-    for _ in range(100):
-        if (tmp_path / "server.json").is_file():
-            break
-        time.sleep(0.05)
-    told = json.loads((tmp_path / "server.json").read_text())
+    told = announced(tmp_path)
     assert told["embodiment"] == "toy" and told["horizon"] == 4 and told["host"] == "127.0.0.1"
     with client(told["address"], robot=ROBOT) as policy:
         np.testing.assert_allclose(policy.act(observations(2), [5, 6]), Mean().act(observations(2), [5, 6]))
@@ -42,3 +51,38 @@ def test_it_says_where_and_ends(tmp_path: Path, protocol, client):
     thread.join(5)
     assert not thread.is_alive() and not (tmp_path / "server.json").exists()
     assert "serving at" in (tmp_path / "serve.log").read_text()
+
+
+SCRIPT = """
+import sys
+from dreamgen.serve.{module} import {name}
+from dreamgen.stages.serve import serve
+from tests.serve.toy import Mean
+serve(Mean(), {name}, out=sys.argv[1], port=0, record={{}})
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("connected", [False, True])
+@pytest.mark.parametrize(("protocol", "client"), PROTOCOLS)
+def test_a_signal_ends_it(tmp_path: Path, protocol, client, connected: bool, how: signal.Signals):
+    script = SCRIPT.format(module=protocol.__module__.rpartition(".")[2], name=protocol.__name__)
+    command, root = [sys.executable, "-c", script, str(tmp_path)], Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            told = announced(tmp_path)
+            if not connected:
+                process.send_signal(how)
+            else:
+                with client(told["address"], robot=ROBOT) as policy:
+                    policy.act(observations(1), [5])
+                    process.send_signal(how)
+                    process.wait(15)
+            error = process.communicate(timeout=15)[1]
+        finally:
+            process.kill()
+    assert not (tmp_path / "server.json").exists()
+    if how == signal.SIGTERM:
+        assert (process.returncode, error) == (0, "")
+    else:
+        assert error.endswith("KeyboardInterrupt\n")
