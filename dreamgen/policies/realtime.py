@@ -108,7 +108,9 @@ def proceed(
         clean = torch.where(frozen, previous, x_t)
         return policy.velocity(clean, t, seen.state, seen.plan, seen.context, seen.body, clean=frozen[..., 0])[0]
 
-    chunk = policy.finish(euler(step, policy.noise(seeds), policy.euler_steps), seen.states)
+    x = euler(step, policy.noise(seeds), policy.euler_steps)
+    x = torch.where(frozen, previous, x)  # what a velocity says of given steps is nothing that it was trained to say
+    chunk = policy.finish(x, seen.states)
     done = weight == 1
     chunk[done] = before[done]  # will have been executed by then
     return chunk

@@ -65,6 +65,24 @@ def test_a_chunk_goes_on_from_the_last(mode):
     np.testing.assert_allclose(again, free, atol=1e-4)  # the last chunk has run out
 
 
+@pytest.mark.parametrize("mode", ["guided", "trained"])
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_what_follows_given_steps_goes_on_from_them(monkeypatch, mode, cumulative):
+    """A policy that knows the plan, and says anything of steps that it is given."""
+    model, delay = policy(prefix=2, cumulative=cumulative).eval(), 2
+    plan = model.space.command(batch()["action"].numpy())
+    x = model.space.chunk(torch.from_numpy(plan))
+
+    def oracle(x_t, t, *_, clean=None):
+        v = (x - x_t) / (1 - t)[:, None, None]
+        return torch.cat([v[:, :delay] + 3, v[:, delay:]], 1), None
+
+    monkeypatch.setattr(model, "velocity", oracle)
+    found = model.proceed(observations(), range(B), list(plan[:, :4]), delay=delay, mode=mode)
+    np.testing.assert_array_equal(found[:, :delay], plan[:, :delay])
+    np.testing.assert_allclose(found[:, delay:], plan[:, delay:], atol=1e-4)
+
+
 def test_real_time_says_what_cannot_be():
     with pytest.raises(ValueError, match="trained with prefixes of up to 0 steps; delay is 2"):
         RealTime(policy(), delay=2, mode="trained")
