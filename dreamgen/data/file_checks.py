@@ -7,9 +7,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.data.columns import BOOKKEEPING, read_column
 from dreamgen.data.findings import Findings
-from dreamgen.data.layout import Entry, Layout, cameras
+from dreamgen.data.instructions import find_instruction
+from dreamgen.data.layout import Entry, Layout, cameras, check_owner
 from dreamgen.video.mp4 import require_whole
 
 TOLERANCE = 1e-4  # seconds, as lerobot's
@@ -18,23 +20,30 @@ ARROW = {"float": "float32", "double": "float64", "halffloat": "float16"}
 
 
 class Tables:
-    """Checks the rows of every episode and keeps the numbers: column name to the arrays (s k) of good episodes."""
+    """Checks the rows of every episode and keeps the numbers of good ones.
+
+    values: column name and episode index to (s k); episodes: those whose numbers are kept; rows: of all episodes, as
+    listed where a table cannot be read.
+    """
 
     def __init__(self, layout: Layout, found: Findings) -> None:
         self.layout, self.found, self.rows = layout, found, 0
-        self.values: dict[str, list[np.ndarray]] = {}
+        self.values: dict[str, dict[int, np.ndarray]] = {}
         self.episodes: list[int] = []
         self._kept: tuple[Path, pa.Table] | None = None
 
     def check(self) -> None:
         """All episodes, in order."""
         numbers = [entry.index for entry in self.layout.entries]
+        if not numbers:
+            self.found.add("error", "counts", "the episode list names no episode", "copy or export the dataset again")
         if numbers != list(range(len(numbers))):
             self.found.add("error", "counts", f"the episode list does not count from 0 to {len(numbers) - 1}", ANEW)
         for entry in self.layout.entries:
             table = self._table(entry)
             if table is not None:
                 self._check(entry, table)
+            self.rows += entry.length if table is None else table.num_rows
 
     def _table(self, entry: Entry) -> pa.Table | None:
         if self._kept is None or self._kept[0] != entry.data:
@@ -55,19 +64,29 @@ class Tables:
         if rows == 0:
             self.found.add("error", "counts", "it has no rows", "leave the episode out", index)
             return
+        try:
+            check_owner(entry, table)
+        except ValueError:
+            self.found.add("error", "counts", f"its rows of {entry.data.name} are those of another episode", "the "
+                           "episode list and the file disagree; copy both again", index)  # fmt: skip
+            return
         good = self._schema(table, index)
         self._bookkeeping(entry, table)
+        self._tasks(entry, table)
         arrays = {name: read_column(table, name) for name in good}
         for name, values in arrays.items():
+            if values.dtype.kind not in "fiub":
+                self.found.add("error", "numbers", f"'{name}' holds what is no number",
+                               "mend the episode, or leave it out", index)  # fmt: skip
+                return
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 row, at = np.argwhere(~np.isfinite(values))[0].tolist()
                 self.found.add("error", "numbers", f"'{name}' holds {values[row, at]} at row {row}, entry {at}",
                                "mend the episode, or leave it out with skip_bad=true", index)  # fmt: skip
                 return
         for name, values in arrays.items():
-            self.values.setdefault(name, []).append(values)
+            self.values.setdefault(name, {})[index] = values
         self.episodes.append(index)
-        self.rows += rows
 
     def _schema(self, table: pa.Table, index: int) -> list[str]:
         """Names of the columns of numbers that are as they should be."""
@@ -102,53 +121,76 @@ class Tables:
         return good
 
     def _bookkeeping(self, entry: Entry, table: pa.Table) -> None:
-        """Timestamps, counters and texts: what the reader counts itself is a warning."""
+        """Timestamps and counters: what the reader counts itself is a warning."""
         index, count, fps = entry.index, np.arange(table.num_rows), float(self.layout.info["fps"])
-        names, add = set(table.column_names), self.found.add
-        if "timestamp" not in names:
-            add("warning", "time", "there is no timestamp", ANEW, index)
-        else:
-            late = table["timestamp"].to_numpy().astype(np.float64) - count / fps
-            if np.abs(late).max() > TOLERANCE:
+        expected = {"timestamp": count / fps, "frame_index": count, "episode_index": np.full(len(count), index),
+                    "index": self.rows + count}  # fmt: skip
+        for name, right in expected.items():
+            if name not in table.column_names:
+                self.found.add("warning", "time" if name == "timestamp" else "schema", f"there is no {name}", ANEW,
+                               index)  # fmt: skip
+                continue
+            kind = table[name].type
+            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+                self.found.add("error", "schema", f"'{name}' is stored as {kind}, expected a number a row", ANEW, index)
+                continue
+            late = table[name].to_numpy().astype(np.float64) - right
+            if name == "timestamp" and not np.abs(late).max() <= TOLERANCE:
                 same = np.abs(late - late[0]).max() <= TOLERANCE
                 what = (f"timestamps start at {late[0]:.4g} s" if same else
                         f"timestamps are off row / fps by up to {np.abs(late).max():.4g} s")  # fmt: skip
-                add("warning", "time", f"{what}; the tolerance is {TOLERANCE} s", ANEW, index)
-        for name, expected in (("frame_index", count), ("episode_index", np.full(len(count), index)),
-                               ("index", self.rows + count)):  # fmt: skip
-            if name not in names:
-                add("warning", "schema", f"there is no {name}", ANEW, index)
-            elif not np.array_equal(table[name].to_numpy(), expected):
-                add("warning", "counts", f"{name} does not count as it should", ANEW, index)
-        for name in [name for name in names if name == "task_index" or name.startswith("annotation.")]:
-            if not pa.types.is_integer(table[name].type):
+                self.found.add("warning", "time", f"{what}; the tolerance is {TOLERANCE} s", ANEW, index)
+            elif name != "timestamp" and late.any():
+                self.found.add("warning", "counts", f"{name} does not count as it should", ANEW, index)
+
+    def _tasks(self, entry: Entry, table: pa.Table) -> None:
+        """The instruction, and every text that a row names."""
+        index, tasks, add = entry.index, self.layout.tasks, self.found.add
+        try:
+            find_instruction(entry, table, tasks, lambda text: add("note", "tasks", text, "see that the instruction is "
+                                                                   "the right one", index))  # fmt: skip
+        except ValueError as error:
+            add("error", "tasks", str(error), "write the instruction into the tasks", index)
+        for name in table.column_names:
+            if not (name == "task_index" or name.startswith("annotation.")) or not pa.types.is_integer(
+                table[name].type
+            ):
                 continue
             for number in table[name].unique().to_pylist():
-                text = self.layout.tasks.get(number)
-                if number not in self.layout.tasks:
+                text = tasks.get(number)
+                if number not in tasks:
                     add("error", "tasks", f"'{name}' is {number}, which no task has", "add it to the tasks", index)
                 elif not isinstance(text, str) or not text.strip():
                     add("error", "tasks", f"task {number} is {text!r}", "write the instruction", index)
 
 
-def check_videos(layout: Layout, found: Findings) -> None:
-    """Every listed video: there, whole, as long as its rows, of the size, rate and codec that info.json says."""
-    seen: dict[Path, int | None] = {}
+def check_videos(layout: Layout, robot: Embodiment, found: Findings) -> None:
+    """Every listed video: there, whole, as long as its rows, of the size, rate and codec that info.json says, and each
+    frame of one episode alone."""
+    seen: dict[Path, int | str] = {}
     for key in cameras(layout.info):
         listed = [entry for entry in layout.entries if key in entry.videos]
         if not any(entry.videos[key][0].is_file() for entry in listed):
-            found.add("warning", "video", f"camera '{key}' is listed and no video of it is on disk",
-                      f"take it out of info.json; {ANEW} without it")  # fmt: skip
+            if key in {view.key for view in robot.views}:
+                found.add("error", "video", f"camera '{key}', by which '{robot.name}' sees, has no video on disk",
+                          "copy the videos, or choose an embodiment without this view")  # fmt: skip
+            else:
+                found.add("warning", "video", f"camera '{key}' is listed and no video of it is on disk",
+                          f"take it out of info.json; {ANEW} without it")  # fmt: skip
             continue
+        spans: dict[Path, list[tuple[int, int, int]]] = {}
         for entry in layout.entries:
             if key not in entry.videos:
                 found.add("error", "video", f"it lists no video of '{key}'", "record it again", entry.index)
                 continue
             path, first, frames = entry.videos[key]
+            if frames is not None:
+                spans.setdefault(path, []).append((first, first + frames, entry.index))
             if path not in seen:
                 seen[path] = _check_video(layout, found, key, path, entry.index)
             held = seen[path]
-            if held is None:
+            if isinstance(held, str):
+                found.add("error", "video", held, "copy it again, or leave the episode out", entry.index)
                 continue
             frames = held if frames is None else frames
             if first + frames > held:
@@ -157,10 +199,24 @@ def check_videos(layout: Layout, found: Findings) -> None:
             elif frames != entry.length:
                 found.add("error", "video", f"it has {entry.length} rows and {frames} frames of '{key}'",
                           "cut the longer one, or leave the episode out", entry.index)  # fmt: skip
+        for shared in sorted(index for span in spans.values() for index in _overlapping(span)):
+            found.add("error", "video", f"its frames of '{key}' are also those of another episode", "the episode list "
+                      "is wrong; copy or export the dataset again", shared)  # fmt: skip
 
 
-def _check_video(layout: Layout, found: Findings, key: str, path: Path, episode: int) -> int | None:
-    """Frames of one file; None if it cannot be opened."""
+def _overlapping(spans: list[tuple[int, int, int]]) -> set[int]:
+    """The episodes of all (first, one past the last, episode) that share a frame with another one."""
+    found, end, last = set(), 0, -1
+    for first, stop, index in sorted(spans):
+        if first < min(end, stop):
+            found |= {last, index}
+        if stop > end:
+            end, last = stop, index
+    return found
+
+
+def _check_video(layout: Layout, found: Findings, key: str, path: Path, episode: int) -> int | str:
+    """Frames of one file, or what is wrong with it if it cannot be used."""
     import av
 
     feature, fps = layout.info["features"][key], Fraction(str(layout.info["fps"]))
@@ -171,10 +227,13 @@ def _check_video(layout: Layout, found: Findings, key: str, path: Path, episode:
             stream = container.streams.video[0]
             context, period = stream.codec_context, Fraction(stream.time_base or 1)
             times = sorted(packet.pts for packet in container.demux(stream) if packet.size and packet.pts is not None)
-            size, codec = [context.height, context.width], context.codec.canonical_name
-    except (ValueError, IndexError, av.FFmpegError) as error:
-        found.add("error", "video", str(error), "copy it again, or leave the episode out", episode)
-        return None
+            size, codec, told = [context.height, context.width], context.codec.canonical_name, stream.frames
+    except IndexError:
+        return f"{path} holds no video"
+    except (ValueError, av.FFmpegError) as error:
+        return str(error)
+    if told != len(times):
+        return f"{path} tells of {told} frames and holds {len(times)}"
     shown = (np.array(times, dtype=np.float64) - (times[0] if times else 0)) * float(period)
     if len(shown) > 1 and np.abs(shown - np.arange(len(shown)) / float(fps)).max() > TOLERANCE + float(period):
         rate = (len(shown) - 1) / shown[-1]

@@ -29,18 +29,19 @@ class Findings:
     """Collects findings; those that differ in the episode alone become one."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str, str], Finding] = {}
+        self._found: dict[tuple[str, str, str], tuple[str, dict[int, None]]] = {}  # its mend, and its episodes in order
 
     def add(self, level: str, check: str, what: str, mend: str, episode: int | None = None) -> None:
         """Say something; with an episode, of that episode."""
-        own = Finding(level=level, check=check, what=what, mend=mend)
-        found = self._found.setdefault((level, check, what), own)
-        if episode is not None and episode not in found.episodes:
-            found.episodes.append(episode)
+        _, episodes = self._found.setdefault((level, check, what), (mend, {}))
+        if episode is not None:
+            episodes[episode] = None
 
     def list(self) -> list[Finding]:
         """Errors first, then in the order in which they were found."""
-        return sorted(self._found.values(), key=lambda finding: LEVELS.index(finding.level))
+        found = [Finding(level=level, check=check, what=what, mend=mend, episodes=[*episodes])
+                 for (level, check, what), (mend, episodes) in self._found.items()]  # fmt: skip
+        return sorted(found, key=lambda finding: LEVELS.index(finding.level))
 
     def count(self, level: str) -> int:
         return sum(finding.level == level for finding in self._found.values())

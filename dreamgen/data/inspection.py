@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from dreamgen.data import statistics
 from dreamgen.data.file_checks import Tables, check_videos
 from dreamgen.data.findings import Finding, Findings
 from dreamgen.data.fit import misfits
-from dreamgen.data.layout import CONTRACT, Layout, cameras, episode_stats, read_jsonl, read_layout
+from dreamgen.data.layout import CONTRACT, PROVENANCE, Layout, cameras, episode_stats, read_jsonl, read_layout
 from dreamgen.data.number_checks import check_statistics, check_units
 from dreamgen.video.mp4 import open_mp4, read_frames
 
@@ -32,15 +33,20 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True) -> tuple[li
         return found.list(), {"episodes": 0, "frames": 0}
     for note in layout.mended:
         found.add("warning", "counts", note, "correct info.json; `jobs.export` writes it anew")
-    for misfit in misfits(root, layout.info, robot):
-        found.add("error", "contract", misfit, "choose the embodiment of the recording (embodiment=...)")
+    try:
+        for misfit in misfits(root, layout.info, robot):
+            found.add("error", "contract", misfit, "choose the embodiment of the recording (embodiment=...)")
+        if (root / PROVENANCE).is_file():
+            read_jsonl(root / PROVENANCE, "episode_index")
+    except ValueError as error:
+        found.add("error", "schema", str(error), "mend the file, or delete it")
     if not (root / CONTRACT).is_file():
         found.add("note", "contract", f"there is no {CONTRACT}: parts, units and scales are those of embodiment "
                   f"'{robot.name}', unchecked", "see that it is the robot of the recording")  # fmt: skip
     tables = Tables(layout, found)
     tables.check()
-    check_videos(layout, found)
-    true = {name: statistics.of_numbers(np.concatenate(arrays)) for name, arrays in tables.values.items() if arrays}
+    check_videos(layout, robot, found)
+    true = {name: statistics.of_numbers(np.concatenate([*arrays.values()])) for name, arrays in tables.values.items()}
     if pictures:
         true |= _picture_stats(layout, robot, found)
     for where, said in _stored(layout, found):
@@ -48,7 +54,7 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True) -> tuple[li
         own = {k: v for k, v in true.items() if k in said or layout.version >= "v3." or np.ndim(v["mean"]) != 3}
         check_statistics(said, own, found, where)
     _episodes(layout, tables, found)
-    check_units(robot, tables.values.get(robot.state_key, []), tables.values.get(robot.action_key, []), found)
+    check_units(robot, tables.values.get(robot.state_key, {}), tables.values.get(robot.action_key, {}), found)
     return found.list(), {"episodes": len(layout.entries), "frames": tables.rows}
 
 
@@ -65,25 +71,32 @@ def _stored(layout: Layout, found: Findings) -> Iterator[tuple[str, dict]]:
 
 
 def _episodes(layout: Layout, tables: Tables, found: Findings) -> None:
-    """The statistics of each episode, where it has its own."""
-    stored = episode_stats(layout.root) if layout.version.startswith("v3.") else {}
+    """The statistics of each episode, which v2.1 and v3.0 have."""
     path = layout.root / "meta/episodes_stats.jsonl"
-    if layout.version == "v2.1":
-        if not path.is_file():
-            found.add("warning", "statistics", "meta/episodes_stats.jsonl is missing; lerobot reads v2.1 by it",
-                      "`jobs.export stage.format=v2.1` writes it")  # fmt: skip
-            return
-        stored = {row["episode_index"]: row["stats"] for row in read_jsonl(path, "episode_index", "stats")}
-    for number, index in enumerate(tables.episodes):
-        said = stored.get(index, {})
-        true = {name: statistics.of_numbers(arrays[number]) for name, arrays in tables.values.items() if name in said
-                and len(arrays) == len(tables.episodes)}  # fmt: skip
-        check_statistics({name: said[name] for name in true}, true, found, "its own statistics", index)
+    if layout.version == "v2.1" and not path.is_file():
+        found.add("warning", "statistics", "meta/episodes_stats.jsonl is missing; lerobot reads v2.1 by it",
+                  "`jobs.export stage.format=v2.1` writes it")  # fmt: skip
+    if layout.version < "v2.1" or layout.version == "v2.1" and not path.is_file():
+        return
+    try:
+        stored = episode_stats(layout.root) if layout.version >= "v3." else {
+            row["episode_index"]: row["stats"] for row in read_jsonl(path, "episode_index", "stats")}  # fmt: skip
+    except ValueError as error:
+        found.add("error", "statistics", str(error), "`jobs.export` computes them anew")
+        return
+    for index in tables.episodes:
+        if said := stored.get(index):
+            true = {name: statistics.of_numbers(arrays[index]) for name, arrays in tables.values.items()
+                    if index in arrays}  # fmt: skip
+            check_statistics(said, true, found, "its own statistics", index)
+        else:
+            found.add("warning", "statistics", "it has no statistics of its own", "`jobs.export` computes them", index)
 
 
 def _picture_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:
     """Statistics of all pictures of the robot's views, decoded."""
-    true = {}
+    true: dict[str, dict] = {}
+    kept: tuple[Path | None, Any] = (None, None)
     for key in sorted({view.key for view in robot.views} & set(cameras(layout.info))):
         counts, frames, whole = np.zeros((3, 256), np.int64), 0, True
         for entry in layout.entries:
@@ -91,7 +104,9 @@ def _picture_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[s
             if path is None:
                 continue
             try:
-                reader = open_mp4(path)
+                if kept[0] != path:
+                    kept = (path, open_mp4(path))
+                reader = kept[1]
                 stop = first + (len(reader) if length is None else length)
                 for at in range(first, stop, BLOCK):
                     counts += statistics.histogram(read_frames(reader, np.arange(at, min(at + BLOCK, stop)), path))

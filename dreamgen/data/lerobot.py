@@ -17,8 +17,9 @@ from jaxtyping import UInt8
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
-from dreamgen.data.columns import BOOKKEEPING, REMEDY, check_instruction, check_numbers, read_column
+from dreamgen.data.columns import BOOKKEEPING, REMEDY, check_numbers, read_column
 from dreamgen.data.fit import absent_cameras, misfits
+from dreamgen.data.instructions import find_instruction
 from dreamgen.data.layout import PROVENANCE, Entry, check_owner, locate, read_jsonl, read_layout
 from dreamgen.video.mp4 import count_frames, open_mp4, read_frames
 from dreamgen.video.tiling import resize, tile
@@ -72,7 +73,7 @@ class Dataset:
         ]
         metas = {}
         if (self.root / PROVENANCE).is_file():
-            metas = {row.pop("episode_index"): row for row in read_jsonl(self.root / PROVENANCE)}
+            metas = {row.pop("episode_index"): row for row in read_jsonl(self.root / PROVENANCE, "episode_index")}
         self._counts: dict[Path, int] = {}
         self._table: tuple[Path, pa.Table] | None = None
         self._take(layout.entries, lambda e: self._load(e, self._rows(e), metas.get(e.index, e.meta)),
@@ -85,8 +86,9 @@ class Dataset:
         self._entries: list[Entry] = []
         self._episodes: list[Episode] = []
         self._notes: dict[str, int] = {}
-        chosen = [entry for entry in entries if episodes is None or entry.index in episodes]
-        if absent := sorted(set(episodes or ()) - {entry.index for entry in chosen}):
+        wanted = set(episodes or ())
+        chosen = [entry for entry in entries if episodes is None or entry.index in wanted]
+        if absent := sorted(wanted - {entry.index for entry in chosen}):
             raise ValueError(f"{self.root} has no episode {', '.join(map(str, absent))}; it lists {len(entries)} "
                              f"episodes")  # fmt: skip
         for entry in chosen:
@@ -215,7 +217,8 @@ class Dataset:
                 extra[key] = read_column(table, key)
             else:
                 self._note(f"feature '{key}' is listed and has no column; left out")
-        return Episode(instruction=self._instruction(entry, table), state=state, action=action, extra=extra, meta=meta)
+        told = find_instruction(entry, table, self.tasks, self._note)
+        return Episode(instruction=told, state=state, action=action, extra=extra, meta=meta)
 
     def _numbers(self, table: pa.Table, key: str, parts: Sequence[Part], known: bool) -> np.ndarray:
         """A column (s k), NaN where it is not known."""
@@ -256,26 +259,6 @@ class Dataset:
             self._note("timestamps start one period late; used row / rate")
         else:
             self._note("timestamps are not row / rate; used row / rate")
-
-    def _instruction(self, entry: Entry, table: pa.Table) -> str:
-        """The task that an annotation of the description names, else task_index, else the episode's first task."""
-        keys = [k for k in table.column_names if k.startswith("annotation.") and k.endswith("task_description")]
-        text = None
-        for key in [*keys, "task_index"]:
-            if key in table.column_names:
-                found = table[key].unique().to_pylist()
-                text = self.tasks.get(found[0])
-                if len(found) > 1:
-                    self._note(f"'{key}' names several instructions in one episode; took the first")
-                if text is not None:
-                    break
-        if text is None and entry.tasks:
-            text = entry.tasks[0]
-        text = check_instruction(text)
-        others = sorted({str(task).strip() for task in entry.tasks} - {text})
-        if others:
-            self._note(f"the episode list also names {', '.join(map(repr, others))} as a task; it is no instruction")
-        return text
 
     def _note(self, text: str) -> None:
         self._notes[text] = self._notes.get(text, 0) + 1

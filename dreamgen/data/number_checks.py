@@ -1,6 +1,6 @@
 """The numbers of a dataset: its statistics recomputed, and its units as far as numbers give them away."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -13,6 +13,7 @@ MOMENTS = ("min", "max", "mean", "std")
 CLOSE = 1e-3  # of an entry's range: what rounding and another summing order may change
 LOOSE = 0.05  # of an entry's range: quantiles that were estimated (lerobot averages those of its episodes)
 PICTURE = 0.05  # of full brightness: pictures that were sampled and made smaller (lerobot)
+WIDE = 1.0  # of an entry's range: how far beyond the data's ends stored ones lie that are of other data
 SPIKE = 30  # standard deviations between the lowest and the highest value
 REMAKE = "`jobs.export` computes them anew"
 # unit: (its values lie below this, then they look like that unit); radians may turn twice
@@ -28,7 +29,11 @@ def check_statistics(said: Mapping[str, Mapping], true: Mapping[str, Mapping], f
             found.add("warning", "statistics", f"{where} has none of '{name}'", REMAKE, episode)
             continue
         picture = np.ndim(true[name]["mean"]) == 3
-        stored = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in said[name].items()}
+        try:
+            stored = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in said[name].items()}
+        except (AttributeError, TypeError, ValueError):
+            found.add("error", "statistics", f"{where}: '{name}' holds what are no lists of numbers", REMAKE, episode)
+            continue
         own = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in true[name].items()}
         wrong = next((k for k, v in stored.items() if k in own and v.shape != own[k].shape), None)
         if wrong is not None:
@@ -72,38 +77,45 @@ def _off(stored: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray], pictur
     """How stored statistics differ from those of the data, the worst kind first."""
     span = np.ones(3) if picture else np.maximum(own["max"] - own["min"], 1e-6)
     near = PICTURE if picture else CLOSE
-    outside = "" if picture else "; the data reach beyond what was said"
-    for key, level, tolerance in (
-        *(() if picture else (("min", "error", CLOSE), ("max", "error", CLOSE))),
-        ("mean", "warning", near), ("std", "warning", near),
-        *((key, "warning", PICTURE if picture else LOOSE) for key in statistics.QUANTILES),
+    ends = (
+        ("min", "error", CLOSE, 1, "; the data reach beyond what was said"),
+        ("max", "error", CLOSE, -1, "; the data reach beyond what was said"),
+        ("min", "warning", WIDE, -1, "; the data stay far within, and GR00T scales by the ends"),
+        ("max", "warning", WIDE, 1, "; the data stay far within, and GR00T scales by the ends"),
+    )
+    for key, level, tolerance, way, words in (
+        *(() if picture else ends),
+        ("mean", "warning", near, 0, ""), ("std", "warning", near, 0, ""),
+        *((key, "warning", PICTURE if picture else LOOSE, 0, "") for key in statistics.QUANTILES),
     ):  # fmt: skip
         if key not in stored:
             continue
         gap = stored[key] - own[key]
-        worse = gap if key == "min" else -gap if key == "max" else np.abs(gap)
+        worse = way * gap if way else np.abs(gap)
         at = int(np.argmax(worse / span))
         if worse[at] > tolerance * span[at]:
-            words = f"{key} of entry {at} is {stored[key][at]:.6g}, that of the data {own[key][at]:.6g}"
-            return level, words + (outside if level == "error" else "")
+            what = f"{key} of entry {at} is {stored[key][at]:.6g}, that of the data {own[key][at]:.6g}"
+            return level, what + words
     if not picture and "count" in stored and stored["count"][0] != own["count"][0]:
         return "warning", f"count is {stored['count'][0]:.0f}, the data have {own['count'][0]:.0f} rows: other data"
     return None
 
 
-def check_units(robot: Embodiment, states: Sequence[np.ndarray], actions: Sequence[np.ndarray],
+def check_units(robot: Embodiment, states: Mapping[int, np.ndarray], actions: Mapping[int, np.ndarray],
                 found: Findings) -> None:  # fmt: skip
-    """States (s d) and actions (s a) of each episode against the units, limits and kinds of the robot's parts."""
+    """States (s d) and actions (s a) by episode against the units, limits and kinds of the robot's parts; whether they
+    agree is asked of episodes that have both."""
     for kind, arrays, parts in (("state", states, robot.state), ("action", actions, robot.action)):
         if not arrays or not parts:
             continue
-        values = np.concatenate(arrays).astype(np.float64)
+        values = np.concatenate([*arrays.values()]).astype(np.float64)
         if values.shape[1] != parts[-1].stop:
             continue
         for part in parts:
             _check_part(f"{kind} part '{part.name}'", part, values[:, part.slice], found, kind == "action")
-    if states and actions and states[0].shape[1] == robot.state_dim and actions[0].shape[1] == robot.action_dim:
-        _check_motion(robot, states, actions, found)
+    both = [(states[i], actions[i]) for i in states if i in actions]
+    if both and (both[0][0].shape[1], both[0][1].shape[1]) == (robot.state_dim, robot.action_dim):
+        _check_motion(robot, both, found)
 
 
 def _check_part(name: str, part: Part, values: np.ndarray, found: Findings, acts: bool) -> None:
@@ -148,13 +160,12 @@ def _check_limits(name: str, part: Part, values: np.ndarray, found: Findings, ac
                   "the commands saturate; record with wider limits or smaller steps")  # fmt: skip
 
 
-def _check_motion(robot: Embodiment, states: Sequence[np.ndarray], actions: Sequence[np.ndarray],
-                  found: Findings) -> None:  # fmt: skip
-    """Do the states move as the actions of each part say?"""
+def _check_motion(robot: Embodiment, both: list[tuple[np.ndarray, np.ndarray]], found: Findings) -> None:
+    """Do the states move as the actions of each part say? both: states (s d) and actions (s a) of each episode."""
     where = {part.name: part for part in robot.state}
-    before = np.concatenate([state[:-1] for state in states]).astype(np.float64)
-    after = np.concatenate([state[1:] for state in states]).astype(np.float64)
-    acted = np.concatenate([action[:-1] for action in actions]).astype(np.float64)
+    before = np.concatenate([state[:-1] for state, _ in both]).astype(np.float64)
+    after = np.concatenate([state[1:] for state, _ in both]).astype(np.float64)
+    acted = np.concatenate([action[:-1] for _, action in both]).astype(np.float64)
     for part in robot.action:
         if part.moves is None or part.kind == "binary" or not len(before):
             continue

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 EYE = "observation.images.eye"
 VIDEO = f"videos/{EYE}/chunk-000/file-000.mp4"
 DATA = "data/chunk-000/file-000.parquet"
+EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 STATE = (Part(name="arm", start=0, stop=2, unit="rad"), Part(name="grip", start=2, stop=3))
 ACTION = (
     Part(name="arm", start=0, stop=2, unit="rad", moves="arm", limits=(-3, 3)),
@@ -83,6 +84,12 @@ def late(columns: dict) -> None:
     columns["timestamp"] = [t + 0.1 for t in columns["timestamp"]]
 
 
+def as_lists(path: Path, name: str) -> None:
+    table = pq.read_table(path)
+    at = table.column_names.index(name)
+    pq.write_table(table.set_column(at, name, pa.array([[v] for v in table[name].to_pylist()])), path)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
@@ -90,7 +97,6 @@ def truncate(path: Path) -> None:
 STATS = "meta/stats.json"
 FAULTS = {
     ("error", "schema", "no finished LeRobot dataset"): lambda r: (r / "meta/info.json").unlink(),
-    ("error", "numbers", r"'action' holds nan at row 1, entry 1"): lambda r: change_table(r / DATA, set_nan),
     ("error", "schema", "feature 'observation.state' has no column"): lambda r: change_table(
         r / DATA, lambda c: c.pop("observation.state")
     ),
@@ -102,7 +108,31 @@ FAULTS = {
         r / DATA, lambda c: c.update(task_index=[7] * 36)
     ),
     ("error", "video", "truncated"): lambda r: truncate(r / VIDEO),
-    ("warning", "video", "no video of it is on disk"): lambda r: (r / VIDEO).unlink(),
+    ("error", "video", f"camera '{EYE}', by which 'arm' sees, has no video"): lambda r: (r / VIDEO).unlink(),
+    ("error", "video", "frames of .* are also those of another episode"): lambda r: change_table(
+        r / EPISODES, lambda c: c.update({f"videos/{EYE}/{edge}_timestamp": [t - c[f"videos/{EYE}/from_timestamp"][i]
+                                          for i, t in enumerate(c[f"videos/{EYE}/{edge}_timestamp"])]
+                                          for edge in ("to", "from")})
+    ),
+    ("error", "counts", "rows of file-000.parquet are those of another episode"): lambda r: change_table(
+        r / DATA, lambda c: c.update(episode_index=[5] * 36)
+    ),
+    ("error", "tasks", "instruction is None"): lambda r: (
+        change_table(r / DATA, lambda c: c.pop("task_index")),
+        change_table(r / EPISODES, lambda c: c.update(tasks=[[]] * 3)),
+    ),
+    ("error", "counts", "names no episode"): lambda r: pq.write_table(pq.read_table(r / EPISODES)[:0], r / EPISODES),
+    ("error", "schema", "'timestamp' is stored as list"): lambda r: as_lists(r / DATA, "timestamp"),
+    ("error", "numbers", "'action' holds nan at row 1, entry 1"): lambda r: change_table(r / DATA, set_nan),
+    ("warning", "statistics", "min of entry 1 is -1e.06.*GR00T scales by"): lambda r: edit(
+        r / STATS, lambda s: s["action"]["min"].__setitem__(1, -1e6)
+    ),
+    ("warning", "statistics", "max of entry 0 is 1e.06.*GR00T scales by"): lambda r: edit(
+        r / STATS, lambda s: s["action"]["max"].__setitem__(0, 1e6)
+    ),
+    ("error", "statistics", "'action' holds what are no lists of numbers"): lambda r: edit(
+        r / STATS, lambda s: s["action"].update(mean=["a", None, 3])
+    ),
     ("error", "statistics", "max of entry 0 is 0.5, that of the data .*beyond what was said"): lambda r: edit(
         r / STATS, lambda s: s["action"].update(max=[0.5, 2.5, 1.0], q90=[0.5] * 3, q99=[0.5, 1.5, 1.0], q50=[0.1] * 3,
                                                 q10=[-0.5] * 3, mean=[0.1] * 3, std=[0.2] * 3)
@@ -124,7 +154,7 @@ FAULTS = {
     ),
     ("error", "schema", "lacks video_path"): lambda r: edit(r / "meta/info.json", lambda i: i.pop("video_path")),
     ("error", "schema", "lacks the columns data/chunk_index"): lambda r: change_table(
-        r / "meta/episodes/chunk-000/file-000.parquet", lambda c: c.pop("data/chunk_index")
+        r / EPISODES, lambda c: c.pop("data/chunk_index")
     ),
     ("warning", "statistics", "std of entry 2"): lambda r: edit(
         r / STATS, lambda s: s["action"]["std"].__setitem__(2, 0.5)
@@ -191,7 +221,9 @@ def test_units_that_look_wrong(words: str) -> None:
 
     made, change = UNITS[words]
     found = Findings()
-    check_units(robot(**change), [e.state for e in made], [e.action for e in made], found)
+    check_units(
+        robot(**change), *({i: getattr(e, kind) for i, e in enumerate(made)} for kind in ("state", "action")), found
+    )
     assert any(re.search(words, f.what) for f in found.list()), found.list()
 
 
