@@ -14,6 +14,8 @@ from dreamgen.core.camera import Camera, Tool
 Kind = Literal["absolute", "delta", "binary"]
 KINDS = ("absolute", "delta", "binary")
 ORIENTATIONS = ("", "upright", "rotated", "mirrored", "flipped")
+FITS = ("squeeze", "crop", "pad")
+UNSAID = {"fit": "squeeze"}  # what a contract does not spell out
 # what a saved contract may lack: data need not know of it
 OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools")
 log = logging.getLogger(__name__)
@@ -25,7 +27,9 @@ class View:
 
     camera: its place and lens where they are known, for pose maps. orientation: how its pictures lie, as recorded and
     as the models see them: upright, rotated (by half a turn), mirrored (left to right), flipped (top to bottom), or
-    empty in contracts that are older than it; nothing turns them.
+    empty in contracts that are older than it; nothing turns them. fit: how pictures of another shape are brought to
+    this size, of recordings, video files and photos alike: squeeze (each side by itself), crop (their largest middle
+    part of this shape), pad (all of them, between black bars). Raises ValueError for another size, orientation or fit.
     """
 
     name: str
@@ -34,8 +38,11 @@ class View:
     width: int
     camera: Camera | None = None
     orientation: str = "upright"
+    fit: str = "squeeze"
 
     def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise ValueError(f"view '{self.name}' has the fit '{self.fit}'; expected one of {', '.join(FITS)}")
         if self.orientation not in ORIENTATIONS:
             raise ValueError(f"view '{self.name}' has the orientation '{self.orientation}'; expected one of "
                              f"{', '.join(ORIENTATIONS[1:])}, or none")  # fmt: skip
@@ -113,6 +120,7 @@ def _apart(left: dict | None, right: dict | None) -> list[str]:
     """The fields in which two parts or views differ, as far as both tell."""
     if left is None or right is None:
         return [] if left == right else [f"here {left}, saved {right}"]
+    left, right = {**UNSAID, **left}, {**UNSAID, **right}
     silent = {key for key in OPTIONAL if not (left.get(key) and right.get(key))}
     keys = [key for key in {**left, **right} if key not in silent and left.get(key) != right.get(key)]
     return [f"{key} here {left.get(key)!r}, saved {right.get(key)!r}" for key in keys]
@@ -201,7 +209,8 @@ class Embodiment:
 
     def contract(self) -> dict:
         """All that data and its users must agree on, as plain JSON: saved with every dataset and checkpoint."""
-        contract = _without(asdict(self), lambda key, value: key in OPTIONAL and not value)
+        contract = _without(asdict(self), lambda key, value: (key in OPTIONAL and not value)
+                            or (key in UNSAID and value == UNSAID[key]))  # fmt: skip
         contract.pop("description")
         return contract
 

@@ -22,7 +22,7 @@ from dreamgen.data.fit import absent_cameras, misfits
 from dreamgen.data.instructions import find_instruction
 from dreamgen.data.layout import PROVENANCE, Entry, check_owner, locate, read_jsonl, read_layout
 from dreamgen.video.mp4 import count_frames, open_mp4, read_frames
-from dreamgen.video.tiling import resize, tile
+from dreamgen.video.tiling import fit, tile
 
 OPEN_FILES = 16
 _INHERITED: list[OrderedDict] = []  # decoders of a parent process, never used again
@@ -274,7 +274,7 @@ class Dataset:
                     raise ValueError(f"episode {self.index(i)} of {self.root}: {error}; copy the video again, or leave "
                                      f"the episode out: `episodes` of the dataset lists those to take (skip_bad=true "
                                      f"does not decode, so it cannot know)") from error  # fmt: skip
-                out[view.name] = resize(frames, view.height, view.width)
+                out[view.name] = fit(frames, view.height, view.width, view.fit)
         return out
 
     def _reader(self, path: Path):  # noqa: ANN202 (decord is imported where it is used)

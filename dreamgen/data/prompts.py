@@ -15,7 +15,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
-from dreamgen.video.tiling import cover, tile
+from dreamgen.video.tiling import fit, tile
 
 ORIGIN = ("sim", "seed", "instruction", "video")  # what a first frame takes along of its episode's meta
 
@@ -114,9 +114,13 @@ class SimPrompts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FolderPrompts:
-    """First frames from pictures (png, jpg) in a folder, cropped to the canvas's shape and resized.
+    """First frames from pictures (png, jpg) in a folder, brought to the size of each view as it says (`View.fit`).
 
-    A text file of the same name beside a picture holds its instructions, one per line; else `instructions` is used.
+    One view: every picture is a first frame. Several: `table.front.png` and `table.wrist.png` show the views `front`
+    and `wrist` of one. A text file of a first frame's name (`table.txt`) holds its instructions, one per line; else
+    `instructions` is used.
+
+    Raises ValueError: no picture, a view without one, a picture of no view, one that cannot be read, no instruction.
     """
 
     folder: Path | str
@@ -131,22 +135,46 @@ class FolderPrompts:
         return Path(self.folder)
 
     def __call__(self) -> list[Prompt]:
-        from PIL import Image, UnidentifiedImageError
-
-        folder = Path(self.folder)
-        paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-        if not paths:
-            raise ValueError(f"{folder} holds no picture (png, jpg); put first frames there")
-        made = []
-        for path in paths:
-            note = path.with_suffix(".txt")
+        folder, made = Path(self.folder), []
+        for name, paths in self._named().items():
+            note = folder / f"{name}.txt"
             lines = [line.strip() for line in note.read_text().splitlines()] if note.is_file() else self.instructions
             texts = _require_text([line for line in lines if line], str(note if note.is_file() else folder))
-            try:
-                picture = np.asarray(Image.open(path).convert("RGB"))
-            except (UnidentifiedImageError, OSError) as error:
-                raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-            frame = {"image": cover(picture, *self.robot.canvas), "state": np.zeros(0, np.float32), "pair": path.stem,
-                     "instruction": texts[0], "origin": {"picture": path.name}}  # fmt: skip
+            views = {view.name: fit(_picture(paths[view.name]), view.height, view.width, view.fit)
+                     for view in self.robot.views}  # fmt: skip
+            origin = {"picture": ", ".join(paths[view.name].name for view in self.robot.views)}
+            frame = {"image": tile(self.robot, views), "state": np.zeros(0, np.float32), "pair": name,
+                     "instruction": texts[0], "origin": origin}  # fmt: skip
             made += _spread([frame], texts, every=True, count=self.repeats, seed=self.seed)
         return made
+
+    def _named(self) -> dict[str, dict[str, Path]]:
+        """First frames by name: the picture of each view."""
+        paths = sorted(p for p in Path(self.folder).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if not paths:
+            raise ValueError(f"{self.folder} holds no picture (png, jpg); put first frames there")
+        views, named = [view.name for view in self.robot.views], dict[str, dict[str, Path]]()
+        for path in paths:
+            name, _, view = path.stem.rpartition(".") if len(views) > 1 else (path.stem, "", views[0])
+            if not name or view not in views:
+                wanted = ", ".join(f"{path.stem.partition('.')[0]}.{each}{path.suffix}" for each in views)
+                raise ValueError(f"{path} shows none of the views of embodiment '{self.robot.name}', which has "
+                                 f"{len(views)}; give each a picture of its own: {wanted}")  # fmt: skip
+            named.setdefault(name, {})[view] = path
+        for name, found in named.items():
+            if missing := [view for view in views if view not in found]:
+                raise ValueError(f"{self.folder} has no picture of the view{'s' * (len(missing) > 1)} "
+                                 f"{', '.join(missing)} for the first frame '{name}' (only "
+                                 f"{', '.join(path.name for path in found.values())}); embodiment '{self.robot.name}' "
+                                 f"has the views {', '.join(views)}")  # fmt: skip
+        return named
+
+
+def _picture(path: Path) -> np.ndarray:
+    """A picture file, (h w 3) uint8. ValueError if it is none."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return np.array(Image.open(path).convert("RGB"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error

@@ -16,7 +16,7 @@ from dreamgen.core.manifest import FILE, RUN
 from dreamgen.data.layout import INFO, Entry
 from dreamgen.data.lerobot import Dataset
 from dreamgen.video.mp4 import frame_times, open_mp4, read_frames
-from dreamgen.video.tiling import cover, untile
+from dreamgen.video.tiling import fit, untile
 
 ENDINGS = ("mp4", "mkv", "webm", "mov")
 LATE = 7e-4  # seconds: mkv and webm round the times of frames to milliseconds
@@ -26,8 +26,9 @@ AT_ONCE = 64  # frames held in the size of the file
 class VideoFolder(Dataset):
     """Every video file below the folder `root` (mp4, mkv, webm, mov) as an episode, numbered in order of their paths.
 
-    A picture is cut to the shape of the canvas and resized. Actions and states are NaN. The text file of a video's name
-    beside it (a.mp4, a.txt) is its instruction, else `instruction` is; where neither is, only what needs one says so.
+    A picture shows the whole canvas and is brought to its size as the first view says (`View.fit`). Actions and states
+    are NaN. The text file of a video's name beside it (a.mp4, a.txt) is its instruction, else `instruction` is; where
+    neither is, only what needs one says so.
     video_hz: at which frames will be taken, as far as it is known: a video with fewer than two of them, or that was
     recorded at a lower rate, is bad. skip_bad, episodes, cache_mb: see `Dataset`.
 
@@ -101,7 +102,8 @@ class VideoFolder(Dataset):
         parts = np.array_split(frames, max(1, -(-len(frames) // AT_ONCE)))
         with self._lock:
             try:
-                video = [cover(read_frames(self._reader(path), part, path), *self.robot.canvas) for part in parts]
+                video = [fit(read_frames(self._reader(path), part, path), *self.robot.canvas, self.robot.views[0].fit)
+                     for part in parts]  # fmt: skip
             except ValueError as error:
                 raise ValueError(f"{error}; copy it again, or take it out of {self.root} (skip_bad=true does not "
                                  f"decode, so it cannot know)") from error  # fmt: skip

@@ -98,6 +98,7 @@ def _numbers(dataset: Dataset) -> str:
 
 
 def _views(dataset: Dataset) -> list[list[str | None]]:
-    """The cameras on the canvas, row by row, by their keys in the dataset."""
+    """The cameras on the canvas, row by row, by their keys in the dataset, and how their pictures are fitted."""
     robot = dataset.robot
-    return [[name and robot.view(name).key for name in row] for row in robot.grid]
+    seen = {view.name: f"{view.key} ({view.fit})" for view in robot.views}
+    return [[name and seen[name] for name in row] for row in robot.grid]

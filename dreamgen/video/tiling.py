@@ -3,7 +3,7 @@
 import numpy as np
 from jaxtyping import UInt8
 
-from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.embodiment import FITS, Embodiment
 
 
 def tile(robot: Embodiment, views: dict[str, np.ndarray]) -> np.ndarray:
@@ -82,10 +82,25 @@ def resize(frames: UInt8[np.ndarray, "*b h w 3"], height: int, width: int) -> UI
     return out.reshape(*frames.shape[:-3], height, width, 3)
 
 
-def cover(frames: UInt8[np.ndarray, "*b h w 3"], height: int, width: int) -> UInt8[np.ndarray, "*b H W 3"]:
-    """The largest middle part of pictures that has the shape of (height, width), resized to it."""
+def fit(frames: UInt8[np.ndarray, "*b h w 3"], height: int, width: int, how: str) -> UInt8[np.ndarray, "*b H W 3"]:
+    """Pictures of any shape at the size of a view, as its `fit` says: `squeeze` resizes each side by itself, `crop`
+    takes the largest middle part of that shape, `pad` shows all of it between black bars.
+
+    Raises ValueError for another `how`.
+    """
+    if how not in FITS:
+        raise ValueError(f"pictures are to be fitted by '{how}'; expected one of {', '.join(FITS)}")
     h, w = frames.shape[-3:-1]
-    scale = min(h / height, w / width)
-    ch, cw = round(height * scale), round(width * scale)
-    top, left = (h - ch) // 2, (w - cw) // 2
-    return resize(frames[..., top : top + ch, left : left + cw, :], height, width)
+    if how == "crop":
+        scale = min(h / height, w / width)
+        ch, cw = round(height * scale), round(width * scale)
+        top, left = (h - ch) // 2, (w - cw) // 2
+        frames = frames[..., top : top + ch, left : left + cw, :]
+    if how != "pad":
+        return resize(frames, height, width)
+    scale = min(height / h, width / w)
+    ph, pw = max(1, round(h * scale)), max(1, round(w * scale))
+    top, left = (height - ph) // 2, (width - pw) // 2
+    out = np.zeros((*frames.shape[:-3], height, width, 3), np.uint8)
+    out[..., top : top + ph, left : left + pw, :] = resize(frames, ph, pw)
+    return out

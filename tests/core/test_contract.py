@@ -52,6 +52,7 @@ MISMATCHES = {
     "orientation": (view(orientation="flipped"), "views 'front': orientation here 'flipped', saved 'upright'"),
     "unsaid is upright": (other(views=(FRONT, replace(WRIST, orientation="mirrored"))),
                           "views 'wrist': orientation here 'mirrored', saved 'upright'"),
+    "fit": (view(fit="pad"), "views 'front': fit here 'pad', saved 'squeeze'"),
     "height": (view(height=32), "views 'front': height here 32, saved 16"),
     "width": (view(width=32), "views 'wrist': width here 32, saved 24"),
     "tiling": (other(grid=(("front",), ("wrist",))), "grid: here \\[\\['front'\\], \\['wrist'\\]\\], saved"),
@@ -117,6 +118,17 @@ def test_shipped_robots_tell_the_sign_of_their_grippers(option: str) -> None:
 def test_the_unknown_is_refused() -> None:
     with pytest.raises(ValueError, match="orientation 'sideways'; expected one of upright, rotated"):
         replace(FRONT, orientation="sideways")
+    with pytest.raises(ValueError, match="fit 'stretch'; expected one of squeeze, crop, pad"):
+        replace(FRONT, fit="stretch")
+
+
+def test_a_contract_without_a_fit_squeezes() -> None:
+    assert "fit" not in json.dumps(ROBOT.contract())
+    padded = view(fit="pad")
+    saved = json.loads(json.dumps(padded.contract()))
+    assert saved["views"][0]["fit"] == "pad" and Embodiment.from_contract(saved) == padded
+    with pytest.raises(ValueError, match="views 'front': fit here 'squeeze', saved 'pad'"):
+        ROBOT.require(saved, "the dataset there")
 
 
 class Still:

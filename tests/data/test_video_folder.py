@@ -17,7 +17,7 @@ from dreamgen.data.prompts import DatasetPrompts
 from dreamgen.data.recordings import Recordings, noted
 from dreamgen.data.video_folder import VideoFolder, is_video_folder
 
-ROBOT = Embodiment(name="eye", robot_hz="20", views=[View(name="eye", key="eye", height=32, width=48)])
+ROBOT = Embodiment(name="eye", robot_hz="20", views=[View(name="eye", key="eye", height=32, width=48, fit="crop")])
 CODECS = {"mp4": "libx264", "mov": "libx264", "mkv": "libx264", "webm": "libvpx-vp9"}
 LEVEL = 8  # of grey, from one frame to the next
 
@@ -72,7 +72,9 @@ def test_times_that_are_not_even_are_kept(tmp_path):
 
 def test_what_is_too_wide_is_cut_and_views_lie_as_on_the_canvas(tmp_path):
     write(tmp_path / "a.mp4")
-    two = Embodiment(name="two", robot_hz="20", views=[View(name=n, key=n, height=32, width=24) for n in ("l", "r")])
+    two = Embodiment(
+        name="two", robot_hz="20", views=[View(name=n, key=n, height=32, width=24, fit="crop") for n in ("l", "r")]
+    )
     for robot in (ROBOT, two):
         data = VideoFolder(tmp_path, robot)
         assert data.canvas(0, [0])[0].max() < 60  # nothing of the white border but what encoding smears

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from dreamgen.core.embodiment import Embodiment, Part, View
-from dreamgen.video.tiling import describe, resize, tile, untile
+from dreamgen.video.tiling import describe, fit, resize, tile, untile
 
 H, W = 6, 10
 
@@ -56,3 +56,18 @@ def test_resize_averages_and_keeps_flat_pictures():
     ramp = np.broadcast_to(np.arange(0, 240, 5, dtype=np.uint8)[None, :, None], (6, 48, 3))
     small = resize(ramp, 6, 12)
     assert np.all(np.diff(small[3, :, 0].astype(int)) > 0)
+
+
+def test_a_wide_picture_in_a_square_view():
+    """Columns 0 to 15 of a 12 x 16 picture tell where they are; each fit shows other ones, none turns or moves them."""
+    wide = np.broadcast_to(10 * np.arange(16, dtype=np.uint8)[None, :, None], (12, 16, 3))
+    squeezed, cropped, padded = (fit(wide, 6, 6, how) for how in ("squeeze", "crop", "pad"))
+    assert np.array_equal(squeezed, resize(wide, 6, 6))
+    assert np.array_equal(cropped, resize(wide[:, 2:14], 6, 6))
+    assert np.array_equal(padded[1:5], resize(wide, 4, 6)) and not padded[[0, 5]].any()
+    film = np.stack([wide, 255 - wide])
+    for how in ("squeeze", "crop", "pad"):
+        assert np.array_equal(fit(film, 5, 9, how)[1], fit(film[1], 5, 9, how))
+        assert fit(film, 12, 16, how).tolist() == film.tolist()  # what is of the view's size stays as it is
+    with pytest.raises(ValueError, match="fitted by 'stretch'; expected one of squeeze, crop, pad"):
+        fit(wide, 6, 6, "stretch")
