@@ -4,10 +4,12 @@ An observation is a row with a fresh picture: every row of a recording, `meta["f
 is slower than the robot. Where a chunk runs past the end of its episode the missing steps are masked: no action is
 made up. With `past_end="hold"` the robot is taken to stand still there (deltas 0, other parts as in the last row),
 which is right only for recordings that end at rest. Observations whose whole chunk is idle (nothing moves, no binary
-part changes) teach little; `keep_idle` bounds how many of them an episode gives. Pictures of small datasets stay in
-memory as uint8; those of larger ones than `memory_gb` are decoded when asked for.
+part changes) teach little; `keep_idle` bounds how many of them an episode gives. What counts as moving is told in the
+data's own measure, so that it does not depend on units. Pictures of small datasets stay in memory as uint8; those of
+larger ones than `memory_gb` are decoded when asked for.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -20,6 +22,9 @@ from dreamgen.data.lerobot import Dataset
 PAST_END = ("mask", "hold")
 LABELS = ("own", "shuffled")
 STATES = ("recorded", "masked", "zero")
+STILL = 0.05  # what moves less than this of its measure stands still
+MANY = 0.2  # share of observations left out as idle of which a warning is due
+log = logging.getLogger(__name__)
 
 
 def others(dataset: Dataset) -> np.ndarray:
@@ -42,9 +47,10 @@ class Chunks:
     calls that known, as published dreams do. labels: "shuffled" gives each episode another's actions: a control.
     future_steps: how far ahead FLARE looks, None without FLARE. spread_scale: a step whose labels spread by s (root
     mean square over entries, each in units of `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the
-    spread.
+    spread. short_left_out, idle_left_out: how many episodes shorter than the horizon, and how many idle observations
+    beyond `keep_idle` of each episode, are not here; many idle ones are warned of.
 
-    Raises ValueError for a horizon longer than an episode, naming the episode, and for shuffled labels of one episode.
+    Raises ValueError for a horizon longer than all episodes, and for shuffled labels of one episode.
     """
 
     def __init__(
@@ -71,20 +77,16 @@ class Chunks:
         self.spread_scale, self.action_scale = spread_scale, action_scale
         self.features: Callable[[int, int], np.ndarray] | None = None  # see `dreamgen.policies.features`
         self.views = [view.name for view in dataset.robot.views]
-        self._places: list[tuple[int, int]] = []
         self._frames: dict[int, np.ndarray] = {}  # episode -> frame rows, ascending
         for i in range(len(dataset)):
-            length = dataset.length(i)
-            if length < horizon:
-                raise ValueError(f"episode {dataset.index(i)} of {dataset.root} has {length} rows, the policy's "
-                                 f"horizon is {horizon}; choose a horizon of at most {length}, or leave the episode "
-                                 f"out")  # fmt: skip
-            rows = dataset.episode(i).meta.get("frame_rows")
-            rows = np.arange(length) if rows is None else np.asarray(rows, np.int64)
-            self._frames[i] = rows = rows[rows < length]
-            idle = [self._idle(i, row) for row in rows.tolist()]
-            spare = np.cumsum(idle) > (len(rows) if keep_idle is None else keep_idle)
-            self._places += [(i, int(row)) for row in rows[~(np.array(idle) & spare)]]
+            if (length := dataset.length(i)) >= horizon:
+                rows = dataset.episode(i).meta.get("frame_rows")
+                rows = np.arange(length) if rows is None else np.asarray(rows, np.int64)
+                self._frames[i] = rows[rows < length]
+        self.short_left_out = len(dataset) - len(self._frames)
+        self._places = self._chosen(keep_idle)
+        self.idle_left_out = sum(map(len, self._frames.values())) - len(self._places)
+        self._tell()
         view = dataset.robot.views[0]
         size = sum(len(rows) for rows in self._frames.values()) * len(self.views) * view.height * view.width * 3
         self._memory: dict[int, np.ndarray] | None = {} if size <= memory_gb * 1e9 else None
@@ -99,13 +101,49 @@ class Chunks:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return iter(self._places)
 
-    def _idle(self, episode: int, row: int, still: float = 0.05) -> bool:
-        """Whether no delta entry of the chunk passes `still` of its limit and no other entry changes."""
-        action = self.dataset.episode(episode).action[row : row + self.horizon]
+    def _tell(self) -> None:
+        """Say what is left out; ValueError where nothing is left."""
+        root, seen = self.dataset.root, len(self) + self.idle_left_out
+        if not self._frames:
+            longest = max((self.dataset.length(i) for i in range(len(self.dataset))), default=0)
+            raise ValueError(f"no episode of {root} is as long as the policy's horizon, {self.horizon} rows; the "
+                             f"longest has {longest}: choose a horizon of at most that, or other data")  # fmt: skip
+        if self.short_left_out:
+            log.warning("%s: %d of %d episodes are shorter than the policy's horizon, %d rows, and left out", root,
+                        self.short_left_out, len(self.dataset), self.horizon)  # fmt: skip
+        if self.idle_left_out > MANY * seen:
+            log.warning("%s: %d of %d observations are left out because nothing moves in their chunks; keep_idle=null "
+                        "takes all", root, self.idle_left_out, seen)  # fmt: skip
+
+    def _chosen(self, keep_idle: int | None) -> list[tuple[int, int]]:
+        """All observations, but for the idle ones of an episode after the first `keep_idle`."""
+        places = []
+        measures = None if keep_idle is None else self._measures()
+        for i, rows in self._frames.items():
+            idle = np.array([measures is not None and self._idle(i, row, measures) for row in rows.tolist()], bool)
+            spare = idle & (np.cumsum(idle) > (keep_idle or 0))
+            places += [(i, row) for row in rows[~spare].tolist()]
+        return places
+
+    def _measures(self) -> list[float | np.ndarray]:
+        """What each action part is measured by: its limit where it is a delta that has one, 1 where it is binary, else
+        the standard deviation of each entry."""
+        known = [e.action for e in map(self.dataset.episode, self._frames) if e.meta.get("action_known") is not False]
+        std = np.nanstd(np.concatenate(known), 0, dtype=np.float64) if known else np.ones(self.dataset.robot.action_dim)
+        std = np.maximum(std, np.finfo(np.float32).tiny)  # an entry that never changes stands still only at 0
+        found: list[float | np.ndarray] = []
         for part in self.dataset.robot.action:
+            limited = part.kind == "delta" and part.limits is not None
+            found.append(part.limits[1] if limited else 1.0 if part.kind == "binary" else std[part.slice])
+        return found
+
+    def _idle(self, episode: int, row: int, measures: Sequence[float | np.ndarray]) -> bool:
+        """Whether no delta entry of the chunk passes `STILL` of its measure and no other entry changes by more."""
+        action = self.dataset.episode(episode).action[row : row + self.horizon]
+        for part, measure in zip(self.dataset.robot.action, measures, strict=True):
             entry = action[:, part.slice]
-            moving = entry / (part.limits[1] if part.limits else 1) if part.kind == "delta" else entry - entry[:1]
-            if not (np.abs(moving) <= still).all():
+            moving = entry if part.kind == "delta" else entry - entry[:1]
+            if not (np.abs(moving / measure) <= STILL).all():
                 return False
         return self.dataset.episode(episode).meta.get("action_known") is not False
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dreamgen.core.clip import Episode
+from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data.lerobot import Dataset
 from dreamgen.policies.chunks import Chunks, collate
 from tests.policies.toy import STEPS, A, D, H, W, encoder, robot
@@ -18,8 +19,8 @@ LENGTHS = (9, 7, 13)
 class Recorded(Dataset):
     """A dataset in memory. The pictures of a row hold its episode and row number."""
 
-    def __init__(self, *episodes: Episode) -> None:
-        self.episodes, self.robot, self.root = episodes, robot(), Path("recorded")
+    def __init__(self, *episodes: Episode, of: Embodiment | None = None) -> None:
+        self.episodes, self.robot, self.root = episodes, of or robot(), Path("recorded")
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -86,6 +87,43 @@ def test_idle_observations_are_bounded():
     assert [row for _, row in Chunks(data, horizon=STEPS, keep_idle=0)] == [0, 1, 2, 3]
 
 
+def reach(scale: float) -> Recorded:
+    """An arm that rests, reaches, and rests again, its places absolute and its turns deltas, both without limits; an
+    entry that is never used; in metres and radians times `scale`."""
+    parts = (Part(name="place", start=0, stop=2), Part(name="turn", start=2, stop=4, kind="delta"),
+             Part(name="hand", start=4, stop=A, kind="binary", limits=(0.0, 1.0)))  # fmt: skip
+    time = np.arange(40.0)
+    action = np.zeros((40, A), np.float32)
+    action[:, 0] = 0.3 + 0.2 / (1 + np.exp(20 - time))  # most of its way between rows 16 and 24
+    action[:, 2] = 0.01 * np.exp(-(((time - 20) / 4) ** 2))
+    action[:, 1], action[:, 3] = 0.25, 0.0
+    action[:, :4] *= scale
+    return Recorded(replace(episode(40), action=action), of=robot(action=parts))
+
+
+def test_what_stands_still_does_not_depend_on_units(caplog):
+    found = [Chunks(reach(scale), horizon=STEPS, keep_idle=0) for scale in (1.0, 1000.0, 1e-3)]
+    places = [row for _, row in found[0]]
+    assert [row for _, row in found[1]] == [row for _, row in found[2]] == places
+    assert places == list(range(places[0], places[-1] + 1)) and 5 < places[0] <= 14 and 25 < places[-1] <= 31
+    assert found[0].idle_left_out == 40 - len(places)
+    assert caplog.text.count(f"recorded: {40 - len(places)} of 40 observations are left out") == 3
+    assert Chunks(reach(1.0), horizon=STEPS).idle_left_out == 0
+
+
+def test_limits_measure_deltas_that_have_them():
+    """As a tabletop has them; the rest of the data has no say."""
+    rng = np.random.default_rng(4)
+    action = np.where(rng.random((60, 1)) < 0.4, rng.uniform(-1, 1, (60, A)), 0.05 * rng.uniform(-1, 1, (60, A)))
+    action[:, 6] = np.repeat([-1, 1, -1], 20)
+    data = Recorded(replace(episode(60), action=action.astype(np.float32)))
+    idle = [bool((np.abs(data.episode(0).action[k : k + 2, :6]) <= 0.05).all()) and k not in (19, 39)
+            for k in range(60)]  # fmt: skip
+    chunks = Chunks(data, horizon=2, keep_idle=3)
+    assert 3 < sum(idle) < 50 and chunks.idle_left_out == sum(idle) - 3
+    assert [row for _, row in chunks] == [k for k in range(60) if not idle[k] or sum(idle[: k + 1]) <= 3]
+
+
 def test_trust_falls_with_the_spread_of_the_labels():
     spread = np.zeros((9, A), np.float32)
     spread[1], spread[2] = 0.5, 1.0
@@ -134,8 +172,13 @@ def test_shuffled_labels_are_never_an_episodes_own():
         Chunks(Recorded(episode(7)), horizon=STEPS, labels="shuffled")
 
 
-def test_a_horizon_longer_than_an_episode_is_named():
-    with pytest.raises(ValueError, match=r"episode 41 of recorded has 7 rows, the policy's horizon is 8"):
-        Chunks(recorded(), horizon=8)
+def test_episodes_shorter_than_the_horizon_are_left_out_and_counted(caplog):
+    chunks = Chunks(recorded(), horizon=8)
+    assert {i for i, _ in chunks} == {0, 2} and chunks.short_left_out == 1 and len(chunks) == 9 + 13
+    assert "recorded: 1 of 3 episodes are shorter than the policy's horizon, 8 rows" in caplog.text
+    assert chunks.batch([(2, 1)])["pictures"][0, 0, 0, 0, 0] == 33 and len(chunks.whole()) == 2 + 6
+    assert Chunks(recorded(), horizon=7).short_left_out == 0
+    with pytest.raises(ValueError, match=r"no episode of recorded is as long as .*, 14 rows; the longest has 13"):
+        Chunks(recorded(), horizon=14)
     with pytest.raises(ValueError, match="past_end is 'pad'"):
         Chunks(recorded(), horizon=STEPS, past_end="pad")
