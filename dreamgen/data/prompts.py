@@ -46,11 +46,13 @@ def _require_text(instructions: Sequence[object], where: str) -> list[str]:
 class DatasetPrompts:
     """First frames from the episodes of a dataset.
 
-    episodes: how many (None: all), drawn by the seed. instructions: default those of the dataset.
+    episodes: how many (None: all), drawn by the seed. keyframes: where in each of them, shares of its rows in [0, 1); 0
+    is its first row. instructions: default those of the dataset. ValueError for another share.
     """
 
     dataset: Dataset
     episodes: int | None = None
+    keyframes: Sequence[float | int] = (0,)
     instructions: Sequence[str] | None = None
     every_instruction: bool = False
     repeats: int = 1
@@ -67,15 +69,20 @@ class DatasetPrompts:
         own = [data.episode(i).instruction if given else data.instruction(i) for i in range(len(data))]
         texts = _require_text(list(self.instructions), "prompts") if given else list(dict.fromkeys(own))
         chosen = rng_for(self.seed, "prompts").permutation(len(data))[: self.episodes]
+        if wrong := [share for share in self.keyframes if not 0 <= share < 1] or not self.keyframes:
+            raise ValueError(f"prompts.keyframes holds {wrong}; expected shares of an episode's rows, 0 <= share < 1")
         frames = []
         for i in sorted(chosen.tolist()):
             text = own[i] if own[i] in texts else texts[i % len(texts)]
-            frames.append({
-                "image": data.canvas(i, [0])[0], "state": data.first_state(i), "instruction": text,
-                "pair": f"e{data.index(i):06d}",
-                "origin": {k: v for k, v in data.episode(i).meta.items() if k in ORIGIN}
-                | {"episode": data.index(i), "row": 0},
-            })  # fmt: skip
+            meta, states = data.episode(i).meta, data.episode(i).state
+            for row in dict.fromkeys(int(share * data.length(i)) for share in self.keyframes):
+                begun = ORIGIN if row == 0 else ("video",)  # no simulator begins in the middle of this episode
+                frames.append({
+                    "image": data.canvas(i, [row])[0], "instruction": text,
+                    "state": states[row] if np.isfinite(states[row]).all() else states[row, :0],
+                    "pair": f"e{data.index(i):06d}" + (f"_r{row}" if row else ""),
+                    "origin": {k: v for k, v in meta.items() if k in begun} | {"episode": data.index(i), "row": row},
+                })  # fmt: skip
         return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
 
 

@@ -33,3 +33,11 @@ def autocast(precision: str, device: torch.device | str = "cpu") -> AbstractCont
 def best_device() -> torch.device:
     """The accelerator if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place(*parts: object) -> None:
+    """Move what has a `place` (world models, labelers, policies, judges, trackers) to the best device; None is nothing.
+    Models are opened on the CPU, so that a stage may look at them, and at what it is asked, before it takes a GPU."""
+    for part in parts:
+        if hasattr(part, "place"):
+            part.place()

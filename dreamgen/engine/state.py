@@ -5,7 +5,9 @@ processes, or with another way of sharing the model, than it began with.
 """
 
 import json
+import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,14 +58,38 @@ class Ema:
                 self.shadow[name] = kept
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by name, whole, on the CPU."""
-    return {k: whole(p.detach()).contiguous().cpu() for k, p in model.named_parameters() if p.requires_grad}
+def gathered(values: Iterable[tuple[Any, Tensor]], *, keep: bool) -> dict[Any, Tensor]:
+    """All of each tensor, on the CPU, by its name. Every process calls it; one without `keep` gets nothing.
+
+    One after another: a GPU holds no more than one whole tensor beside its shares.
+    """
+    found = {}
+    for name, value in values:
+        value = whole(value)
+        if keep:
+            found[name] = value.contiguous().cpu()
+    return found
 
 
-def gathered(state: dict) -> dict:
-    """An optimiser's state with all of each tensor."""
-    return {**state, "state": {k: {n: whole(v) for n, v in of.items()} for k, of in state["state"].items()}}
+def trainable(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """The trainable weights by name, as `gathered`."""
+    return gathered(((k, p.detach()) for k, p in model.named_parameters() if p.requires_grad), keep=keep)
+
+
+def moments(optimiser: torch.optim.Optimizer, *, keep: bool) -> dict:
+    """An optimiser's state, its tensors as `gathered`."""
+    state = optimiser.state_dict()
+    return {**state, "state": {number: gathered(of.items(), keep=keep) for number, of in state["state"].items()}}
+
+
+def settle(folder: Path) -> None:
+    """Have a folder and its files on the disk before what is written next."""
+    for path in (*folder.iterdir(), folder, folder.parent):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimisers: list, *, write: bool = True) -> None:
@@ -71,8 +97,8 @@ def save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimisers:
 
     All processes call it; the one with `write` writes.
     """
-    weights, moved = trainable(model), [gathered(optimiser.state_dict()) for optimiser in optimisers]
-    average = {k: whole(v).contiguous().cpu() for k, v in ema.shadow.items()} if ema else {}
+    weights, moved = trainable(model, keep=write), [moments(optimiser, keep=write) for optimiser in optimisers]
+    average = gathered(ema.shadow.items(), keep=write) if ema else {}
     if not write:
         return
     path = folder / f"step_{step:08d}"
@@ -84,6 +110,7 @@ def save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimisers:
     if ema:
         save_file(average, path / "ema.safetensors")
     torch.save(moved, path / "optimisers.pt")
+    settle(path)
     write_json(folder / "latest.json", {"step": step})
     for old in folder.glob("step_*"):
         if old != path:
@@ -103,7 +130,7 @@ def restore(folder: Path, model: nn.Module, ema: Ema | None, optimisers: list) -
             live[name].copy_(cut(value, live[name]))
     if ema:
         ema.shadow = {k: cut(v, live[k]) for k, v in load_file(path / "ema.safetensors").items()}
-    states = torch.load(path / "optimisers.pt", weights_only=True)
+    states = torch.load(path / "optimisers.pt", map_location="cpu", mmap=True, weights_only=True)
     for optimiser, saved in zip(optimisers, states, strict=True):
         parameters = [p for group in optimiser.param_groups for p in group["params"]]
         for number, of in saved["state"].items():
@@ -115,7 +142,7 @@ def restore(folder: Path, model: nn.Module, ema: Ema | None, optimisers: list) -
 
 def save_best(folder: Path, model: nn.Module, *, write: bool = True) -> None:
     """Keep the trainable weights as they are now as the best so far."""
-    weights = trainable(model)
+    weights = trainable(model, keep=write)
     if write:
         with replacing(folder / BEST) as temporary:
             save_file(weights, temporary)
@@ -132,9 +159,12 @@ def load_best(folder: Path, model: nn.Module) -> bool:
     return True
 
 
-def clear_state(out: Path) -> None:
-    """Remove the resumable state of a run whose weights are saved."""
-    shutil.rmtree(Path(out) / STATE, ignore_errors=True)
+def clear_state(*outs: Path) -> None:
+    """Remove the resumable states of runs whose manifest is there: first what points at one, so that a kill leaves none
+    that is half there."""
+    for out in outs:
+        (Path(out) / STATE / "latest.json").unlink(missing_ok=True)
+        shutil.rmtree(Path(out) / STATE, ignore_errors=True)
 
 
 def read_losses(out: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from dreamgen.core.clip import Clip
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, replacing, write_json
 from dreamgen.core.protocols import Tracker
+from dreamgen.engine.precision import place
 from dreamgen.filters.rates import Rates
 
 FLOOR = 1e-3  # m: what varies less than a millimetre is not blown up
@@ -49,6 +50,11 @@ class PositionJudge:
     def robot(self) -> Embodiment | None:
         """That of the tracker, where it names one."""
         return getattr(self.locator, "robot", None)
+
+    def place(self) -> "PositionJudge":
+        """Its tracker to the best device."""
+        place(self.locator)
+        return self
 
     def features(self, clip: Clip) -> Float[np.ndarray, " m"]:
         """The numbers of a clip, m. ValueError for frames that the tracker does not read."""

@@ -7,11 +7,13 @@ Of episodes that succeed with rate p a judge calls `p tpr + (1 - p)(1 - tnr)` su
 clipped to [0, 1]. The interval is that of Lang and Reiczigel (2014), which counts the uncertainty of both rates too.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dreamgen.core.intervals import Z
+from dreamgen.core.protocols import Judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,3 +83,9 @@ def threshold_for(precision: float, probability: np.ndarray, success: np.ndarray
     k = np.flatnonzero(reach)[-1] if reach.any() else np.flatnonzero(last & (right == right[last].max()))[-1]
     below = score[k + 1] if k + 1 < len(score) else 0.0
     return float((score[k] + below) / 2), float(right[k])
+
+
+def rates_on(judge: Judge, kinds: Sequence[str]) -> Rates | None:
+    """A judge's rates on the first of these kinds of video on which they are known and better than chance."""
+    known = getattr(judge, "rates", {})
+    return next((known[kind] for kind in kinds if kind in known and known[kind].tpr + known[kind].tnr > 1), None)

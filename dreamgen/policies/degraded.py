@@ -5,6 +5,7 @@ Each is a Policy itself; what it does depends on the observation and the seed al
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,12 @@ from dreamgen.data.streams import late, noisy, stuck
 
 
 class Degraded:
-    """What all of them share: the robot, the horizon and the folder of the policy inside."""
+    """What all of them share: the robot, the horizon, the folder and the memory of the policy inside."""
 
     def __init__(self, *, policy: Policy) -> None:
         self.policy = policy
         self.path = getattr(policy, "path", None)
+        self.remembers = getattr(policy, "remembers", False)
 
     @property
     def robot(self) -> Embodiment:
@@ -30,9 +32,10 @@ class Degraded:
     def horizon(self) -> int:
         return self.policy.horizon
 
-    def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> np.ndarray:
-        """Chunks (b, horizon, a) of the policy inside, changed."""
-        chunks = self.policy.act(observations, seeds)
+    def act(self, observations: Sequence[Observation], seeds: Sequence[int], **known: Any) -> np.ndarray:
+        """Chunks (b, horizon, a) of the policy inside, changed. known: of a policy that remembers (`sims.rollout.ask`),
+        which goes on from its own chunks: it does not know that they are changed."""
+        chunks = self.policy.act(observations, seeds, **known)
         return np.stack([self.change(chunk, seed) for chunk, seed in zip(chunks, seeds, strict=True)])
 
     def change(self, chunk: np.ndarray, seed: int) -> np.ndarray:
@@ -73,14 +76,19 @@ class Stuck(Degraded):
 
 
 class Mistaken(Degraded):
-    """Hears the next one of `instructions` in place of the one that was given; the last becomes the first."""
+    """Hears the next one of `instructions` in place of the one that was given; the last becomes the first. ValueError
+    for fewer than two, and for one that is not among them: it would not be mistaken."""
 
-    def __init__(self, *, policy: Policy, instructions: Sequence[str]) -> None:
+    def __init__(self, *, policy: Policy, instructions: Sequence[str] | None) -> None:
         super().__init__(policy=policy)
-        if len(instructions) < 2:
-            raise ValueError(f"a mistaken policy needs 2 or more instructions, got {list(instructions)}")
+        if len(instructions or ()) < 2:
+            raise ValueError(f"a mistaken policy needs 2 or more instructions, got {instructions}; name those that it "
+                             "confuses (instructions=[...])")  # fmt: skip
         self.other = dict(zip(instructions, [*instructions[1:], instructions[0]], strict=True))
 
-    def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> np.ndarray:
-        heard = [replace(seen, instruction=self.other.get(seen.instruction, seen.instruction)) for seen in observations]
-        return self.policy.act(heard, seeds)
+    def act(self, observations: Sequence[Observation], seeds: Sequence[int], **known: Any) -> np.ndarray:
+        if strange := sorted({seen.instruction for seen in observations} - set(self.other)):
+            raise ValueError(f"a mistaken policy hears {strange}, not among the instructions that it confuses, "
+                             f"{list(self.other)}; add it")  # fmt: skip
+        heard = [replace(seen, instruction=self.other[seen.instruction]) for seen in observations]
+        return self.policy.act(heard, seeds, **known)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def begin(sim: Sim, instruction: str, seed: int, state: np.ndarray | None = None
         if found.shape != state.shape or not np.allclose(found, state, rtol=1e-3, atol=1e-3):
             raise ValueError(f"'{instruction}' with seed {seed} begins at the state {found.round(3).tolist()} in this "
                              f"simulator, but was recorded or dreamt from {state.round(3).tolist()}; choose the "
-                             "simulator that the first frames came from (sim=..., also its keyframe `sim.steps`)")  # fmt: skip
+                             "simulator that the first frames came from (sim=..., and its `sim.steps`)")  # fmt: skip
 
 
 def replay(sim: Sim, instruction: str, seed: int, actions: np.ndarray, state: np.ndarray | None = None,
@@ -81,34 +82,53 @@ def rollout(
     steps: int = 60,
     execute: int = 8,
     workers: int = 1,
+    place: Callable[[Policy], Any] | None = None,
 ) -> Iterator[Rollout]:
     """Closed-loop episodes of `policy`, one for each (instruction, seed) of `plan`, in its order.
 
     sim: makes a simulator; with several workers it and the policy must be picklable. steps: an episode ends on success
-    or after so many. execute: steps of a chunk that are executed before the policy is asked again.
+    or after so many. execute: steps of a chunk that are executed before the policy is asked again. place: moves the
+    policy to where it computes, in each process that asks it.
 
     Raises ValueError if the policy's robot differs from the simulator's, its chunks are shorter than `execute`, or a
     process is killed.
     """
+    groups = [plan[i : i + GROUP] for i in range(0, len(plan), GROUP)]
+    found = rollouts(sim, policy, groups, steps=steps, execute=execute, workers=workers, place=place)
+    yield from itertools.chain.from_iterable(found)
+
+
+def rollouts(
+    sim: Callable[[], Sim],
+    policy: Policy,
+    groups: Sequence[Sequence[tuple[str, int]]],
+    *,
+    steps: int = 60,
+    execute: int = 8,
+    workers: int = 1,
+    place: Callable[[Policy], Any] | None = None,
+) -> Iterator[list[Rollout]]:
+    """`rollout` of plans of at most GROUP episodes, a list for each: no group's episodes depend on the others."""
     if steps < 1 or not 1 <= execute <= policy.horizon:
         raise ValueError(f"steps is {steps}, execute is {execute}, the policy's horizon is {policy.horizon}; expected "
                          f"steps >= 1 and 1 <= execute <= horizon")  # fmt: skip
-    groups = [list(plan[i : i + GROUP]) for i in range(0, len(plan), GROUP)]
     run = functools.partial(_run, steps=steps, execute=execute)
     if workers <= 1 or len(groups) <= 1:
         with one_thread():
-            for group in _served(sim, policy, groups, run):
-                yield from group
+            yield from _served(sim, policy, groups, run, place)
         return
     task = functools.partial(_in_process, run=run)
-    yield from itertools.chain.from_iterable(shared_out(task, groups, workers, prepare=_prepare, given=(sim, policy)))
+    yield from shared_out(task, groups, workers, prepare=_prepare, given=(sim, policy, place))
 
 
-def _served(sim: Callable[[], Sim], policy: Policy, groups: Sequence, run: Callable) -> Iterator[list[Rollout]]:
-    worlds = [sim() for _ in range(min(GROUP, max(map(len, groups), default=0)))]
+def _served(sim: Callable[[], Sim], policy: Policy, groups: Sequence, run: Callable,
+            place: Callable | None) -> Iterator[list[Rollout]]:  # fmt: skip
+    worlds = [sim() for _ in range(max(map(len, groups), default=0))]
     try:
         for world in worlds[:1]:
             world.robot.require(policy.robot.contract(), "the policy")
+            if place is not None:
+                place(policy)
         for group in groups:
             yield run(worlds, policy, group)
     finally:
@@ -119,17 +139,19 @@ def _served(sim: Callable[[], Sim], policy: Policy, groups: Sequence, run: Calla
 _PROCESS: dict = {}
 
 
-def _prepare(sim: Callable[[], Sim], policy: Policy) -> None:
+def _prepare(sim: Callable[[], Sim], policy: Policy, place: Callable | None = None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    _PROCESS.update(sim=sim, policy=policy)
+    _PROCESS.update(sim=sim, policy=policy, place=place)
 
 
-def _in_process(group: list[tuple[str, int]], run: Callable) -> list[Rollout]:
+def _in_process(group: Sequence[tuple[str, int]], run: Callable) -> list[Rollout]:
     if "worlds" not in _PROCESS:
         worlds = [_PROCESS["sim"]() for _ in range(GROUP)]
         worlds[0].robot.require(_PROCESS["policy"].robot.contract(), "the policy")
+        if _PROCESS["place"] is not None:
+            _PROCESS["place"](_PROCESS["policy"])
         _PROCESS["worlds"] = worlds
     return run(_PROCESS["worlds"], _PROCESS["policy"], group)
 
@@ -148,7 +170,8 @@ def one_thread() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _run(worlds: list[Sim], policy: Policy, group: list[tuple[str, int]], *, steps: int, execute: int) -> list[Rollout]:
+def _run(worlds: list[Sim], policy: Policy, group: Sequence[tuple[str, int]], *, steps: int,
+         execute: int) -> list[Rollout]:  # fmt: skip
     """One group in step; an episode that has ended leaves the batch."""
     for world, (instruction, seed) in zip(worlds, group, strict=False):
         world.reset(instruction, seed)

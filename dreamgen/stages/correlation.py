@@ -4,6 +4,7 @@ Blind evaluators stand beside the dream: what they know is not what the policy d
 that is no better than they are evaluates nothing. Every policy is one item on disk; a killed run goes on.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.clip import Prompt
 from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import Stage, read_json, write_json
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy, Sim
-from dreamgen.core.seeding import rng_for, seed_for
+from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
-from dreamgen.data.streams import resting
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
+from dreamgen.filters.rates import rates_on
 from dreamgen.sims.rollout import Rollout, film, rollout
+from dreamgen.stages.blind import BLIND, first_frame, shuffled_actions
+from dreamgen.stages.evaluate_dreamt import DREAMT
 from dreamgen.stages.label_scores import auroc
 from dreamgen.stages.open_loop import open_loop_error
 from dreamgen.stages.report_card import card
@@ -29,9 +33,8 @@ from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile
 from dreamgen.worlds.env import DreamEnv, Dreamt, dream_episodes, judged
 from dreamgen.worlds.oracle import OracleWorld
-from dreamgen.worlds.rollout import extend
 
-BLIND = ("shuffled_actions", "first_frame", "demos", "validation")
+log = logging.getLogger(__name__)
 
 
 def correlation(
@@ -72,17 +75,25 @@ def correlation(
 
     Writes `policies/<name>.json` ({real, probability, agreement, probe, ... per episode}), films real | dreamt, and
     `results/correlation.json`: k, r, r_low, r_high, rho, mmrv, mae, bias, regret, episode_auroc, tpr, tnr of the dream,
-    and the same of the `probe` and of each of `blind`; `corrected` by the judge's own rates; `seen`; `policies`.
-    Episodes on which the judge abstains count on neither side.
+    and the same of the `probe` and of each of `blind`; `corrected` by the judge's own rates, which are those on video
+    of the kind that it judged here; `seen`; `policies`. Episodes on which the judge abstains count on neither side.
 
-    Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, a judge or probe that knows
-    none of the instructions or abstains on every episode of a policy, and what the parts say of robots, rates, limits.
+    Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, `demos` of some policies and
+    not of others, a judge or probe that knows none of the instructions, is of another robot or abstains on every
+    episode of a policy, and what the parts say of robots, rates, limits.
     """
     plain, policies = dict(policies or {}), dict(policies or {})
     for how, make in (degraded or {}).items():
         policies |= {f"{name}_{how}": make(policy=policy) for name, policy in plain.items()}
     check(sim, policies, seen, demos or {}, blind)
+    demos = demos if "demos" in blind else None
     known_demos = {name: demos[base] for base in (demos or {}) for name in made_of(base, policies, degraded or {})}
+    if known_demos and (missing := [name for name in policies if name not in known_demos]):
+        raise ValueError(f"stage.demos does not say how many demonstrations {', '.join(missing)} learned from; add "
+                         "them, or leave 'demos' out of stage.blind")  # fmt: skip
+    left = [key for key, found in (("demos", known_demos), ("validation", validation)) if key in blind and not found]
+    if left:
+        log.warning("blind evaluators left out, since stage.%s is not given: %s", left[0], ", ".join(left))
     seen = [name for base in seen for name in made_of(base, policies, degraded or {})]
     parents = {name: path for name, p in policies.items() if (path := getattr(p, "path", None)) is not None}
     if validation is not None:
@@ -91,11 +102,12 @@ def correlation(
         if run.complete:
             return run.manifest()
         world = OracleWorld(sim=sim, video_hz=video_hz) if world_model is None else world_model
-        if hasattr(world, "place"):
-            world.place()
+        place(world, judge, probe)
         plan, prompts = first_states(sim, [judge, probe], instructions, episodes, seed)
         env = DreamEnv(world=world, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
                        confidence=confidence)  # fmt: skip
+        world.robot.require_same(probe, "the probe")
+        trusted = ("real",) if world_model is None else DREAMT
         rows = {}
         for name in progress(policies, len(policies), "correlation", run.out, unit="policy"):
             path = run.out / "policies" / f"{name}.json"
@@ -106,7 +118,7 @@ def correlation(
             rows[name] = read_json(path)
             if name in known_demos:
                 rows[name]["demos"] = float(known_demos[name])
-        results = summary(rows, judge, probe, seen, env.threshold)
+        results = summary(rows, judge, probe, seen, env.threshold, trusted)
         write_json(run.out / "results" / "correlation.json", results)
         return run.finish(correlation=results, **noted(validation))
 
@@ -168,13 +180,9 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
     if probe is not None:
         found["probe"] = judged(probe, [e.past for e in dreamt], hz).tolist()
     if "first_frame" in blind:
-        robot = env.world.robot  # it does not hear what the policy commanded either
-        held = [Past(prompt=p, video=np.repeat(p.image[None], len(e.past.video), 0), state=p.state,
-                     action=resting(robot, p.state, len(e.past.action)))
-                for p, e in zip(prompts, dreamt, strict=True)]  # fmt: skip
-        found["first_frame"] = judged(env.judge, held, hz).tolist()
+        found["first_frame"] = first_frame(env, prompts, dreamt)
     if "shuffled_actions" in blind:
-        found["shuffled_actions"] = shuffled(env, dreamt, seed)
+        found["shuffled_actions"] = shuffled_actions(env, dreamt, seed)
     if "validation" in blind and validation is not None:
         found["validation"] = -open_loop_error(policy, validation, seed=seed)
     return {key: none(value) for key, value in found.items()}
@@ -189,21 +197,6 @@ def beside(sim: Callable[[], Sim], real: Rollout, dreamt: Dreamt, clock: Clock) 
         world.close()
     rows = clock.with_frames(max(2, len(video))).rows[: len(video)].clip(max=len(pictures) - 1)
     return np.concatenate([pictures[rows], video], 2)
-
-
-def shuffled(env: DreamEnv, dreamt: Sequence[Dreamt], seed: int) -> list[float]:
-    """Probability of success of each episode under the actions that its policy took in another one."""
-    order = rng_for(seed, "shuffled").permutation(len(dreamt))
-    other = {int(a): int(b) for a, b in zip(order, np.roll(order, 1), strict=True)}  # one cycle: nobody keeps his own
-    found = np.full(len(dreamt), np.nan)
-    for start in range(0, len(dreamt), env.num_envs):
-        rows = range(start, min(start + env.num_envs, len(dreamt)))
-        pasts = [Past.begin(dreamt[i].past.prompt, env.world.robot.action_dim) for i in rows]
-        actions = [dreamt[other[i]].past.action for i in rows]
-        length = min(len(action) for action in actions)
-        found[list(rows)] = judged(env.judge, extend(env.world, pasts, [a[:length] for a in actions]),
-                                   env.world.clock.video_hz)  # fmt: skip
-    return found.tolist()
 
 
 def none(value: Any) -> Any:
@@ -239,25 +232,32 @@ def outcome(rows: Mapping[str, dict], key: str, threshold: float) -> dict:
             **{k: float(v.mean()) if len(v) else math.nan for k, v in share.items()}}  # fmt: skip
 
 
-def compared(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, threshold: float) -> dict:
-    """Report cards of the dream, by judge and by probe, and of the blind evaluators over the policies of `rows`."""
+def compared(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, threshold: float,
+             trusted: Sequence[str]) -> dict:  # fmt: skip
+    """Report cards of the dream, by judge and by probe, and of the blind evaluators over the policies of `rows`.
 
-    def rates(key: str, threshold: float = threshold) -> np.ndarray:
+    trusted: the kinds of video, by whose rates answers are corrected.
+    """
+
+    def rates(key: str, threshold: float) -> np.ndarray:
         """Real, judged and number of episodes, each of all policies."""
         return np.array([rates_of(name, key, row, threshold) for name, row in rows.items()]).T
 
-    real, dream, each = rates("probability")
-    found = card(real, dream) | outcome(rows, "probability", threshold)
-    trust = getattr(judge, "rates", {})
-    if trust and (own := trust.get("imagined") or trust.get("dreamt") or trust.get("real")) and own.tpr + own.tnr > 1:
-        mended = [own.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(dream, each, strict=True)]
-        found["corrected"] = card(real, np.array(mended))
+    def told(by: Judge, key: str, threshold: float) -> dict:
+        real, said, each = rates(key, threshold)
+        found = card(real, said) | outcome(rows, key, threshold)
+        if own := rates_on(by, trusted):
+            mended = [own.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(said, each, strict=True)]
+            found["corrected"] = card(real, np.array(mended))
+        return found
+
+    found = told(judge, "probability", threshold)
     if probe is not None:
-        found["probe"] = card(*rates("probe", probe.threshold)[:2]) | outcome(rows, "probe", probe.threshold)
+        found["probe"] = told(probe, "probe", probe.threshold)
     blind = {}
     for key in ("shuffled_actions", "first_frame"):
-        if all(key in row for row in rows.values()):
-            blind[key] = card(*rates(key)[:2]) | outcome(rows, key, threshold)
+        if all(np.isfinite(known(row.get(key, []))).any() for row in rows.values()):
+            blind[key] = card(*rates(key, threshold)[:2]) | outcome(rows, key, threshold)
     for key in ("demos", "validation"):
         if all(row.get(key) is not None for row in rows.values()):
             every = np.array([np.mean(row["real"]) for row in rows.values()])  # they speak of the policy as a whole
@@ -269,20 +269,21 @@ def compared(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, thresh
     return found | {"blind": blind}
 
 
-def summary(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, seen: Sequence[str],
-            threshold: float) -> dict:  # fmt: skip
+def summary(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, seen: Sequence[str], threshold: float,
+            trusted: Sequence[str]) -> dict:  # fmt: skip
     """The content of results/correlation.json."""
     fresh = {name: row for name, row in rows.items() if name not in seen}
     headline = fresh if len(fresh) >= 2 else rows
-    found = compared(headline, judge, probe, threshold) | {
-        "headline": "unseen policies" if headline is fresh else "all"
-    }
+    found = compared(headline, judge, probe, threshold, trusted)
+    found["headline"] = "unseen policies" if headline is fresh else "all"
     if seen and len(seen) >= 2:
-        found["seen"] = compared({name: rows[name] for name in seen}, judge, probe, threshold)
+        found["seen"] = compared({name: rows[name] for name in seen}, judge, probe, threshold, trusted)
     found["policies"] = {}
     for name, row in rows.items():
         real, dream, n = rates_of(name, "probability", row, threshold)
         found["policies"][name] = {"real": real, "dream": dream, "n": n, "seen": name in seen}
+        if own := rates_on(judge, trusted):
+            found["policies"][name]["corrected"] = own.corrected(round(dream * n), n)
     return clean(found)
 
 

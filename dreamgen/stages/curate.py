@@ -19,6 +19,7 @@ from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.data.writer import require_free, write_dataset
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.stages.candidates import Candidates, recorded
 from dreamgen.stages.selection import best, best_of, passing, quantile_thresholds, totals
@@ -102,9 +103,7 @@ def curate(
         groups = [range(i, min(i + batch_size, len(candidates))) for i in range(0, len(candidates), batch_size)]
         work = Work(out, candidates, filters, groups)
         if any(work.missing(name, group) for name in filters for group in groups[shard::num_shards]):
-            for model in (part for filter in filters.values() for part in vars(filter).values()):
-                if hasattr(model, "place"):
-                    model.place()
+            place(*(part for filter in filters.values() for part in vars(filter).values()))
             work.refer(reference, reference_clips, labeler, video_hz, seed)
         name = "curate" if num_shards == 1 else f"curate {shard} of {num_shards}"
         for group in progress(groups[shard::num_shards], len(groups[shard::num_shards]), name, out, unit="batch"):

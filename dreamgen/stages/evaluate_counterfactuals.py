@@ -14,6 +14,7 @@ import numpy as np
 from dreamgen.core.manifest import Stage, replacing, require_complete, write_json
 from dreamgen.core.protocols import Judge, Sim, Tracker
 from dreamgen.data.clips import ClipFolder
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
 from dreamgen.sims.rollout import begin
@@ -39,7 +40,8 @@ def evaluate_counterfactuals(
     successes in the dream), pessimism; by_stream {stream: real and dreamt success rates, n}, all of the clips that
     the judge speaks of; with a tracker `positions`, of all clips, by thing (see there).
 
-    hand: the tracked name of the gripper. Writes `pairs.json`: {pair: [{id, stream, real, probability}]}, and contact sheets of `sheets` pairs.
+    hand: the tracked name of the gripper. Writes `pairs.json`: {pair: [{id, stream, real, probability}]}, and contact
+    sheets of `sheets` pairs.
 
     Raises ValueError without a simulator, for clips whose origin has no actions or no first state in the simulator, for
     a judge that knows none of their instructions or is of another robot, another simulator than that of the first
@@ -54,6 +56,7 @@ def evaluate_counterfactuals(
         folder = ClipFolder(Path(dreams) / "clips")
         ids = folder.ids()
         require_known(judge, sorted({folder.info(id)["instruction"] for id in ids}))
+        place(judge, locator)
         world, threshold = sim(), getattr(judge, "threshold", 0.5)
         pairs: dict[str, list[dict]] = defaultdict(list)
         try:
@@ -127,20 +130,20 @@ def positions(groups: Sequence[Sequence[Mapping]], names: Sequence[str], near: f
 
     {name: error (m, median), floor (the tracker's, on the simulator's picture of the same), coverage (share of the real
     positions to which a dreamt one of that thing comes within `near`), precision (the reverse), read (coverage by what
-    the tracker reads off the simulator's pictures: what a perfect model reaches), held (coverage by where it began: what
-    a still picture reaches), n}, and the same of "all" but the hand. What nothing moves is left out: it proves nothing.
+    the tracker reads off the simulator's pictures: what a perfect model reaches), held (coverage by where it began:
+    what a still picture reaches), n}, and the same of "all" but the hand. What nothing moves proves nothing.
     """
     rows: dict[str, list[tuple]] = {}
     for group in groups:
-        begun, real, read, dreamt = (
-            np.array([row[key] for row in group]) for key in ("begun", "positions", "read", "dreamt")
-        )  # m n 3
+        at = {key: np.array([row[key] for row in group]) for key in ("begun", "positions", "read", "dreamt")}  # m n 3
         for n, name in enumerate(names):
-            if (np.linalg.norm(real[:, n] - begun[:, n], axis=-1) > near).any():
-                far, seen, still = (np.linalg.norm(real[:, None, n] - at[None, :, n], axis=-1)
-                                    for at in (dreamt, read, begun))  # fmt: skip
-                rows.setdefault(name, []).append((far.diagonal(), seen.diagonal(), far.min(1) < near,
-                                                  far.min(0) < near, seen.min(1) < near, still.min(1) < near))  # fmt: skip
+            real = at["positions"][:, n]
+            if (np.linalg.norm(real - at["begun"][:, n], axis=-1) > near).any():
+                far, seen, still = (np.linalg.norm(real[:, None] - at[key][None, :, n], axis=-1)
+                                    for key in ("dreamt", "read", "begun"))  # fmt: skip
+                of_pair = (far.diagonal(), seen.diagonal(),
+                           *(gap < near for gap in (far.min(1), far.min(0), seen.min(1), still.min(1))))  # fmt: skip
+                rows.setdefault(name, []).append(of_pair)
     found = {}
     for name, told in [*rows.items(), ("all", [row for name, each in rows.items() if name != hand for row in each])]:
         if told:

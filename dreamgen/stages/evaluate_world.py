@@ -19,6 +19,7 @@ from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.data.streams import noisy, still
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import begin
 from dreamgen.stages.train_tracker import truth_of
@@ -71,8 +72,7 @@ def evaluate_world(
     with Stage(out, "evaluate_world", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
-        if hasattr(world_model, "place"):
-            world_model.place()
+        place(world_model, locator)
         robot, names = world_model.robot, locator.names if locator is not None else ()
         robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         robot.require_same(locator, "the tracker")

@@ -17,12 +17,13 @@ def episodes_of(evaluation: Path) -> list[dict]:
 
 
 def paired(mine: Sequence[dict], theirs: Sequence[dict], where: str = "the other evaluation") -> dict:
-    """`difference_interval` over the episodes that both have.
+    """`difference_interval` over the episodes that both have and of which both say whether they succeed.
 
     Raises ValueError if no episode has the same instruction and seed.
     """
-    other = {(row["instruction"], row["seed"]): bool(row["success"]) for row in theirs}
-    pairs = [(bool(row["success"]), other[row["instruction"], row["seed"]]) for row in mine
+    told = [[row for row in rows if row["success"] is not None] for rows in (mine, theirs)]  # a judge may abstain
+    other = {(row["instruction"], row["seed"]): bool(row["success"]) for row in told[1]}
+    pairs = [(bool(row["success"]), other[row["instruction"], row["seed"]]) for row in told[0]
              if (row["instruction"], row["seed"]) in other]  # fmt: skip
     if not pairs:
         raise ValueError(f"{where} has none of these episodes; evaluate both with the same seed and instructions")

@@ -16,6 +16,7 @@ from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.streams import late, mirrored, noisy, still, stuck
+from dreamgen.engine.precision import place
 from dreamgen.sims.rollout import ask
 from dreamgen.video.tiling import tile
 from dreamgen.worlds.env import clipped, seen_of
@@ -66,9 +67,7 @@ class ActionPrompts:
             raise ValueError("streams that would only repeat the first frame's own actions: "
                              + ", ".join(f"{name} ({same[name]})" for name in lost)
                              + ". Leave them out of prompts.streams.")  # fmt: skip
-        for world in (self.world, getattr(self.search, "world", None)):
-            if hasattr(world, "place"):
-                world.place()
+        place(self.world, self.policy, self.search)
         first = self._simulated() if self.sim is not None else self._recorded()
         made = []
         for k, prompt in enumerate(first):

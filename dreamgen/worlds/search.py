@@ -12,6 +12,7 @@ from dreamgen.core.clip import Past, Prompt
 from dreamgen.core.protocols import ActionWorldModel, Judge
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.streams import bounds, half_range
+from dreamgen.engine.precision import place
 from dreamgen.worlds.env import judged
 from dreamgen.worlds.rollout import extend
 
@@ -27,6 +28,10 @@ class AdversarialSearch:
         world.robot.require_same(judge, "the judge")
         self.world, self.judge, self.size, self.knots = world, judge, size, knots
         self.rounds, self.population, self.elite = rounds, population, elite
+
+    def place(self) -> None:
+        """To the best device."""
+        place(self.world, self.judge)
 
     def changed(self, action: np.ndarray, free: np.ndarray) -> np.ndarray:
         """Actions (s a) moved by knots (k a) in [-1, 1]; binary parts stay."""
@@ -44,9 +49,8 @@ class AdversarialSearch:
         pasts = [Past.begin(prompt, self.world.robot.action_dim) for _ in actions]
         found = judged(self.judge, extend(self.world, pasts, list(actions)), self.world.clock.video_hz)
         if np.isnan(found).any():
-            raise ValueError(f"the judge abstains on '{prompt.instruction}', so a search for its failure has nothing to "
-                             "go by; train it on this instruction, choose others, or leave the stream 'adversarial' "
-                             "out")  # fmt: skip
+            raise ValueError(f"the judge abstains on '{prompt.instruction}', so a search for failure has nothing to go "
+                             "by; train it on this instruction, choose others, or leave out 'adversarial'")  # fmt: skip
         return found
 
     def __call__(self, prompt: Prompt, action: np.ndarray, seed: int) -> tuple[np.ndarray, float]:

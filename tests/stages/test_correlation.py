@@ -12,8 +12,11 @@ import pytest
 from dreamgen.core.clip import Prompt
 from dreamgen.core.manifest import read_json
 from dreamgen.data.lerobot import Dataset
+from dreamgen.filters.rates import Rates
 from dreamgen.policies.degraded import Delayed, Mistaken, Noisy
 from dreamgen.sims.keyframes import FromKeyframe
+from dreamgen.sims.rollout import ask
+from dreamgen.stages.blind import others, shuffled_actions
 from dreamgen.stages.collect import collect
 from dreamgen.stages.correlation import correlation
 from dreamgen.video.mp4 import read_mp4
@@ -89,6 +92,51 @@ def test_blind_evaluators_stand_beside(done) -> None:
     first = found["blind"]["first_frame"]
     assert first["r"] is None and first["tpr"] == 0 and first["bias"] < 0  # nobody is home at first
     assert found["blind"]["demos"]["r"] > 0.8 and found["blind"]["demos"]["mae"] is None
+
+
+def test_others_do_the_same_task() -> None:
+    texts = ["home", "away", "home", "once", "home", "away"]
+    for seed in range(4):
+        found = others(texts, seed)
+        assert sorted(found) == list(range(6)) and [texts[k] for k in found] == texts
+        assert [k for k, other in enumerate(found) if k == other] == [3]  # there is no other
+
+
+def test_other_actions_may_be_shorter_or_longer() -> None:
+    env = DreamEnv(world=oracle(), judge=Column(), num_envs=4, steps=6, execute=3, looks="every")
+    dreamt = dream_episodes(env, Steady(0.6), [prompt(seed=k) for k in range(9)], range(9))
+    lengths = [len(episode.past.action) for episode in dreamt]
+    assert set(lengths) == {3, 6}  # from near the home a part of a chunk is enough
+    found, donors = shuffled_actions(env, dreamt, 3), others(["home"] * 9, 3)
+    ends = [-(k % 3) + 0.6 * lengths[donors[k]] for k in range(9)]
+    assert [p >= 0.5 for p in found] == [end >= 1 for end in ends] and {True, False} == {p >= 0.5 for p in found}
+
+
+class Doubtful(Column):
+    """Right about every episode, but measured elsewhere as one that errs."""
+
+    rates = {"real": Rates(tpr=1.0, tnr=1.0, positives=50, negatives=50),
+             "imagined": Rates(tpr=0.7, tnr=0.6, positives=50, negatives=50)}  # fmt: skip
+
+
+def test_answers_are_corrected_by_the_rates_on_video_of_their_kind(tmp_path) -> None:
+    options = {**OPTIONS, "blind": []}
+    real = correlation(None, Doubtful(), Point, POLICIES, out=tmp_path / "r", video_hz=5, probe=Doubtful(), **options)
+    real = real["results"]["correlation"]
+    assert real["corrected"]["mae"] == real["probe"]["corrected"]["mae"] == pytest.approx(0)
+    dream = correlation(oracle(), Doubtful(), Point, POLICIES, out=tmp_path / "d", **options)["results"]["correlation"]
+    assert dream["mae"] == 0 and dream["corrected"]["mae"] > 0.1
+    row = dream["policies"]["speed 0.6"]["corrected"]
+    assert row["low"] <= row["rate"] <= row["high"] and row["n"] == 9 and row["observed"] == 1
+
+
+def test_demonstrations_are_known_of_all_or_of_none(tmp_path, caplog) -> None:
+    with pytest.raises(ValueError, match="does not say how many demonstrations speed 0.1, speed 0.2"):
+        correlation(oracle(), Column(), Point, POLICIES, out=tmp_path, demos={"speed 0.0": 1}, **OPTIONS)
+    two = {name: POLICIES[name] for name in ("speed 0.2", "speed 0.6")}
+    found = correlation(oracle(), Column(), Point, two, out=tmp_path, demos={"speed 0.2": 1},
+                        **{**OPTIONS, "blind": ["validation"]})["results"]["correlation"]  # fmt: skip
+    assert found["blind"] == {} and "stage.validation is not given" in caplog.text
 
 
 def test_films_show_reality_beside_the_dream(done) -> None:
@@ -237,6 +285,23 @@ def test_worse_policies_are_worse_in_the_way_they_say() -> None:
     heard = Mistaken(policy=Walker(), instructions=["home", "away"])
     assert (heard.act(given, [5]) == 0).all() and (Walker().act(given, [5]) > 0).all()
     assert heard.horizon == 3 and heard.robot is ROBOT
+    with pytest.raises(ValueError, match=r"hears \['home'\], not among the instructions.*\['away', 'off'\]"):
+        Mistaken(policy=Walker(), instructions=["away", "off"]).act(given, [5])
+    for few in (None, ["home"]):
+        with pytest.raises(ValueError, match="2 or more instructions"):
+            Mistaken(policy=Walker(), instructions=few)
+    asked = []
+
+    class Old(Walker):
+        remembers = True
+
+        def act(self, observations, seeds, memories=None, now=0):
+            asked.append(now)
+            return super().act(observations, seeds)
+
+    for worse in (Noisy(policy=Old(), size=0.1), Mistaken(policy=Old(), instructions=["home", "away"])):
+        ask(worse, given, [5], [{}], 7)
+    assert asked == [7, 7]
 
 
 def test_disturbed_experts_share_first_states(tmp_path) -> None:

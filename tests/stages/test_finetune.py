@@ -85,6 +85,18 @@ def test_two_processes_write_what_one_writes(make, dataset, tmp_path):
     assert [row["step"] for row in read_losses(tmp_path / "two")] == [2]
 
 
+def test_a_kill_at_the_end_trains_nothing_again(make, dataset, tmp_path, monkeypatch):
+    """The state goes when the manifest is there; what a kill between the two leaves goes with the next call."""
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "clear_state", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(make(), dataset, out=tmp_path, **OPTIONS)
+    assert (tmp_path / "manifest.json").is_file() and (tmp_path / "training" / "latest.json").is_file()
+    monkeypatch.setattr(stage, "train", lambda *_, **__: pytest.fail("it is trained"))
+    finetune(make(), dataset, out=tmp_path, **OPTIONS)
+    assert not (tmp_path / "training").exists()
+
+
 def test_lengths_and_a_budget_of_tokens(make, dataset, tmp_path):
     """Clips of 18 and of 12 tokens: three or four of them in a step."""
     done = finetune(make(), dataset, out=tmp_path, lengths=[9, 5], token_budget=54, tracker="tensorboard", **OPTIONS)
@@ -218,3 +230,17 @@ def test_figures_of_frames_average_to_those_of_the_video():
     assert psnr_by_frame(a, b)[1] == 100 and ssim_by_frame(a, b)[1] == pytest.approx(1)
     assert psnr(a, b) == pytest.approx(psnr_by_frame(a, b).mean())
     assert ssim(a, b) == pytest.approx(np.mean([ssim(a[k : k + 1], b[k : k + 1]) for k in range(3)]), abs=1e-6)
+
+
+def test_where_validation_is_asked_for_an_episode_is_held_out(caplog):
+    def held(episodes: int, count: int) -> int:
+        return len(stage._held_out([range(episodes)], count, seed=3))
+
+    caplog.set_level("INFO", logger="dreamgen.stages.finetune")
+    assert [held(n, 1) for n in (2, 4, 5, 50)] == [1, 1, 1, 1] and held(50, 8) == 8 and held(4, 0) == 0
+    assert not caplog.records
+    assert held(1, 1) == 0 and held(12, 8) == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "validation: 0 of 1 episodes are held out, not 1: at most a fifth",
+        "validation: 2 of 12 episodes are held out, not 8: at most a fifth"]  # fmt: skip
+    assert stage._held_out([range(40)], 3, seed=3) < stage._held_out([range(40)], 8, seed=3)

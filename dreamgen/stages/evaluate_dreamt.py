@@ -1,0 +1,122 @@
+"""How often does a policy succeed in the dream? The world model stands in for the robot: no simulator is needed.
+
+What a judge calls a success is one in so many cases; its rates on dreams, measured when it was trained, turn the share
+of its yes into a rate with an honest interval. How far such figures can be believed is what `correlation` measures, of
+policies that can be tried in reality too.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dreamgen.core.clip import Prompt
+from dreamgen.core.intervals import success_interval
+from dreamgen.core.manifest import Stage, read_json, write_json
+from dreamgen.core.protocols import ActionWorldModel, Judge, Policy
+from dreamgen.core.seeding import seed_for
+from dreamgen.data.clips import require_name
+from dreamgen.engine.precision import place
+from dreamgen.engine.progress import progress
+from dreamgen.filters.judged import require_known
+from dreamgen.filters.rates import Rates, rates_on
+from dreamgen.stages.pairs import episodes_of, paired
+from dreamgen.stages.sharing import grouped
+from dreamgen.video.mp4 import write_mp4
+from dreamgen.worlds.env import DreamEnv, dream_episodes
+
+DREAMT = ("imagined", "dreamt")  # the kinds of video on which a judge's rates speak of dreams
+
+
+def evaluate_dreamt(
+    world_model: ActionWorldModel,
+    judge: Judge,
+    policy: Policy,
+    prompts: Callable[[], Sequence[Prompt]],
+    *,
+    out: Path,
+    steps: int = 48,
+    execute: int = 8,
+    execution: Callable[[Policy], Policy] | None = None,
+    batch_size: int = 16,
+    looks: str = "last",
+    confidence: bool = False,
+    against: Path | None = None,
+    films: int = 12,
+    seed: int = 0,
+    record: dict,
+) -> dict:
+    """Run `policy` once from each first frame of `prompts` under its instruction, in the dream of `world_model`.
+
+    steps, execute, execution: as in `evaluate`. looks, confidence: see `DreamEnv`. against: another such evaluation
+    from the same prompts, with which this one is compared episode by episode. films: of how many episodes.
+
+    Results: success {successes, n, rate, low, high} as the judge answers, abstentions not counted; corrected {observed,
+    rate, low, high, n} by its rates on dreams, null where it has none that are better than chance; by_instruction
+    {text: {success, corrected}}; abstained; agreement with a second dream (`confidence`); against {see `paired`}.
+    Every episode is a line of `episodes.json` ({id, instruction, seed, success, probability, agreement}; null: not
+    judged). A killed run goes on with the batch that it was at.
+
+    Raises ValueError: no prompts, or two of one id; a judge that knows none of the instructions; parts of several
+    robots; and as `DreamEnv` and `dream_episodes` do.
+    """
+    path = getattr(policy, "path", None)
+    parents = ({} if path is None else {"policy": path}) | ({} if against is None else {"against": against})
+    with Stage(out, "evaluate_dreamt", config=record, parents=parents, seed=seed) as run:
+        if run.complete:
+            return run.manifest()
+        listed = list(prompts())
+        ids = [prompt.id for prompt in listed]
+        for id in ids:
+            require_name(id)
+        if not ids or len(set(ids)) < len(ids):
+            raise ValueError(f"there are {len(ids)} prompts with {len(set(ids))} ids; give one or more, each with its "
+                             "own")  # fmt: skip
+        require_known(judge, sorted({prompt.instruction for prompt in listed}))
+        place(world_model, judge, policy)
+        env = DreamEnv(world=world_model, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
+                       confidence=confidence)  # fmt: skip
+        acting, filmed = policy if execution is None else execution(policy), set(ids[:films])
+        rows: list[dict] = []
+        batches = grouped(listed, batch_size)
+        for number, batch in enumerate(progress(batches, len(batches), "evaluate_dreamt", run.out, unit="batch")):
+            part = run.out / "parts" / f"{number:05d}.json"
+            if not part.is_file():
+                write_json(part, dreamt_rows(env, acting, batch, filmed, run.out / "films", seed))
+            rows += read_json(part)
+        write_json(run.out / "episodes.json", rows)
+        texts = list(dict.fromkeys(row["instruction"] for row in rows))
+        found = {
+            **told(rows, judge),
+            "abstained": sum(row["success"] is None for row in rows),
+            "by_instruction": {text: told([r for r in rows if r["instruction"] == text], judge) for text in texts},
+        }
+        if known := [row["agreement"] for row in rows if row["agreement"] is not None]:
+            found["agreement"] = float(np.mean(known))
+        if against is not None:
+            found["against"] = paired(rows, episodes_of(against), str(against))
+        return run.finish(episodes=len(rows), **found)
+
+
+def dreamt_rows(env: DreamEnv, policy: Policy, prompts: Sequence[Prompt], filmed: set[str], films: Path,
+                seed: int) -> list[dict]:  # fmt: skip
+    """The lines of `episodes.json` of one batch; writes those of its films that are `filmed`."""
+    done = dream_episodes(env, policy, prompts, [seed_for(seed, "evaluate", prompt.id) for prompt in prompts])
+    rows = []
+    for prompt, episode in zip(prompts, done, strict=True):
+        if prompt.id in filmed:
+            write_mp4(films / f"{prompt.id}.mp4", episode.past.video, env.world.clock.video_hz)
+        p, agreement = (None if np.isnan(value) else value for value in (episode.probability, episode.agreement))
+        rows.append({"id": prompt.id, "instruction": prompt.instruction, "seed": prompt.seed, "probability": p,
+                     "success": None if p is None else p >= env.threshold, "agreement": agreement})  # fmt: skip
+    return rows
+
+
+def told(rows: Sequence[dict], judge: Judge) -> dict:
+    """success and corrected of the episodes on which the judge speaks; None where it speaks of none."""
+    said = [row["success"] for row in rows if row["success"] is not None]
+    if not said:
+        return {"success": None, "corrected": None}
+    own: Rates | None = rates_on(judge, DREAMT)
+    return {"success": success_interval(sum(said), len(said)),
+            "corrected": own.corrected(sum(said), len(said)) if own else None}  # fmt: skip

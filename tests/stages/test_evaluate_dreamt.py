@@ -1,0 +1,98 @@
+"""A policy tried in a dream, without a simulator: with a perfect world and judge it is what the simulator says."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dreamgen.core.manifest import read_json
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.prompts import DatasetPrompts, SimPrompts
+from dreamgen.filters.rates import Rates
+from dreamgen.sims.rollout import rollout
+from dreamgen.stages import evaluate_dreamt as stage
+from dreamgen.stages.collect import collect
+from dreamgen.stages.evaluate_dreamt import evaluate_dreamt
+from dreamgen.video.mp4 import read_mp4
+from tests.stages.test_correlation import Column, oracle
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sims"))
+from point import ROBOT, Point, Steady  # noqa: E402
+
+OPTIONS = dict(steps=6, execute=3, batch_size=4, films=2, seed=3, record={})
+
+
+class Knowing(Column):
+    rates = {"imagined": Rates(tpr=0.9, tnr=0.8, positives=40, negatives=40)}
+
+
+def prompts(count: int = 9, instructions=("home",)) -> SimPrompts:
+    return SimPrompts(sim=Point, first_frames=count, instructions=instructions, seed=2)
+
+
+def test_the_dream_says_what_the_simulator_says(tmp_path) -> None:
+    policy = Steady(0.3)
+    found = evaluate_dreamt(oracle(), Knowing(), policy, prompts(), out=tmp_path, **OPTIONS)["results"]
+    plan = [(p.origin["instruction"], p.origin["seed"]) for p in prompts()()]
+    real = [episode.success for episode in rollout(Point, policy, plan, steps=6, execute=3)]
+    rows = read_json(tmp_path / "episodes.json")
+    assert [row["success"] for row in rows] == real and 0 < sum(real) < 9
+    assert (found["success"]["successes"], found["success"]["n"], found["abstained"]) == (sum(real), 9, 0)
+    assert found["corrected"] == Knowing.rates["imagined"].corrected(sum(real), 9)
+    assert found["by_instruction"]["home"]["success"] == found["success"] and "agreement" not in found
+    assert sorted(p.stem for p in (tmp_path / "films").glob("*.mp4")) == ["f000000_s0", "f000001_s0"]
+    assert len(read_mp4(tmp_path / "films" / "f000000_s0.mp4")) == 7
+
+
+def test_policies_are_compared_episode_by_episode_where_the_judge_speaks(tmp_path) -> None:
+    many = prompts(8, ("home", "away"))
+    slow, fast = (evaluate_dreamt(oracle(), Column(), Steady(speed), many, out=tmp_path / str(speed), **OPTIONS, **more)
+                  for speed, more in ((0.1, {}), (0.6, {"against": tmp_path / "0.1", "confidence": True})))  # fmt: skip
+    results = fast["results"]
+    assert results["abstained"] == 4 and results["success"]["n"] == 4 and results["corrected"] is None
+    assert results["by_instruction"]["away"] == {"success": None, "corrected": None}
+    assert results["against"]["n"] == 4 and results["against"]["won"] > 0 == results["against"]["lost"]
+    assert results["agreement"] == 1 and slow["results"]["success"]["rate"] < results["success"]["rate"]
+
+
+def test_a_killed_run_goes_on_with_its_batch(tmp_path, monkeypatch) -> None:
+    whole = evaluate_dreamt(oracle(), Column(), Steady(0.3), prompts(), out=tmp_path / "whole", **OPTIONS)
+    real, calls = stage.dreamt_rows, []
+
+    def once(*args):
+        calls.append(len(args[2]))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(stage, "dreamt_rows", once)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_dreamt(oracle(), Column(), Steady(0.3), prompts(), out=tmp_path / "cut", **OPTIONS)
+    again = evaluate_dreamt(oracle(), Column(), Steady(0.3), prompts(), out=tmp_path / "cut", **OPTIONS)
+    assert calls == [4, 4, 1, 1] and again["results"] == whole["results"]
+
+
+def test_what_cannot_be_tried_is_said(tmp_path) -> None:
+    judge = Column()
+    judge.robot = replace(ROBOT, action=(replace(ROBOT.action[0], limits=(-2, 2)),))
+    with pytest.raises(ValueError, match="the judge was made for another robot"):
+        evaluate_dreamt(oracle(), judge, Steady(0.3), prompts(), out=tmp_path / "a", **OPTIONS)
+    with pytest.raises(ValueError, match="there are 0 prompts"):
+        evaluate_dreamt(oracle(), Column(), Steady(0.3), list, out=tmp_path / "b", **OPTIONS)
+    with pytest.raises(ValueError, match="there are 4 prompts with 2 ids"):
+        evaluate_dreamt(oracle(), Column(), Steady(0.3), lambda: prompts(2)() * 2, out=tmp_path / "c", **OPTIONS)
+
+
+def test_first_frames_in_the_middle_of_recordings(tmp_path) -> None:
+    collect(Point, out=tmp_path, episodes=3, instructions=["home"], source="play", rows=9, seed=8, record={})
+    data = Dataset(tmp_path, ROBOT)
+    made = DatasetPrompts(dataset=data, keyframes=[0, 0.5, 0.51])()  # the last is the same row
+    assert [p.pair for p in made] == [f"e00000{i}{at}" for i in range(3) for at in ("", "_r4")]
+    for k, p in enumerate(made):
+        i, row = divmod(k, 2)
+        assert np.array_equal(p.image, data.canvas(i, [4 * row])[0]) and p.state == data.episode(i).state[4 * row]
+        assert ("seed" in p.origin) == (row == 0) and p.origin["row"] == 4 * row
+    with pytest.raises(ValueError, match=r"keyframes holds \[1\.0\]; expected shares"):
+        DatasetPrompts(dataset=data, keyframes=[0.2, 1.0])()
