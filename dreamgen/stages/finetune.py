@@ -3,7 +3,8 @@
 On one process or, started by `torchrun` or `srun`, on several: they encode together, share each batch, and one writes.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,8 @@ from dreamgen.stages.latents import Latents
 from dreamgen.stages.validation import Validation
 from dreamgen.worlds.autoencoder import Autoencoding
 from dreamgen.worlds.world import VideoWorld
+
+log = logging.getLogger(__name__)
 
 
 def finetune(
@@ -70,9 +73,9 @@ def finetune(
     """Train on windows of `dataset` (every `hop`-th row); out: a world model for `load`, losses and sample videos.
 
     method: "full" trains the transformer, "lora" an adapter of `rank` and `alpha` (the world model's where None).
-    validation: episodes held out; their loss at fixed noise and `samples` dreamed clips beside the real ones are
-    written every `validate_every` steps; patience: validations without a lower loss after which to stop, with the best
-    weights (0: never).
+    validation: episodes held out, at most a fifth, but one where there are two; their loss at fixed noise and `samples`
+    dreamed clips beside the real ones are written every `validate_every` steps; patience: validations without a lower
+    loss after which to stop, with the best weights (0: never).
     batch_size: clips of all processes together; token_budget: instead, as many clips of one shape as have at most so
     many tokens. lengths: numbers of frames, of which an episode gives the longest that fits (the world model's own
     where None); short: "drop" or "pad" episodes that none fits.
@@ -101,7 +104,9 @@ def finetune(
     base = world.fingerprint()
     with Stage(out, "finetune", config={**record, "base": base}, parents=parents, seed=seed,
                writes=process == 0) as run:  # fmt: skip
+        states = (out, out / "decoder")
         if run.complete:
+            clear_state(*states)
             return run.manifest()
         wait()
         world.place(experts=shards == 1)  # what is cut goes to the GPU block by block
@@ -165,15 +170,16 @@ def finetune(
                 module.disable_gradient_checkpointing()
         if process == 0:
             world.save(out)
-            for folder in (out, out / "decoder"):
-                clear_state(folder)
-        wait()
-        return run.finish(
+        manifest = run.finish(
             windows=len(pool), episodes=sum(map(len, datasets)), episodes_too_short=pool.too_short,
             clips_padded=pool.padded, shapes=pool.counts(), validation=len(held), **noted(*datasets),
             parameters=sum(p.numel() for p in world.transformer.parameters()),
             **{f"final_{k}": v for k, v in result.items()},
         )  # fmt: skip
+        if process == 0:
+            clear_state(*states)
+        wait()
+        return manifest
 
 
 def _latent(world: VideoWorld, shape: Shape) -> tuple[int, int, int]:
@@ -238,8 +244,10 @@ def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: P
     model.release()
 
 
-def _held_out(datasets: Sequence[Dataset], count: int, seed: int) -> set[tuple[int, int]]:
-    """Episodes (dataset, episode) for validation, drawn by the seed; never more than a fifth."""
+def _held_out(datasets: Sequence[Sized], count: int, seed: int) -> set[tuple[int, int]]:
+    """Episodes (dataset, episode) for validation, drawn by the seed; at most a fifth, or one of two to nine."""
     every = [(i, k) for i, d in enumerate(datasets) for k in range(len(d))]
-    count = min(count, len(every) // 5)
-    return {every[k] for k in rng_for(seed, "validation").permutation(len(every))[:count]}
+    most = max(len(every) // 5, min(1, len(every) - 1))
+    if count > most:
+        log.info("validation: %d of %d episodes are held out, not %d: at most a fifth", most, len(every), count)
+    return {every[k] for k in rng_for(seed, "validation").permutation(len(every))[: min(count, most)]}

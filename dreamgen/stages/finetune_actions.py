@@ -70,6 +70,7 @@ def finetune_actions(
     config = {**record, "base": world.fingerprint()}
     with Stage(out, "finetune_actions", config=config, parents=parents, seed=seed) as run:
         if run.complete:
+            clear_state(out)
             return run.manifest()
         world.place()
         sources = [Source(world, dataset, hop=hop, validation=validation, out=out, seed=seed) for dataset in datasets]
@@ -105,13 +106,14 @@ def finetune_actions(
                        name="finetune_actions")  # fmt: skip
         world.requires_grad_(False)
         world.save(out)
-        clear_state(out)
-        return run.finish(
+        manifest = run.finish(
             windows=sum(len(s.train) for s in sources), episodes=sum(len(d) for d in datasets),
             validation=sum(len(s.held) for s in sources), lengths=chosen,
             parameters=sum(p.numel() for p in world.extension.parameters()), **noted(*datasets),
             **{f"final_{k}": v for k, v in result.items()},
         )  # fmt: skip
+        clear_state(out)
+        return manifest
 
 
 def check(world: ActionWorld, datasets: Sequence[Dataset], shares: Sequence[float | int] | None,

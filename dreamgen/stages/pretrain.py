@@ -31,6 +31,8 @@ from dreamgen.worlds.linear_code import encode_linearly
 from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
 from dreamgen.worlds.tiny import TinyLayout, build
 
+PARTS = ("frames", "vae", "transformer")  # trained one after another, each in its folder
+
 
 class Pool:
     """Windows of several datasets as one list."""
@@ -102,6 +104,7 @@ def pretrain(
     parents = {f"dataset_{i}": d.root for i, d in enumerate(datasets)} | {"heldout": heldout.root}
     with Stage(out, "pretrain", config=record, parents=parents, seed=seed) as run:
         if run.complete:
+            clear_state(*(out / part for part in PARTS))
             return run.manifest()
         for dataset in datasets:  # decoded in order, which is five times faster than as the steps ask for them
             for i in progress(range(len(dataset)), len(dataset), f"read {dataset.root.name}", unit="episode"):
@@ -129,12 +132,12 @@ def pretrain(
                                     steps=steps, compile=compile, lr=lr, muon_lr=muon_lr, precision=precision,
                                     replicas=replicas, seed=seed)  # fmt: skip
         world.save(out, dtype=torch.bfloat16)
-        for part in ("frames", "vae", "transformer"):
-            clear_state(out / part)
-        return run.finish(
+        manifest = run.finish(
             frames=still, vae=vae, transformer=losses, windows=len(pool), episodes=sum(len(d) for d in datasets),
             **noted(*datasets, heldout),
         )  # fmt: skip
+        clear_state(*(out / part for part in PARTS))
+        return manifest
 
 
 def _begin(start: str | None, layout: TinyLayout, words: list[str], seed: int) -> WanImageToVideoPipeline:

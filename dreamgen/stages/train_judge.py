@@ -22,6 +22,7 @@ from dreamgen.core.protocols import ActionWorldModel, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
+from dreamgen.engine.precision import place
 from dreamgen.engine.train import clear_state, train
 from dreamgen.filters.rates import Rates, threshold_for
 from dreamgen.stages.agreement import auroc_interval, calibration
@@ -80,12 +81,17 @@ def train_judge(
 
     Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, imagined or decoded the same of
     up to 200 of these clips as the world model shows them, dreamt the same of dreams, threshold.
-    Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels.
+    Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels,
+    dreams without a simulator to replay them.
     """
+    if dreams is not None and sim is None:
+        raise ValueError(f"the judge's rates on {dreams.root} come from replaying these dreams and the recipe has no "
+                         "simulator; choose sim=..., or leave out stage.dreams")  # fmt: skip
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
     parents |= ({"labels": labels} if labels else {}) | ({"dreams": dreams.root} if dreams is not None else {})
     with Stage(out, "train_judge", config=record, parents=parents, seed=seed) as run:
         if run.complete:
+            clear_state(out)
             return run.manifest()
         clips = Recorded(datasets, outcomes(datasets, labels), video_hz)
         training, fitting, apart = three_ways(clips.success, held_out_share, seed, clips.groups)
@@ -97,8 +103,7 @@ def train_judge(
         if imagines:
             world_model.robot.require(model.robot.contract(), "the judge")
         shown = shown_by(world_model, out, seed)
-        if hasattr(world_model, "place"):
-            world_model.place()
+        place(world_model)
         if world_model is not None and degraded:
             order = rng_for(seed, "degrade").permutation(training).tolist()
             clips.degrade(shown, order[:degraded_clips])
@@ -122,16 +127,16 @@ def train_judge(
             some, name = clips.some(apart, seed), "imagined" if imagines else "decoded"
             scores[name] = measured(model, name, clips.again(shown, some), clips.success[some], seed,
                                     [clips.groups[k] for k in some])  # fmt: skip
-        if dreams is not None and sim is not None:
+        if dreams is not None:
             known, success = dreamt(dreams, dream_clips, sim, settle, out)
             scores["dreamt"] = measured(model, "dreamt", known, success, seed, [clip.pair for clip in known])
         model.save(out)
         write_json(Path(out) / "scores.json", scores)
-        clear_state(out)
         manifest = run.finish(episodes=[len(training), len(fitting), len(apart)], successes=int(clips.success.sum()),
                               loss=done["loss"], threshold=model.threshold, threshold_precision=reached,
                               slope=model.slope, offset=model.offset, **noted(*datasets, dreams),
                               **scores)  # fmt: skip
+        clear_state(out)
         shutil.rmtree(Path(out) / SHOWN, ignore_errors=True)
         return manifest
 

@@ -96,6 +96,7 @@ def train_labeler(
     parents |= {f"more_{k}": other.root for k, other in enumerate(more)}
     with Stage(out, "train_labeler", config=record, parents=parents, seed=seed) as run:
         if run.complete:
+            clear_state(out)
             return run.manifest()
         if len(dataset) < 2:
             raise ValueError(f"{dataset.root} has {len(dataset)} episode; a labeler needs at least 2, one to train on "
@@ -135,7 +136,8 @@ def train_labeler(
         calibration = labeler.calibrate(dataset, apart)
         labeler.save(out)
         found = measured(labeler)
+        manifest = run.finish(episodes=len(training), held_out=len(apart), steps=steps, loss=done["loss"],
+                              precision=done["precision"], calibration=calibration, held_out_scores=found,
+                              **noted(dataset, *more))  # fmt: skip
         clear_state(out)
-        return run.finish(episodes=len(training), held_out=len(apart), steps=steps, loss=done["loss"],
-                          precision=done["precision"], calibration=calibration, held_out_scores=found,
-                          **noted(dataset, *more))  # fmt: skip
+        return manifest

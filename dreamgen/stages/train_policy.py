@@ -92,6 +92,7 @@ def train_policy(
     parents |= {} if validation is None else {"validation": validation.root}
     with Stage(out, "train_policy", config=record, parents=parents, seed=seed) as run:
         if run.complete:
+            clear_state(run.out, run.out / "regression")
             return run.manifest()
         interval = validate_every or evaluate_every
         if evaluate_every and (sim is None or evaluate_every % interval):
@@ -136,12 +137,13 @@ def train_policy(
         model.cpu().save(run.out)
         write_json(run.out / "clock.json", {"robot_hz": model.robot.robot_hz, "horizon": model.horizon})
         found = {} if midway is None else {"midway": midway.gather()}
-        clear_state(run.out)
-        clear_state(run.out / "regression")
-        shutil.rmtree(run.out / "features", ignore_errors=True)
         weights = sum(p.numel() for p in model.parameters())
-        return run.finish(**result, **begun, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
-                          observations=[len(c) for c in feed.chunks], **noted(*feed.datasets, validation))  # fmt: skip
+        manifest = run.finish(**result, **begun, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
+                              observations=[len(c) for c in feed.chunks],
+                              **noted(*feed.datasets, validation))  # fmt: skip
+        clear_state(run.out, run.out / "regression")
+        shutil.rmtree(run.out / "features", ignore_errors=True)
+        return manifest
 
 
 def validator(dataset: Dataset, batch_size: int, common: dict) -> Callable[[nn.Module, int], dict[str, float]]:

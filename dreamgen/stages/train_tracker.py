@@ -57,6 +57,7 @@ def train_tracker(
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
     with Stage(out, "train_tracker", config=record, parents=parents, seed=seed) as run:
         if run.complete:
+            clear_state(out)
             return run.manifest()
         names = tracked(datasets[0])
         torch.manual_seed(seed_for(seed, "init"))
@@ -90,5 +91,6 @@ def train_tracker(
             far = np.linalg.norm(found - batch["truth"].numpy().reshape(found.shape), axis=-1)
             error = {name: float(np.median(far[:, k])) for k, name in enumerate(names)}
         model.save(out)
+        manifest = run.finish(frames=len(places), error=error, loss=done["loss"], **noted(*datasets))
         clear_state(out)
-        return run.finish(frames=len(places), error=error, loss=done["loss"], **noted(*datasets))
+        return manifest
