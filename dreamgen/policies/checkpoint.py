@@ -14,6 +14,7 @@ from torch import nn
 
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, replacing, write_json
+from dreamgen.engine.precision import best_device
 
 ALLOWED = "dreamgen.policies."
 ENCODER = "encoder"
@@ -45,15 +46,18 @@ def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
 
 
 def load(kind: type, path: Path | str, *, robot: Embodiment | None = None, **changes: Any) -> Any:
-    """A `kind` saved at `path`, with `changes` to its configuration; ValueError says what is missing, broken, or made
-    for another robot than `robot`."""
+    """A `kind` saved at `path`, on the CPU; `place` moves it. changes: to its configuration; None leaves it as saved.
+
+    ValueError says what is missing, broken, or made for another robot than `robot`.
+    """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"policy {path} does not exist; run train_policy first, or mend the path")
     config, contract = read_json(path / "config.json"), read_json(path / "contract.json")
     if robot is not None:
         robot.require(contract, f"policy {path}")
-    config |= {"encoder": _encoder(config["encoder"], path), **changes}
+    changed = {name: value for name, value in changes.items() if value is not None}
+    config |= {"encoder": _encoder(config["encoder"], path), **changed}
     policy = kind(robot=robot or Embodiment.from_contract(contract), **config)
     try:
         policy.load_state_dict(load_file(path / "model.safetensors"), strict=True)
@@ -61,3 +65,14 @@ def load(kind: type, path: Path | str, *, robot: Embodiment | None = None, **cha
         raise ValueError(f"the weights of policy {path} do not load: {error}. Run train_policy again.") from error
     policy.path = path  # what a stage names as its input
     return policy.eval()
+
+
+def place(policy: Any) -> Any:
+    """Move a policy to the accelerator, if there is one, and give it back: also the one inside of another that joins or
+    changes its chunks. One behind a server computes there."""
+    inside = policy
+    while not isinstance(inside, nn.Module) and hasattr(inside, "policy"):
+        inside = inside.policy
+    if isinstance(inside, nn.Module):
+        inside.to(best_device())
+    return policy

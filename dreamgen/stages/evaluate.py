@@ -1,10 +1,12 @@
 """How often does a policy succeed in closed loop?
 
 Episode i of an instruction has the seed `seed_for(seed, "evaluate", instruction, i)` for every policy, so policies are
-compared on the same first states, and the result is the same for any number of processes.
+compared on the same first states, and the result is the same for any number of processes, and for a run that was killed
+and goes on: each group of episodes is stored once it has ended.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,10 @@ from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.engine.progress import progress
-from dreamgen.sims.rollout import Rollout, film, rollout
+from dreamgen.policies.checkpoint import place
+from dreamgen.sims.rollout import GROUP, Rollout, film, rollouts
 from dreamgen.stages.pairs import episodes_of, paired
+from dreamgen.stages.sharing import Parts, grouped
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile
 
@@ -57,6 +61,7 @@ def evaluate(
     parents = ({} if path is None else {"policy": path}) | ({} if against is None else {"against": against})
     with Stage(out, "evaluate", config=record, parents=parents, seed=seed) as run:
         if run.complete:
+            shutil.rmtree(run.out / "parts", ignore_errors=True)  # killed after the manifest
             return run.manifest()
         policy = policy if execution is None else execution(policy)
         world = sim()
@@ -67,8 +72,14 @@ def evaluate(
             wanted = list(instructions or world.instructions)
             each = -(-episodes // len(wanted))
             plan = [(text, seed_for(seed, "evaluate", text, i)) for text in wanted for i in range(each)]
-            done = list(progress(rollout(sim, policy, plan, steps=steps, execute=execute, workers=workers),
-                                 len(plan), "evaluate", run.out, unit="episode"))  # fmt: skip
+            groups, parts = grouped(plan, GROUP), Parts(run.out / "parts")
+            left = sorted(set(range(len(groups))) - parts.stored())
+            found = rollouts(sim, policy, [groups[number] for number in left], steps=steps, execute=execute,
+                             workers=workers, place=place)  # fmt: skip
+            shown = progress(found, len(left), "evaluate", run.out, unit="group")
+            for number, ended in zip(left, shown, strict=True):
+                parts.write(number, _arrays(ended))
+            done = [episode for number, group in enumerate(groups) for episode in _episodes(group, parts.read(number))]
             for number, episode in enumerate(_chosen(done, films)):
                 slug = "_".join(episode.instruction.split())
                 with replacing(run.out / "failures" / f"{number:02d}_{slug}.mp4") as temporary:
@@ -80,7 +91,23 @@ def evaluate(
         write_json(run.out / "episodes.json", rows)
         other = {} if against is None else {"against": paired(rows, episodes_of(against), str(against))}
         by_instruction = {text: _interval(e for e in done if e.instruction == text) for text in wanted}
-        return run.finish(success=_interval(done), by_instruction=by_instruction, **other)
+        manifest = run.finish(success=_interval(done), by_instruction=by_instruction, **other)
+        shutil.rmtree(parts.root)
+        return manifest
+
+
+def _arrays(ended: Sequence[Rollout]) -> dict[str, np.ndarray]:
+    """A group as it is stored: success (n,), steps (n,), and the actions (s a) one after another."""
+    return {"success": np.array([episode.success for episode in ended]),
+            "steps": np.array([len(episode.action) for episode in ended]),
+            "action": np.concatenate([episode.action for episode in ended])}  # fmt: skip
+
+
+def _episodes(group: Sequence[tuple[str, int]], part: Mapping[str, np.ndarray]) -> list[Rollout]:
+    """The inverse of `_arrays`."""
+    actions = np.split(part["action"], np.cumsum(part["steps"])[:-1])
+    return [Rollout(instruction=text, seed=seed, success=bool(success), action=action)
+            for (text, seed), success, action in zip(group, part["success"], actions, strict=True)]  # fmt: skip
 
 
 def _interval(episodes: Iterable[Rollout]) -> dict:

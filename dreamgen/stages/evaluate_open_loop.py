@@ -17,6 +17,7 @@ from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.progress import progress
+from dreamgen.policies.checkpoint import place
 
 
 def evaluate_open_loop(
@@ -44,6 +45,7 @@ def evaluate_open_loop(
         places = [(i, row) for i in range(len(dataset)) for row in range(0, dataset.length(i), every)]
         groups = [places[k : k + batch_size] for k in range(0, len(places), batch_size)]
         predicted, recorded = [], []
+        place(policy)
         for group in progress(groups, len(groups), "evaluate_open_loop", run.out, unit="batch"):
             seeds = [seed_for(seed, "open_loop", i, row) for i, row in group]
             predicted.append(policy.act([_observation(dataset, i, row) for i, row in group], seeds))

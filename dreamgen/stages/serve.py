@@ -12,6 +12,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.manifest import write_json
 from dreamgen.core.protocols import Policy
 from dreamgen.engine.progress import file_logger
+from dreamgen.policies.checkpoint import place
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -39,6 +40,7 @@ def serve(
     out = Path(out)
     log = file_logger("serve", out / "serve.log")
     robot = policy.robot
+    place(policy)
     blank = {view.name: np.zeros((view.height, view.width, 3), np.uint8) for view in robot.views}
     policy.act([Observation(views=blank, state=np.zeros(robot.state_dim, np.float32), instruction="")], [0])
     try:

@@ -41,6 +41,28 @@ def test_rollouts_equal_single_episodes_for_any_number_of_processes(workers: int
     assert 0 < sum(r.success for r in found) < len(found)
 
 
+class Placed(Walker):
+    """Stands still until it was placed."""
+
+    speed = 0.0
+
+    def act(self, observations, seeds):
+        return self.speed * super().act(observations, seeds)
+
+
+def go(policy: Placed) -> None:
+    policy.speed = 1.0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_process_that_asks_a_policy_places_it(workers: int) -> None:
+    plan, policy = [("home", 10 + k) for k in range(GROUP + 1)], Placed()
+    want = list(rollout(Point, Walker(), plan, execute=2))
+    found = list(rollout(Point, policy, plan, execute=2, workers=workers, place=go))
+    assert all(np.array_equal(a.action, b.action) for a, b in zip(want, found, strict=True))
+    assert policy.speed == (1.0 if workers == 1 else 0.0)  # it is sent as it is
+
+
 def test_unfit_policies() -> None:
     with pytest.raises(ValueError, match="horizon is 3"):
         list(rollout(Point, Walker(), [("home", 1)], execute=4))

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from dreamgen.policies import checkpoint
 from dreamgen.serve.clients import GrootPolicy, OpenpiPolicy
 from dreamgen.serve.groot import GrootServer
 from dreamgen.serve.openpi import OpenpiServer
@@ -51,6 +53,23 @@ def test_it_says_where_and_ends(tmp_path: Path, protocol, client):
     thread.join(5)
     assert not thread.is_alive() and not (tmp_path / "server.json").exists()
     assert "serving at" in (tmp_path / "serve.log").read_text()
+
+
+def test_the_policy_computes_on_the_accelerator(tmp_path: Path, monkeypatch):
+    class Heavy(torch.nn.Linear):
+        robot, horizon = ROBOT, 4
+
+        def act(self, observations, seeds):
+            assert self.weight.device.type == "meta"
+            return Mean().act(observations, seeds)
+
+    class Ends(GrootServer):
+        def run(self) -> None:
+            self.stop()
+            super().run()
+
+    monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device("meta"))
+    assert serve(Heavy(2, 3), Ends, out=tmp_path, port=0, record={})["horizon"] == 4
 
 
 SCRIPT = """

@@ -1,0 +1,108 @@
+"""Evaluations that are killed go on, to the bit; policies compute on the accelerator, if there is one."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
+from dreamgen.policies import checkpoint
+from dreamgen.stages.evaluate import evaluate
+from dreamgen.stages.evaluate_open_loop import evaluate_open_loop
+from tests.sims.point import Point, Walker
+from tests.stages.test_policy_stages import HORIZON, ROBOT, Oracle, episodes
+from tests.stages.test_policy_stages import Point as Line
+
+
+class Killed(Exception):
+    pass
+
+
+class Mortal(Walker):
+    """Is asked `most` times, then ends its run."""
+
+    def __init__(self, most: int = 10**6) -> None:
+        self.asked, self.most = 0, most
+
+    def act(self, observations, seeds):
+        self.asked += 1
+        if self.asked > self.most:
+            raise Killed
+        return super().act(observations, seeds)
+
+
+class Fatal(Walker):
+    """Its process is killed, as by a kernel that is out of memory, when it hears the second instruction."""
+
+    def act(self, observations, seeds):
+        if any(seen.instruction == "away" for seen in observations):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().act(observations, seeds)
+
+
+def run(out: Path, policy, **options) -> dict:
+    """10 episodes each of "home" and "away": groups of 8, 8 and 4, of which the first hears "home" alone."""
+    return evaluate(policy, Point, out=out, episodes=20, steps=6, execute=2, films=2, seed=3, record={}, **options)
+
+
+def made(out: Path) -> tuple:
+    films = {path.name: path.read_bytes() for path in (out / "failures").iterdir()}
+    return (out / "episodes.json").read_text(), json.loads((out / "manifest.json").read_text())["results"], films
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[tuple, int]:
+    """What an evaluation makes that nothing disturbs, and how often it asks its policy."""
+    out, policy = tmp_path_factory.mktemp("whole") / "e", Mortal()
+    run(out, policy)
+    assert not (out / "parts").exists()
+    return made(out), policy.asked
+
+
+@pytest.mark.parametrize(("most", "stored", "workers"), [(2, 0, 1), (3, 1, 1), (6, 2, 1), (3, 1, 2)])
+def test_a_killed_evaluation_goes_on(tmp_path: Path, whole, most: int, stored: int, workers: int):
+    with pytest.raises(Killed):
+        run(tmp_path, Mortal(most))
+    assert len(list((tmp_path / "parts").glob("*.npz"))) == stored and not (tmp_path / "episodes.json").exists()
+    policy = Mortal()
+    run(tmp_path, policy, workers=workers)
+    assert made(tmp_path) == whole[0] and not (tmp_path / "parts").exists()
+    if workers == 1:  # what is stored is not asked for again; a group is three chunks
+        assert policy.asked == whole[1] - 3 * stored
+    assert run(tmp_path, Mortal(0))["results"] == whole[0][1]
+
+
+def test_a_worker_that_is_killed(tmp_path: Path, whole):
+    with pytest.raises(ValueError, match="a worker process was killed"):
+        run(tmp_path, Fatal(), workers=2)
+    run(tmp_path, Walker(), workers=2)
+    assert made(tmp_path) == whole[0]
+
+
+class Heavy(nn.Module):
+    """Says where its weights lie when it is asked."""
+
+    robot, horizon = ROBOT, HORIZON
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.places = nn.Parameter(torch.zeros(3)), set()
+
+    def act(self, observations, seeds) -> np.ndarray:
+        self.places.add(self.weight.device.type)
+        return Oracle().act(observations, seeds)
+
+
+def test_policies_compute_on_the_accelerator(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device("meta"))
+    write_dataset(tmp_path / "data", episodes(2, 1), ROBOT)
+    closed, open_ = Heavy(), Heavy()
+    evaluate(closed, Line, out=tmp_path / "e", episodes=2, steps=8, films=0, execute=3, record={})
+    evaluate_open_loop(open_, Dataset(tmp_path / "data", ROBOT), out=tmp_path / "o", record={})
+    assert closed.places == open_.places == {"meta"}
