@@ -3,9 +3,6 @@
 State and action of all episodes are held in memory; pictures are decoded when asked for, at the embodiment's size.
 """
 
-import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,14 +15,12 @@ from jaxtyping import UInt8
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data.columns import BOOKKEEPING, REMEDY, check_numbers, read_column
+from dreamgen.data.decoders import Decoders
 from dreamgen.data.fit import absent_cameras, misfits
 from dreamgen.data.instructions import find_instruction
 from dreamgen.data.layout import PROVENANCE, Entry, check_owner, locate, read_jsonl, read_layout
-from dreamgen.video.mp4 import count_frames, open_mp4, read_frames
+from dreamgen.video.mp4 import count_frames
 from dreamgen.video.tiling import fit, tile
-
-OPEN_FILES = 16
-_INHERITED: list[OrderedDict] = []  # decoders of a parent process, never used again
 
 
 class Dataset:
@@ -108,7 +103,7 @@ class Dataset:
         size = sum(self.length(i) for i in range(len(self))) * len(self.robot.views) * 3
         size *= self.robot.views[0].height * self.robot.views[0].width
         self._cached: dict[int, dict[str, np.ndarray]] | None = {} if size <= cache_mb * 2**20 else None
-        self._forget()
+        self._videos = Decoders()
 
     def __len__(self) -> int:
         return len(self._episodes)
@@ -265,39 +260,16 @@ class Dataset:
 
     def _decode(self, i: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         out = {}
-        with self._lock:
-            for view in self.robot.views:
-                path, first, _ = self._entries[i].videos[view.key]
-                try:
-                    frames = read_frames(self._reader(path), rows + first, path)
-                except ValueError as error:
-                    raise ValueError(f"episode {self.index(i)} of {self.root}: {error}; copy the video again, or leave "
-                                     f"the episode out: `episodes` of the dataset lists those to take (skip_bad=true "
-                                     f"does not decode, so it cannot know)") from error  # fmt: skip
-                out[view.name] = fit(frames, view.height, view.width, view.fit)
+        for view in self.robot.views:
+            path, first, _ = self._entries[i].videos[view.key]
+            try:
+                frames = self._videos.read(path, rows + first)
+            except ValueError as error:
+                raise ValueError(f"episode {self.index(i)} of {self.root}: {error}; copy the video again, or leave "
+                                 f"the episode out: `episodes` of the dataset lists those to take (skip_bad=true "
+                                 f"does not decode, so it cannot know)") from error  # fmt: skip
+            out[view.name] = fit(frames, view.height, view.width, view.fit)
         return out
 
-    def _reader(self, path: Path):  # noqa: ANN202 (decord is imported where it is used)
-        """An open decoder; the last few are kept, and none is shared with a forked process."""
-        if self._owner != os.getpid():
-            _INHERITED.append(self._readers)  # closing them would wait for threads that did not follow the fork
-            self._forget()
-        if path in self._readers:
-            self._readers.move_to_end(path)
-        else:
-            self._readers[path] = open_mp4(path)
-            if len(self._readers) > OPEN_FILES:
-                self._readers.popitem(last=False)
-        return self._readers[path]
-
-    def _forget(self) -> None:
-        self._readers: OrderedDict = OrderedDict()
-        self._owner = os.getpid()
-        self._lock = threading.RLock()
-
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_readers", "_lock", "_owner", "_table")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _table=None)
-        self._forget()
+        return self.__dict__ | {"_table": None}

@@ -15,7 +15,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import FILE, RUN
 from dreamgen.data.layout import INFO, Entry
 from dreamgen.data.lerobot import Dataset
-from dreamgen.video.mp4 import frame_times, open_mp4, read_frames
+from dreamgen.video.mp4 import frame_times, open_mp4
 from dreamgen.video.tiling import fit, untile
 
 ENDINGS = ("mp4", "mkv", "webm", "mov")
@@ -100,13 +100,12 @@ class VideoFolder(Dataset):
     def _decode(self, i: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         path, frames = self._entries[i].data, self._shown[self.index(i)][rows]
         parts = np.array_split(frames, max(1, -(-len(frames) // AT_ONCE)))
-        with self._lock:
-            try:
-                video = [fit(read_frames(self._reader(path), part, path), *self.robot.canvas, self.robot.views[0].fit)
+        try:
+            video = [fit(self._videos.read(path, part), *self.robot.canvas, self.robot.views[0].fit)
                      for part in parts]  # fmt: skip
-            except ValueError as error:
-                raise ValueError(f"{error}; copy it again, or take it out of {self.root} (skip_bad=true does not "
-                                 f"decode, so it cannot know)") from error  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{error}; copy it again, or take it out of {self.root} (skip_bad=true does not "
+                             f"decode, so it cannot know)") from error  # fmt: skip
         return untile(self.robot, np.concatenate(video))
 
 

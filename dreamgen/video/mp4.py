@@ -29,6 +29,7 @@ ENCODERS = {
     "av1": ("libsvtav1", 20, "yuv420p", {"svtav1-params": "lp=1"}),
 }
 DENSE = 4
+HIDDEN = 2  # flag of a frame that an edit list hides (AVINDEX_DISCARD_FRAME)
 EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # what a Matroska file and its body begin with
 BT601, LIMITED = 6, 1  # what the colour conversion below computes; said in the file so that no player guesses
 
@@ -204,32 +205,68 @@ def read_frames(reader: "decord.VideoReader", rows: Sequence[int] | np.ndarray, 
         raise ValueError(f"video {path} cannot be decoded: {str(error).strip().splitlines()[-1]}") from error
 
 
-def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
-    """Frames `rows` (ascending) by PyAV, for widths (16, 24, 32, 48, 96, 144) at which decord takes the padding of a
-    line for a fourth channel (dmlc/decord issues 93 and 336)."""
+def is_even(path: Path) -> bool:
+    """Whether frame k of an mp4 file is shown k periods after its first one, by its index; False where that is unknown.
+    Nothing is decoded."""
     import av
 
-    found: dict[int, Any] = {}
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            listed, period = [(entry.timestamp, entry.flags) for entry in stream.index_entries], float(_period(stream))
+            count = stream.frames
+    except (IndexError, OSError, av.FFmpegError):
+        return False
+    if not count or len(listed) != count or any(flags & HIDDEN for _, flags in listed):
+        return False
+    times = np.array([time for time, _ in listed], dtype=np.float64)
+    return bool(np.abs(times - times[0] - np.arange(count) * period).max() <= 1)
+
+
+def read_once(path: Path, rows: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
+    """Frames `rows` of an even file (`is_even`), in any order. Only what they need is read, where `open_mp4` reads the
+    file whole; the frames are the same. ValueError names the file if it is missing or undecodable, or lacks a row."""
+    import av
+
+    rows = np.asarray(rows, dtype=np.int64)
+    unique, back = np.unique(rows if rows.size else [0], return_inverse=True)
+    try:
+        return _decode(path, unique)[back[: rows.size]]
+    except (IndexError, OSError, av.FFmpegError) as error:
+        raise ValueError(f"video {path} cannot be decoded: {error}") from error
+
+
+def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Frames `rows` (ascending) by PyAV; also for widths (16, 24, 32, 48, 96, 144) at which decord takes the padding of
+    a line for a fourth channel (dmlc/decord issues 93 and 336)."""
+    import av
+
+    wanted, found = set(rows.tolist()), dict[int, np.ndarray]()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        start, period = stream.start_time or 0, 1 / (_rate(stream) * Fraction(stream.time_base or 1))
+        stream.codec_context.thread_count = 1
+        start, period = stream.start_time or 0, _period(stream)
         at, frames = -1, container.decode(stream)
         for row in rows.tolist():
-            if row > at + 1:
+            if row > at + DENSE:
                 container.seek(start + round(row * period), stream=stream)
                 frames = container.decode(stream)  # one generator a run: a second one would flush the decoder again
-            while row > at or row not in found:
+            while row not in found:
                 frame = next(frames, None)
                 if frame is None:
                     raise ValueError(f"video {path} cannot be decoded: it ends before frame {row}")
                 at = round(((frame.pts or 0) - start) / period)
-                found[at] = frame.to_ndarray(format="rgb24") if at in rows else None
+                if at in wanted:
+                    found[at] = frame.to_ndarray(format="rgb24")
     return np.stack([found[row] for row in rows.tolist()])
 
 
-def _rate(stream: Any) -> Fraction:
-    """Frames a second of an av stream that has a constant rate."""
-    return Fraction(stream.average_rate or 1)
+def _period(stream: Any) -> Fraction:
+    """Ticks of an av stream from one frame to the next, by its index where that lists them all."""
+    index, count = stream.index_entries, stream.frames
+    if count > 1 and len(index) == count:
+        return Fraction(index[count - 1].timestamp - index[0].timestamp, count - 1)
+    return 1 / (Fraction(stream.average_rate or 1) * Fraction(stream.time_base or 1))
 
 
 def read_mp4(path: Path, rows: Sequence[int] | np.ndarray | None = None) -> UInt8[np.ndarray, "t h w 3"]:

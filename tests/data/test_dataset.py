@@ -51,6 +51,28 @@ def test_reading_without_memory_is_the_same(tmp_path, robot, make_episodes):
         lazy.canvas(0, [7])
 
 
+def test_files_beyond_those_that_stay_open_read_the_same(tmp_path, robot, make_episodes, monkeypatch):
+    import pickle
+
+    from dreamgen.data import decoders
+
+    write_dataset(tmp_path / "d", make_episodes(N), robot, video_mb=1e-6)
+    windows = [(i, rows) for _ in range(2) for i in range(N) for rows in ([6, 0, 3], [2], [1, 1, 5, 6], [])]
+    expected = [Dataset(tmp_path / "d", robot, cache_mb=0).views(i, rows) for i, rows in windows]
+    monkeypatch.setattr(decoders, "OPEN_FILES", 3)
+    dataset = Dataset(tmp_path / "d", robot, cache_mb=0)
+    for data in (dataset, pickle.loads(pickle.dumps(dataset))):
+        for (i, rows), views in zip(windows, expected, strict=True):
+            found = data.views(i, rows)
+            assert all(np.array_equal(found[name], frames) for name, frames in views.items())
+        assert len(data._videos._open) == 3 and len(data._videos._even) == 2 * N - 3
+    monkeypatch.setattr(decoders, "is_even", lambda path: False)
+    uneven = Dataset(tmp_path / "d", robot, cache_mb=0)
+    assert all(np.array_equal(uneven.views(i, rows)["side"], views["side"])
+               for (i, rows), views in zip(windows, expected, strict=True))  # fmt: skip
+    assert len(uneven._videos._open) == 3
+
+
 def test_bytes_do_not_depend_on_workers(tmp_path, robot, make_episodes):
     for workers in (1, 2):
         write_dataset(tmp_path / str(workers), make_episodes(N), robot, workers=workers)

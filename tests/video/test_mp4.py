@@ -1,9 +1,11 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 
 from dreamgen.video.metrics import psnr, ssim
-from dreamgen.video.mp4 import count_frames, encode, enlarge, read_mp4, write_mp4
+from dreamgen.video.mp4 import count_frames, encode, enlarge, is_even, read_mp4, read_once, write_mp4
 from dreamgen.video.remux import Joined
 
 T, H, W = 13, 40, 56
@@ -140,3 +142,55 @@ def test_metrics():
     assert mixed == ssim(flat, np.roll(flat, 1, 1)) and 0.5 < mixed < 1
     with pytest.raises(ValueError, match="one size"):
         psnr(a, a[:, :, :-1])
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (40, 56), (16, 24)])
+@pytest.mark.parametrize("kind", ["h264", "B-frames", "av1"])
+def test_frames_of_a_file_that_is_not_kept_open(tmp_path, shape, kind):
+    import av
+
+    rng, path = np.random.default_rng(3), tmp_path / "a.mp4"
+    frames = np.cumsum(rng.integers(0, 9, (27, *shape, 3)), 0).astype(np.uint8)
+    if kind == "B-frames":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=Fraction(50, 3), options={"bf": "3", "g": "7"})
+            stream.width, stream.height, stream.pix_fmt = shape[1], shape[0], "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    else:
+        write_mp4(path, frames, Fraction(50, 3), codec=kind)
+    assert is_even(path)
+    whole = read_mp4(path)
+    for rows in (
+        [0],
+        [26],
+        [9, 3, 3],
+        [25, 26],
+        [0, 8, 16, 24],
+        [20, 6],
+        list(range(27)),
+        [],
+        *([k] for k in range(27)),
+    ):
+        assert np.array_equal(read_once(path, rows), whole[np.array(rows, int)]), rows
+    with pytest.raises(ValueError, match="a.mp4 cannot be decoded: it ends before frame 27"):
+        read_once(path, [27])
+    path.write_bytes(b"no video")
+    with pytest.raises(ValueError, match="a.mp4 cannot be decoded"):
+        read_once(path, [0])
+    assert not is_even(path)
+
+
+def test_a_video_that_stands_still_for_a_while_is_not_even(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=20, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for k in range(9):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 20 * k, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = k + 5 * (k > 4), Fraction(1, 20)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert not is_even(tmp_path / "a.mp4")
