@@ -68,10 +68,15 @@ def horizon(clock: Clock, frames: int) -> int:
     return -int(-(frames - 1) * clock.stride // 1)
 
 
-def _median(sorted_values: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Median over axis 0 of ascending values (n s a), of which the first `count` (s,) are real."""
-    low = np.take_along_axis(sorted_values, ((count - 1) // 2)[None, :, None], 0)[0]
-    return (low + np.take_along_axis(sorted_values, (count // 2)[None, :, None], 0)[0]) / 2
+def _median(value: np.ndarray, at: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Median (s a) of the values (n a) of each step; at (n,): step of each, count (s,): values of each step."""
+    order = np.argsort(at, kind="stable")
+    place = np.arange(len(at)) - (np.cumsum(count) - count)[at[order]]
+    table = np.full((count.max(), len(count), value.shape[1]), np.inf)
+    table[place, at[order]] = value[order]
+    table.sort(axis=0)
+    steps = np.arange(len(count))
+    return (table[(count - 1) // 2, steps] + table[count // 2, steps]) / 2
 
 
 def merge(chunks: np.ndarray, windows: Windows, robot: Embodiment, rule: str = "centre") -> Labels:
@@ -84,27 +89,22 @@ def merge(chunks: np.ndarray, windows: Windows, robot: Embodiment, rule: str = "
     if (k, h) != windows.mask.shape or a != robot.action_dim:
         raise ValueError(f"chunks are {chunks.shape}; expected (n, {windows.mask.shape[0]}, {windows.mask.shape[1]}, "
                          f"{robot.action_dim}) for this clip and robot '{robot.name}'")  # fmt: skip
-    weight = np.broadcast_to(windows.weights(rule), (n, k, h)).reshape(n * k, h)
-    value = chunks.astype(np.float64).reshape(n * k, h, a)
+    weight = windows.weights(rule)
+    window, slot = np.nonzero(weight)
+    # every prediction that counts, sample by sample: its value, its step of the clip, its share of that step
+    value = chunks[:, window, slot].reshape(-1, a).astype(np.float64)
+    at, weight = np.tile(windows.steps[window, slot], n), np.tile(weight[window, slot], n)
     for part in robot.action:
         if part.kind == "binary":
             low, high = commands(part)
-            vote = value[..., part.slice] > (low + high) / 2
-            value[..., part.slice] = np.where(vote, high, low)
-    # one row per (sample, window), one column per step of the clip; steps that a window does not see stay empty
-    steps = np.broadcast_to(windows.steps, (n, k, h)).reshape(n * k, h)
-    row, slot = np.nonzero(weight > 0)
-    at = steps[row, slot]
-    dense, dense_weight = np.full((n * k, windows.total, a), np.inf), np.zeros((n * k, windows.total))
-    dense[row, at], dense_weight[row, at] = value[row, slot], weight[row, slot]
-    seen = (dense_weight > 0)[..., None]
-    share = dense_weight / dense_weight.sum(0)
-    filled = np.where(seen, dense, 0.0)
-    mean = np.einsum("ns,nsa->sa", share, filled)
-    spread = np.sqrt(np.einsum("ns,nsa->sa", share, np.where(seen, filled - mean, 0.0) ** 2))
-    merged = _median(np.sort(dense, axis=0), seen[..., 0].sum(0)) if rule == "median" else mean
+            value[:, part.slice] = np.where(value[:, part.slice] > (low + high) / 2, high, low)
+    share = (weight / np.bincount(at, weight, windows.total)[at])[:, None]
+    mean, variance = np.zeros((2, windows.total, a))
+    np.add.at(mean, at, share * value)
+    np.add.at(variance, at, share * (value - mean[at]) ** 2)
+    merged = _median(value, at, np.bincount(at, minlength=windows.total)) if rule == "median" else mean
     for part in robot.action:
         if part.kind == "binary":
             low, high = commands(part)
             merged[:, part.slice] = np.where(mean[:, part.slice] > (low + high) / 2, high, low)
-    return Labels(value=merged.astype(np.float32), spread=spread.astype(np.float32))
+    return Labels(value=merged.astype(np.float32), spread=np.sqrt(variance).astype(np.float32))

@@ -6,7 +6,8 @@ not drift. The corrected deltas `a` minimise
     sum_s ((a_s - a^_s) / sigma_a)^2 + sum_k ((p_0 + (G a)_k - p^_k) / sigma_p)^2
 
 where `G` integrates them through the robot's measured response (a command moves the hand over the next few steps).
-Linear least squares in closed form. The initial position p_0 is a free unknown.
+Linear least squares in closed form, in time and memory proportional to the length of the clip. The initial position p_0
+is a free unknown.
 """
 
 import numpy as np
@@ -33,13 +34,6 @@ def fit_response(action: list[np.ndarray], state: list[np.ndarray], scale: float
     return np.linalg.solve(x.T @ x + ridge * np.eye(taps), x.T @ y + ridge * prior)
 
 
-def integrator(rows: np.ndarray, steps: int, response: np.ndarray) -> np.ndarray:
-    """Matrix (frames steps): displacement at each frame's row caused by a unit command at each step."""
-    lag = rows[:, None] - np.arange(steps)[None, :]  # steps that the command has had to act
-    reached = np.concatenate([[0.0], np.cumsum(response)])
-    return reached[np.clip(lag, 0, len(response))]
-
-
 def correct(action: np.ndarray, position: np.ndarray, rows: np.ndarray, response: np.ndarray, scale: float, *,
             sigma_action: float, sigma_position: float) -> np.ndarray:  # fmt: skip
     """Corrected deltas (s d).
@@ -47,11 +41,29 @@ def correct(action: np.ndarray, position: np.ndarray, rows: np.ndarray, response
     action (s d) predicted, position (f d) predicted at `rows` (f,), both in their own units; sigma_action is in action
     units, sigma_position in state units.
     """
-    steps = len(action)
-    g = integrator(rows, steps, response) * scale
-    # unknowns: the s deltas, then p_0
-    see = np.concatenate([g, np.ones((len(rows), 1))], axis=1) / sigma_position
-    keep = np.eye(steps, steps + 1) / sigma_action
-    left = see.T @ see + keep.T @ keep
-    right = see.T @ (position / sigma_position) + keep.T @ (action / sigma_action)
-    return np.linalg.solve(left, right)[:steps].astype(action.dtype)
+    from scipy.linalg import solveh_banded
+
+    steps, taps, kind = len(action), len(response), action.dtype
+    action, position = action.astype(np.float64), position.astype(np.float64)
+    see, keep = scale / sigma_position**2, 1 / sigma_action**2
+    # the sums C_1 ... C_s of the deltas: delta s is C_s+1 - C_s, and frame k shows p_0 + scale sum_i response_i C_r-i
+    # with r = rows[k], so the normal equations are banded (band[i, j] is entry (j + i, j)), but for p_0
+    place = rows[:, None] - 1 - np.arange(taps)  # of C_r-i among the unknowns; C_0 and before is zero
+    band = np.zeros((max(3, taps), steps))  # of two rows, scipy solves none of one column
+    band[0] = 2 * keep
+    band[0, -1] = keep
+    band[1, :-1] = -keep
+    for i in range(taps):
+        for j in range(i, taps):
+            np.add.at(band[j - i], place[place[:, j] >= 0, j], response[i] * response[j] * scale * see)
+    frame, tap = np.nonzero(place >= 0)
+    at, effect = place[frame, tap], response[tap] * see
+    border, right = np.zeros(steps), keep * (action - np.append(action[1:], np.zeros_like(action[:1]), axis=0))
+    np.add.at(border, at, effect)
+    np.add.at(right, at, effect[:, None] * position[frame])
+    # p_0 by the Schur complement of the band
+    solved = solveh_banded(band, np.column_stack([border, right]), lower=True)
+    corner = len(rows) / sigma_position**2 - border @ solved[:, 0]
+    first = (position.sum(0) / sigma_position**2 - border @ solved[:, 1:]) / corner
+    total = solved[:, 1:] - solved[:, :1] * first
+    return np.diff(total, axis=0, prepend=np.zeros_like(total[:1])).astype(kind)

@@ -104,6 +104,33 @@ def test_rules_against_loops(rule):
         np.testing.assert_allclose(labels.spread[step, [0, 1, 2, 4]], spread[[0, 1, 2, 4]], atol=1e-6)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_long_clip_is_merged_as_a_table_of_all_predictions_is(rule):
+    """A table with a row for each window and sample and a column for each step, empty where nothing is said."""
+    clock = Clock(robot_hz="6", video_hz="4", frames=90)
+    windows, rng = Windows.of(clock, 5), np.random.default_rng(6)
+    chunks = rng.normal(size=(3, *windows.mask.shape, A)).astype(np.float32)
+    labels = merge(chunks, windows, ROBOT, rule)
+    weights = np.broadcast_to(windows.weights(rule), chunks.shape[:3])
+    table, weight = np.full((3, 86, windows.total, A), np.nan), np.zeros((3, 86, windows.total))
+    for n, k, slot in np.argwhere(weights > 0):
+        table[n, k, windows.steps[k, slot]], weight[n, k, windows.steps[k, slot]] = (
+            chunks[n, k, slot],
+            weights[n, k, slot],
+        )
+    table[..., 3] = np.where(np.isnan(table[..., 3]), np.nan, np.where(table[..., 3] > 0, 1.0, -1.0))
+    table, share = (
+        table.reshape(-1, windows.total, A),
+        weight.reshape(-1, windows.total, 1) / weight.sum((0, 1))[:, None],
+    )
+    mean = np.nansum(share * table, 0)
+    expected = np.nanmedian(table, 0) if rule == "median" else mean.copy()
+    expected[:, 3] = np.where(mean[:, 3] > 0, 1.0, -1.0)
+    sure = np.abs(mean[:, 3]) > 1e-9  # votes that are not tied
+    np.testing.assert_allclose(labels.value[sure], expected[sure], atol=1e-6)
+    np.testing.assert_allclose(labels.spread, np.sqrt(np.nansum(share * (table - mean) ** 2, 0)), atol=1e-6)
+
+
 def test_errors_say_what_was_expected():
     clock = Clock(robot_hz="6", video_hz="3", frames=4)
     with pytest.raises(ValueError, match="clip of 4 frames is shorter than a window of 5"):

@@ -1,8 +1,9 @@
 """Drift correction against closed forms and simulated integrals."""
 
 import numpy as np
+import pytest
 
-from idm.smooth import correct, fit_response, integrator
+from idm.smooth import correct, fit_response
 
 RESPONSE = np.array([0.3, 0.5, 0.2])
 
@@ -16,10 +17,36 @@ def moved(action: np.ndarray, scale: float) -> np.ndarray:
     return place[: len(action) + 1]
 
 
+def integrator(rows: np.ndarray, steps: int, response: np.ndarray) -> np.ndarray:
+    """Matrix (frames steps): displacement at each frame's row caused by a unit command at each step."""
+    reached = np.concatenate([[0.0], np.cumsum(response)])
+    return reached[np.clip(rows[:, None] - np.arange(steps)[None, :], 0, len(response))]
+
+
+def dense(action, position, rows, response, scale, *, sigma_action, sigma_position):  # noqa: ANN001, ANN201
+    """The least squares of the docstring as they stand there: unknowns are the deltas, then p_0."""
+    steps = len(action)
+    see = np.concatenate([integrator(rows, steps, response) * scale, np.ones((len(rows), 1))], axis=1) / sigma_position
+    keep = np.eye(steps, steps + 1) / sigma_action
+    left = np.concatenate([see, keep])
+    return np.linalg.lstsq(left, np.concatenate([position / sigma_position, action / sigma_action]))[0][:steps]
+
+
 def test_integrator_is_the_loop():
     action = np.random.default_rng(0).normal(size=(13, 2))
     rows = np.array([0, 2, 3, 7, 13])
     np.testing.assert_allclose(integrator(rows, 13, RESPONSE) @ action * 0.04, moved(action, 0.04)[rows], atol=1e-12)
+
+
+@pytest.mark.parametrize("response", [RESPONSE, np.array([1.1]), np.array([0.1, 0.2, 0.9, -0.3, 0.05])])
+@pytest.mark.parametrize(("sigma_action", "sigma_position"), [(0.1, 0.01), (1.0, 1e-4), (1e-3, 1.0)])
+def test_the_banded_solution_is_the_dense_one(response, sigma_action, sigma_position):
+    rng = np.random.default_rng(5)
+    for rows in (np.arange(0, 41, 2), np.array([0, 1, 3, 4, 6, 7, 9]), np.array([0, 1])):
+        action, position = rng.normal(size=(rows[-1], 3)), rng.normal(size=(len(rows), 3))
+        given = (action, position, rows, response, 0.04)
+        sigmas = {"sigma_action": sigma_action, "sigma_position": sigma_position}
+        np.testing.assert_allclose(correct(*given, **sigmas), dense(*given, **sigmas), rtol=1e-6, atol=1e-6)
 
 
 def test_response_is_recovered():
