@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
@@ -59,22 +60,22 @@ class Batches:
         self.dreamlike = self._degrade(degrade, degraded_clips, degrade_frames) if self.degraded else []
 
     def _starts(self, clock: Clock, rest: float) -> tuple[np.ndarray, np.ndarray]:
-        """All (episode, first row) of clips on `clock` (n 2), and the probability of each."""
+        """All (episode, first row) of clips on `clock` (n 2), and the sums (n,) of their probabilities up to each."""
         scale = np.concatenate([e.action for e in self.rows.values()]).std(0) + 1e-6
-        found, weight = [], []
+        found, weights = [], []
         for index, episode in self.rows.items():
             motion = np.abs(episode.action / scale)
             motion = (motion - np.median(motion, axis=0)).clip(0).mean(1)
-            for start in range(len(motion) - clock.steps):
-                found.append((index, start))
-                weight.append(motion[start : start + clock.steps].mean())
-        weight = np.array(weight)
+            moved = sliding_window_view(motion, clock.steps)[:-1].mean(-1)
+            found.append(np.column_stack([np.full(len(moved), index), np.arange(len(moved))]))
+            weights.append(moved)
+        starts, weight = np.concatenate(found), np.concatenate(weights)
         weight = weight / max(weight.mean(), 1e-6) * (1 - rest) + rest
-        starts = np.array(found)
         opening = starts[:, 1] == 0
         for chosen, share in ((opening, self.first), (~opening, 1 - self.first)):
             weight[chosen] *= share / max(weight[chosen].sum(), 1e-6)
-        return starts, weight / weight.sum()
+        upto = (weight / weight.sum()).astype(np.float64).cumsum()
+        return starts, upto / upto[-1]
 
     def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
         """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
@@ -98,7 +99,7 @@ class Batches:
     def __call__(self, step: int) -> dict[str, torch.Tensor | np.ndarray]:
         rng = rng_for(self.seed, "labeler batch", step)
         clock = self.clocks[int(rng.integers(len(self.clocks)))]
-        starts, share = self.starts[clock]
+        starts, upto = self.starts[clock]
         pool = [item for item in self.dreamlike if item[3] == clock]
         video, action, state = [], [], []
         for _ in range(self.batch_size):
@@ -111,7 +112,7 @@ class Batches:
                 video.append(pictures[k : k + clock.frames])
                 start = int(rows[k])
             else:
-                index, start = map(int, starts[rng.choice(len(starts), p=share)])
+                index, start = map(int, starts[upto.searchsorted(rng.random(), side="right")])
                 video.append(self.dataset.canvas(index, start + clock.rows))
             action.append(self.rows[index].action[start : start + clock.steps])
             state.append(self.rows[index].state[start + clock.rows])

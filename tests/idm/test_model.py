@@ -136,6 +136,30 @@ def test_batches_are_functions_of_the_step_and_of_recorded_rows(squares):
         Batches(squares, [0], [CLOCK.with_frames(27)], batch_size=1, seed=0)
 
 
+def test_clips_are_drawn_by_how_much_moves_in_them(squares):
+    """Against loops over all rows, and numpy's own draw from probabilities."""
+    clock, rest, first = CLOCK.with_frames(4), 0.3, 0.2
+    made = Batches(squares, [0, 2, 4], [clock], batch_size=1, seed=5, rest=rest, first=first)
+    scale = np.concatenate([squares.episodes[i].action for i in (0, 2, 4)]).std(0) + 1e-6
+    places, weight = [], []
+    for i in (0, 2, 4):
+        motion = np.abs(squares.episodes[i].action / scale)
+        motion = (motion - np.median(motion, axis=0)).clip(0).mean(1)
+        for start in range(27 - 6):
+            places.append((i, start))
+            weight.append(motion[start : start + 6].mean())
+    weight = np.array(weight) / np.mean(weight) * (1 - rest) + rest
+    opening = np.array([start == 0 for _, start in places])
+    weight = np.where(opening, first * weight / weight[opening].sum(), (1 - first) * weight / weight[~opening].sum())
+    starts, upto = made.starts[clock]
+    np.testing.assert_array_equal(starts, places)
+    np.testing.assert_allclose(np.diff(upto, prepend=0), weight, rtol=1e-4)
+    share = np.diff(upto, prepend=0)
+    one, two = np.random.default_rng(7), np.random.default_rng(7)
+    for _ in range(50):
+        assert one.choice(len(share), p=share) == upto.searchsorted(two.random(), side="right")
+
+
 def test_errors_name_the_clip_and_the_remedy(squares):
     model = small()
     with pytest.raises(ValueError, match="'square_1' has 4 robot steps a frame.*trained for 2"):
