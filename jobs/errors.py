@@ -6,7 +6,7 @@ import re
 import sys
 import traceback
 
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 # how numpy and torch say that a disk is full: without its number
@@ -53,6 +53,11 @@ def explain(error: BaseException) -> str | None:
             return str(error)
         told = next((link for link in chain if isinstance(link, MENDABLE)), None)  # what was raised, with its remedy
         return None if told is None else f"{told}" + (f" (at {where})" if where else "")
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        why = "" if "LexerNoViable" in str(error) else f" ({str(error).splitlines()[0]})"
+        hint = f"; quote its value, and all of it for the shell: '{key}=\"{value}\"'"
+        return f"'{error.override}' cannot be read{why}" + (hint if value and value[0] not in "[{'\"" else "")
     if type(error).__module__.startswith("submitit."):  # a process that the launcher started
         told = re.findall(r"^error: (.*)$", str(error), re.MULTILINE)
         why = told[-1] if told else next(iter(str(error).splitlines()), "it was killed")

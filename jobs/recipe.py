@@ -5,6 +5,8 @@ experiment names its steps: `steps.demos: "collect stage.episodes=280"` is the j
 `python -m jobs.collect experiment=demo step=demos` does the same as that step of `python -m jobs.pipeline`.
 """
 
+import os
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -58,8 +60,9 @@ def load(job: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, list[str]
     """The configuration of a job, or of one of its steps, and the overrides that compose it.
 
     Raises ValueError for keys that no recipe has and for steps that are none of this job's; Hydra's own exceptions
-    for what it refuses itself.
+    for what it refuses itself. A value that begins with `~/` is a path below the home folder, as in a shell.
     """
+    overrides = [re.sub(r"^([^=]+=)~(?=/)", lambda found: found[1] + os.path.expanduser("~"), w) for w in overrides]
     register()
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):

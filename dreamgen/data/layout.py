@@ -50,7 +50,7 @@ class Layout:
 
 def locate(root: str | Path, revision: str | None = None) -> Path:
     """A local folder, or a dataset of the Hugging Face hub ("org/name"), downloaded. ValueError if it is neither."""
-    path = Path(root)
+    path = Path(root).expanduser()
     if path.exists():
         return path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(root)) or path.parent.is_dir():

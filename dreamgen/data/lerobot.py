@@ -26,7 +26,7 @@ from dreamgen.video.tiling import fit, tile
 class Dataset:
     """Episodes of `robot` at `root`, a folder or a hub id ("org/name"). Index i counts the episodes that are kept.
 
-    episodes: only these, by the dataset's own numbers (to hold some out).
+    episodes: only these, by the dataset's own numbers; leave_out: not these, such as those that are held out.
     mended: what was dirty and how it was taken; skipped: episode index to reason, with `skip_bad`.
     actions: False opens it as video alone: no action column is needed nor looked at, and states may be absent too.
     Actions, and states that it does not list, are then NaN, and `meta` says `action_known: False`. So is it always for
@@ -46,6 +46,7 @@ class Dataset:
         skip_bad: bool = False,
         actions: bool = True,
         episodes: Sequence[int] | None = None,
+        leave_out: Sequence[int] | None = None,
         cache_mb: int = 512,
         revision: str | None = None,
     ) -> None:
@@ -72,18 +73,20 @@ class Dataset:
         self._counts: dict[Path, int] = {}
         self._table: tuple[Path, pa.Table] | None = None
         self._take(layout.entries, lambda e: self._load(e, self._rows(e), metas.get(e.index, e.meta)),
-                   skip_bad=skip_bad, episodes=episodes, cache_mb=cache_mb)  # fmt: skip
+                   skip_bad=skip_bad, episodes=episodes, leave_out=leave_out, cache_mb=cache_mb)  # fmt: skip
         self._table = None
 
-    def _take(self, entries: Sequence[Entry], load: Callable[[Entry], Episode], *, skip_bad: bool,
-              episodes: Sequence[int] | None, cache_mb: int) -> None:  # fmt: skip
-        """Keep what `load` makes of `entries`, as far as `episodes` names them; a bad one is left out, or raises."""
+    def _take(self, entries: Sequence[Entry], load: Callable[[Entry], Episode], *, skip_bad: bool, cache_mb: int,
+              episodes: Sequence[int] | None, leave_out: Sequence[int] | None = None) -> None:  # fmt: skip
+        """Keep what `load` makes of the `entries` that are asked for; a bad one is left out, or raises."""
         self._entries: list[Entry] = []
         self._episodes: list[Episode] = []
         self._notes: dict[str, int] = {}
-        wanted = set(episodes or ())
-        chosen = [entry for entry in entries if episodes is None or entry.index in wanted]
-        if absent := sorted(wanted - {entry.index for entry in chosen}):
+        listed = {entry.index for entry in entries}
+        wanted, away = listed if episodes is None else set(episodes), set(leave_out or ())
+        kept = wanted - away
+        chosen = [entry for entry in entries if entry.index in kept]
+        if absent := sorted((wanted | away) - listed):
             raise ValueError(f"{self.root} has no episode {', '.join(map(str, absent))}; it lists {len(entries)} "
                              f"episodes")  # fmt: skip
         for entry in chosen:
@@ -99,7 +102,8 @@ class Dataset:
         self.mended += [note if n == len(chosen) else f"{note} ({n} episodes)" for note, n in self._notes.items()]
         if not self._episodes:
             reasons = "; ".join(f"episode {i}: {why}" for i, why in list(self.skipped.items())[:3])
-            raise ValueError(f"{self.root} holds no usable episode ({reasons or 'it lists none'})")
+            none = "all are left out" if entries else "it lists none"
+            raise ValueError(f"{self.root} holds no usable episode ({reasons or none})")
         size = sum(self.length(i) for i in range(len(self))) * len(self.robot.views) * 3
         size *= self.robot.views[0].height * self.robot.views[0].width
         self._cached: dict[int, dict[str, np.ndarray]] | None = {} if size <= cache_mb * 2**20 else None

@@ -1,5 +1,6 @@
 """What a page shows of a run's data: clips beside the recordings they belong to, one frame under many instructions."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import is_complete
 from dreamgen.data.clips import ClipFolder
+from dreamgen.data.layout import INFO, locate
 from dreamgen.data.lerobot import Dataset
 from dreamgen.report.pictures import beside, clip_uri, frame_uri
 from dreamgen.report.plots import Line, lines
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +39,15 @@ def spread_out(items: Sequence, count: int) -> list:
 
 
 def open_dataset(path: Path | None, robot: Embodiment) -> Dataset | None:
-    """The dataset at `path`, without its bad episodes; None if there is none."""
-    if path is None or not (Path(path) / "meta" / "info.json").is_file():
+    """The dataset at `path` (a folder or a hub id), without its bad episodes; None if there is none, which is said."""
+    if path is None:
         return None
-    return Dataset(path, robot, skip_bad=True)
+    try:
+        root = locate(path)
+    except ValueError as error:
+        log.info("not on the page: %s", error)
+        return None
+    return Dataset(root, robot, skip_bad=True) if (root / INFO).is_file() else None
 
 
 class Recordings:

@@ -224,6 +224,24 @@ def test_bad_dataset(v2, robot, tmp_path):
         Dataset(root, robot)
 
 
+def test_what_is_held_out_is_left_out(v2, robot):
+    def taken(**which) -> list[int]:
+        dataset = Dataset(v2[0], robot, **which)
+        return [dataset.index(i) for i in range(len(dataset))]
+
+    assert taken() == taken(leave_out=[]) == [0, 1, 2] and taken(leave_out=[1]) == [0, 2]
+    assert taken(episodes=[0, 1], leave_out=[1, 2]) == [0]
+    with pytest.raises(ValueError, match="has no episode 7; it lists 3 episodes"):
+        taken(leave_out=[1, 7])
+    with pytest.raises(ValueError, match="no usable episode .all are left out"):
+        taken(leave_out=[0, 1, 2])
+
+
+def test_a_root_may_begin_at_home(v2, robot, monkeypatch):
+    monkeypatch.setenv("HOME", str(v2[0].parent))
+    assert Dataset(f"~/{v2[0].name}", robot).root == v2[0]
+
+
 def test_all_bad(v2, robot):
     root, _ = v2
     for i in range(3):

@@ -90,6 +90,19 @@ def test_a_record_holds_what_inputs_hold(tmp_path) -> None:
     assert of("stage.judge.path=team/judge")["judge"]["path"] == "team/judge"  # of a hub
 
 
+def test_a_question_of_ones_own_is_remembered_by_its_text(tmp_path) -> None:
+    mine = tmp_path / "mine.md"
+
+    def asked(question: object) -> str:
+        over = ["filter=[vlm_instruction]", "filter.vlm_instruction.model=x", f"filter.vlm_instruction.question={question}"]
+        return record(load("curate", [*over, f"out={tmp_path}/run"])[0].stage)["filters"]["vlm_instruction"]["question"]
+
+    mine.write_text("did it {instruction}?")
+    first = asked(mine)
+    mine.write_text("did it really {instruction}?")
+    assert asked(mine) != first and asked("physics") == "physics"
+
+
 @pytest.mark.parametrize(("job", "key"), [("train_policy", "policy"), ("collect", "sim"), ("train_judge", "judge")])
 def test_unknown_keys_of_parts_are_named(job: str, key: str) -> None:
     with pytest.raises(ValueError, match=rf"stage.{key} '\w+' has no setting nonsense; it has"):
@@ -108,3 +121,20 @@ def test_a_refused_setting_does_not_lock_the_folder(tmp_path) -> None:
 @pytest.mark.parametrize("text", ["1000 requested and 10 written", "[enforce fail] PytorchStreamWriter failed writing"])
 def test_a_full_disk_is_known_by_its_words(text: str) -> None:
     assert "disk is full" in (explain(OSError(text)) or "")
+
+
+@pytest.mark.parametrize("word", ["data.root=it's", "data.root=/x/y{z", "data.root=a=b", "instructions=[it's]"])
+def test_a_value_that_is_to_be_quoted_is_said_in_one_line(word: str) -> None:
+    told = refused("validate", "data=folder", word)
+    assert f"'{word}' cannot be read" in told and "\n" not in told and "Lexer" not in told and "hydra" not in told
+    key, _, value = word.partition("=")
+    if value[0] != "[":
+        quoted = f'{key}="{value}"'
+        assert told.endswith(f"'{quoted}'") and load("validate", ["data=folder", quoted])[0].data.root == value
+
+
+def test_a_path_may_begin_at_home(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    cfg, every = load("validate", ["data=folder", "data.root=~/recordings/a", "out=~/runs"])
+    assert cfg.stage.root == "/somewhere/recordings/a" and cfg.stage.out == "/somewhere/runs/validate"
+    assert load("validate", every)[0] == cfg  # what the command is called again with

@@ -180,6 +180,17 @@ def test_dreams_find_their_recording(folder: Path) -> None:
     assert clip.shape == (5, 16, 24, 3)
 
 
+def test_recordings_of_a_hub_are_found(folder: Path, monkeypatch, caplog) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(folder / "heldout"))
+    found = scenes.open_dataset(Path("someone/heldout"), ROBOT)  # a stage's settings of this kind are paths
+    assert found is not None and len(found) == len(TEXTS)
+    caplog.set_level("INFO", logger="dreamgen.report.scenes")
+    assert scenes.open_dataset(folder / "nowhere", ROBOT) is None and "nowhere does not exist" in caplog.text
+    assert scenes.open_dataset(None, ROBOT) is None
+
+
 def test_the_table_shows_rates_with_their_intervals() -> None:
     found = {"won": {"stage": "evaluate", "seconds": 2.5, "peak_mb": 100.0, "results": {"success": SUCCESS}}}
     text = table(gather(found, {"real": "won"}))
