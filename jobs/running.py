@@ -27,8 +27,8 @@ ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # stage are remembered by what they hold (their fingerprints), not by where they lie. Bad episodes that `skip_bad` left
 # out stand in the manifest's results.
 PLACES = frozenset("out root path start folder parent against clips dreams dream_clips counterfactuals demos heldout "
-                   "labels scored truth alternatives alternatives_truth".split())  # fmt: skip
-NAMED = frozenset(["path", "start"])  # also an id of a hub, an address or a name of ours
+                   "labels scored truth alternatives alternatives_truth question".split())  # fmt: skip
+NAMED = frozenset(["path", "start", "question"])  # also an id of a hub, an address or a name of ours
 MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description skip_bad "
                    "cache accumulate checkpointing compile sharding tracker".split())  # fmt: skip
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours

@@ -168,6 +168,11 @@ def test_a_judge_of_dreams_learns_from_dreams_of_known_outcome(tmp_path):
     assert found["imagined"]["precision"] >= 0.9  # the threshold is chosen on dreams
 
 
+def test_dreams_are_replayed_somewhere(dataset, tmp_path):
+    with pytest.raises(ValueError, match="come from replaying these dreams and the recipe has no simulator"):
+        train_judge(tiny, [dataset], out=tmp_path, dreams=dataset, record={})
+
+
 def test_dreams_of_recordings_follow_their_actions_whatever_the_batch(dataset, tmp_path):
     clips = Recorded([dataset], [{i: True for i in range(COUNT)}], "10")
     some = [clips[k] for k in (3, 1, 2)]
