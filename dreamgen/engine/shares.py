@@ -111,16 +111,14 @@ class WholeNoise(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Part:
-    """Rows [start, stop) of the `whole` rows that draw their noise together; weight: their share of the mean."""
+    """Rows [start, stop) of the `whole` rows that draw their noise together; weight: their share of the mean, times the
+    number of replicas, over which a mean is taken at last."""
 
     batch: Any
     start: int
     stop: int
     whole: int
-
-    @property
-    def weight(self) -> float:
-        return (self.stop - self.start) / self.whole
+    weight: float
 
     def noise(self) -> AbstractContextManager:
         """The context in which a loss draws the noise of these rows."""
@@ -144,13 +142,15 @@ def parts_of(batch: Any, replica: int, replicas: int, rank: int, count: int, acc
 
     Raises ValueError where the batch has fewer rows than there are parts.
     """
+    every = sum(rows(share(batch, k, replicas)) for k in range(replicas))
     batch = share(batch, replica, replicas)
     whole, pieces = rows(batch), count * accumulate
     require_rows(whole, count, accumulate)
     made = []
     for piece in range(rank * accumulate, (rank + 1) * accumulate):
         start, stop = bounds(whole, piece, pieces)
-        made.append(Part(pinned(read(share(batch, piece, pieces)), device), start, stop, whole))
+        weight = (stop - start) * replicas / every
+        made.append(Part(pinned(read(share(batch, piece, pieces)), device), start, stop, whole, weight))
     return made
 
 

@@ -116,9 +116,9 @@ class Feed:
         return {k: found for k, found in mine.items() if found}
 
     def at(self, step: int) -> dict[str, torch.Tensor]:
-        """The batch of a step."""
+        """The batch of a step, with what it weighs as a whole."""
         parts = [self.chunks[k].batch(places) for k, places in self._by_dataset(step).items()]
-        return collate(parts, self.model.encoder.words)
+        return self.model.whole(collate(parts, self.model.encoder.words))
 
     def describe(self, step: int) -> str:
         """The episodes of a step's batch, in words and by their datasets' own numbers."""

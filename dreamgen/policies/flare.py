@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamgen.policies.qformer import QFormer
 from dreamgen.policies.sight import look
 
 TARGETS = ("ema", "frozen", "qformer")
@@ -28,6 +29,17 @@ def as_buffers(module: nn.Module) -> nn.Module:
     return module
 
 
+def follower(encoder: nn.Module) -> nn.Module:
+    """A copy of an encoder that no optimiser moves. The model inside a pretrained one that is not tuned, which never
+    differs from its copy, is not copied: it lies in memory, in checkpoints and in training states once."""
+    frozen = None if getattr(encoder, "tune", True) else getattr(encoder, "model", None)
+    copied = copy.deepcopy(encoder, {} if frozen is None else {id(frozen): frozen})
+    if frozen is not None:
+        del copied.model
+        object.__setattr__(copied, "model", frozen)  # no module of the copy's own
+    return as_buffers(copied)
+
+
 class Flare(nn.Module):
     """The future tokens, their projection, and the encoder that gives the targets."""
 
@@ -39,7 +51,7 @@ class Flare(nn.Module):
         self.count, self.decay = tokens, 1.0 if target == "frozen" else decay
         self.tokens = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.project = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, encoder.width))
-        self.target = as_buffers(copy.deepcopy(encoder))
+        self.target = follower(encoder)
         self.target_queries = None if queries is None else as_buffers(copy.deepcopy(queries))
         self.train()
 
@@ -76,7 +88,31 @@ class Flare(nn.Module):
             return self.target_queries(torch.cat([visual, language], 1)).float()
         return F.adaptive_avg_pool1d(visual.float().transpose(1, 2), self.count).transpose(1, 2)
 
-    def loss(self, tapped: Float[Tensor, "b m d"], target: Float[Tensor, "b m c"], known: Bool[Tensor, " b"]) -> Tensor:
-        """Mean of 1 - cosine over tokens and the rows whose future is `known`."""
+    def loss(
+        self,
+        tapped: Float[Tensor, "b m d"],
+        target: Float[Tensor, "b m c"],
+        known: Bool[Tensor, " b"],
+        row_known: Float[Tensor, ""],
+    ) -> Tensor:
+        """Mean of 1 - cosine over tokens and the rows whose future is `known`; row_known: the share of such rows in the
+        whole batch that these may be a part of (see `mean_error`)."""
         distance = 1 - F.cosine_similarity(self.project(tapped).float(), target, dim=-1).mean(1)
-        return (distance * known).sum() / known.sum().clamp(min=1)
+        return (distance * known).sum() / (len(known) * row_known).clamp(min=1e-6)
+
+
+def queries_and_flare(
+    encoder: nn.Module, width: int, queries: int, weight: float, *, tokens: int, target: str, decay: float
+) -> tuple[QFormer | None, Flare | None]:
+    """The Q-Former and FLARE of a policy `width` wide on `encoder`, None where it has none. weight: lambda. queries: of
+    a Q-Former that reads for the actions, whose outputs are the targets of "qformer". Raises ValueError for other than
+    `tokens` queries there."""
+    aligned = tokens if weight and target == "qformer" else 0
+    if aligned and queries not in (0, aligned):
+        raise ValueError(f"queries is {queries}, future_tokens {tokens}; FLARE's targets are the Q-Former's outputs: "
+                         f"give as many, or leave queries at 0")  # fmt: skip
+    asked = QFormer(width=encoder.width, queries=queries or aligned) if queries or aligned else None
+    if not weight:
+        return asked, None
+    return asked, Flare(encoder=encoder, tokens=tokens, width=width, target=target, decay=decay,
+                        queries=asked if aligned else None)  # fmt: skip

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -18,12 +18,27 @@ def interpolate(x: Float[Tensor, "b h a"], noise: Float[Tensor, "b h a"], t: Flo
     return (1 - t) * noise + t * x
 
 
+def weighed(batch: dict[str, Tensor], steps: Bool[Tensor, "b h"]) -> dict[str, Tensor]:
+    """A whole batch with what `mean_error` divides its parts by: `row_weight`, the weight of the `steps` of a row on
+    average, and with FLARE `row_known`, the share of rows whose future is known. Numbers are not cut, so a part keeps
+    them."""
+    found = {"row_weight": (batch["weight"] * steps).sum(1).mean()}
+    known = batch.get("future_known")
+    return {**batch, **found, **({} if known is None else {"row_known": known.float().mean()})}
+
+
 def mean_error(
-    error: Float[Tensor, "b h a"], weight: Float[Tensor, "b h"], entries: Float[Tensor, "b 1 a"] | None
+    error: Float[Tensor, "b h a"],
+    weight: Float[Tensor, "b h"],
+    entries: Float[Tensor, "b 1 a"] | None,
+    row_weight: Float[Tensor, ""],
 ) -> Tensor:
-    """Mean over the steps of squared errors by their weights; entries: 1 where an action has an entry, None if all."""
+    """Mean over the steps of squared errors by their weights; entries: 1 where an action has an entry, None if all.
+
+    row_weight: see `weighed`. The mean over the parts of a batch is that of the whole, wherever it was cut.
+    """
     error = error.mean(-1) if entries is None else (error * entries).sum(-1) / entries.sum(-1)
-    return (error * weight).sum() / weight.sum().clamp(min=1e-6)
+    return (error * weight).sum() / (len(error) * row_weight).clamp(min=1e-6)
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Float[Tensor, "b h a"], steps: int) -> Tensor:

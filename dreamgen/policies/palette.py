@@ -55,8 +55,8 @@ class PaletteEncoder(nn.Module):
     """See the module. `fit` takes colours and statistics from training pictures; they are saved with the weights.
 
     width: of a token. colours: looked for in each view. slots, summary: numbers of tokens. hidden: width of the MLP.
-    views: of the embodiment. noise: added to measures in training, in standard deviations. dropout: of the MLP's hidden
-    entries.
+    views: of the embodiment; a policy says how many (`look_at`). noise: added to measures in training, in standard
+    deviations. dropout: of the MLP's hidden entries.
     """
 
     tune = False  # the front, see `dreamgen.policies.features`
@@ -72,7 +72,7 @@ class PaletteEncoder(nn.Module):
         self.text = WordHash(width=text_width, buckets=buckets, length=length)
         self.asked = nn.Linear(text_width, slots * NAME)
         self.usual = nn.Parameter(0.5 * torch.randn(slots, NAME))
-        self.name = nn.Parameter(torch.randn(views * colours, NAME))
+        self.name = nn.Parameter(torch.randn(views * colours, NAME))  # of each colour in each view
         self.size = nn.Parameter(torch.full((slots, 1), 0.5))
         self.enter = nn.Linear(slots * FEATURES, hidden)
         self.inner = nn.Linear(hidden, hidden)
@@ -88,6 +88,13 @@ class PaletteEncoder(nn.Module):
         self.register_buffer("std", torch.ones(views * colours, FEATURES))
         self._table: Tensor | None = None
 
+    def look_at(self, views: int) -> None:
+        """Look for every colour in so many views. Where they were others, the colours' names begin anew."""
+        if views != self.config["views"]:
+            self.config["views"] = views
+            self.name = nn.Parameter(torch.randn(views * len(self.palette), NAME))
+            self.std = torch.ones(views * len(self.palette), FEATURES)
+
     def words(self, instructions: Sequence[str]) -> Int64[Tensor, "b l"]:
         return self.text.words(instructions)
 
@@ -96,7 +103,7 @@ class PaletteEncoder(nn.Module):
         """Choose the colours and take the features' statistics. Raises ValueError for another number of views."""
         if pictures.shape[1] * len(self.palette) != len(self.std):
             raise ValueError(f"pictures have {pictures.shape[1]} views; this encoder was made for "
-                             f"{len(self.std) // len(self.palette)}: set policy.encoder.views")  # fmt: skip
+                             f"{self.config['views']}: give it views={pictures.shape[1]}")  # fmt: skip
         self.palette.copy_(choose_colours(pictures.cpu(), len(self.palette)))
         self._table = None
         found = torch.cat([self.measure(part) for part in pictures.split(64)])

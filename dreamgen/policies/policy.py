@@ -22,11 +22,10 @@ from dreamgen.policies import augment, checkpoint, realtime
 from dreamgen.policies.body import ActionEncoder, BodyMLP
 from dreamgen.policies.dit import DiT, KeyValue, repeat_context
 from dreamgen.policies.encoder import TinyEncoder
-from dreamgen.policies.flare import Flare
-from dreamgen.policies.flow import interpolate, mean_error, sample_time
+from dreamgen.policies.flare import queries_and_flare
+from dreamgen.policies.flow import interpolate, mean_error, sample_time, weighed
 from dreamgen.policies.inference import compiled, see
-from dreamgen.policies.qformer import QFormer
-from dreamgen.policies.sight import Seen, look, same_views, tensors
+from dreamgen.policies.sight import Seen, look, require_same_views, tensors
 from dreamgen.policies.space import Space, Spaces
 
 Batch = dict[str, Tensor]
@@ -38,7 +37,7 @@ class FlowPolicy(nn.Module):
     pictures (b v h w 3) uint8, or their features by a frozen encoder (b n c), words (b l) int64, state (b d) float32 in
     units, state_known (b) bool, body (b) int64,
     action (b H a) float32 in units, valid (b H) bool: steps that exist, weight (b H) float32;
-    with FLARE also future (b v h w 3) uint8, or features, and future_known (b) bool.
+    with FLARE also future (b v h w 3) uint8, or features, and future_known (b) bool; a part also knows of its `whole`.
 
     horizon: H, robot steps in a chunk. euler_steps: K. draws: noise draws that share one encoded observation in
     training. cumulative: a chunk says where its delta parts lead, summed from its first step, instead of single
@@ -48,8 +47,9 @@ class FlowPolicy(nn.Module):
     up to so many first steps of a chunk are given, clean, for real-time chunking. compile: mode of torch.compile for
     acting. state_dropout: share of training rows whose state is hidden. shift, jitter: see `dreamgen.policies.augment`.
     queries: of a Q-Former, whose outputs the actions attend to beside the tokens. future_tokens, align_weight,
-    align_layer, target, target_decay: FLARE's M, lambda, k and targets; target "qformer" brings a Q-Former with M
-    queries. With align_weight 0 FLARE is off and leaves no trace in the model.
+    align_layer, align_horizon, target, target_decay: FLARE's M, lambda, k, how many robot steps ahead it looks (None:
+    H) and targets; target "qformer" brings a Q-Former with M queries. With align_weight 0 FLARE is off and leaves no
+    trace in the model.
 
     Raises ValueError for a binary action part without limits (open and close would have no value), a layer or a body
     that is not there, cameras that differ between bodies, other than M queries where FLARE's targets are theirs.
@@ -82,6 +82,7 @@ class FlowPolicy(nn.Module):
         future_tokens: int = 32,
         align_weight: float = 0.0,
         align_layer: int = 3,
+        align_horizon: int | None = None,
         target: str = "ema",
         target_decay: float = 0.995,
     ) -> None:
@@ -93,24 +94,26 @@ class FlowPolicy(nn.Module):
                            frame=frame, bodies=list(bodies), robots={n: r.contract() for n, r in others.items()},
                            speaks=speaks, prefix=prefix, compile=compile, state_dropout=state_dropout, shift=shift,
                            jitter=jitter, queries=queries, future_tokens=future_tokens, align_weight=align_weight,
-                           align_layer=align_layer, target=target, target_decay=target_decay)  # fmt: skip
+                           align_layer=align_layer, align_horizon=align_horizon, target=target,
+                           target_decay=target_decay)  # fmt: skip
         if align_weight and not 1 <= align_layer <= layers:
             raise ValueError(f"align_layer is {align_layer}; expected 1 to {layers}, the layers of the transformer")
-        if not 0 <= prefix < horizon:
-            raise ValueError(f"prefix is {prefix}; expected 0 to {horizon - 1}: something of a chunk must be left")
-        self.robot, self.horizon, self.euler_steps, self.draws = robot, horizon, euler_steps, draws
+        if not 0 <= prefix < horizon or (align_horizon is not None and align_horizon < 1):
+            raise ValueError(f"prefix is {prefix}, align_horizon {align_horizon}; expected 0 to {horizon - 1}, for "
+                             f"something of a chunk must be left, and null or 1 or more")  # fmt: skip
+        self.robot, self.horizon, self.euler_steps, self.draws, self.prefix = robot, horizon, euler_steps, draws, prefix
         self.bodies, self.state_dropout, self.shift, self.jitter = list(bodies), state_dropout, shift, jitter
-        self.align_weight, self.align_layer, self.prefix = align_weight, align_layer, prefix
+        self.align_weight, self.align_layer, self.compiling = align_weight, align_layer, compile
         self.encoder = encoder if encoder is not None else TinyEncoder()
+        if hasattr(self.encoder, "look_at"):
+            self.encoder.look_at(len(robot.views))
         told = dict(horizon=horizon, cumulative=cumulative, frame=frame)
         self.normalise_state = Normaliser(robot.state_dim)
         self.normalise_action = Normaliser(horizon * robot.action_dim)
         self.space = Space(robot, **told, state=self.normalise_state, action=self.normalise_action)
         spaces, self.other_normalisers = {}, nn.ModuleDict()
         for name, other in others.items():
-            if not same_views(other, robot):
-                raise ValueError(f"the body '{name}' is seen by {other.views}, the robot by {robot.views}; bodies of a "
-                                 f"policy share their cameras")  # fmt: skip
+            require_same_views(name, other, robot)
             made = {"state": Normaliser(other.state_dim), "action": Normaliser(horizon * other.action_dim)}
             self.other_normalisers[name] = nn.ModuleDict(made)
             spaces[self.body(name)] = Space(other, **told, **made)
@@ -119,7 +122,6 @@ class FlowPolicy(nn.Module):
         if self.speaks in spaces:
             raise ValueError(f"speaks is '{speaks}', which is another embodiment than '{robot.name}'; a policy acts "
                              f"for bodies of its own robot")  # fmt: skip
-        self.compiling = compile
         width, out_width, count = heads * head_width, out_width or heads * head_width, len(bodies)
         self.dit = DiT(layers=layers, heads=heads, head_width=head_width, context_width=self.encoder.width,
                        out_width=out_width, activation=activation)  # fmt: skip
@@ -132,17 +134,9 @@ class FlowPolicy(nn.Module):
         if self.summary:
             self.direct = nn.Sequential(nn.Linear(self.summary * self.encoder.width + width, 2 * width), nn.SiLU(),
                                         nn.Linear(2 * width, horizon * width))  # fmt: skip
-        self.flare, self.future_steps, self.queries = None, None, None
-        aligned = future_tokens if align_weight and target == "qformer" else 0
-        if aligned and queries not in (0, aligned):
-            raise ValueError(f"queries is {queries}, future_tokens {future_tokens}; FLARE's targets are the Q-Former's "
-                             f"outputs: give as many, or leave queries at 0")  # fmt: skip
-        if queries or aligned:
-            self.queries = QFormer(width=self.encoder.width, queries=queries or aligned)
-        if align_weight:
-            self.future_steps = horizon
-            self.flare = Flare(encoder=self.encoder, tokens=future_tokens, width=width, target=target,
-                               decay=target_decay, queries=self.queries if aligned else None)  # fmt: skip
+        self.queries, self.flare = queries_and_flare(self.encoder, width, queries, align_weight, tokens=future_tokens,
+                                                     target=target, decay=target_decay)  # fmt: skip
+        self.future_steps = (align_horizon or horizon) if self.flare else None
 
     def fit(self, state: Float32[np.ndarray, "n d"], action: Float32[np.ndarray, "m h a"],
             pictures: UInt8[np.ndarray, "p v y x 3"] | None = None, *, start: Float32[np.ndarray, "m d"] | None = None,
@@ -211,9 +205,7 @@ class FlowPolicy(nn.Module):
     def given(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a batch gives to learn from: tokens of the observations (b n c), not queried, of their states (b 1 w),
         some hidden in training, the chunks as the transformer sees them (b H a), 0 where no step is, and which are."""
-        pictures, state_known, body, valid = (batch[key] for key in ("pictures", "state_known", "body", "valid"))
-        if self.space.needs_state:
-            valid = valid & state_known[:, None]
+        pictures, state_known, body, valid = batch["pictures"], batch["state_known"], batch["body"], self.steps(batch)
         known, told = self.spaces.widen(batch["state"], batch["action"])
         if self.training:
             if pictures.dtype == torch.uint8:
@@ -224,30 +216,38 @@ class FlowPolicy(nn.Module):
         action = self.spaces.chunk(told, known, body)
         return tokens, state, torch.where(valid[..., None], action, torch.zeros_like(action)), valid
 
+    def steps(self, batch: Batch) -> Bool[Tensor, "b h"]:
+        """The steps of chunks that can be learned from."""
+        return batch["valid"] & batch["state_known"][:, None] if self.space.needs_state else batch["valid"]
+
+    def whole(self, batch: Batch) -> Batch:
+        """The batch of a step with what a row of it weighs on average (see `mean_error`), which its parts keep."""
+        return batch if "row_weight" in batch else weighed(batch, self.steps(batch))
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Flow-matching loss, plus align_weight times FLARE's."""
-        body, entries = batch["body"], self.spaces.entries(batch["body"], len(self.bodies))
+        batch = self.whole(batch)
         tokens, state, x, valid = self.given(batch)
         context = repeat_context(self.dit.context(self.queried(tokens)), self.draws)
         state, plan, x, body, valid, weight = (
             y.repeat_interleave(self.draws, 0)
-            for y in (state, self.plan(tokens, state), x, body, valid, batch["weight"])
+            for y in (state, self.plan(tokens, state), x, batch["body"], valid, batch["weight"])
         )
+        entries = self.spaces.entries(body, len(self.bodies))
         noise, t = torch.randn_like(x), sample_time(len(x), like=x)
-        if entries is not None:
-            entries = entries.repeat_interleave(self.draws, 0)
-            noise = noise * entries
+        noise = noise if entries is None else noise * entries
         x_t, clean, weight = interpolate(x, noise, t), None, weight * valid
         if self.training and self.prefix:
             length = torch.randint(0, self.prefix + 1, (len(x), 1), device=x.device)
             clean = (torch.arange(self.horizon, device=x.device) < length) & valid
             x_t, weight = torch.where(clean[..., None], x, x_t), weight * ~clean
         velocity, tapped = self.velocity(x_t, t, state, plan, context, body, valid, clean)
-        flow = mean_error((velocity - (x - noise)).square(), weight, entries)
+        flow = mean_error((velocity - (x - noise)).square(), weight, entries, batch["row_weight"])
         if not self.flare:
             return flow, {"flow": flow}
         future = self.flare.embed(batch["future"], batch["words"]).repeat_interleave(self.draws, 0)
-        align = self.flare.loss(tapped, future, batch["future_known"].repeat_interleave(self.draws, 0))
+        known = batch["future_known"].repeat_interleave(self.draws, 0)
+        align = self.flare.loss(tapped, future, known, batch["row_known"])
         return flow + self.align_weight * align, {"flow": flow, "align": align}
 
     def after_step(self) -> None:

@@ -38,10 +38,10 @@ class Regression(nn.Module):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of w |readout(plan) - x|^2 over the steps that exist; batch: see `FlowPolicy`."""
-        policy, body = self.policy, batch["body"]
+        policy, body, batch = self.policy, batch["body"], self.policy.whole(batch)
         tokens, state, x, valid = policy.given(batch)
         entries = policy.spaces.entries(body, len(policy.bodies))
         plan = policy.plan(tokens, state)
         error = (self.readout(plan, body).float() - x).square()
-        loss = mean_error(error, batch["weight"] * valid, entries)
+        loss = mean_error(error, batch["weight"] * valid, entries, batch["row_weight"])
         return loss, {"regression": loss}

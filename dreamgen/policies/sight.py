@@ -29,11 +29,14 @@ def look(encoder: nn.Module, pictures: Tensor, words: Tensor) -> tuple[Tensor, T
     return encoder(pictures, words) if pictures.dtype == torch.uint8 else encoder.project(pictures, words)
 
 
-def same_views(a: Embodiment, b: Embodiment) -> bool:
-    """Whether two robots share their cameras; an orientation that an older contract does not tell is not compared."""
-    told = all(x.orientation and y.orientation for x, y in zip(a.views, b.views, strict=False))
-    seen = [[v if told else replace(v, orientation="") for v in robot.views] for robot in (a, b)]
-    return seen[0] == seen[1]
+def require_same_views(body: str, other: Embodiment, robot: Embodiment) -> None:
+    """ValueError where a body of a policy has other cameras than its robot; an orientation that an older contract does
+    not tell is not compared."""
+    told = all(x.orientation and y.orientation for x, y in zip(other.views, robot.views, strict=False))
+    seen = [[v if told else replace(v, orientation="") for v in each.views] for each in (other, robot)]
+    if seen[0] != seen[1]:
+        raise ValueError(f"the body '{body}' is seen by {other.views}, the robot by {robot.views}; bodies of a policy "
+                         f"share their cameras")  # fmt: skip
 
 
 def _views(robot: Embodiment, observation: Observation) -> np.ndarray:

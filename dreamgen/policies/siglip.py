@@ -1,11 +1,15 @@
 """SigLIP and SigLIP2 (Tschannen et al. 2025): patch tokens of each view, and one token for the instruction."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamgen.policies.pretrained import Pretrained
+
+KEPT = 4096  # instructions whose embedding by a frozen model is remembered, those asked for last
 
 
 class SiglipEncoder(Pretrained):
@@ -40,6 +44,11 @@ class SiglipEncoder(Pretrained):
         self.place = nn.Parameter(0.02 * torch.randn(max_views, tokens * tokens, width))
         self._known: dict[tuple, Tensor] = {}
 
+    def words(self, instructions: Sequence[str]) -> Int64[Tensor, "b l"]:
+        """Token numbers + 1, padded with 0. In small letters, as all text of its training was; SigLIP2's tokenizer,
+        Gemma's, keeps capitals."""
+        return super().words([text.lower() for text in instructions])
+
     def features(self, pictures: UInt8[Tensor, "b v h w 3"], words: Int64[Tensor, "b l"]) -> Float[Tensor, "b n d"]:
         """Patch tokens, averaged to `tokens` a side, view after view."""
         x = self.model.vision_model(pixel_values=self.pixels(pictures)).last_hidden_state
@@ -55,7 +64,11 @@ class SiglipEncoder(Pretrained):
             with torch.no_grad():
                 found = self.model.text_model(input_ids=self.ids(each[fresh])).pooler_output
             self._known |= {names[k]: value.cpu() for k, value in zip(fresh, found, strict=True)}
-        return torch.stack([self._known[name] for name in names]).to(words.device)[row]
+        self._known |= {name: self._known.pop(name) for name in names}  # the last are those asked for last
+        values = torch.stack([self._known[name] for name in names])
+        for name in list(self._known)[:-KEPT]:
+            del self._known[name]
+        return values.to(words.device)[row]
 
     def project(
         self, features: Float[Tensor, "b n d"], words: Int64[Tensor, "b l"]

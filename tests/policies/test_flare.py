@@ -119,7 +119,7 @@ def test_alignment_is_zero_for_the_true_embedding():
     model, data = policy(**ON), batch()
     target = model.flare.embed(data["future"], data["words"])
     model.flare.project = torch.nn.Identity()
-    assert model.flare.loss(target * 2.5, target, torch.ones(B, dtype=torch.bool)).abs() < 1e-6
+    assert model.flare.loss(target * 2.5, target, torch.ones(B, dtype=torch.bool), torch.ones(())).abs() < 1e-6
 
 
 def test_future_tokens_only_lengthen_the_sequence():

@@ -10,7 +10,7 @@ from dreamgen.policies.flow import euler
 from dreamgen.policies.inference import integrate
 from dreamgen.policies.palette import PaletteEncoder, choose_colours
 from dreamgen.policies.policy import FlowPolicy
-from tests.policies.toy import STEPS, observations, robot
+from tests.policies.toy import STEPS, observations, policy, robot
 
 GREY, RED, BLUE = (90, 92, 91), (250, 20, 25), (20, 30, 240)
 
@@ -98,6 +98,13 @@ def test_views_must_agree():
     with pytest.raises(ValueError, match="1 views; this encoder was made for 2"):
         encoder.fit(scene([3, 9], [5, 8]))
     encoder.fit(scene([3, 9], [5, 8], views=2))
+    torch.manual_seed(0)
+    looking = policy(encoder=PaletteEncoder(width=24, colours=3, slots=2, hidden=12)).encoder  # of a robot with two
+    looking.fit(scene([3, 9], [5, 8], views=2))
+    assert looking.config["views"] == 2 and looking.name.shape[0] == len(looking.std) == 6
+    before = looking.name.clone()
+    looking.look_at(2)
+    assert torch.equal(looking.name, before)
 
 
 def test_palette_is_saved(tmp_path):

@@ -150,9 +150,6 @@ def test_bad_observations_are_named():
         model.act([dataclasses.replace(seen, state=np.zeros(2, np.float32))], [0])
     with pytest.raises(ValueError, match="no embodiment 'latent'"):
         model.body("latent")
-    parts = (Part(name="hand", start=0, stop=1, kind="binary"),)
-    with pytest.raises(ValueError, match="has no limits"):
-        FlowPolicy(robot=robot(action=parts), encoder=encoder())
 
 
 def test_a_robot_without_state_and_with_unknown_state():

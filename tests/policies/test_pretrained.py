@@ -5,9 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast, SiglipConfig, SmolVLMConfig
 
+from dreamgen.engine.train import train
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import Features, cacheable
 from dreamgen.policies.policy import FlowPolicy
@@ -58,7 +60,9 @@ def made(folders: dict[str, str], name: str, tune: bool = False, **changes) -> F
 @pytest.mark.parametrize("name", ["siglip", "vlm"])
 def test_rows_depend_on_their_own_pictures_and_words(folders, name):
     it = encoder(folders, name).eval()
-    words = it.words(["push the red block", "push", "push the red block"])
+    told = "Push the RED block" if name == "siglip" else "push the red block"  # SigLIP2 has learned in small letters
+    words = it.words([told, "push", "push the red block"])
+    assert torch.equal(words[0], words[2])
     assert words.shape == (3, 6) and (words[1, 1:] == 0).all() and words[1, 0] == 1 + WORDS.index("push")
     pictures = torch.randint(0, 256, (3, 2, 24, 16, 3), dtype=torch.uint8)
     pictures[2] = pictures[0]
@@ -71,6 +75,19 @@ def test_rows_depend_on_their_own_pictures_and_words(folders, name):
     torch.testing.assert_close(spoken[0], language[1], atol=1e-4, rtol=1e-4)
     other, _ = it(pictures[:1], words[1:2])
     assert torch.allclose(other[0], visual[0], atol=1e-5) == (name == "siglip")  # a VLM reads pictures with the words
+
+
+def test_the_texts_of_a_frozen_model_are_kept_up_to_a_bound(folders, monkeypatch):
+    monkeypatch.setattr("dreamgen.policies.siglip.KEPT", 2)
+    it, calls = encoder(folders, "siglip").eval(), []
+    forward = it.model.text_model.forward
+    monkeypatch.setattr(it.model.text_model, "forward", lambda **k: calls.append(len(k["input_ids"])) or forward(**k))
+    want = it._text(it.words(["push", "open", "lift"]))  # more than are kept, at once
+    assert len(it._known) == 2  # "lift", then "open", by their numbers
+    for asked in (["lift"], ["push"], ["lift"]):  # "open" was asked for longest ago
+        found = it._text(it.words(asked))
+        torch.testing.assert_close(found, want[[["push", "open", "lift"].index(text) for text in asked]])
+    assert calls == [3, 1] and len(it._known) == 2
 
 
 def test_weights_and_layers_are_those_of_the_hub(folders):
@@ -109,6 +126,35 @@ def test_a_checkpoint_needs_no_hub(folders, name, tmp_path):
     again = FlowPolicy.load(tmp_path / "p")
     assert again.encoder.config["path"] == str(tmp_path / "p" / "encoder")
     np.testing.assert_allclose(again.act(observations(2), [1, 2]), model.act(observations(2), [1, 2]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["siglip", "vlm"])
+def test_a_frozen_model_is_held_once(folders, name, tmp_path):
+    """By the encoder and by FLARE's targets; a tuned one is copied."""
+    options = dict(align_weight=0.2, align_layer=1, future_tokens=2, target="qformer")
+    model, tuned = made(folders, name, **options), made(folders, name, tune=True, **options)
+    assert model.flare.target.model is model.encoder.model and tuned.flare.target.model is not tuned.encoder.model
+    assert not any("target.model" in key for key in model.state_dict())
+    assert sum("target.model" in key for key in tuned.state_dict()) == len(tuned.encoder.model.state_dict())
+    own = dict(model.encoder.named_parameters(), **dict(model.encoder.named_buffers()))
+    copied = {key for key, _ in model.flare.target.named_buffers()}
+    assert copied == {key for key in own if not key.startswith("model.")}
+    data = batch()
+    data["words"] = model.encoder.words(["push"] * B)
+    assert torch.equal(
+        model.flare.embed(data["future"], data["words"]),
+        model.double().float().flare.embed(data["future"], data["words"]),
+    )  # moved with it
+    model.train()
+    assert not model.encoder.model.training
+    how = dict(lr=1e-2, warmup=1, ema=None, precision="fp32", checkpoint_every=1, log_every=1)
+    train(model, lambda step: data, out=tmp_path, steps=2, **how)
+    kept = load_file(tmp_path / "training/step_00000002/buffers.safetensors")
+    assert not any("target.model" in key for key in kept) and any("flare.target" in key for key in kept)
+    before = model.flare.embed(data["future"], data["words"])
+    model.eval().save(tmp_path / "p")
+    again = FlowPolicy.load(tmp_path / "p")
+    assert torch.equal(again.flare.embed(data["future"], data["words"]), before)
 
 
 @pytest.mark.parametrize("name", ["siglip", "vlm"])
