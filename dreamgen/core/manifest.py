@@ -22,6 +22,8 @@ from typing import Any
 FILE = "manifest.json"
 RUN = "run.json"
 WRITING = ".writing"  # beside a dataset while it is written, and until its stage's manifest is there
+STORED = 2**26  # bytes of a folder from which on its digests are kept for other processes
+SETTLED = 2  # seconds after which a file that is written to again has another time
 
 
 @contextlib.contextmanager
@@ -72,11 +74,49 @@ def _digest_of(path: Path, size: int, written: int, inode: int) -> str:
 
 
 def tree_digest(path: Path) -> str:
-    """16 hex digits that name a file, or a directory's file names and bytes."""
+    """16 hex digits that name a file, or a directory's file names and bytes.
+
+    The digests of a large folder's files are kept in the user's cache folder, so that the next process reads only the
+    files whose place, size, time of writing or inode is another.
+    """
     if path.is_file():
         return file_digest(path)
     files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (FILE, RUN) and p.suffix != ".log")
-    return digest([[str(p.relative_to(path)), file_digest(p)] for p in files])
+    stats = {p: p.stat() for p in files}
+    if sum(stat.st_size for stat in stats.values()) < STORED:
+        return digest([[str(p.relative_to(path)), file_digest(p)] for p in files])
+    keys = {p: f"{p.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for p, stat in stats.items()}
+    store = _cache() / "digests" / f"{digest(str(path.resolve()))}.json"
+    found = _recall(store)
+    try:
+        for p in files:
+            found[keys[p]] = found.get(keys[p]) or file_digest(p)
+        return digest([[str(p.relative_to(path)), found[keys[p]]] for p in files])
+    finally:  # what an interrupted call has read counts too
+        settled = [keys[p] for p in files if time.time() - stats[p].st_mtime > SETTLED]
+        _remember(store, {key: found[key] for key in settled if key in found})
+
+
+def _cache() -> Path:
+    """The user's folder for what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "dreamgen"
+
+
+def _recall(store: Path) -> dict[str, str]:
+    """What a store holds; nothing if it is absent or unreadable."""
+    try:
+        known = json.loads(store.read_text())
+    except (OSError, ValueError):
+        return {}
+    good = isinstance(known, dict) and all(isinstance(value, str) and len(value) == 16 for value in known.values())
+    return known if good else {}
+
+
+def _remember(store: Path, known: dict[str, str]) -> None:
+    """Replace a store in one piece; of processes that do so together one wins, and the others read files again."""
+    with contextlib.suppress(OSError):
+        if known != _recall(store):
+            write_json(store, known)
 
 
 def fingerprint(path: Path) -> str:
