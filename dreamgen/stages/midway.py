@@ -1,16 +1,18 @@
 """Closed-loop evaluation of a policy while it is trained, in a process of its own: training does not wait.
 
 A snapshot with the averaged weights, `midway/<step>`, is evaluated on the same first states every time. What has been
-measured lies in `midway/<step>.json`; a run that is continued measures only what is missing.
+measured lies in `midway/<step>.json`; a run that is continued measures only what is missing. A process that is killed
+is replaced and begins once more; an evaluation that fails is told of and costs itself alone.
 """
 
 import ctypes
+import logging
 import multiprocessing
 import os
 import shutil
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from dreamgen.core.manifest import read_json, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.sims.rollout import rollout
+
+log = logging.getLogger(__name__)
 
 
 def _prepare() -> None:
@@ -56,6 +60,7 @@ class Midway:
         self.kind = kind
         self.pool: ProcessPoolExecutor | None = None
         self.begun: dict[Path, Future] = {}
+        self.again: set[Path] = set()  # what a killed process took along
 
     def begin(self, model: nn.Module, step: int) -> None:
         """Evaluate the model as it is now; returns at once."""
@@ -67,22 +72,42 @@ class Midway:
         self._catch_up()
 
     def _catch_up(self) -> None:
-        """Begin what lies there and was not begun by this process."""
+        """Begin what lies there and was not begun by this process, and once more what ended with a process."""
+        for snapshot, future in list(self.begun.items()):
+            if snapshot not in self.again and future.done() and isinstance(future.exception(), BrokenExecutor):
+                log.warning("the evaluation of %s ended with its process, which was killed; it begins again", snapshot)
+                self.again.add(snapshot)
+                del self.begun[snapshot]
         for snapshot in sorted(set(self.folder.glob("[0-9]" * 8)) - self.begun.keys()):
             target = snapshot.with_suffix(".json")
             if target.is_file():  # killed between the result and the removal
                 shutil.rmtree(snapshot)
                 continue
-            context = multiprocessing.get_context("spawn")
-            self.pool = self.pool or ProcessPoolExecutor(1, mp_context=context, initializer=_prepare)
-            self.begun[snapshot] = self.pool.submit(measure, self.kind, snapshot, self.sim, *self.options, target)
+            self.begun[snapshot] = self._submit(snapshot, target)
+
+    def _submit(self, snapshot: Path, target: Path) -> Future:
+        """Measure a snapshot in the process beside training, or in a new one where that was killed."""
+        piece = (measure, self.kind, snapshot, self.sim, *self.options, target)
+        try:
+            if self.pool is not None:
+                return self.pool.submit(*piece)
+        except BrokenExecutor:
+            pass
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare)
+        return self.pool.submit(*piece)
 
     def gather(self) -> list[dict[str, Any]]:
-        """Wait for what is under way; all that was measured, by step. Raises what an evaluation has raised, once all
-        have ended; its snapshot stays, and a run that is continued begins it again."""
+        """Wait for what is under way; all that was measured, by step. An evaluation that failed gives its `error` in
+        words, and its snapshot stays."""
+        self._catch_up()
+        wait(self.begun.values())
         self._catch_up()
         if self.pool:
             self.pool.shutdown()
-        for future in self.begun.values():
-            future.result()
-        return [{"step": int(path.stem), **read_json(path)} for path in sorted(self.folder.glob("*.json"))]
+        rows = [{"step": int(path.stem), **read_json(path)} for path in self.folder.glob("*.json")]
+        for snapshot, future in self.begun.items():
+            if error := future.exception():
+                log.warning("the evaluation of %s has failed: %s: %s", snapshot, type(error).__name__, error)
+                rows.append({"step": int(snapshot.name), "error": f"{type(error).__name__}: {error}"})
+        return sorted(rows, key=lambda row: row["step"])

@@ -84,7 +84,7 @@ def train_policy(
     Normalisers are fitted to the real data, to the dreams where there are none.
     Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than an episode, no data, none
     for the body that the policy acts for, and a loss or gradient that is not finite (names the episodes; the last good
-    state stays). The trained state is kept until all evaluations on the way are done: one that fails costs itself.
+    state stays). An evaluation on the way that fails costs itself: `midway` then tells its error.
     """
     given = {"real": [] if real is None else [real], "dream": dreams, "latent": latent, "video": videos}
     numbered = [(kind, dataset) for kind, group in given.items() for dataset in group]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from dreamgen.core.embodiment import Part
 from dreamgen.policies.policy import FlowPolicy
 from tests.policies.toy import STEPS, A, B, D, H, V, W, batch, encoder, loss, observations, policy, robot
 

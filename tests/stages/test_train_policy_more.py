@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from concurrent.futures import ThreadPoolExecutor
+import os
+import signal
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -77,28 +79,39 @@ def test_videos_without_actions_train_by_alignment_alone(folder: Path, tmp_path:
         run(folder, tmp_path / "s", policy=aligned, dreams=[video])
 
 
-def untrainable() -> FlowPolicy:
-    policy = small()
-    policy.loss = lambda batch: pytest.fail("training is done")
-    return policy
-
-
-def test_an_evaluation_on_the_way_that_fails_costs_no_training(folder: Path, tmp_path: Path, monkeypatch):
+def test_an_evaluation_on_the_way_that_fails_costs_itself(folder: Path, tmp_path: Path, monkeypatch, caplog):
     def fails(*_, **__):
         raise OSError("the simulator broke")
 
     monkeypatch.setattr(midway, "ProcessPoolExecutor", lambda n, mp_context, initializer: ThreadPoolExecutor(n))
-    rollout = midway.rollout
     monkeypatch.setattr(midway, "rollout", fails)
     options = dict(steps=4, evaluate_every=2, sim=Point, evaluate_episodes=2, evaluate_steps=4, evaluate_execute=2)
-    with pytest.raises(OSError, match="the simulator broke"):
-        run(folder, tmp_path / "p", **options)
-    assert json.loads((tmp_path / "p/training/latest.json").read_text())["step"] == 4
-    monkeypatch.setattr(midway, "rollout", rollout)
-    (tmp_path / "p/midway/00000003.partial").mkdir()  # of a kill: no snapshot yet
-    done = run(folder, tmp_path / "p", policy=untrainable, **options)
-    assert [row["step"] for row in done["results"]["midway"]] == [2, 4]
-    assert not (tmp_path / "p/training").exists() and not (tmp_path / "p/midway/00000002").exists()
+    (tmp_path / "p/midway/00000003.partial").mkdir(parents=True)  # of a kill: no snapshot yet
+    done = run(folder, tmp_path / "p", **options)
+    assert done["results"]["midway"] == [{"step": k, "error": "OSError: the simulator broke"} for k in (2, 4)]
+    assert "midway/00000002 has failed: OSError: the simulator broke" in caplog.text
+    assert FlowPolicy.load(tmp_path / "p/midway/00000002").horizon == HORIZON  # to look at what went wrong
+    assert not (tmp_path / "p/training").exists() and run(folder, tmp_path / "p", **options) == done
+
+
+def dying(marker: Path) -> Point:
+    """A simulator whose process is killed the first time."""
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Point()
+
+
+def test_an_evaluation_whose_process_is_killed_begins_again(tmp_path: Path):
+    beside = midway.Midway(tmp_path, partial(dying, tmp_path / "killed"), FlowPolicy, episodes=2, steps=2, execute=2,
+                           seed=0)  # fmt: skip
+    model = small()
+    beside.begin(model, 1)
+    with pytest.raises(BrokenExecutor):
+        beside.begun[tmp_path / "midway/00000001"].result(timeout=300)
+    beside.begin(model, 2)  # goes on, in a new process
+    found = beside.gather()
+    assert [row["step"] for row in found] == [1, 2] and all(row["n"] == 2 for row in found)
 
 
 def test_a_policy_acts_for_a_body_that_was_trained(folder: Path, tmp_path: Path):
