@@ -49,20 +49,29 @@ class Layout:
 
 
 def locate(root: str | Path, revision: str | None = None) -> Path:
-    """A local folder, or a dataset of the Hugging Face hub ("org/name"), downloaded. ValueError if it is neither."""
+    """A local folder, or a dataset of the Hugging Face hub ("org/name", "hf://org/name"), downloaded.
+
+    Raises ValueError if it is neither, and where "org/name" may be either: `org` holds datasets, but not this one.
+    """
+    hub = re.fullmatch(r"(hf:/{1,2})?([\w-][\w.-]*/[\w.-]+)", str(root))
     path = Path(root).expanduser()
-    if path.exists():
+    if path.exists() and not (hub and hub[1]):
         return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(root)) or path.parent.is_dir():
+    if hub is None:
         raise ValueError(f"dataset {root} does not exist; mend the path, or run the job that makes it")
+    name = hub[2]
+    if not hub[1] and path.parent.is_dir() and any((child / INFO).is_file() for child in path.parent.iterdir()):
+        raise ValueError(f"dataset {root} does not exist, and the folder {path.parent} holds others; write hf://{name} "
+                         f"if it is one of the Hugging Face hub, else mend the path (./{name}) or run the job that "
+                         f"makes it")  # fmt: skip
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(root), repo_type="dataset", revision=revision))
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision))
     except Exception as error:  # the hub's and the network's errors have no common class; all are named and re-raised
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"dataset {root} is no local folder, and the Hugging Face hub does not give a dataset of that name "
+            f"dataset {name} is no local folder, and the Hugging Face hub does not give a dataset of that name "
             f"({reason}). Mend the path, or download it where there is a network."
         ) from error
 

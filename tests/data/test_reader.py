@@ -250,28 +250,6 @@ def test_all_bad(v2, robot):
         Dataset(root, robot, skip_bad=True)
 
 
-def test_hub_id_offline(robot, monkeypatch):
-    import huggingface_hub
-
-    asked = {}
-
-    def unreachable(repo, **options):
-        asked.update(repo=repo, **options)
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(ValueError, match="someone/some-data is no local folder.*no route to host"):
-        Dataset("someone/some-data", robot, revision="main")
-    assert asked == {"repo": "someone/some-data", "repo_type": "dataset", "revision": "main"}
-
-
-def test_hub_id_downloads(v2, robot, monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(v2[0]))
-    assert len(Dataset("someone/some-data", robot)) == 3
-
-
 def test_smaller_views(v2, robot):
     from dataclasses import replace
 
