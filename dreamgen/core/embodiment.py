@@ -4,7 +4,7 @@ An embodiment is a YAML file in `conf/embodiment`; adding a robot needs no Pytho
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
@@ -48,6 +48,7 @@ class View:
                              f"{', '.join(ORIENTATIONS[1:])}, or none")  # fmt: skip
         if self.height <= 0 or self.width <= 0:
             raise ValueError(f"view '{self.name}' is {self.height}x{self.width} pixels; both must be positive")
+        object.__setattr__(self, "camera", _made(Camera, self.camera))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Part:
     unit: of one entry, e.g. "m", "rad", "1"; `scale` converts an action entry into the unit of the state part that
         it moves.
     moves: for an action part, the state part that it changes (delta: adds to; absolute, binary: sets); None if none.
-    limits: lowest and highest value of any entry, if known.
+    limits: lowest and highest value of any entry, if known; of a binary action part the two values of its command.
     positive: what high values do, in a word, where the sign is a convention: a gripper `closes` or `opens`.
     sets: for a binary action part, what its low and its high command make of the state part that it moves, and
         `travel`, the seconds that the whole way takes.
@@ -99,6 +100,20 @@ class Part:
         return slice(self.start, self.stop)
 
 
+MEMBERS = {"views": View, "state": Part, "action": Part, "tools": Tool}
+
+
+def _made(kind: Any, node: Any) -> Any:
+    """`node`, or what a plain map of its settings describes. ValueError for settings that it has not, or lacks."""
+    if not isinstance(node, Mapping):
+        return node
+    try:
+        return kind(**node)
+    except TypeError as error:
+        what, why, known = kind.__name__.lower(), str(error).rpartition("() ")[2], kind.__dataclass_fields__
+        raise ValueError(f"{what} '{node.get('name', '')}' {why}; a {what} has {', '.join(known)}") from error
+
+
 def _cover(kind: str, parts: Sequence[Part]) -> int:
     """Total width of `parts`; they must cover [0, width) in order, without a gap."""
     at = 0
@@ -128,7 +143,7 @@ def _apart(left: dict | None, right: dict | None) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Embodiment:
-    """One robot.
+    """One robot. Views, parts and tools may be given as plain maps of their settings, as a YAML file has them.
 
     robot_hz: rows of state and action a second ("30", "20", "50/3").
     views: the cameras the models see; `grid` lays them out on one canvas, row by row, by name (None is black).
@@ -150,8 +165,8 @@ class Embodiment:
     description: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        for key in ("views", "action", "state", "tools"):
-            object.__setattr__(self, key, tuple(getattr(self, key)))
+        for key, kind in MEMBERS.items():
+            object.__setattr__(self, key, tuple(_made(kind, each) for each in getattr(self, key)))
         object.__setattr__(self, "robot_hz", str(self.robot_hz))
         if not self.views:
             raise ValueError(f"embodiment '{self.name}' has no views; name at least one camera")
@@ -175,7 +190,9 @@ class Embodiment:
             if part.moves is not None and names[part.moves].width != part.width:
                 raise ValueError(f"action part '{part.name}' is {part.width} wide and moves '{part.moves}', which is "
                                  f"{names[part.moves].width} wide; they must agree")  # fmt: skip
-
+            if part.kind == "binary" and part.limits is None:
+                raise ValueError(f"binary action part '{part.name}' of embodiment '{self.name}' has no limits; give it "
+                                 f"the two values of its command, e.g. limits: [-1, 1]")  # fmt: skip
         for tool in self.tools:
             for part, width in ((tool.position, 3), (tool.opening, 1)):
                 if part is not None and (part not in names or names[part].width != width):
@@ -217,11 +234,8 @@ class Embodiment:
     @classmethod
     def from_contract(cls, contract: dict) -> "Embodiment":
         """The robot that `contract()` describes."""
-        parts = {key: tuple(Part(**part) for part in contract[key]) for key in ("state", "action")}
-        views = [View(**{"orientation": "", **view, "camera": Camera(**view["camera"]) if view.get("camera") else None})
-                 for view in contract["views"]]  # fmt: skip
-        tools = tuple(Tool(**tool) for tool in contract.get("tools", ()))
-        return cls(**{**contract, **parts, "views": tuple(views), "tools": tools})
+        known = {**contract, "views": [{"orientation": "", **view} for view in contract["views"]]}
+        return cls(**known | {key: [_made(kind, each) for each in known.get(key, ())] for key, kind in MEMBERS.items()})
 
     def mismatches(self, contract: dict) -> list[str]:
         """What differs between this robot and a saved `contract`, one sentence each."""

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 
 from dreamgen.core.embodiment import Embodiment, Part, View
 from jobs.recipe import load
+from tests.data.conftest import untyped  # noqa: F401
 
 CONF = Path(__file__).parents[2] / "conf"
 FRONT = View(name="front", key="observation.images.front", height=16, width=24, orientation="upright")
@@ -120,6 +121,24 @@ def test_the_unknown_is_refused() -> None:
         replace(FRONT, orientation="sideways")
     with pytest.raises(ValueError, match="fit 'stretch'; expected one of squeeze, crop, pad"):
         replace(FRONT, fit="stretch")
+
+
+def test_plain_maps_are_taken_and_wrong_ones_explained(untyped) -> None:  # noqa: F811
+    plain = json.loads(json.dumps(ROBOT.contract()))
+    assert Embodiment(**plain) == ROBOT
+    with pytest.raises(ValueError, match="view 'front' got an unexpected .* 'hight'; a view has name, key"):
+        Embodiment(**plain | {"views": [{"name": "front", "key": "front", "hight": 3}]})
+    with pytest.raises(ValueError, match="part 'move' missing 1 required .*: 'stop'; a part has name"):
+        Embodiment(**plain | {"action": [{"name": "move", "start": 0}]})
+    lens = {"focal": [1, 1], "position": [0, 0, 0], "rotation": [1, 0, 0, 0, 1, 0, 0, 0, 1]}
+    seen = Embodiment(**plain | {"views": [{**plain["views"][0], "camera": lens}], "grid": []})
+    assert seen.views[0].camera is not None and seen.views[0].camera.focal == (1, 1)
+    assert Embodiment.from_contract(json.loads(json.dumps(seen.contract()))) == seen
+
+
+def test_a_command_without_its_two_values_is_refused() -> None:
+    with pytest.raises(ValueError, match="binary action part 'grip' of embodiment 'arm' has no limits; give"):
+        grip(limits=None)
 
 
 def test_a_contract_without_a_fit_squeezes() -> None:

@@ -20,7 +20,7 @@ def robot() -> Embodiment:
         state=(Part(name="pose", start=0, stop=3, unit="m"), Part(name="grip", start=3, stop=5)),
         action=(
             Part(name="move", start=0, stop=3, kind="delta", moves="pose", scale=0.04),
-            Part(name="close", start=3, stop=4, kind="binary"),
+            Part(name="close", start=3, stop=4, kind="binary", limits=(-1, 1)),
         ),
     )
 

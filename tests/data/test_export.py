@@ -135,7 +135,7 @@ def test_relative_statistics():
     rng = np.random.default_rng(0)
     robot = Embodiment(name="arm", robot_hz=5, views=(VIEW,), state=(Part(name="grip", start=0, stop=1),
                        Part(name="arm", start=1, stop=3)), action=(Part(name="arm", start=0, stop=2, moves="arm"),
-                       Part(name="close", start=2, stop=3, kind="binary", moves="grip")))  # fmt: skip
+                       Part(name="close", start=2, stop=3, kind="binary", moves="grip", limits=(-1, 1))))  # fmt: skip
     states, actions = ([rng.normal(size=(n, 3)) for n in (6, 2, 9)] for _ in range(2))
     found = relative_stats(robot, states, actions, 4)
     assert list(found) == ["arm"]

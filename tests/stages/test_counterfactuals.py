@@ -160,7 +160,8 @@ def test_streams_that_would_repeat_the_first_are_refused(recordings) -> None:
         with pytest.raises(ValueError, match=rf"{name} \(.*{why}.*Leave them out of prompts.streams"):
             ActionPrompts(streams=("small", name), **made)()
     view = View(name="eye", key="observation.images.eye", height=8, width=8)
-    grip = Embodiment(name="grip", robot_hz=5, views=[view], action=[Part(name="g", start=0, stop=1, kind="binary")])
+    grip = Embodiment(name="grip", robot_hz=5, views=[view],
+                      action=[Part(name="g", start=0, stop=1, kind="binary", limits=(0, 1))])  # fmt: skip
     assert set(repeating(grip, 2, 8)) == {"small", "large", "adversarial", "mirrored"}
 
 
@@ -193,7 +194,8 @@ def test_rest_leaves_a_state_as_it_is() -> None:
                             Part(name="open", start=3, stop=4)],
                      action=[Part(name="move", start=0, stop=2, kind="delta", moves="at"),
                              Part(name="go", start=2, stop=3, moves="q", scale=2.0),
-                             Part(name="grip", start=3, stop=4, kind="binary", moves="open", sets=(1, 0)),
+                             Part(name="grip", start=3, stop=4, kind="binary", moves="open", sets=(1, 0),
+                                  limits=(0, 1)),
                              Part(name="lamp", start=4, stop=5, limits=(1, 3))])  # fmt: skip
     for opening in (0.0, 1.0):
         state = np.array([0.3, -0.2, 0.8, opening], np.float32)
@@ -226,7 +228,7 @@ def test_streams_in_closed_form() -> None:
     arm = Embodiment(name="arm", robot_hz=5, views=[view],
                      action=[Part(name="move", start=0, stop=3, kind="delta", limits=(-1, 1)),
                              Part(name="joint", start=3, stop=4),
-                             Part(name="grip", start=4, stop=5, kind="binary")])  # fmt: skip
+                             Part(name="grip", start=4, stop=5, kind="binary", limits=(0, 1))])  # fmt: skip
     action = np.arange(20, dtype=np.float32).reshape(4, 5) / 20
     action[:, 4] = [0, 1, 1, 0]
     assert np.allclose(mirrored(arm, action) * [1, -1, 1, 1, 1], action)

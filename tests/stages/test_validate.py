@@ -30,7 +30,7 @@ EPISODES = "meta/episodes/chunk-000/file-000.parquet"
 STATE = (Part(name="arm", start=0, stop=2, unit="rad"), Part(name="grip", start=2, stop=3))
 ACTION = (
     Part(name="arm", start=0, stop=2, unit="rad", moves="arm", limits=(-3, 3)),
-    Part(name="close", start=2, stop=3, kind="binary", moves="grip"),
+    Part(name="close", start=2, stop=3, kind="binary", moves="grip", limits=(-1, 1)),
 )
 
 
@@ -202,7 +202,8 @@ UNITS = {
     "varies .* times as much as 'arm'": (episodes(scale=57.3), {}),
     r"beyond its limits \[-1, 1\]": (episodes(), {"action": (Part(name="arm", start=0, stop=2, moves="arm",
                                                                   limits=(-1, 1)), ACTION[1])}),
-    "'close' is binary and takes": (episodes(), {"action": (Part(name="close", start=0, stop=3, kind="binary"),)}),
+    "'close' is binary and takes": (episodes(), {"action": (Part(name="close", start=0, stop=3, kind="binary",
+                                                                  limits=(-3, 3)),)}),
     "is a delta and follows 'arm' itself": (episodes(), {"action": (Part(name="arm", start=0, stop=2, kind="delta",
                                                                          moves="arm"), ACTION[1])}),
     "part 'grip' never varies": ([Episode(**vars(e) | {"state": e.state * np.float32([1, 1, 0])})
