@@ -1,6 +1,5 @@
 """The files of a LeRobot v2.1 dataset that is being written: a table and a video per episode and camera."""
 
-import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,9 +7,10 @@ import pyarrow.parquet as pq
 
 from dreamgen.core.manifest import write_json
 from dreamgen.data import statistics
-from dreamgen.data.files_v3 import hugging_face, write_beside
-from dreamgen.data.layout import INFO
-from dreamgen.data.ledger import Item, Ledger
+from dreamgen.data.files_v3 import hugging_face, write_contract
+from dreamgen.data.layout import INFO, PROVENANCE
+from dreamgen.data.ledger import Item, Ledger, provenance
+from dreamgen.data.lines import Lines
 from dreamgen.video.remux import Joined
 
 DATA = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
@@ -28,8 +28,8 @@ class Files:
                  chunks_size: int = 1000) -> None:  # fmt: skip
         self.out, self.ledger, self.robot_type, self.contract = out, ledger, robot_type, contract
         self.groot, self.chunks_size = groot, chunks_size
-        self.lines: list[dict] = []
-        self.stats: list[dict] = []
+        self._episodes, self._stats = (Lines(out / "meta" / f"{name}.jsonl") for name in ("episodes", "episodes_stats"))
+        self._provenance = Lines(out / PROVENANCE)
 
     def path(self, index: int) -> Path:
         """The table of an episode."""
@@ -48,12 +48,16 @@ class Files:
             place = {"episode_chunk": index // self.chunks_size, "video_key": key, "episode_index": index}
             with Joined(self.out / VIDEO.format(**place), ledger.rate) as video:
                 video.add(data)
-        self.lines.append({"episode_index": index, "tasks": texts, "length": item.rows})
+        about = {"episode_index": index, "tasks": texts, "length": item.rows}
+        self._episodes.add(about | provenance(item.meta))
+        self._provenance.add({"episode_index": index, **item.meta})
         kept = {name: {k: found[k] for k in STATS} for name, found in stats.items()}
-        self.stats.append({"episode_index": index, "stats": kept})
+        self._stats.add({"episode_index": index, "stats": kept})
 
     def close(self) -> None:
-        """Nothing is open between two items."""
+        """End the lists of episodes; nothing else is open between two items."""
+        for lines in (self._episodes, self._stats, self._provenance):
+            lines.close()
 
     def numbers(self) -> dict[str, dict]:
         """Statistics of all columns of numbers, with quantiles."""
@@ -64,12 +68,11 @@ class Files:
     def finish(self) -> None:
         """Everything under meta/, info.json last."""
         meta, ledger = self.out / "meta", self.ledger
-        meta.mkdir(parents=True, exist_ok=True)
-        made = ledger.provenance()
-        _write_lines(meta / "episodes.jsonl", [line | made[line["episode_index"]] for line in self.lines])
-        _write_lines(meta / "tasks.jsonl", [{"task_index": k, "task": text} for text, k in ledger.tasks.items()])
-        _write_lines(meta / "episodes_stats.jsonl", self.stats)
-        write_beside(self.out, ledger, self.contract)
+        tasks = Lines(meta / "tasks.jsonl")
+        for text, number in ledger.tasks.items():
+            tasks.add({"task_index": number, "task": text})
+        tasks.close()
+        write_contract(self.out, self.contract)
         features = ledger.features()
         for key in ledger.cameras if self.groot else ():
             features[key] |= {"names": ["height", "width", "channel"], "video_info": features[key]["info"]}
@@ -80,7 +83,3 @@ class Files:
             "total_chunks": -(-ledger.episodes // self.chunks_size), "splits": {"train": f"0:{ledger.episodes}"},
             "data_path": DATA, "video_path": VIDEO, "features": features,
         })  # fmt: skip
-
-
-def _write_lines(path: Path, rows: list[dict]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

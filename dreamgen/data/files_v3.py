@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 from dreamgen.core.manifest import write_json
 from dreamgen.data import statistics
 from dreamgen.data.layout import CONTRACT, INFO, PROVENANCE
-from dreamgen.data.ledger import Item, Ledger
+from dreamgen.data.ledger import Item, Ledger, provenance
+from dreamgen.data.lines import Lines
 from dreamgen.video.remux import Joined
 
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+HELD = 1000  # rows of the episode table, some 100 kB each, that are held in memory
 
 
 class Files:
@@ -32,7 +34,9 @@ class Files:
                  = (100, 200), chunks_size: int = 1000) -> None:  # fmt: skip
         self.out, self.ledger, self.robot_type, self.contract = out, ledger, robot_type, contract
         self.limits, self.chunks_size = limits, chunks_size
-        self.entries: list[dict] = []
+        self._held: list[dict] = []
+        self._entries: pq.ParquetWriter | None = None
+        self._provenance = Lines(out / PROVENANCE)
         self._data_at, self._video_at = -1, {}
         self._data: pq.ParquetWriter | None = None
         self._videos: dict[str, Joined] = {}
@@ -52,7 +56,10 @@ class Files:
         for key, data in item.videos.items():
             entry |= self._join(key, data)
         entry |= {f"stats/{name}/{k}": v for name, found in sorted(stats.items()) for k, v in found.items()}
-        self.entries.append(entry | self._place("meta/episodes", 0))
+        self._held.append(entry | self._place("meta/episodes", 0) | provenance(item.meta))
+        self._provenance.add({"episode_index": index, **item.meta})
+        if len(self._held) == HELD:
+            self._write_held()
 
     def _join(self, key: str, data: bytes) -> dict:
         video, rate = self._videos.get(key), self.ledger.rate
@@ -94,19 +101,29 @@ class Files:
             self._sink.close()
             self._data = None
 
+    def _write_held(self) -> None:
+        """Append the rows that are held to the episode table."""
+        if self._entries is None:
+            path = self.out / EPISODES.format(**self._indices(0))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._entries = pq.ParquetWriter(path, pa.Table.from_pylist(self._held).schema, compression="snappy")
+        if self._held:
+            self._entries.write_table(pa.Table.from_pylist(self._held, self._entries.schema))
+        self._held.clear()
+
     def close(self) -> None:
+        """Close what is open; of the episode table, `finish` writes the rest."""
         self._close_data()
+        self._provenance.close()
         for video in self._videos.values():
             video.close()
 
     def finish(self) -> None:
         """Everything under meta/, info.json last. The data and video files must be closed."""
         meta, ledger = self.out / "meta", self.ledger
-        path = self.out / EPISODES.format(**self._indices(0))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = ledger.provenance()
-        rows = [entry | made[entry["episode_index"]] for entry in self.entries]
-        pq.write_table(pa.Table.from_pylist(rows), path, compression="snappy")
+        self._write_held()
+        if self._entries is not None:
+            self._entries.close()
         write_tasks(meta / "tasks.parquet", ledger.tasks)
         paths = [self.out / DATA.format(**self._indices(number)) for number in range(self._data_at + 1)]
         stats = ledger.picture_stats()
@@ -114,7 +131,7 @@ class Files:
             if column.dtype != "string":
                 stats[name] = statistics.of_stored(paths, name, column.width)
         write_json(meta / "stats.json", stats)
-        write_beside(self.out, ledger, self.contract)
+        write_contract(self.out, self.contract)
         write_json(self.out / INFO, {
             "codebase_version": "v3.0", "robot_type": self.robot_type, "fps": ledger.fps,
             "total_episodes": ledger.episodes, "total_frames": ledger.rows, "total_tasks": len(ledger.tasks),
@@ -141,9 +158,7 @@ def write_tasks(path: Path, tasks: dict[str, int]) -> None:
     pq.write_table(table.replace_schema_metadata({"pandas": json.dumps(pandas)}), path)
 
 
-def write_beside(out: Path, ledger: Ledger, contract: dict | None) -> None:
-    """What dreamgen alone reads: provenance and contract."""
-    lines = [json.dumps({"episode_index": i, **meta}) for i, meta in enumerate(ledger.meta)]
-    (out / PROVENANCE).write_text("\n".join(lines) + "\n")
+def write_contract(out: Path, contract: dict | None) -> None:
+    """The robot's contract where it is known, which dreamgen alone reads."""
     if contract is not None:
         write_json(out / CONTRACT, {"contract": contract, "rate": contract["robot_hz"]})

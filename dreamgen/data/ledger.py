@@ -59,7 +59,7 @@ class Item:
 class Ledger:
     """Counts and tasks of the episodes that were entered, one after another.
 
-    columns: of the tables, in order, the bookkeeping first. meta: of each episode.
+    columns: of the tables, in order, the bookkeeping first.
     """
 
     rate: Fraction
@@ -68,7 +68,6 @@ class Ledger:
     tasks: dict[str, int] = field(default_factory=dict)
     rows: int = 0
     episodes: int = 0
-    meta: list[dict] = field(default_factory=list)
     histograms: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -96,7 +95,6 @@ class Ledger:
             self.histograms[key] = self.histograms.get(key, 0) + counts
             self.cameras.setdefault(key, Camera.of(item.videos[key]))
         self.rows, self.episodes = self.rows + rows, self.episodes + 1
-        self.meta.append(item.meta)
         return values, list(dict.fromkeys(item.texts["task_index"])), found
 
     def picture_stats(self) -> dict[str, dict]:
@@ -108,7 +106,7 @@ class Ledger:
         cameras = {key: camera.feature(self.fps) for key, camera in self.cameras.items()}
         return cameras | {name: column.feature() for name, column in self.columns.items()}
 
-    def provenance(self) -> dict[int, dict]:
-        """Episode index to the columns under which a format keeps what is known of an episode's making."""
-        return {i: {"source": str(meta.get("source", "")), "provenance": json.dumps(meta, sort_keys=True)}
-                for i, meta in enumerate(self.meta)}  # fmt: skip
+
+def provenance(meta: dict) -> dict[str, str]:
+    """The columns under which an episode list keeps what is known of an episode's making."""
+    return {"source": str(meta.get("source", "")), "provenance": json.dumps(meta, sort_keys=True)}

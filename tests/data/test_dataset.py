@@ -89,6 +89,16 @@ def test_files_split_by_size(tmp_path, robot, make_episodes):
         assert np.abs(dataset.views(i)["side"].astype(int) - given.video["side"]).max() <= 3
 
 
+def test_the_episode_table_is_written_in_parts(tmp_path, robot, make_episodes, monkeypatch):
+    write_dataset(tmp_path / "whole", make_episodes(N), robot)
+    monkeypatch.setattr("dreamgen.data.files_v3.HELD", 2)
+    write_dataset(tmp_path / "parts", make_episodes(N), robot)
+    whole, parts = (tmp_path / name / "meta/episodes/chunk-000/file-000.parquet" for name in ("whole", "parts"))
+    assert pq.read_table(parts).equals(pq.read_table(whole)) and pq.ParquetFile(parts).num_row_groups == 3
+    parts.write_bytes(whole.read_bytes())
+    assert tree_digest(tmp_path / "parts") == tree_digest(tmp_path / "whole")
+
+
 def test_layout_is_that_of_lerobot_v3(tmp_path, robot, make_episodes):
     write_dataset(tmp_path, make_episodes(3), robot)
     info = json.loads((tmp_path / "meta/info.json").read_text())
