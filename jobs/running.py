@@ -51,6 +51,7 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
         with speaking(debug="debug=true" in overrides):
             cfg, every = load(name, overrides)
             shareable(cfg)
+            idle(cfg)
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word not in overrides), *HYDRA, *every]
         register()
 
@@ -109,6 +110,17 @@ def shareable(cfg: DictConfig) -> None:
     if cfg.stage is not None and "shard" not in cfg.stage and (cfg.num_shards > 1 or elsewhere):
         raise ValueError(f"stage '{cfg.stage._target_.rpartition('.')[2]}' cannot be shared out (num_shards is "
                          f"{cfg.num_shards}); dream, label and curate can")  # fmt: skip
+
+
+def idle(cfg: DictConfig) -> None:
+    """Say so where a launcher gives its processes no GPU although this machine has one."""
+    if (cfg.launcher or {}).get("gpus") != 0:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        log.warning("launcher.gpus is 0: the shards run on CPUs, while this machine has a GPU. Give launcher.gpus: for "
+                    "procs how many GPUs they take turns on, for ray how many each worker takes")  # fmt: skip
 
 
 def run_check(cfg: DictConfig) -> None:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,16 +22,19 @@ from typing import Any
 
 FILE = "manifest.json"
 RUN = "run.json"
-WRITING = ".writing"  # beside a dataset while it is written, and until its stage's manifest is there
 STORED = 2**26  # bytes of a folder from which on its digests are kept for other processes
 SETTLED = 2  # seconds after which a file that is written to again has another time
+WRITING = ".writing"  # beside a dataset while it is written, and until its stage's manifest is there
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block ends well and removed when it does not."""
+    """A temporary name beside `path`, renamed to `path` when the block ends well and removed when it does not.
+
+    Drawn at random: containers on several machines have equal process ids, and may write to one folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.partial{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)

@@ -91,11 +91,13 @@ def training_memory(
     """What a step takes on one of `shards` devices that share weights and state (1: each has all).
 
     clips: in one part of a step on one device. Trained weights, their gradients, AdamW's two moments and the average
-    are fp32; frozen weights take `weight_bytes`.
+    are fp32; frozen weights take `weight_bytes`. Products read bf16 copies of the trained weights: of all of them at
+    once, but for a model that is cut and computed again block by block (checkpointing).
     """
+    copies = 0.0 if shards > 1 and checkpointing else 2.0 * trained
     frozen = max(parameters - trained, 0) * weight_bytes
     kept = model.activations(video, text, lora=lora, checkpointing=checkpointing)
-    return Memory(weights=(frozen + 4.0 * trained) / shards, gradients=4.0 * trained / shards,
+    return Memory(weights=(frozen + 4.0 * trained) / shards + copies, gradients=4.0 * trained / shards,
                   optimiser=(8.0 + 4.0 * ema) * trained / shards, activations=clips * kept)  # fmt: skip
 
 

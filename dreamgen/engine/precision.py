@@ -22,12 +22,16 @@ def resolve(precision: str, device: torch.device | str = "cpu") -> str:
     return "bf16" if fast else "fp32"
 
 
-def autocast(precision: str, device: torch.device | str = "cpu") -> AbstractContextManager:
-    """Context in which matrix products run in `precision`; weights stay as they are."""
+def autocast(precision: str, device: torch.device | str = "cpu", *, cached: bool = True) -> AbstractContextManager:
+    """Context in which matrix products run in `precision`; weights stay as they are.
+
+    cached: a weight's bf16 copy is kept until the context ends. Of a model that is cut over GPUs (fsdp2) that would be
+    the whole model on each of them; contexts inside this one then keep none either.
+    """
     kind = torch.device(device).type
     if resolve(precision, device) == "fp32":
         return OneDnn() if kind == "cpu" and available() else contextlib.nullcontext()
-    return torch.autocast(kind, dtype=torch.bfloat16)
+    return torch.autocast(kind, dtype=torch.bfloat16, cache_enabled=None if cached else False)
 
 
 def best_device() -> torch.device:

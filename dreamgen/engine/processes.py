@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,12 +22,17 @@ from dreamgen.engine.precision import best_device
 from dreamgen.engine.state import whole
 
 SHARDINGS = ("ddp", "fsdp2")
-SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+PATIENCE = timedelta(hours=6)  # with which one waits for others, who encode, dream samples or write tens of GB
 
 
 def from_slurm(environment: dict[str, str] | os._Environ = os.environ) -> None:
-    """Name this process as `torchrun` would, where `srun` started several tasks for one run."""
-    if "RANK" in environment or int(environment.get("SLURM_NTASKS", 1)) < 2 or "SLURM_PROCID" not in environment:
+    """Name this process as `torchrun` would, where `srun` started several tasks for one run.
+
+    `srun` alone says SLURM_STEP_NUM_TASKS. The script of a job, which runs once, is told SLURM_NTASKS and a
+    SLURM_PROCID of 0 all the same, and would wait for processes that nobody starts.
+    """
+    if "RANK" in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return
     for name, slurm in SLURM.items():
         environment[name] = environment[slurm]
@@ -50,7 +56,7 @@ def join() -> tuple[int, int]:
         return 0, 1
     from accelerate import PartialState
 
-    state = PartialState(cpu=best_device().type == "cpu")
+    state = PartialState(cpu=best_device().type == "cpu", timeout=PATIENCE)
     return state.process_index, state.num_processes
 
 

@@ -7,7 +7,7 @@ as one that was not, and may continue on another number of processes.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,10 @@ def train(
     precision: str = "auto",
     seed: int = 0,
     replicas: int = 1,
-    accumulate: int = 1,
-    sharding: str = "ddp",
+    accumulate: int | None = None,
+    sharding: str | None = None,
+    rates: Mapping[str, float] | None = None,
+    restarts: bool = False,
     patience: int = 0,
     tracker: str | None = None,
     flops: float | None = None,
@@ -68,7 +70,9 @@ def train(
     replicas: processes that split each batch on a CPU, where that can be (see `dreamgen.engine.replicas`); the noise
         that a loss draws depends on their number.
     accumulate: parts of a process's share whose gradients are added up before a step: less memory, the same result.
-    sharding: how processes share the model, "ddp" or "fsdp2" (see `dreamgen.engine.processes`).
+    sharding: how processes share the model, "ddp" or "fsdp2" (see `dreamgen.engine.processes`). None, for both, where
+        the stage has no such setting, and then none is advised.
+    rates: see `dreamgen.engine.optimiser`. restarts: whether the stage can begin with this run's weights (its `start`).
     patience: validations without a lower loss after which to stop, with the best weights; 0 never stops.
     tracker, flops: see `dreamgen.engine.journal`.
     out: `losses.jsonl`, `<name>.log` and the resumable state `training/` (delete it once the weights are saved).
@@ -83,7 +87,7 @@ def train(
     chosen = resolve(precision, device)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError(f"{name}: the model has no trainable weight; unfreeze a part or give it an adapter")
-    team = Processes(model, sharding=sharding)
+    team = Processes(model, sharding=sharding or "ddp")
     if team.sharded and muon_lr:
         raise ValueError(f"{name}: muon_lr is {muon_lr}, but Muon moves whole matrices, which fsdp2 cuts; set it to "
                          "null, or take sharding=ddp")  # fmt: skip
@@ -91,7 +95,7 @@ def train(
     if replicas > 1 and any(getattr(part, "moves_in_loss", False) for part in model.modules()):
         raise ValueError(f"replicas is {replicas}, but this model moves a codebook of its own while it computes a "
                          f"loss, which replicas would share: set stage.replicas=1")  # fmt: skip
-    movers = optimisers(model, lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, betas=betas)
+    movers = optimisers(model, lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, betas=betas, rates=rates)
     average = Ema(model, ema) if ema else None
     state = out / STATE
     start = restore(state, model, average, movers)
@@ -109,8 +113,9 @@ def train(
         model.eval()
         if average:
             average.swap(model)
-        with torch.no_grad(), autocast(chosen, device), no_new_code():
-            found = agreed({k: float(v) for k, v in validate(model, step).items()})
+        with torch.no_grad(), autocast(chosen, device, cached=not team.sharded), no_new_code():
+            with memory(name, step, accumulate, sharding, model):
+                found = agreed({k: float(v) for k, v in validate(model, step).items()})
         before = [row["val_loss"] for row in journal.rows if "val_loss" in row]
         if patience and found.get("loss", math.inf) < min(before, default=math.inf):
             save_best(state, model, write=team.main)
@@ -128,23 +133,25 @@ def train(
             save(state, step, model, average, movers, write=team.main)
             held = step
         where = f" of {describe(step)}" if describe else ""
-        good = "no state was kept" if held is None else f"{state} holds the last good state, that of step {held}"
+        good = "No state was kept" if held is None else f"{state} holds the last good state, that of step {held}"
+        begin = f" (stage.start={out} begins with its weights)" if restarts and held is not None else ""
         raise ValueError(f"{name}: the {what} is {value} at step {step}{where}. Lower the learning rate ({lr}) or mend "
-                         f"the data; {good}.")  # fmt: skip
+                         f"the data, and choose another `out`: this one only goes on as it began. {good}{begin}."
+                         )  # fmt: skip
 
     ahead: dict[int, Ahead] = {}
 
     def work(step: int, replica: int) -> dict[str, float]:
         """Gradients of this replica's part of the step."""
         if replica not in ahead:
-            cut = (replica, replicas, team.rank, team.count, accumulate)
+            cut = (replica, replicas, team.rank, team.count, accumulate or 1)
             ahead[replica] = Ahead(lambda step: parts_of(batch_at(step), *cut, device), steps)
         sums: dict[str, float] = {}
         parts: list[Part] = ahead[replica](step)
         for part in parts:
             torch.manual_seed(seed_for(seed, "step", step, *([replica] if replicas > 1 else [])))
             with team.alone(part is parts[-1]):
-                with autocast(chosen, device), part.noise():
+                with autocast(chosen, device, cached=not team.sharded), part.noise():
                     loss, metrics = team.loss(part.to(device))
                 if team.count > 1 or torch.isfinite(loss):
                     (loss * (part.weight * team.count)).backward()
@@ -161,7 +168,7 @@ def train(
             for options in (options for mover in movers for options in mover.param_groups):
                 options["lr"] = options["peak"] * schedule(step, steps=steps, warmup=warmup)
             clock, waited = time.perf_counter(), ahead[0].waited if ahead else 0.0
-            with memory(name, step, accumulate, model):
+            with memory(name, step, accumulate, sharding, model):
                 metrics = group.run(step)
             require_finite("loss", metrics["loss"], step)
             require_finite("norm of the gradient", float(whole(nn.utils.clip_grad_norm_(weights, clip))), step)
@@ -199,18 +206,21 @@ def train(
 
 
 class memory:
-    """A context in which a lack of memory is told as what would fit."""
+    """A context in which a lack of memory is told as what would fit, by settings that the stage has: one that shards a
+    model also trains it with checkpointing, or an adapter of it."""
 
-    def __init__(self, name: str, step: int, accumulate: int, model: nn.Module) -> None:
-        self.name, self.step, self.accumulate, self.model = name, step, accumulate, model
+    def __init__(self, name: str, step: int, accumulate: int | None, sharding: str | None, model: nn.Module) -> None:
+        self.name, self.step, self.less = name, step, ["a smaller batch"]
+        if sharding is not None:
+            self.less = ["method=lora", "sharding=fsdp2 on several GPUs", *self.less]
+        if accumulate is not None:
+            self.less.insert(0, f"accumulate={2 * accumulate} (the same result)")
+        if sharding is not None and not any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+            self.less.insert(0, "checkpointing=true")
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if exhausted(error):
-            on = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-            less = "" if on else "checkpointing=true, "
+        if exhausted(error) and not isinstance(error, ValueError):  # which is told already
             raise ValueError(f"{self.name}: out of memory at step {self.step}. What takes less, in this order: "
-                             f"{less}accumulate={2 * self.accumulate} (the same result), method=lora, "
-                             f"sharding=fsdp2 on several GPUs, a smaller batch ({str(error).splitlines()[0]})"
-                             ) from error  # fmt: skip
+                             f"{', '.join(self.less)} ({str(error).splitlines()[0]})") from error  # fmt: skip

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dreamgen.engine.processes import first_node, from_slurm
+from dreamgen.engine.precision import autocast
+from dreamgen.engine.processes import PATIENCE, first_node, from_slurm, join
 from dreamgen.engine.shares import Rows
 from dreamgen.engine.state import read_losses
 from dreamgen.engine.train import train
@@ -165,6 +166,30 @@ def test_a_model_cut_over_two_processes_learns_the_same_and_comes_back_whole(tmp
     require_near(kept, weights, 0.0)
 
 
+def test_processes_wait_for_hours_for_one_another(tmp_path):
+    def work(rank: int) -> None:
+        begin = torch.distributed.init_process_group
+
+        def spied(*given, **options):
+            (tmp_path / str(rank)).write_text(str(options["timeout"]))
+            begin(*given, **options)
+
+        torch.distributed.init_process_group = spied
+        join()
+
+    forked(2, work)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(PATIENCE)] * 2
+
+
+def test_a_model_that_is_cut_keeps_no_bf16_copies():
+    for cached, before in ((True, True), (False, False)):
+        with autocast("bf16", cached=cached):
+            assert torch.is_autocast_cache_enabled() == before
+            with autocast("bf16"):  # of a sampler, in validation
+                assert torch.is_autocast_cache_enabled() == before
+    assert torch.is_autocast_cache_enabled()
+
+
 def test_torchrun_starts_it(tmp_path):
     script = tmp_path / "run.py"
     script.write_text("import sys; from pathlib import Path; from tests.engine.test_processes import run\n"
@@ -177,12 +202,16 @@ def test_torchrun_starts_it(tmp_path):
 
 
 def test_slurm_names_its_tasks_as_torchrun_does():
-    task = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-09,12],cpu1",
-            "SLURM_JOB_ID": "345678"}  # fmt: skip
+    task = {"SLURM_PROCID": "3", "SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
+            "SLURM_STEP_NODELIST": "gpu[07-09,12],cpu1", "SLURM_JOB_ID": "345678"}  # fmt: skip
     from_slurm(task)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     assert [task[name] for name in names] == ["3", "8", "1", "gpu07", "25678"]
-    for alone in ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, {"RANK": "0", "SLURM_NTASKS": "8", "SLURM_PROCID": "3"}):
+    script = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}  # of a job, without srun
+    for alone in (
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, script,
+        {"RANK": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"},
+    ):  # fmt: skip
         before = dict(alone)
         from_slurm(alone)
         assert alone == before

@@ -15,7 +15,7 @@ import pytest
 
 from dreamgen.core.manifest import read_json, tree_digest
 from jobs.recipe import load
-from jobs.running import check, shareable
+from jobs.running import check, idle, shareable
 from tests.jobs.shared_dream import CLIPS, allow, build, clips, shard_of
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,18 @@ def test_what_is_not_made_of_items_is_not_shared_out() -> None:
     shareable(load("finetune", ["launcher=slurm"])[0])  # one job on the cluster
     with pytest.raises(ValueError, match="give the launcher to a step"):
         shareable(load("pipeline", ["experiment=smoke", "launcher=procs"])[0])
+
+
+@pytest.mark.parametrize(("launcher", "said"), [("procs", 1), ("ray", 1), ("slurm", 0), ("local", 0)])
+def test_gpus_that_stay_idle_are_told_of(launcher, said, monkeypatch, caplog) -> None:
+    cfg, _ = load("dream", ["experiment=smoke", f"launcher={launcher}"])
+    idle(cfg)
+    assert not caplog.records
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    idle(cfg)
+    assert [record.message.count("launcher.gpus is 0") for record in caplog.records] == [1] * said
+    idle(load("dream", ["experiment=smoke", f"launcher={launcher}", "launcher.gpus=2"])[0] if said else cfg)
+    assert len(caplog.records) == said
 
 
 def test_what_a_launcher_lacks_is_named(monkeypatch, tmp_path) -> None:

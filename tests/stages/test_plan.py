@@ -107,9 +107,11 @@ def test_memory_adds_up_and_shards():
     sizes = Transformer(layers=4, width=64, ffn=192)
     options = dict(parameters=1000, trained=1000, video=80, text=9, lora=False, ema=True)
     one = training_memory(sizes, clips=2, checkpointing=False, **options)
-    assert (one.weights, one.gradients, one.optimiser) == (4000, 4000, 12000)
+    assert (one.weights, one.gradients, one.optimiser) == (4000 + 2000, 4000, 12000)
     assert one.activations == 2 * 4 * 80 * (100 * 64 + 4 * 192)
     less = training_memory(sizes, clips=2, checkpointing=True, shards=4, **options)
+    plain = training_memory(sizes, clips=2, checkpointing=False, shards=4, **options)
+    assert plain.weights == 1000 + 2000  # products keep their bf16 weights for the backward pass
     assert less.weights == 1000 and less.activations == 2 * 80 * (100 * 64 + 4 * 192 + 4 * 64 * 4)
     assert sizes.step(80, 9, lora=False) == 3 * sizes.forward(80, 9)
     assert sizes.step(80, 9, lora=True, checkpointing=True) == 3 * sizes.forward(80, 9)
