@@ -1,7 +1,7 @@
 """What moves the weights, and how far at each step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,15 +17,29 @@ def schedule(step: int, *, steps: int, warmup: int) -> float:
 
 
 def optimisers(
-    model: nn.Module, *, lr: float, muon_lr: float | None, weight_decay: float, betas: Sequence[float]
+    model: nn.Module,
+    *,
+    lr: float,
+    muon_lr: float | None,
+    weight_decay: float,
+    betas: Sequence[float],
+    rates: Mapping[str, float] | None = None,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, without decay on vectors; with `muon_lr`, Muon for the hidden matrices. Each group keeps its `peak`."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in named if muon_lr and is_hidden(name, p)]
+    """AdamW, without decay on vectors; with `muon_lr`, Muon for the hidden matrices. Each group keeps its `peak`.
+
+    rates: beginning of names to what `lr` is multiplied by for these weights, which Muon leaves alone.
+    """
+
+    def rate(name: str) -> float:
+        return next((times for start, times in (rates or {}).items() if name.startswith(start)), 1.0)
+
+    named = [(name, p, rate(name)) for name, p in model.named_parameters() if p.requires_grad]
+    hidden = [p for name, p, times in named if muon_lr and is_hidden(name, p) and times == 1]
     taken = {id(p) for p in hidden}
-    rest = [p for _, p in named if id(p) not in taken]
-    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+    rest = [(p, times) for _, p, times in named if id(p) not in taken]
+    groups = [{"params": [p for p, own in rest if own == times and (p.ndim > 1) == matrix], "lr": lr * times,
+               "weight_decay": weight_decay if matrix else 0.0}
+              for times in sorted({1.0, *(own for _, own in rest)}) for matrix in (True, False)]  # fmt: skip
     made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]))]
     if hidden:
         made.append(Muon(hidden, lr=muon_lr or 0.0))

@@ -140,6 +140,34 @@ def restore(folder: Path, model: nn.Module, ema: Ema | None, optimisers: list) -
     return step
 
 
+def weights_of(out: Path) -> dict[str, Tensor]:
+    """Weights and buffers by name of what a run has saved in `out`, or else of the last state that it kept there,
+    averaged where these are. ValueError where there is neither."""
+    out, latest = Path(out), Path(out) / STATE / "latest.json"
+    files = [out / "model.safetensors"]
+    if not files[0].is_file() and latest.is_file():
+        step = out / STATE / f"step_{int(read_json(latest)['step']):08d}"
+        files = [step / f"{kind}.safetensors" for kind in ("model", "buffers", "ema")]
+    if not files[0].is_file():
+        raise ValueError(f"{out} holds neither saved weights nor the state of a training; name the folder of a run")
+    return {name: value for file in files if file.is_file() for name, value in load_file(file).items()}
+
+
+@torch.no_grad()
+def begin_with(model: nn.Module, out: Path) -> None:
+    """Give a model the weights and buffers of `out` (see `weights_of`). ValueError where it is another model's."""
+    found = weights_of(out)
+    live = dict(model.named_parameters()) | dict(model.named_buffers())
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in found]
+    other = [name for name, value in found.items() if name not in live or live[name].shape != value.shape]
+    if lacking or other:
+        raise ValueError(f"{out} is no beginning for this model: {len(lacking)} of its weights are not there, and "
+                         f"{len(other)} are there that it has not, or has in another size; the first is "
+                         f"{[*lacking, *other][0]}")  # fmt: skip
+    for name, value in found.items():
+        live[name].copy_(value)
+
+
 def save_best(folder: Path, model: nn.Module, *, write: bool = True) -> None:
     """Keep the trainable weights as they are now as the best so far."""
     weights = trainable(model, keep=write)

@@ -16,23 +16,29 @@ from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import Features, cacheable
 
 
+def several(real: Dataset | Sequence[Dataset] | None) -> list[Dataset]:
+    """Recordings as a list: of one dataset, of several, of none."""
+    return [] if real is None else [real] if isinstance(real, Dataset) else list(real)
+
+
 class Feed:
-    """Batches for `model` of `real` and `dreams`, in the ratio `ratio`; latent: dreams or videos whose actions are
-    those of another embodiment, the body `latent_body` of the model. videos: of the robot, without actions, which train
-    the body that acts by FLARE's alignment alone. Both count as dreams.
+    """Batches for `model` of `real` (one dataset, several or none) and `dreams`, in the ratio `ratio`; latent: dreams
+    or videos whose actions are those of another embodiment, the body `latent_body` of the model. videos: of the robot,
+    without actions, which train the body that acts by FLARE's alignment alone. Both count as dreams.
 
-    options: for the chunks of all datasets; dream_options: of dreams and latents (see `Chunks`). spread_scale: see
-    `Chunks`, in units of the standard deviation of the fitted actions.
+    fit: whether statistics are taken of the data; False for a model that brings its own. options: for the chunks of all
+    datasets; dream_options: of dreams and latents (see `Chunks`). spread_scale: see `Chunks`, in units of the standard
+    deviation of the fitted actions.
 
-    Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than an episode, and
-    where no dataset trains the body that the policy acts for.
+    Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than all its episodes,
+    and where no dataset trains the body that the policy acts for.
     """
 
     def __init__(
         self,
         model: Any,
         *,
-        real: Dataset | None,
+        real: Dataset | Sequence[Dataset] | None,
         dreams: Sequence[Dataset],
         latent: Sequence[Dataset] = (),
         videos: Sequence[Dataset] = (),
@@ -43,12 +49,14 @@ class Feed:
         spread_scale: float | None,
         options: dict[str, Any],
         dream_options: dict[str, Any],
+        fit: bool = True,
         seed: int,
     ) -> None:
-        self.model, self.datasets = model, [*([] if real is None else [real]), *dreams, *latent]
+        reals = several(real)
+        self.model, self.datasets, count = model, [*reals, *dreams, *latent], len(reals)
         if not self.datasets:
             raise ValueError("train_policy got neither real data nor dreams; give at least one dataset")
-        names = [*([] if real is None else ["real"]), *[dream_body] * len(dreams), *[latent_body] * len(latent)]
+        names = [*["real"] * count, *[dream_body] * len(dreams), *[latent_body] * len(latent)]
         bodies = [model.body(name) for name in names]
         if model.speaks not in bodies:
             spoken, trained = model.bodies[model.speaks], ", ".join(f"'{name}'" for name in dict.fromkeys(names))
@@ -58,17 +66,18 @@ class Feed:
         for dataset, body in zip(self.datasets, bodies, strict=True):
             model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
-        self.chunks, count = [], 0 if real is None else 1
+        self.chunks = []
         for k, (dataset, body) in enumerate(zip(self.datasets, bodies, strict=True)):
             trust = {} if k < count else dict(spread_scale=spread_scale, action_scale=self._scale(k, bodies, count))
             self.chunks.append(Chunks(dataset, body=body, **options, **trust, **({} if k < count else dream_options)))
         own = [k for k, body in enumerate(bodies) if model.spaces.of(body) is model.space]
-        self._fit(own[:1] if real is not None else own, 0)
-        for body in sorted(set(bodies) - {bodies[k] for k in own}):
-            self._fit([k for k, b in enumerate(bodies) if b == body], body)
+        if fit:
+            self._fit(own[:count] or own, 0)
+            for body in sorted(set(bodies) - {bodies[k] for k in own}):
+                self._fit([k for k, b in enumerate(bodies) if b == body], body)
         self._watch(videos, options)
         self.mixture = Mixture(real=self.chunks[:count], dreams=self.chunks[count:], batch_size=batch_size,
-                               ratio=ratio if real is not None else "0:1", seed=seed)  # fmt: skip
+                               ratio=ratio if count else "0:1", seed=seed)  # fmt: skip
 
     def _watch(self, videos: Sequence[Dataset], options: dict[str, Any]) -> None:
         """Take in videos without actions, by which nothing is fitted."""

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,15 @@ class Midway:
 
     def _submit(self, snapshot: Path, target: Path) -> Future:
         """Measure a snapshot in the process beside training, or in a new one where that was killed."""
-        piece = (measure, self.kind, snapshot, self.sim, *self.options, target)
+        piece = partial(measure, self.kind, snapshot, self.sim, *self.options, target)
         try:
             if self.pool is not None:
-                return self.pool.submit(*piece)
+                return self.pool.submit(piece)
         except BrokenExecutor:
             pass
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_prepare)
-        return self.pool.submit(*piece)
+        return self.pool.submit(piece)
 
     def gather(self) -> list[dict[str, Any]]:
         """Wait for what is under way; all that was measured, by step. An evaluation that failed gives its `error` in

@@ -1,5 +1,6 @@
 """Real and dreamed trajectories -> a policy, saved in `out` itself (config.json, contract.json, model.safetensors)."""
 
+import logging
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,19 +16,24 @@ from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import best_device
+from dreamgen.engine.shares import parts_of
+from dreamgen.engine.state import begin_with
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
-from dreamgen.policies.feed import Feed
+from dreamgen.policies.feed import Feed, several
 from dreamgen.policies.regression import Regression
 from dreamgen.stages.midway import Midway
+
+log = logging.getLogger(__name__)
 
 
 def train_policy(
     policy: Callable[[], nn.Module] | nn.Module,
-    real: Dataset | None,
+    real: Dataset | Sequence[Dataset] | None,
     dreams: Sequence[Dataset] = (),
     *,
     out: Path,
+    start: Path | None = None,
     steps: int = 1000,
     regression_steps: int = 0,
     regression_lr: float = 5e-3,
@@ -39,8 +45,10 @@ def train_policy(
     betas: Sequence[float] = (0.9, 0.99),
     clip: float = 1.0,
     ema: float | None = 0.99,
+    encoder_rate: float = 1.0,
     precision: str = "auto",
     replicas: int = 1,
+    accumulate: int = 1,
     ratio: str = "1:1",
     dream_body: str = "dream",
     dream_state: str = "recorded",
@@ -65,11 +73,15 @@ def train_policy(
     seed: int = 0,
     record: dict,
 ) -> dict:
-    """Train `policy` on a real:dream mixture of `ratio` (all real without dreams).
+    """Train `policy` on a real:dream mixture of `ratio` (all real without dreams). real: one dataset of the robot, or
+    several, drawn from as `dreamgen.data.mixture` says; so are several dreams.
 
     policy: a policy, or a function that makes one; the function is called under the stage's seed, so that the first
-    weights belong to the run. regression_steps: so many steps at `regression_lr` come first, in which what leads to the
-    plan of a chunk learns by regression (see `dreamgen.policies.regression`).
+    weights belong to the run. start: a policy, or the folder of a run of this stage that has not ended, with whose
+    weights and normalisers training begins. regression_steps: so many steps at `regression_lr` come first, in which
+    what leads to the plan of a chunk learns by regression (see `dreamgen.policies.regression`). encoder_rate: what the
+    rates are multiplied by for the model inside a pretrained encoder that is tuned. accumulate: see
+    `dreamgen.engine.train`.
     dream_body: the embodiment that dreams train; "real" shares the robot's own.
     dream_state: "recorded" takes the dreams' (pseudo-)states, "masked" hides them, "zero" puts zeros. dream_labels:
     "shuffled" is the control of dreams with the actions of others. latent: datasets of another embodiment, such as
@@ -81,15 +93,18 @@ def train_policy(
     frozen encoder once, not at every step. sim, evaluate_every: closed-loop success in a process beside training, a
     multiple of `validate_every` where both are set (results: midway).
 
-    Normalisers are fitted to the real data, to the dreams where there are none.
-    Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than an episode, no data, none
-    for the body that the policy acts for, and a loss or gradient that is not finite (names the episodes; the last good
-    state stays). An evaluation on the way that fails costs itself: `midway` then tells its error.
+    Normalisers are fitted to the real data, to the dreams where there are none. The manifest counts, for each dataset,
+    episodes shorter than the horizon and idle observations that were left out.
+    Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than all episodes, no data, none
+    for the body that the policy acts for, a `start` of another policy, and a loss or gradient that is not finite (names
+    the episodes; the last good state stays). An evaluation on the way that fails costs itself: `midway` then tells its
+    error.
     """
-    given = {"real": [] if real is None else [real], "dream": dreams, "latent": latent, "video": videos}
+    given = {"real": several(real), "dream": dreams, "latent": latent, "video": videos}
     numbered = [(kind, dataset) for kind, group in given.items() for dataset in group]
     parents = {f"{kind}_{i}": dataset.root for i, (kind, dataset) in enumerate(numbered)}
     parents |= {} if validation is None else {"validation": validation.root}
+    parents |= {} if start is None else {"start": start}
     with Stage(out, "train_policy", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             clear_state(run.out, run.out / "regression")
@@ -103,10 +118,12 @@ def train_policy(
                 dataset.require_actions(f"stage.{'dreams' if kind == 'dream' else kind}")
         torch.manual_seed(seed_for(seed, "init"))
         model = policy if isinstance(policy, nn.Module) else policy()
+        if start is not None:
+            begin_with(model, start)
         common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb)
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, batch_size=batch_size, ratio=ratio,
-                    dream_body=dream_body, latent_body=latent_body, spread_scale=spread_scale, options=common,
-                    dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
+                    dream_body=dream_body, latent_body=latent_body, spread_scale=spread_scale, fit=start is None,
+                    options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
         if cache_features:
             feed.cache(run.out / "features")
         midway = None
@@ -123,16 +140,20 @@ def train_policy(
             return held_out(model, step) if held_out and due else {}
 
         how: dict[str, Any] = dict(muon_lr=muon_lr, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
-                                   clip=clip, precision=precision, replicas=replicas, seed=seed, log_every=log_every,
+                                   clip=clip, precision=precision, replicas=replicas, accumulate=accumulate, seed=seed,
+                                   rates={"encoder.model.": encoder_rate}, log_every=log_every,
                                    checkpoint_every=checkpoint_every, describe=feed.describe)  # fmt: skip
         begun = {}
+        if model.direct is not None and not regression_steps and start is None:
+            log.warning("regression_steps is 0; a policy whose encoder summarises the observation learns what an "
+                        "instruction means in these")  # fmt: skip
         if regression_steps:
             first = Regression(model.to(best_device()))
             begun["regression"] = train(first, feed.at, out=run.out / "regression", steps=regression_steps,
                                         lr=regression_lr, ema=None, name="regression", **how)  # fmt: skip
             if model.flare:
                 model.flare.restart(model.encoder, model.queries)
-        result = train(model, feed.at, out=run.out, steps=steps, lr=lr, ema=ema, name="train_policy",
+        result = train(model, feed.at, out=run.out, steps=steps, lr=lr, ema=ema, name="train_policy", restarts=True,
                        validate=check if held_out or midway else None, validate_every=interval, **how)  # fmt: skip
         model.cpu().save(run.out)
         write_json(run.out / "clock.json", {"robot_hz": model.robot.robot_hz, "horizon": model.horizon})
@@ -140,6 +161,8 @@ def train_policy(
         weights = sum(p.numel() for p in model.parameters())
         manifest = run.finish(**result, **begun, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
                               observations=[len(c) for c in feed.chunks],
+                              idle_left_out=[c.idle_left_out for c in feed.chunks],
+                              short_left_out=[c.short_left_out for c in feed.chunks],
                               **noted(*feed.datasets, validation))  # fmt: skip
         clear_state(run.out, run.out / "regression")
         shutil.rmtree(run.out / "features", ignore_errors=True)
@@ -147,16 +170,22 @@ def train_policy(
 
 
 def validator(dataset: Dataset, batch_size: int, common: dict) -> Callable[[nn.Module, int], dict[str, float]]:
-    """A fixed, evenly spread batch of held-out observations and fixed noise: the loss on it. common: see `Chunks`."""
+    """A fixed, evenly spread batch of held-out observations and fixed noise: the loss on it, `batch_size` observations
+    at a time. common: see `Chunks`."""
     chunks = Chunks(dataset, **common)
     places = [chunks.at(int(k)) for k in np.linspace(0, len(chunks) - 1, min(4 * batch_size, len(chunks)))]
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         device = next(model.parameters()).device
-        batch = {key: value.to(device) for key, value in collate([chunks.batch(places)], model.encoder.words).items()}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_for(0, "validate"))
-            loss, metrics = model.loss(batch)
-        return {"loss": float(loss), **{key: float(value) for key, value in metrics.items()}}
+        batch = model.whole(collate([chunks.batch(places)], model.encoder.words))
+        sums: dict[str, float] = {}
+        for part in parts_of(batch, 0, 1, 0, 1, -(-len(places) // batch_size), device):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_for(0, "validate"))
+                with part.noise():
+                    loss, metrics = model.loss(part.to(device))
+            for key, value in {"loss": loss, **metrics}.items():
+                sums[key] = sums.get(key, 0.0) + float(value) * part.weight
+        return sums
 
     return validate

@@ -102,8 +102,13 @@ def test_out_of_memory_says_what_would_fit(tmp_path):
     def large(step):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
-    with pytest.raises(ValueError, match="out of memory at step 0.*checkpointing=true, accumulate=2"):
-        run(tmp_path, make_batch=large)
+    what = r"checkpointing=true, accumulate=4 \(the same result\), method=lora, sharding=fsdp2 .*, a smaller batch"
+    with pytest.raises(ValueError, match=f"out of memory at step 0.*in this order: {what}"):
+        run(tmp_path, make_batch=large, accumulate=2, sharding="ddp")
+    with pytest.raises(ValueError, match=r"in this order: accumulate=2 \(the same result\), a smaller batch \("):
+        run(tmp_path, make_batch=large, accumulate=1)
+    with pytest.raises(ValueError, match=r"in this order: a smaller batch \("):  # of what the stage has
+        run(tmp_path, validate=lambda model, step: large(step), validate_every=1)
 
 
 def test_parts_are_those_of_tensor_split():

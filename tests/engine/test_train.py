@@ -7,13 +7,14 @@ import signal
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreamgen.core.seeding import rng_for
 from dreamgen.engine.muon import Muon, is_hidden, orthogonal
+from dreamgen.engine.optimiser import optimisers
 from dreamgen.engine.replicas import Replicas, in_forks
-from dreamgen.engine.state import gathered, save
+from dreamgen.engine.state import begin_with, gathered, save
 from dreamgen.engine.train import Ema, clear_state, read_losses, schedule, train
 
 
@@ -196,8 +197,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path)
 
     whole, _ = run(tmp_path / "whole", 5)
     for every in (2, 3, 5):  # states kept on the way: an older one, this one, none
-        with pytest.raises(ValueError, match="loss is nan at step 3 of episode 7.*training holds .* that of step 3"):
-            run(tmp_path / str(every), 5, batches=bad, checkpoint_every=every, describe=lambda s: "episode 7")
+        with pytest.raises(ValueError, match="loss is nan at step 3 of episode 7.*training holds .* that of step 3"
+                           ) as said:  # fmt: skip
+            run(tmp_path / str(every), 5, batches=bad, checkpoint_every=every, describe=lambda s: "episode 7",
+                restarts=every == 2)  # fmt: skip
+        assert "choose another `out`" in str(said.value)
+        assert (f"(stage.start={tmp_path / str(every)} begins with its weights)" in str(said.value)) == (every == 2)
         again, _ = run(tmp_path / str(every), 5)  # with the data mended
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
         assert [row["step"] for row in read_losses(tmp_path / str(every))] == [0, 1, 2, 3, 4]
@@ -246,7 +251,7 @@ class Codebook(Line):
 
 def test_what_a_loss_has_spoilt_is_not_kept(tmp_path):
     bad = lambda step: {k: v * float("nan") for k, v in batch_at(step).items()} if step else batch_at(0)  # noqa: E731
-    with pytest.raises(ValueError, match="nan at step 1.*no state was kept"):
+    with pytest.raises(ValueError, match="nan at step 1.*No state was kept"):
         train(Codebook(), bad, out=tmp_path, steps=3, precision="fp32")
     assert not (tmp_path / "training").exists()
 
@@ -306,6 +311,41 @@ def test_average_warms_up():
     average.update(model, 0)  # decay 1 / 10
     assert torch.allclose(average.shadow["out.bias"], before * 0.1 + 0.9)
     assert "frozen" not in average.shadow
+
+
+def test_some_weights_have_a_rate_of_their_own():
+    """A tenth of the step for what begins with `inner`; Muon leaves it alone."""
+    before = [p.detach().clone() for p in Line().parameters()]
+    for muon_lr in (None, 0.02):
+        model = Line()
+        (mover,) = optimisers(model, lr=1e-2, muon_lr=muon_lr, weight_decay=0.0, betas=(0.9, 0.99),
+                              rates={"inner.": 0.1})  # fmt: skip
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        mover.step()
+        moved = {name: float((p - old).abs().max())
+                 for (name, p), old in zip(model.named_parameters(), before, strict=True)}  # fmt: skip
+        want = {"inner.weight": 1e-3, "inner.bias": 1e-3, "out.weight": 1e-2, "out.bias": 1e-2, "frozen": 0.0}
+        assert moved == pytest.approx(want, rel=1e-3)
+    plain = optimisers(Line(), lr=1e-2, muon_lr=None, weight_decay=0.3, betas=(0.9, 0.99))[0].param_groups
+    assert [(len(g["params"]), g["weight_decay"], g["peak"]) for g in plain] == [(2, 0.3, 1e-2), (2, 0.0, 1e-2)]
+
+
+def test_a_model_begins_with_the_weights_of_a_run(tmp_path):
+    model, _ = run(tmp_path / "a", 3)
+    averaged = Line()
+    begin_with(averaged, tmp_path / "a")  # of the state that was kept
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), averaged.parameters(), strict=True))
+    (tmp_path / "b").mkdir()
+    save_file({**Line().state_dict(), "out.bias": torch.full((3,), 7.0)}, tmp_path / "b/model.safetensors")
+    begin_with(averaged, tmp_path / "b")  # of what was saved
+    assert (averaged.out.bias == 7).all()
+    other = Line()
+    other.out = nn.Linear(19, 4)
+    with pytest.raises(ValueError, match="b is no beginning for this model: 0 .*, and 2 .*the first is out"):
+        begin_with(other, tmp_path / "b")
+    with pytest.raises(ValueError, match="holds neither saved weights nor the state of a training"):
+        begin_with(other, tmp_path)
 
 
 def test_schedule_is_linear_then_cosine():

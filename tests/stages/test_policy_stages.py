@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dreamgen.core.clip import Episode, Observation
 from dreamgen.core.embodiment import Embodiment, Part, View
@@ -180,7 +181,7 @@ def test_open_loop_of_a_known_policy(folder: Path, tmp_path: Path):
 
 
 def test_errors_are_clear(folder: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="episode 0 of .*real has 9 rows, the policy's horizon is 10"):
+    with pytest.raises(ValueError, match="no episode of .*real is as long as the policy's horizon, 10 rows"):
         run(folder, tmp_path / "a", policy=partial(small, horizon=10))
     with pytest.raises(ValueError, match="no embodiment 'dream'; it has \\['real'\\]"):
         run(folder, tmp_path / "b", policy=partial(small, bodies=["real"]))
@@ -211,3 +212,29 @@ def test_a_loss_that_is_not_finite_names_the_episodes(folder: Path, tmp_path: Pa
     with pytest.raises(ValueError, match=told):
         run(folder, tmp_path / "p", policy=breaks, dreams=dreams, checkpoint_every=3)
     assert json.loads((tmp_path / "p/training/latest.json").read_text())["step"] == 4
+    # the way out that the message names: from the state that was kept, averaged, with its normalisers
+    kept = tmp_path / "p/training/step_00000004"
+    begun = {}
+
+    def watched() -> FlowPolicy:
+        policy = small()
+        loss = policy.loss
+
+        def first(batch):
+            if not begun:
+                begun.update({name: value.clone() for name, value in policy.state_dict().items()})
+            return loss(batch)
+
+        policy.loss = first
+        return policy
+
+    done = run(folder, tmp_path / "q", policy=watched, dreams=dreams, start=tmp_path / "p", lr=1e-4)
+    assert "start" in done["parents"] and done["results"]["steps"] == 6
+    for name, value in {**load_file(kept / "buffers.safetensors"), **load_file(kept / "ema.safetensors")}.items():
+        assert name not in begun or torch.equal(begun[name], value), name
+    again = run(folder, tmp_path / "r", dreams=[], start=tmp_path / "q", steps=1)  # and from a policy
+    old, new = weights(tmp_path / "q"), weights(tmp_path / "r")
+    assert all(torch.equal(old[name], new[name]) for name in old if name.startswith("normalise"))
+    assert again["results"]["observations"] == [10 * ROWS]
+    with pytest.raises(ValueError, match="q is no beginning for this model"):
+        run(folder, tmp_path / "s", policy=partial(small, layers=3), start=tmp_path / "q")

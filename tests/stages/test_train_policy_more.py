@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Part
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.policies.chunks import Chunks
 from dreamgen.policies.feed import Feed
+from dreamgen.policies.palette import PaletteEncoder
 from dreamgen.policies.policy import FlowPolicy
 from dreamgen.policies.realtime import Ensembled, RealTime
 from dreamgen.stages import midway
 from dreamgen.stages.evaluate import evaluate
-from dreamgen.stages.train_policy import train_policy
+from dreamgen.stages.train_policy import train_policy, validator
 from tests.data.video_only import strip
 from tests.stages.test_policy_stages import HORIZON, ROBOT, Oracle, Point, episodes, run, small
 
@@ -69,6 +71,7 @@ def test_videos_without_actions_train_by_alignment_alone(folder: Path, tmp_path:
     feed = Feed(aligned(), real=Dataset(folder / "real", ROBOT), dreams=[], videos=[video], batch_size=8, ratio="1:1",
                 dream_body="dream", spread_scale=0.5, options={}, dream_options={"state": "zero"}, seed=0)  # fmt: skip
     batch = feed.at(0)
+    assert batch["row_weight"] == (batch["valid"].sum() / 8) and batch["row_weight"] < HORIZON  # over all rows
     assert batch["valid"].any(1).tolist() == [True] * 4 + [False] * 4 and batch["future_known"][4:].any()
     assert not batch["state_known"][4:].any() and (batch["body"] == 0).all()
     with pytest.raises(ValueError, match="FLARE's alignment alone learns from them, and policy.align_weight is 0"):
@@ -112,6 +115,58 @@ def test_an_evaluation_whose_process_is_killed_begins_again(tmp_path: Path):
     beside.begin(model, 2)  # goes on, in a new process
     found = beside.gather()
     assert [row["step"] for row in found] == [1, 2] and all(row["n"] == 2 for row in found)
+
+
+def test_two_views_are_looked_at_by_the_palette(tmp_path: Path):
+    """What `policy=tiny` says of no robot, its encoder takes from the one at hand."""
+    views = tuple(dataclasses.replace(ROBOT.views[0], name=name, key=f"observation.images.{name}")
+                  for name in ("front", "wrist"))  # fmt: skip
+    robot = dataclasses.replace(ROBOT, views=views, grid=())
+    both = [dataclasses.replace(e, video={"front": e.video["front"], "wrist": 255 - e.video["front"]})
+            for e in episodes(4, 1)]  # fmt: skip
+    write_dataset(tmp_path / "real", both, robot)
+
+    def tiny() -> FlowPolicy:
+        encoder = PaletteEncoder(width=24, colours=3, slots=3, hidden=12)
+        return FlowPolicy(robot=robot, encoder=encoder, horizon=HORIZON, layers=1, heads=2, head_width=12,
+                          align_weight=0.2, align_layer=1, future_tokens=2, align_horizon=2)  # fmt: skip
+
+    real = Dataset(tmp_path / "real", robot)
+    train_policy(tiny, real, out=tmp_path / "p", steps=2, regression_steps=1, batch_size=4, record={})
+    found = FlowPolicy.load(tmp_path / "p", robot=robot)
+    assert found.encoder.config["views"] == 2 and len(found.encoder.std) == 2 * 3
+    assert found.future_steps == 2 and found.config["align_horizon"] == 2  # not as far as a chunk
+    seen = Observation(views={k: v[0] for k, v in both[0].video.items()}, state=both[0].state[0], instruction="go left")
+    assert found.act([seen], [0]).shape == (1, HORIZON, 2)
+    with pytest.raises(ValueError, match="align_horizon 0; expected"):
+        small(align_weight=0.2, align_layer=1, align_horizon=0)
+
+
+def test_several_recordings_are_drawn_from_by_their_size(folder: Path, tmp_path: Path):
+    real = [Dataset(folder / "real", ROBOT), Dataset(folder / "dreams", ROBOT, episodes=[0])]
+    done = train_policy(small, real, [Dataset(folder / "dreams", ROBOT)], out=tmp_path / "p", steps=1, batch_size=4,
+                        record={})  # fmt: skip
+    assert done["results"]["observations"] == [54, 9, 36] and done["results"]["short_left_out"] == [0, 0, 0]
+    assert done["parents"].keys() == {"real_0", "real_1", "dream_2"}
+    feed = Feed(small(), real=real, dreams=[], batch_size=1000, ratio="1:1", dream_body="dream", spread_scale=None,
+                options={}, dream_options={}, seed=0)  # fmt: skip
+    rows = feed.mixture.at(0).dataset
+    assert np.mean(rows == 1) == pytest.approx(9**0.43 / (9**0.43 + 54**0.43), abs=0.05)
+    assert not feed.mixture.at(0).dream.any()
+
+
+@torch.no_grad()
+def test_held_out_loss_does_not_depend_on_how_many_are_looked_at_at_once(folder: Path):
+    torch.manual_seed(0)
+    model = small(align_weight=0.3, align_layer=1, future_tokens=3)
+    held, seen = Dataset(folder / "dreams", ROBOT), []
+    Feed(model, real=held, dreams=[], batch_size=4, ratio="1:1", dream_body="dream", spread_scale=None, options={},
+         dream_options={}, seed=0)  # fmt: skip
+    plain, common = model.eval().loss, dict(horizon=HORIZON, future_steps=HORIZON, body=0)
+    model.loss = lambda batch: seen.append(len(batch["body"])) or plain(batch)
+    found = [validator(held, size, common)(model, 0) for size in (9, 36)]
+    assert seen == [9, 9, 9, 9, 36]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_a_policy_acts_for_a_body_that_was_trained(folder: Path, tmp_path: Path):
