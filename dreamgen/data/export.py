@@ -10,40 +10,51 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from dreamgen.core.clip import Episode
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.data import groot, statistics
 from dreamgen.data.columns import BOOKKEEPING, Column, read_column, robot_columns
+from dreamgen.data.decoders import Decoders
 from dreamgen.data.files_v2 import Files as FilesV2
 from dreamgen.data.files_v3 import Files as FilesV3
 from dreamgen.data.layout import CONTRACT, Entry, cameras
 from dreamgen.data.ledger import Item, Ledger
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.video_rate import at_video_rate, slowed
 from dreamgen.data.writer import in_order, start, store
-from dreamgen.video.mp4 import count_frames, encode, read_mp4
+from dreamgen.video.mp4 import count_frames, encode
 from dreamgen.video.remux import cut, decoded
 
 FORMATS = ("v3.0", "v2.1", "groot")
+RATES = ("robot", "video")
 DTYPES = {"float16": "float32", "float64": "float32", "int32": "int64", "int16": "int64", "int8": "int64",
           "uint8": "int64"}  # fmt: skip
 
 
-def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", horizon: int = 16, codec: str = "h264",
-                   workers: int = 1) -> dict:  # fmt: skip
+def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str = "robot", horizon: int = 16,
+                   codec: str = "h264", workers: int = 1) -> dict:  # fmt: skip
     """Write all kept episodes of `data` to a new dataset at `out`.
 
-    format: "v3.0", "v2.1" or "groot". horizon: rows of a chunk for which GR00T's relative statistics are computed.
-    codec: for what must be encoded again.
+    format: "v3.0", "v2.1" or "groot". rate: rows as they are ("robot"), or one per new picture of what `label` wrote
+    ("video"), see `dreamgen.data.video_rate`; the contract then is that of the slower robot. horizon: rows of a chunk
+    for which GR00T's relative statistics are computed. codec: for what must be encoded again.
 
     Returns {"episodes", "frames", "encoded": videos that were encoded again, "left_out": columns and cameras}.
-    Raises ValueError for an unknown format, and if `out` holds anything of a dataset that no unfinished call wrote.
+    Raises ValueError for an unknown format or rate, episodes that have not one video rate, and if `out` holds anything
+    of a dataset that no unfinished call wrote.
     """
     if format not in FORMATS:
         raise ValueError(f"format is '{format}'; expected one of {', '.join(FORMATS)}")
+    if rate not in RATES:
+        raise ValueError(f"rate is '{rate}'; expected one of {', '.join(RATES)}")
     data.require_actions("stage.data")
+    source = _Source(data, format, codec, _video_hz(data) if rate == "video" else None)
     start(out, workers)
-    source = _Source(data, format, codec)
-    ledger = Ledger(rate=data.rate, columns=source.columns)
+    ledger = Ledger(rate=source.robot.rate, columns=source.columns)
     contract = read_json(data.root / CONTRACT)["contract"] if (data.root / CONTRACT).is_file() else None
+    if contract is not None and source.video_hz is not None:
+        contract = slowed(Embodiment.from_contract(contract), source.video_hz).contract()
     robot_type = str(data.info.get("robot_type") or data.robot.name)
     if format == "v3.0":
         files: Any = FilesV3(out, ledger, robot_type=robot_type, contract=contract)
@@ -53,10 +64,10 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", horizon: i
     def flavour() -> None:
         if format != "groot":
             return
-        meta, episodes = Path(out) / "meta", [data.episode(i) for i in range(len(data))]
-        write_json(meta / "modality.json", groot.modality(data.robot, source.cameras, source.annotations))
+        meta, episodes = Path(out) / "meta", [source.episode(i)[0] for i in range(len(data))]
+        write_json(meta / "modality.json", groot.modality(source.robot, source.cameras, source.annotations))
         write_json(meta / "stats.json", groot.stats(files.numbers()))
-        relative = groot.relative_stats(data.robot, [episode.state for episode in episodes],
+        relative = groot.relative_stats(source.robot, [episode.state for episode in episodes],
                                         [episode.action for episode in episodes], horizon)  # fmt: skip
         if relative:
             write_json(meta / "relative_stats.json", relative)
@@ -65,11 +76,24 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", horizon: i
     return {"episodes": ledger.episodes, "frames": ledger.rows, "encoded": source.encoded, "left_out": source.left_out}
 
 
-class _Source:
-    """Episodes of a dataset as items."""
+def _video_hz(data: Dataset) -> str:
+    """The one rate of all videos."""
+    rates = sorted({str(data.episode(i).meta.get("video_hz")) for i in range(len(data))})
+    if len(rates) != 1:
+        raise ValueError(f"the videos of {data.root} have the rates {', '.join(rates)}, rate=video needs one; export "
+                         f"the episodes of each apart (stage.data.episodes)")  # fmt: skip
+    return rates[0]
 
-    def __init__(self, data: Dataset, format: str, codec: str) -> None:
+
+class _Source:
+    """Episodes of a dataset as items; with `video_hz`, at that rate of their new pictures."""
+
+    def __init__(self, data: Dataset, format: str, codec: str, video_hz: str | None) -> None:
         self.data, self.codec, self.encoded, self.left_out = data, codec, 0, []
+        self.video_hz, self._videos = video_hz, Decoders()
+        if video_hz is not None:
+            self.episode(0)  # says at once what is no labelled video
+        self.robot = data.robot if video_hz is None else slowed(data.robot, video_hz)
         entries, features = [data.entry(i) for i in range(len(data))], data.info["features"]
         views = [view.key for view in data.robot.views]
         self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)]
@@ -97,10 +121,21 @@ class _Source:
         return all(name in t.column_names and pa.types.is_integer(t[name].type)
                    and set(t[name].unique().to_pylist()) <= self.data.tasks.keys() for t in tables)  # fmt: skip
 
+    def episode(self, i: int) -> tuple[Episode, np.ndarray | None]:
+        """Episode i as it is written, and which of its rows (k,) these are; None for all."""
+        if self.video_hz is None:
+            return self.data.episode(i), None
+        try:
+            return at_video_rate(self.data.episode(i), self.data.robot)
+        except ValueError as error:
+            raise ValueError(f"episode {self.data.index(i)} of {self.data.root}: {error}") from error
+
     def item(self, i: int) -> Item:
         """Episode i, with its pictures' histograms."""
-        data, episode, table = self.data, self.data.episode(i), self.data.table(i)
-        rows, robot = len(episode.action), data.robot
+        data, table, robot = self.data, self.data.table(i), self.robot
+        episode, taken = self.episode(i)
+        table = table if taken is None else table.take(taken)
+        rows = len(episode.action)
         known = {robot.state_key: episode.state, robot.action_key: episode.action, **episode.extra}
         texts = {"task_index": [episode.instruction] * rows}
         for name in self.annotations:
@@ -115,20 +150,20 @@ class _Source:
             if name not in known and name not in table.column_names:
                 raise ValueError(f"episode {data.index(i)} of {data.root} has no column '{name}', the first one has")
             columns[name] = known[name] if name in known else _values(table, name, column)
-        videos = {key: self._video(i, key, rows) for key in self.cameras}
+        videos = {key: self._video(i, key, rows, taken) for key in self.cameras}
         counts = {key: sum(statistics.histogram(frame[None]) for frame in decoded(video))
                   for key, video in videos.items()}  # fmt: skip
         return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, meta=episode.meta)
 
-    def _video(self, i: int, key: str, rows: int) -> bytes:
+    def _video(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> bytes:
         path, first, frames = self.data.entry(i).videos[key]
-        if frames is None:
-            return path.read_bytes()
-        piece = cut(path, first, rows)
-        if piece is None:
-            self.encoded += 1
-            piece = encode(read_mp4(path, np.arange(first, first + rows)), self.data.rate, codec=self.codec)
-        return piece
+        if taken is None:
+            piece = path.read_bytes() if frames is None else cut(path, first, rows)
+            if piece is not None:
+                return piece
+        self.encoded += 1
+        pictures = self._videos.read(path, first + (np.arange(rows) if taken is None else taken))
+        return encode(pictures, self.robot.rate, codec=self.codec)
 
 
 def _has(entry: Entry, key: str) -> bool:
