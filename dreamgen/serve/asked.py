@@ -1,6 +1,6 @@
-"""What both protocols ask of a policy beside an observation: a seed, and to go on from the chunk being executed."""
+"""What both protocols ask of a policy beside pictures and states: an instruction, a seed, and to go on from the chunk
+being executed; and what is required of its answer."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +9,18 @@ from jaxtyping import Float32
 
 from dreamgen.core.clip import Observation
 from dreamgen.core.protocols import Policy
+
+LETTERS = 2000  # of an instruction, which encoders cut to a few dozen words in any case
+BETA = 1000.0  # a stronger pull overflows; 5 is usual
+
+
+def instruction_of(value: Any, where: str) -> str:
+    """The text under `where`. ValueError for what is none, or longer than LETTERS."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {type(value).__name__}; expected text")
+    if len(value) > LETTERS:
+        raise ValueError(f"{where} has {len(value)} characters; expected at most {LETTERS}")
+    return value
 
 
 def seed_of(value: Any, otherwise: int) -> int:
@@ -25,6 +37,17 @@ def going_on(rests: Sequence[np.ndarray], delay: int, mode: str, beta: float) ->
     return {"rests": [np.asarray(rest, np.float32) for rest in rests], "delay": delay, "mode": mode, "beta": beta}
 
 
+def _steps(rest: Any, horizon: int, width: int) -> Float32[np.ndarray, "p a"]:
+    """A rest of a chunk; ValueError says what came instead."""
+    fits = isinstance(rest, np.ndarray) and rest.dtype.kind in "iuf" and rest.ndim == 2
+    with np.errstate(over="ignore"):
+        steps = rest.astype(np.float32) if fits else np.full((1, width), np.nan)
+    if steps.shape[1] != width or len(steps) > horizon or not np.isfinite(steps).all():
+        got = f"{rest.shape} {rest.dtype}" if isinstance(rest, np.ndarray) else type(rest).__name__
+        raise ValueError(f"a rest of a chunk is {got}; expected at most {horizon} steps of {width} finite numbers")
+    return steps
+
+
 def _require_going_on(asked: Any, policy: Policy, rows: int) -> dict[str, Any]:
     """`asked` as arguments of `proceed`; ValueError that names what is missing or of another type."""
     if not isinstance(asked, dict) or asked.keys() != {"rests", "delay", "mode", "beta"}:
@@ -32,27 +55,23 @@ def _require_going_on(asked: Any, policy: Policy, rows: int) -> dict[str, Any]:
         raise ValueError(f"realtime is {got!s:.80}; expected a map of rests, delay, mode, beta")
     if getattr(policy, "prefix", None) is None:
         raise ValueError("the policy served here cannot go on from a chunk; ask without realtime")
-    rests, width = asked["rests"], policy.robot.action_dim
+    rests = asked["rests"]
     if not isinstance(rests, list | tuple) or len(rests) != rows:
         raise ValueError(f"realtime has no list of {rows} rests, one for each observation")
-    for rest in rests:
-        if not isinstance(rest, np.ndarray) or rest.dtype.kind not in "iuf" or rest.ndim != 2 or (
-            rest.shape[1] != width or len(rest) > policy.horizon or not np.isfinite(rest).all()
-        ):  # fmt: skip
-            got = f"{rest.shape} {rest.dtype}" if isinstance(rest, np.ndarray) else type(rest).__name__
-            raise ValueError(f"a rest of a chunk is {got}; expected at most {policy.horizon} steps of {width} finite "
-                             f"numbers")  # fmt: skip
+    rests = [_steps(rest, policy.horizon, policy.robot.action_dim) for rest in rests]
     delay, mode, beta = asked["delay"], asked["mode"], asked["beta"]
-    number = isinstance(beta, int | float) and not isinstance(beta, bool) and math.isfinite(beta)
+    number = isinstance(beta, int | float) and not isinstance(beta, bool) and 0 <= beta <= BETA
     if isinstance(delay, bool) or not isinstance(delay, int) or not isinstance(mode, str) or not number:
         raise ValueError(f"realtime has delay {delay!r:.40}, mode {mode!r:.40}, beta {beta!r:.40}; expected a whole "
-                         f"number, text, a finite number")  # fmt: skip
-    return {**asked, "rests": [rest.astype(np.float32) for rest in rests]}
+                         f"number, text, a number from 0 to {BETA:g}")  # fmt: skip
+    return {**asked, "rests": rests}
 
 
 def answer(policy: Any, seen: Sequence[Observation], seeds: Sequence[int], asked: Any) -> Float32[np.ndarray, "b h a"]:
-    """The chunks of a request; asked: its `realtime`, or None."""
-    if asked is None:
-        return policy.act(seen, seeds)
-    known = _require_going_on(asked, policy, len(seen))
-    return policy.proceed(seen, seeds, **known)
+    """The chunks of a request; asked: its `realtime`, or None. ArithmeticError for a policy whose chunks are no finite
+    numbers: no robot shall be sent those."""
+    known = None if asked is None else _require_going_on(asked, policy, len(seen))
+    chunks = policy.act(seen, seeds) if known is None else policy.proceed(seen, seeds, **known)
+    if not np.isfinite(chunks).all():
+        raise ArithmeticError("its actions are not finite numbers")
+    return chunks

@@ -1,7 +1,8 @@
 """Servers as policies: whatever speaks one of the protocols can be evaluated, in a simulator or in a dream.
 
 A server of ours says for which robot it was made; a client compares that with its own and names each difference. Of a
-server of another stack the robot must be told, and the horizon of openpi's, which has no place for it.
+server of another stack the robot must be told, and the horizon of openpi's, which has no place for it. Where a
+connection has to be made anew, another policy than before is refused.
 """
 
 import json
@@ -13,10 +14,15 @@ from jaxtyping import Float32
 
 from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import differences
 from dreamgen.serve.asked import going_on
 from dreamgen.serve.groot import to_groot, zeromq
-from dreamgen.serve.openpi import keys, require_websockets, to_message
+from dreamgen.serve.messages import keys, to_message
+from dreamgen.serve.openpi import require_websockets
 from dreamgen.serve.wire import pack_groot, pack_openpi, unpack_groot, unpack_openpi
+
+ACTING = frozenset(["compile", "euler_steps", "speaks"])  # settings of a policy that is loaded from a directory
+TOLD = ("horizon", "keys", "prefix", "modality")  # what a server says of itself, beside its contract
 
 
 def _require_chunk(chunk: Any, shape: tuple, where: str) -> np.ndarray:
@@ -62,6 +68,26 @@ class _Remote:
 
     _link: Any = None
 
+    @classmethod
+    def load(cls, path: str, *, robot: Embodiment | None = None, **options: Any) -> Any:
+        """A policy whose "path" is its address, for the stages; options of None are left out. ValueError for those of
+        `ACTING`: how a policy acts is said where it is served."""
+        given = {name: value for name, value in options.items() if value is not None}
+        if meant := sorted(given.keys() & ACTING):
+            raise ValueError(f"the policy at {path} acts as its server says; set {', '.join(meant)} there")
+        return cls(path, robot=robot, **given)
+
+    def _require_same(self, before: dict, now: dict, where: str) -> None:
+        """ValueError that names in what a server says something else of itself than `before`."""
+        try:
+            self._robot(now.get("contract"), self.robot, where)
+            if changed := differences(*({name: told.get(name) for name in TOLD} for told in (before, now))):
+                raise ValueError(f"{where} serves another policy since the connection was made anew: {changed}; make a "
+                                 f"new client")  # fmt: skip
+        except ValueError:
+            self.close()
+            raise
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_link"}
 
@@ -91,7 +117,7 @@ class _Remote:
 class OpenpiPolicy(_Remote):
     """The policy behind `address` (ws://host:port), asked for one observation after another.
 
-    names: keys of its observations (see `dreamgen.serve.openpi.keys`), for servers of another stack; the default is
+    names: keys of its observations (see `dreamgen.serve.messages`), for servers of another stack; the default is
     what the server's metadata says. timeout: seconds to wait for an answer.
 
     Raises ValueError: no server, a refused key, a server for another robot, an error that the server reports.
@@ -114,6 +140,9 @@ class OpenpiPolicy(_Remote):
         found = names or self.metadata.get("keys") or keys(self.robot)
         self.names = _require_map(found, ["views", "state", "prompt"], f"{address}, as the keys of an observation,")
         _require_map(self.names["views"], [], f"{address}, as the keys of the views,")
+        if not isinstance(self.names["state"], str):
+            parts = [part.name for part in self.robot.state]
+            _require_map(self.names["state"], parts, f"{address}, as the keys of the state,")
         if horizon is None and "horizon" not in self.metadata:
             raise ValueError(f"{address} does not say how long its chunks are; give horizon=...")
         told = self.metadata["horizon"] if horizon is None else horizon
@@ -122,11 +151,6 @@ class OpenpiPolicy(_Remote):
         self.horizon = int(told)
         self.prefix = _prefix(self.metadata)
         self.timing: dict[str, float] = {}
-
-    @classmethod
-    def load(cls, path: str, *, robot: Embodiment | None = None, **options: Any) -> "OpenpiPolicy":
-        """A policy whose "path" is its address, for the stages."""
-        return cls(path, robot=robot, **options)
 
     def _connect(self) -> dict:
         from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
@@ -156,9 +180,9 @@ class OpenpiPolicy(_Remote):
         from websockets.exceptions import ConnectionClosed
 
         if self._link is None:
-            self._connect()
+            self._require_same(self.metadata, self._connect(), self.address)
         try:
-            self._link.send(pack_openpi({**to_message(seen, self.names), "seed": int(seed), **more}))
+            self._link.send(pack_openpi({**to_message(seen, self.names, self.robot), "seed": int(seed), **more}))
             reply = self._link.recv(self.timeout)
         except (ConnectionClosed, TimeoutError, OSError) as error:
             self.close()
@@ -181,15 +205,9 @@ class GrootPolicy(_Remote):
         self, address: str, *, robot: Embodiment | None = None, key: str | None = None, timeout: float = 60.0
     ) -> None:
         self.address, self.key, self.timeout = address, key, timeout
-        where = f"the GR00T server at {address}"
-        nodes = _require_map(self.ask("get_modality_config"), ["video", "state", "action"], where)
-        modality = {name: _modality(nodes[name], where) for name in ("video", "state", "action")}
-        try:
-            told = self.ask("contract")
-        except ValueError:  # not one of ours
-            told = None
-        told = told if isinstance(told, dict) else {}
-        self.robot, self.prefix = self._robot(told.get("contract"), robot, address), _prefix(told)
+        self.metadata = self._introduced()
+        modality = self.metadata["modality"]
+        self.robot, self.prefix = self._robot(self.metadata.get("contract"), robot, address), _prefix(self.metadata)
         self.horizon = len(modality["action"][0])
         for kind, wanted in (("video", self.robot.views), ("state", self.robot.state), ("action", self.robot.action)):
             here, there = [part.name for part in wanted], modality[kind][1]
@@ -197,10 +215,16 @@ class GrootPolicy(_Remote):
                 raise ValueError(f"the policy at {address} has the {kind} keys {there}; embodiment '{self.robot.name}' "
                                  f"has {here}")  # fmt: skip
 
-    @classmethod
-    def load(cls, path: str, *, robot: Embodiment | None = None, **options: Any) -> "GrootPolicy":
-        """A policy whose "path" is its address, for the stages."""
-        return cls(path, robot=robot, **options)
+    def _introduced(self) -> dict[str, Any]:
+        """What the server says of itself: its modality, and one of ours its contract, horizon and prefix."""
+        where = f"the GR00T server at {self.address}"
+        nodes = _require_map(self.ask("get_modality_config"), ["video", "state", "action"], where)
+        modality = {name: _modality(nodes[name], where) for name in ("video", "state", "action")}
+        try:
+            told = self.ask("contract")
+        except ValueError:  # not one of ours
+            told = None
+        return {**(told if isinstance(told, dict) else {}), "modality": modality}
 
     def ask(self, endpoint: str, data: dict | None = None) -> Any:
         """One request; ValueError for an error or no answer."""
@@ -232,6 +256,8 @@ class GrootPolicy(_Remote):
         return self._chunks(observations, seeds, realtime=going_on(rests, delay, mode, beta))
 
     def _chunks(self, observations: Sequence[Observation], seeds: Sequence[int], **more: Any) -> np.ndarray:
+        if self._link is None:
+            self._require_same(self.metadata, self._introduced(), self.address)
         options = {"seed": [int(seed) for seed in seeds], **more}
         reply = self.ask("get_action", {"observation": to_groot(observations, self.robot), "options": options})
         where, parts = f"the GR00T server at {self.address}", self.robot.action

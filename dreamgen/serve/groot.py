@@ -23,7 +23,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
-from dreamgen.serve.asked import answer, seed_of
+from dreamgen.serve.asked import answer, instruction_of, seed_of
 from dreamgen.serve.wire import pack_groot, peek, unpack_groot
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,7 @@ def _texts(observation: dict) -> list[str]:
     if len(values) != 1 or not isinstance(values[0], list | tuple) or not values[0]:
         raise ValueError(f"the observation's language is {group!r:.80}; expected {{'{LANGUAGE}': [[text], ...]}}")
     texts = [row[-1] if isinstance(row, list | tuple) and row else row for row in values[0]]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("the observation's language holds something else than text")
-    return texts
+    return [instruction_of(text, "the observation's language") for text in texts]
 
 
 def from_groot(observation: Any, robot: Embodiment) -> list[Observation]:

@@ -10,6 +10,8 @@ has the chunk go on from the rest of the last one; metadata say with which prefi
 frame that cannot be used is answered with a string that says why, and the connection stays open; a frame over `max_mb`
 closes it (1009). Frames are unpacked one at a time, whatever the number of connections, and of each connection at most
 two wait. GET /healthz says OK. With a key, the handshake must bring `Authorization: Api-Key <key>`.
+
+A robot that speaks to another server keeps its keys: see `dreamgen.serve.messages`.
 """
 
 import hmac
@@ -20,13 +22,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from dreamgen.core.clip import Observation
-from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.serve.asked import answer, seed_of
+from dreamgen.serve.messages import from_message, keys, require_names
 from dreamgen.serve.wire import pack_openpi, unpack_openpi
 
 log = logging.getLogger(__name__)
@@ -40,42 +39,12 @@ def require_websockets() -> None:
         raise ValueError("the openpi protocol needs websockets: pip install 'dreamgen[serve]'") from None
 
 
-def keys(robot: Embodiment) -> dict[str, Any]:
-    """Under which key of a message each part of an observation lies."""
-    return {"views": {view.name: f"observation/{view.name}" for view in robot.views},
-            "state": "observation/state", "prompt": "prompt"}  # fmt: skip
-
-
-def to_message(seen: Observation, names: Mapping[str, Any]) -> dict[str, Any]:
-    """An observation as the message whose keys are `names`."""
-    views = {names["views"][name]: picture for name, picture in seen.views.items() if name in names["views"]}
-    return {**views, names["state"]: np.asarray(seen.state, np.float32), names["prompt"]: seen.instruction}
-
-
-def from_message(message: Any, robot: Embodiment) -> Observation:
-    """The inverse of `to_message`. Raises ValueError that names what is missing or of another type."""
-    names = keys(robot)
-    if not isinstance(message, dict):
-        raise ValueError(f"a message of type {type(message).__name__}; expected a map with {names}")
-    wanted = [*names["views"].values(), names["state"], names["prompt"]]
-    if missing := [key for key in wanted if key not in message and (key != names["state"] or robot.state_dim)]:
-        raise ValueError(f"the observation lacks {missing}; expected {wanted}")
-    views = {name: message[key] for name, key in names["views"].items()}
-    state = message.get(names["state"], np.zeros(0, np.float32))
-    for key, value in [(names["views"][name], picture) for name, picture in views.items()] + [(names["state"], state)]:
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
-            raise ValueError(f"'{key}' of the observation is no array of numbers but {type(value).__name__}")
-    prompt = message[names["prompt"]]
-    if not isinstance(prompt, str):
-        raise ValueError(f"'{names['prompt']}' of the observation is {type(prompt).__name__}; expected text")
-    return Observation(views=views, state=state.astype(np.float32), instruction=prompt)
-
-
 class OpenpiServer:
     """`policy` at ws://host:port. Use as a context, or `run()` until `stop()` is called from another thread.
 
     port: 0 takes a free one; `port` then says which. key: clients must show it; None admits all. max_mb: largest frame.
     clients: connections at a time; others are told 503. Requests of all connections are served one after another.
+    names: keys of an observation, as the robot has them; None: `keys`. instruction: of a robot that sends no prompt.
     """
 
     def __init__(
@@ -87,13 +56,17 @@ class OpenpiServer:
         key: str | None = None,
         max_mb: float = 64,
         clients: int = 16,
+        names: Mapping[str, Any] | None = None,
+        instruction: str | None = None,
         seed: int = 0,
     ) -> None:
         require_websockets()
         from websockets.sync.server import serve
 
         self.policy, self.host, self.key, self.seed, self.limit = policy, host, key, seed, clients
-        self.metadata = {"contract": policy.robot.contract(), "horizon": policy.horizon, "keys": keys(policy.robot),
+        self.names = keys(policy.robot) if names is None else require_names(names, policy.robot)
+        self.instruction = instruction
+        self.metadata = {"contract": policy.robot.contract(), "horizon": policy.horizon, "keys": self.names,
                          "prefix": getattr(policy, "prefix", None)}  # fmt: skip
         self._turn, self._count, self._served = threading.Lock(), threading.Lock(), 0
         self._thread: threading.Thread | None = None
@@ -169,7 +142,7 @@ class OpenpiServer:
                 raise ValueError("a text frame; expected a msgpack frame")
             with self._turn:
                 message = unpack_openpi(frame)
-                seen = from_message(message, self.policy.robot)
+                seen = from_message(message, self.policy.robot, self.names, self.instruction)
                 begun = time.monotonic()
                 seed = seed_of(message.get("seed"), seed_for(self.seed, "serve", self._served))
                 self._served += 1

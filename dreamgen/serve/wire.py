@@ -44,6 +44,8 @@ def _array(data: Any, dtype: np.dtype, shape: Any) -> np.ndarray:
     shape = tuple(shape)
     if not isinstance(data, bytes) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
         raise ValueError(f"an array of shape {shape} has data of type {type(data).__name__}; expected bytes")
+    if not dtype.itemsize:  # any shape of it takes no bytes to send, and memory to hold
+        raise ValueError(f"an array of shape {shape} has the type {dtype}, of no bytes")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise ValueError(f"an array of shape {shape} and type {dtype} has {len(data)} bytes of data; expected "
                          f"{math.prod(shape) * dtype.itemsize}")  # fmt: skip

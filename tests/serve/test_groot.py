@@ -99,6 +99,27 @@ def test_our_client_is_a_policy(server: GrootServer):
         GrootPolicy("tcp://127.0.0.1:9", robot=ROBOT, timeout=0.2)
 
 
+def test_another_policy_after_a_broken_connection_is_named(server: GrootServer):
+    class Long(Mean):
+        horizon = STEPS + 1
+
+    class Other(Mean):
+        robot = replace(ROBOT, robot_hz="10")
+
+    seen = observations(1)
+    with GrootServer(Long(), port=0) as long, GrootServer(Other(), port=0) as other:
+        with GrootPolicy(server.address, robot=ROBOT) as policy:
+            want = policy.act(seen, [3])
+            for made, word in ((long, "horizon: 4 -> 5"), (other, "robot_hz: here 20, saved 10")):
+                policy.close()
+                policy.address = made.address
+                for _ in range(2):  # also when it is asked again
+                    with pytest.raises(ValueError, match=word):
+                        policy.act(seen, [3])
+            policy.address = server.address
+            np.testing.assert_array_equal(policy.act(seen, [3]), want)
+
+
 def test_a_server_of_another_stack_is_compared_by_its_keys(server: GrootServer, monkeypatch):
     ask = GrootPolicy.ask
 
@@ -139,11 +160,13 @@ BAD = {
     "batch": (pack_groot({"data": {**GOOD, "language": {"task": [["a"]]}}}), "batches of \\[1, 2\\]"),
     "width": (pack_groot({"data": {**GOOD, "state": {**GOOD["state"], "grip": np.zeros((2, 1, 2))}}}), "'grip'.*2 w"),
     "no time": (pack_groot({"data": {**GOOD, "state": {**GOOD["state"], "grip": np.zeros((2, 0, 1))}}}), "'grip'"),
-    "words": (pack_groot({"data": {**GOOD, "language": {"task": [[1], [2]]}}}), "something else than text"),
+    "words": (pack_groot({"data": {**GOOD, "language": {"task": [[1], [2]]}}}), "language is int; expected text"),
+    "long": (pack_groot({"data": {**GOOD, "language": {"task": [["a"], ["b" * 2001]]}}}), "2001 characters; .* 2000"),
     "seeds": (pack_groot({"data": {"observation": GOOD, "options": {"seed": [1]}}}), "1 seeds came with 2"),
     "token": (pack_groot({"endpoint": ["ping"]}), "Unknown endpoint"),
     "large": (b"\0" * 200_000, "at most 104857 bytes"),
     "fault": (pack_groot({"data": {**GOOD, "language": {"task": [["break"], ["a"]]}}}), "the policy failed"),
+    "nan": (pack_groot({"data": {**GOOD, "language": {"task": [["a"], ["nan"]]}}}), "its actions are not finite"),
 }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ import pytest
 
 from dreamgen.core.embodiment import View
 from dreamgen.serve.clients import OpenpiPolicy
-from dreamgen.serve.openpi import OpenpiServer, from_message, keys, to_message
+from dreamgen.serve.messages import from_message, keys, require_names, to_message
+from dreamgen.serve.openpi import OpenpiServer
 from dreamgen.serve.wire import pack_openpi, unpack_openpi
 from tests.serve.toy import ROBOT, STEPS, A, D, H, Mean, W, observations
 
@@ -25,6 +26,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
 
 HERE = Path(__file__).parent
 PUBLISHED = Path(os.environ.get("OPENPI_CLIENT_PYTHON", HERE.parents[1] / ".venv-openpi/bin/python"))
+
+DROID = {"views": {"front": "observation/exterior_image_1_left", "wrist": "observation/wrist_image_left"},
+         "state": {"pose": "observation/joint_position", "grip": "observation/gripper_position"},
+         "prompt": "prompt"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def test_it_speaks_first_and_answers_in_units(server: OpenpiServer):
     with connect(server) as link:
         metadata = unpack_openpi(link.recv(5))
         assert metadata["horizon"] == STEPS and ROBOT.mismatches(metadata["contract"]) == []
-        message = to_message(seen, metadata["keys"])
+        message = to_message(seen, metadata["keys"], ROBOT)
         assert message.keys() == {"observation/front", "observation/wrist", "observation/state", "prompt"}
         for turn in range(2):
             link.send(pack_openpi({**message, "seed": 5}))
@@ -53,9 +58,10 @@ def test_it_speaks_first_and_answers_in_units(server: OpenpiServer):
             assert ("prev_total_ms" in answer["server_timing"]) == (turn == 1)
 
 
-def test_messages_are_inverse():
+@pytest.mark.parametrize("names", [keys(ROBOT), DROID])
+def test_messages_are_inverse(names: dict):
     seen = observations(1)[0]
-    again = from_message(to_message(seen, keys(ROBOT)), ROBOT)
+    again = from_message(to_message(seen, names, ROBOT), ROBOT, names)
     assert again.instruction == seen.instruction and np.array_equal(again.state, seen.state)
     assert all(np.array_equal(again.views[name], seen.views[name]) for name in seen.views)
 
@@ -86,7 +92,76 @@ def test_a_server_for_another_robot_is_named(server: OpenpiServer):
         OpenpiPolicy("ws://127.0.0.1:9", robot=ROBOT, timeout=2.0)
 
 
-GOOD = to_message(observations(1)[0], keys(ROBOT))
+def test_a_robot_keeps_its_keys():
+    seen = observations(1)[0]
+    with OpenpiServer(Mean(), port=0, names=DROID) as server:
+        with OpenpiPolicy(server.address, robot=ROBOT) as policy:  # it is told them
+            assert policy.names == DROID
+            np.testing.assert_allclose(policy.act([seen], [5]), Mean().act([seen], [5]))
+        with connect(server) as link:
+            link.recv(5)
+            message = {"observation/exterior_image_1_left": seen.views["front"],
+                       "observation/wrist_image_left": seen.views["wrist"],
+                       "observation/joint_position": seen.state[:2],
+                       "observation/gripper_position": seen.state[2], "seed": 5,
+                       "prompt": seen.instruction}  # fmt: skip
+            link.send(pack_openpi(message))
+            np.testing.assert_allclose(unpack_openpi(link.recv(5))["actions"], Mean().act([seen], [5])[0])
+            link.send(pack_openpi({**message, "observation/joint_position": seen.state}))
+            assert "'observation/joint_position' of the observation is (3,); expected (2,)" in link.recv(5)
+            link.send(pack_openpi(GOOD))
+            assert "lacks ['observation/exterior_image_1_left', 'observation/wrist_image_left'" in link.recv(5)
+
+
+def test_maps_in_maps_pictures_as_planes_and_no_prompt():
+    seen = observations(1)[0]
+    names = {"views": {"front": "images/cam_high", "wrist": "images/cam_low"}, "state": "state", "prompt": "prompt"}
+    planes = {"cam_high": seen.views["front"].transpose(2, 0, 1), "cam_low": seen.views["wrist"].transpose(2, 0, 1)}
+    with OpenpiServer(Mean(), port=0, names=names, instruction="push") as server, connect(server) as link:
+        link.recv(5)
+        for more, said in (({}, "push"), ({"prompt": "pull it"}, "pull it")):
+            link.send(pack_openpi({"images": planes, "state": seen.state.astype(float), "seed": 3, **more}))
+            want = Mean().act([replace(seen, instruction=said)], [3])[0]
+            np.testing.assert_allclose(unpack_openpi(link.recv(5))["actions"], want, rtol=1e-6)
+        for images in ({"cam_high": planes["cam_high"]}, 3):
+            link.send(pack_openpi({"images": images, "state": seen.state}))
+            assert "lacks [" in (reply := link.recv(5)) and "'images/cam_low'" in reply
+
+
+@pytest.mark.parametrize("names", [
+    3, {}, {**keys(ROBOT), "more": "key"}, {**keys(ROBOT), "views": {"front": "a"}}, {**keys(ROBOT), "views": "a"},
+    {**keys(ROBOT), "state": {"pose": "a"}}, {**keys(ROBOT), "state": 3},
+    {**keys(ROBOT), "prompt": "observation/state"},
+])  # fmt: skip
+def test_names_that_are_none(names):
+    with pytest.raises(ValueError, match="expected a key, each another, for the views"):
+        require_names(names, ROBOT)
+
+
+def test_another_policy_after_a_broken_connection_is_named(server: OpenpiServer):
+    class Long(Mean):
+        horizon = STEPS + 1
+
+    class Other(Mean):
+        robot = replace(ROBOT, robot_hz="10")
+
+    seen = observations(1)
+    with OpenpiServer(Mean(), port=0) as same, OpenpiServer(Long(), port=0) as long:
+        with OpenpiServer(Other(), port=0) as other, OpenpiServer(Mean(), port=0, names=DROID) as named:
+            with OpenpiPolicy(server.address, robot=ROBOT) as policy:
+                want = policy.act(seen, [3])
+                for made, word in ((long, "horizon: 4 -> 5"), (other, "robot_hz: here 20, saved 10"),
+                                   (named, "keys.state.*make a new client")):  # fmt: skip
+                    policy.close()
+                    policy.address = made.address
+                    for _ in range(2):  # also when it is asked again
+                        with pytest.raises(ValueError, match=word):
+                            policy.act(seen, [3])
+                policy.address = same.address
+                np.testing.assert_array_equal(policy.act(seen, [3]), want)
+
+
+GOOD = to_message(observations(1)[0], keys(ROBOT), ROBOT)
 BAD = {
     "not msgpack": (b"\xc1", "malformed"),
     "pickle": (pickle.dumps({"a": 1}), "malformed|expected a map"),
@@ -101,7 +176,9 @@ BAD = {
     "number as prompt": (pack_openpi({**GOOD, "prompt": 3}), "'prompt'.*expected text"),
     "many values": (b"\xdd\x00\x01\x86\xa0" + b"\x80" * 100_000, "it holds 100001 values or more; expected at most"),
     "seed": (pack_openpi({**GOOD, "seed": -1}), "seed is -1"),
+    "long prompt": (pack_openpi({**GOOD, "prompt": "a" * 2001}), "'prompt' .* 2001 characters; expected at most 2000"),
     "fault": (pack_openpi({**GOOD, "prompt": "break"}), "the policy failed: RuntimeError"),
+    "nan": (pack_openpi({**GOOD, "prompt": "nan"}), "the policy failed: .*its actions are not finite numbers"),
 }
 
 

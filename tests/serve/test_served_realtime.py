@@ -71,9 +71,25 @@ BAD = {
     "words": ({**GOOD, "rests": [np.full((2, A), "x"), REST]}, "a rest of a chunk is"),
     "delay": ({**GOOD, "delay": 1.5}, "delay 1.5"),
     "switch": ({**GOOD, "delay": True}, "delay True"),
+    "huge": ({**GOOD, "rests": [np.full((2, A), 1e300), REST]}, "finite"),
     "beta": ({**GOOD, "beta": float("inf")}, "beta inf"),
+    "beta that overflows": ({**GOOD, "beta": 1e308}, "beta 1e.308; expected .* a number from 0 to 1000"),
+    "beta of many digits": ({**GOOD, "beta": 10**400}, "a number from 0 to 1000"),
+    "beta below 0": ({**GOOD, "beta": -0.1}, "beta -0.1"),
+    "beta that is none": ({**GOOD, "beta": float("nan")}, "beta nan"),
     "mode": ({**GOOD, "mode": 4}, "mode 4"),
 }
+
+
+class Overflowing(Going):
+    def act(self, observations, seeds):
+        return super().act(observations, seeds) * np.inf
+
+
+@pytest.mark.parametrize("asked", [None, GOOD])
+def test_actions_that_are_no_numbers_are_not_sent(asked):
+    with pytest.raises(ArithmeticError, match="its actions are not finite numbers"):
+        answer(Overflowing(), toy_observations(2), [0, 1], asked)
 
 
 def test_what_is_asked_reaches_the_policy():
@@ -89,3 +105,12 @@ def test_what_cannot_be_used_is_named(name):
     with pytest.raises(ValueError) as raised:
         answer(Going(), toy_observations(2), [0, 1], asked)
     assert re.search(want, str(raised.value)), raised.value
+
+
+@pytest.mark.parametrize("client", [OpenpiPolicy, GrootPolicy])
+def test_how_a_policy_acts_is_said_where_it_is_served(client):
+    with pytest.raises(ValueError, match="nowhere acts as its server says; set compile, euler_steps there"):
+        client.load("nowhere", robot=ROBOT, euler_steps=2, compile="default", speaks=None)
+    server = next(server for server, known in SIDES.values() if known is client)
+    with server(Mean(), port=0) as made, client.load(made.address, euler_steps=None, compile=None) as policy:
+        assert policy.horizon == STEPS

@@ -31,6 +31,8 @@ class Mean:
                     raise ValueError(f"view '{view.name}' is {seen.views[view.name].shape}; expected ({H}, {W}, 3)")
             if seen.instruction == "break":
                 raise RuntimeError("a fault")
+            if seen.instruction == "nan":
+                grid = grid * np.nan
             rows.append(grid + sum(seen.views[v.name].mean() for v in ROBOT.views) + seen.state.sum()
                         + len(seen.instruction) + seed % 97)  # fmt: skip
         return np.stack(rows).astype(np.float32)
