@@ -24,7 +24,7 @@ class Recipe:
 
     name: str = "default"  # of the recipe; names the folder that `out` proposes
     out: str = "runs/default"  # everything is written below it, one folder a step
-    step: str = ""  # which of `steps` a job runs; the job's own name where empty
+    step: str = ""  # which of `steps` a job runs, and the folder it writes; a job's primary config proposes one
     steps: dict[str, str] = field(default_factory=dict)  # name: "job override override ...", in order
     instructions: Any = None  # what the target robot is shown; null is all that the simulator knows
     seed: int = 0
@@ -77,16 +77,22 @@ def load(job: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, list[str]
 
 
 def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
-    """The step's own overrides, then the command line's, which therefore win."""
-    name = cfg.step or job
-    if name not in cfg.steps:
-        if cfg.step and cfg.steps:
-            raise ValueError(f"recipe '{cfg.name}' has no step '{name}'; it has {', '.join(cfg.steps)}")
-        return [*overrides, f"step={name}"]
-    owner, *own = shlex.split(lines(cfg)[name])
-    if owner != job:
+    """The step's own overrides, then the command line's, which therefore win.
+
+    Where the command line names no step, it is the one that the job's primary config proposes, and for a stage of
+    another name, as `evaluate stage=labels`, a folder of that name.
+    """
+    asked = any(word.startswith("step=") for word in overrides)
+    stage = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("stage=")), job)
+    name = cfg.step or (job if stage == job else f"{job}_{stage}")
+    owner, *own = shlex.split(lines(cfg)[name]) if name in cfg.steps else ["", ""]
+    if owner == job:
+        return [*own, *overrides, f"step={name}"]
+    if asked and owner:
         raise ValueError(f"step '{name}' of recipe '{cfg.name}' is run by jobs.{owner}, not by jobs.{job}")
-    return [*own, *overrides, f"step={name}"]
+    if asked and cfg.steps:
+        raise ValueError(f"recipe '{cfg.name}' has no step '{name}'; it has {', '.join(cfg.steps)}")
+    return [*overrides, f"step={name}"]
 
 
 def lines(cfg: DictConfig) -> dict[str, str]:

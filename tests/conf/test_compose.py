@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import conf
 from jobs.cli import commands
 from jobs.recipe import Recipe, lines, load
-from jobs.running import ALLOWED, check
+from jobs.running import ALLOWED, check, walk
 
 CONF = Path(conf.__file__).parent
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
@@ -22,6 +22,7 @@ EXPERIMENTS = [option for group, option in OPTIONS if group == "experiment"]
 STAGES = [option for group, option in OPTIONS if group == "stage"]
 DOWNLOADS = {"flow_published", "siglip2", "dino", "cosmos3"}  # weights from a hub: composed here, not built
 NEEDED = dict.fromkeys(("gr1", "gr1_smoke"), ["data.root=some/folder"])  # what an experiment leaves to the command line
+NEEDED["robot"] = ["data.root=some/folder", "embodiment=gr1"]
 
 
 def job_of(stage: str) -> str:
@@ -31,7 +32,7 @@ def job_of(stage: str) -> str:
 
 def steps(experiment: str) -> list[tuple[str, str]]:
     """(job, step) of an experiment."""
-    recipe = load("pipeline", [f"experiment={experiment}"])[0]
+    recipe = load("pipeline", [f"experiment={experiment}", *NEEDED.get(experiment, [])])[0]
     return [(shlex.split(line)[0], name) for name, line in lines(recipe).items()]
 
 
@@ -105,6 +106,31 @@ def test_every_setting_of_a_stage_can_be_set(option: str) -> None:
 def test_every_job_has_a_primary_config(job: str) -> None:
     cfg, _ = load(job)
     assert job == "pipeline" or cfg.stage._target_.endswith(f".{job}")
+
+
+# folders that take a second run of a job, under a name of their own: `dreamgen collect step=heldout seed=1000`
+SECOND = {"heldout", "play", "perturbed", "outcomes", "looks", "stock", "target", "heldout_dreams", "heldout_labels",
+          "counterfactuals", "alternatives", "alternatives_truth"}  # fmt: skip
+
+
+def test_each_stage_writes_where_the_next_one_reads() -> None:
+    """Without a recipe, as the README's table has them: `dreamgen collect`, `dreamgen finetune`, `dreamgen dream`."""
+    plain = {job: OmegaConf.to_container(load(job)[0].stage, resolve=True) for job in commands()
+             if job not in ("check", "pipeline")}  # fmt: skip
+    made = {stage.pop("out") for stage in plain.values()}
+    assert len(made) == len(plain)
+    for job, stage in plain.items():
+        read = {text for _, text in walk(stage) if text.startswith("runs/default/")} - made
+        assert {text.rpartition("/")[2] for text in read} <= SECOND, job
+    assert {"runs/default/world", "runs/default/dreams", "runs/default/labeler", "runs/default/policy"} <= made
+
+
+def test_a_job_runs_the_step_of_a_recipe_that_it_would_write() -> None:
+    """Unless another one is named, or that one is another job's."""
+    named, unnamed = (load("finetune", ["experiment=demo", *words])[0] for words in (["step=world"], []))
+    assert named == unnamed and unnamed.stage.hop == 2
+    assert load("evaluate", ["experiment=demo", "stage=labels"])[0].stage.out == "runs/demo/evaluate_labels"
+    assert load("evaluate", ["stage=labels"])[0].stage.out != load("label")[0].stage.out
 
 
 def test_a_policy_of_latent_actions_is_as_wide_as_its_labeler() -> None:

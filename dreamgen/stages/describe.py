@@ -1,0 +1,210 @@
+"""A first description of a robot, from a dataset of it: an embodiment in YAML whose comments say what to check."""
+
+import json
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from dreamgen.core.manifest import Stage, read_json
+from dreamgen.data.columns import read_column
+from dreamgen.data.fit import MODALITY
+from dreamgen.data.layout import CONTRACT, Layout, cameras, locate, read_layout
+
+STATE, ACTION = "observation.state", "action"
+FILES = 20  # tables that are looked into
+GRAIN = 32  # pixels: sides that every shipped world model takes are multiples of it
+WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")  # which YAML does not take as text
+FOLLOWS = 0.5  # correlation of a command with the state from which on it is called its target
+
+
+def describe(root: str, *, out: Path, name: str | None = None, revision: str | None = None, record: dict) -> dict:
+    """Write `out/embodiment.yaml`, which opens the dataset at `root` (a folder, or a hub id); `text` of the results.
+
+    Views are its videos, all at the size of the smallest; parts are those of its contract, of GR00T's modality.json,
+    or as the entries are named (`joint_0`, `joint_1` are one part). An action part of two values is called binary, any
+    other absolute. name: of the robot; None: what the dataset calls it.
+
+    Raises ValueError if there is no such dataset, or if it has no video or no actions.
+    """
+    path = locate(root, revision)
+    layout = read_layout(path)
+    with Stage(out, "describe", config=record, parents={"data": path}) as run:
+        if run.complete:
+            return run.manifest()
+        known = read_json(path / CONTRACT)["contract"] if (path / CONTRACT).is_file() else None
+        named = name or re.sub(r"\W+", "_", str(layout.info.get("robot_type") or path.resolve().name)).lower()
+        text = "\n".join(_known(known) if known else _drafted(layout, named)) + "\n"
+        (out / "embodiment.yaml").write_text(text, encoding="utf-8")
+        return run.finish(text=text)
+
+
+def _known(contract: dict) -> Iterator[str]:
+    """The lines of a robot whose contract lies beside the data."""
+    yield f"# {contract['name']}, as the contract beside its data tells."
+    yield "_target_: dreamgen.core.embodiment.Embodiment"
+    for key, value in contract.items():
+        if key in ("views", "state", "action", "tools"):
+            yield f"{key}:" if value else f"{key}: []"
+            yield from (f"  - {_flow({k: v for k, v in each.items() if v is not None})}" for each in value)
+        else:
+            yield f"{key}: {_flow(value)}"
+
+
+def _drafted(layout: Layout, name: str) -> Iterator[str]:
+    """The lines of a robot that is guessed from the data."""
+    info, features = layout.info, layout.info["features"]
+    if not _seen(layout) or ACTION not in features:
+        lacks = "no actions" if _seen(layout) else "no video"
+        raise ValueError(f"{layout.root} has {lacks} to describe a robot by; it has {sorted(features)}. Write the "
+                         f"embodiment by hand, see conf/embodiment")  # fmt: skip
+    yield f"# {name}, drafted from {len(layout.entries)} episodes. Read every comment, then delete it."
+    yield "_target_: dreamgen.core.embodiment.Embodiment"
+    yield f"name: {_flow(name)}"
+    yield f'robot_hz: "{Fraction(str(info["fps"])).limit_denominator(1001)}"'
+    yield f"state_key: {STATE}"
+    yield f"action_key: {ACTION}"
+    yield f"# height, width: pixels that the models see of a camera: multiples of {GRAIN}, the same for all."
+    yield "# fit: crop or pad, where squeezing a picture to this size would distort it."
+    yield "# Delete cameras that nothing is to see by."
+    yield "views:"
+    yield from _views(layout)
+    states, actions = (_values(layout, key) for key in (STATE, ACTION))
+    moved = {part["name"]: part for part in _parts(layout, "state", STATE)} if STATE in features else {}
+    yield "# unit: rad, deg or m, where it has one; limits: the lowest and highest value, where they are known."
+    yield "state:" if moved else "state: []"
+    for part in moved.values():
+        yield f"  - {_flow(part)} # {_range(states[:, part['start'] : part['stop']])}"
+    yield "# kind: absolute (a target), delta (a step; scale turns it into the state's unit) or binary (two commands)."
+    yield "# moves: the state part that it sets or steps. positive: closes or opens, what high values of a gripper do."
+    yield "action:"
+    for part in _parts(layout, "action", ACTION):
+        yield "  - {} # {}".format(*_guessed(part, actions[:, part["start"] : part["stop"]], moved, states))
+
+
+def _seen(layout: Layout) -> list[str]:
+    """Cameras of which a video is on disk; more may be listed."""
+    return [key for key in cameras(layout.info)
+            if any(key in entry.videos and entry.videos[key][0].is_file() for entry in layout.entries)]  # fmt: skip
+
+
+def _views(layout: Layout) -> Iterator[str]:
+    """A line for each camera."""
+    sizes = {key: _size(layout.info["features"][key]) for key in _seen(layout)}
+    height, width = (max(GRAIN, min(size[k] for size in sizes.values()) // GRAIN * GRAIN) for k in (0, 1))
+    called = {part["original_key"]: name for name, part in _modality(layout, "video").items() if "original_key" in part}
+    for key, (h, w) in sizes.items():
+        rate = _rate(layout.info["features"][key])
+        other = "" if rate in (None, layout.info["fps"]) else f", at {rate} Hz: its frames must be those of the rows"
+        name = called.get(key, re.sub(r"\W+", "_", key.removeprefix("observation.").removeprefix("images.")))
+        yield f"  - {_flow({'name': name, 'key': key, 'height': height, 'width': width})} # recorded at {h}x{w}{other}"
+
+
+def _guessed(part: dict, values: np.ndarray, moved: dict[str, dict], states: np.ndarray) -> tuple[str, str]:
+    """An action part with what its values (n k) tell of it, and a comment."""
+    levels, target = np.unique(values), moved.get(part["name"])
+    if len(levels) == 2:
+        made = {**part, "kind": "binary", "limits": [float(level) for level in levels]}
+        return _flow(made), f"two values: say what the high one does (positive), and {_target(target)}"
+    if part.get("kind") == "delta":
+        return _flow(part), f"{_range(values)}; a delta by {MODALITY}: add moves and scale, {_target(target)}"
+    if len(levels) == 1:
+        return _flow(part), _range(values)
+    if target is not None and target["stop"] - target["start"] == values.shape[1]:
+        follows = _follows(values, states[:, target["start"] : target["stop"]])
+        if follows > FOLLOWS:
+            return _flow({**part, "moves": target["name"]}), f"{_range(values)}; follows the state ({follows:.2f})"
+        return _flow(part), f"{_range(values)}; does not follow the state of that name ({follows:.2f}): a delta?"
+    return _flow(part), f"{_range(values)}; no state part of that name: add moves, if it sets one"
+
+
+def _target(target: dict | None) -> str:
+    return f"moves: {target['name']} if it sets that" if target else "moves, if it sets a part of the state"
+
+
+def _follows(command: np.ndarray, state: np.ndarray) -> float:
+    """Mean correlation of the entries that vary in both, 0 if none does."""
+    keep = (command.std(0) > 1e-9) & (state.std(0) > 1e-9)
+    pairs = zip(command.T[keep], state.T[keep], strict=True)
+    return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])) if keep.any() else 0.0
+
+
+def _parts(layout: Layout, kind: str, key: str) -> list[dict[str, Any]]:
+    """Parts (name, start, stop) of a feature, in order and without a gap."""
+    feature = layout.info["features"][key]
+    width = (list(feature.get("shape", [])) or [1])[0]
+    given = [(name, part) for name, part in _modality(layout, kind).items() if part.get("original_key", key) == key]
+    given.sort(key=lambda row: row[1]["start"])
+    edges = [0, *(part["end"] for _, part in given)]
+    if given and edges[-1] == width and [part["start"] for _, part in given] == edges[:-1]:
+        return [{"name": name, "start": part["start"], "stop": part["end"]}
+                | ({"kind": "delta"} if kind == "action" and part.get("absolute") is False else {})
+                for name, part in given]  # fmt: skip
+    stems = [_stem(name) for name in _names(feature.get("names"))]
+    if len(stems) != width:
+        return [{"name": "joints", "start": 0, "stop": width}]
+    starts = [k for k in range(width) if k == 0 or stems[k] != stems[k - 1]]
+    parts = []
+    for start, stop in zip(starts, [*starts[1:], width], strict=True):
+        again = sum(re.sub(r"_\d+$", "", part["name"]) == stems[start] for part in parts)
+        parts.append({"name": f"{stems[start]}_{again + 1}" if again else stems[start], "start": start, "stop": stop})
+    return parts
+
+
+def _names(names: Any) -> list[str]:
+    """The names of a feature's entries, however deep they lie: a list, {"motors": [...]} or {name: entry}."""
+    if isinstance(names, dict):
+        whole = all(isinstance(value, int) for value in names.values())
+        return sorted(names, key=names.get) if whole else [found for value in names.values() for found in _names(value)]
+    if isinstance(names, list):
+        return [found for value in names for found in _names(value)]
+    return [names] if isinstance(names, str) else []
+
+
+def _stem(name: str) -> str:
+    """`Shoulder_pan.pos` is shoulder_pan, `joint_3` is joint."""
+    return re.sub(r"\W+", "_", re.sub(r"[._]?\d+$", "", name.lower().removesuffix(".pos"))).strip("_") or "entry"
+
+
+def _modality(layout: Layout, kind: str) -> dict[str, dict]:
+    path = layout.root / MODALITY
+    return read_json(path).get(kind, {}) if path.is_file() else {}
+
+
+def _size(feature: dict) -> tuple[int, int]:
+    """Height and width of a camera's pictures; channels stand first or last."""
+    shape = [int(n) for n in feature["shape"]]
+    return (shape[1], shape[2]) if shape[0] in (1, 3) else (shape[0], shape[1])
+
+
+def _rate(feature: dict) -> float | None:
+    """Frames a second, where the feature tells."""
+    return next((found["video.fps"] for found in (feature.get("info"), feature.get("video_info"))
+                 if found and "video.fps" in found), None)  # fmt: skip
+
+
+def _values(layout: Layout, key: str) -> np.ndarray:
+    """A column of the first tables, (n k), without rows that are not finite."""
+    files = list(dict.fromkeys(entry.data for entry in layout.entries))[:FILES]
+    if key not in layout.info["features"] or not files:
+        return np.zeros((0, 0))
+    return np.concatenate([np.nan_to_num(read_column(pq.read_table(file, columns=[key]), key)) for file in files])
+
+
+def _range(values: np.ndarray) -> str:
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.4g} to {high:.4g}" if high > low else f"always {low:.4g}"
+
+
+def _flow(node: Any) -> str:
+    """A plain structure in YAML, on one line."""
+    if isinstance(node, dict):
+        return "{" + ", ".join(f"{key}: {_flow(value)}" for key, value in node.items()) + "}"
+    if isinstance(node, list | tuple):
+        return "[" + ", ".join(_flow(value) for value in node) + "]"
+    plain = isinstance(node, str) and re.fullmatch(r"[A-Za-z_][\w./-]*", node) and node.lower() not in WORDS
+    return node if plain else json.dumps(node)
