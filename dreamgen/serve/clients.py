@@ -69,7 +69,7 @@ class _Remote:
     _link: Any = None
 
     @classmethod
-    def load(cls, path: str, *, robot: Embodiment | None = None, **options: Any) -> Any:
+    def load(cls: Any, path: str, *, robot: Embodiment | None = None, **options: Any) -> Any:
         """A policy whose "path" is its address, for the stages; options of None are left out. ValueError for those of
         `ACTING`: how a policy acts is said where it is served."""
         given = {name: value for name, value in options.items() if value is not None}
