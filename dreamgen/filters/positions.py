@@ -77,15 +77,22 @@ class PositionJudge:
         z = (features - self.mean) / self.std
         self.weights = np.stack([logistic(z[asked == text], success[asked == text], self.ridge) for text in known])
 
+    def probability(self, features: Float[np.ndarray, "b m"], texts: Sequence[str]) -> Float[np.ndarray, " b"]:
+        """(b,) probability of success under these instructions; nan for one that it has not learned."""
+        rows = np.array([self.instructions.index(text) if text in self.instructions else -1 for text in texts], int)
+        found, known = np.full(len(rows), np.nan), rows >= 0
+        weights = self.weights[rows[known]]
+        logit = (weights[:, :-1] * (features[known] - self.mean) / self.std).sum(1) + weights[:, -1]
+        found[known] = 1 / (1 + np.exp(-np.clip(logit, -50, 50)))
+        return found
+
     def judge(self, clips: Sequence[Clip]) -> Float[np.ndarray, " b"]:
-        """(b,) probability of success; nan for an instruction that it has not learned."""
-        found = np.full(len(clips), np.nan)
+        """(b,) probability of success; nan for an instruction that it has not learned, whose clip is not read."""
+        features = np.zeros((len(clips), len(self.mean)))
         for k, clip in enumerate(clips):
             if clip.instruction in self.instructions:
-                *w, b = self.weights[self.instructions.index(clip.instruction)]
-                logit = (self.features(clip) - self.mean) / self.std @ np.array(w) + b
-                found[k] = 1 / (1 + np.exp(-np.clip(logit, -50, 50)))
-        return found
+                features[k] = self.features(clip)
+        return self.probability(features, [clip.instruction for clip in clips])
 
     def save(self, path: Path) -> None:
         """positions.json and positions.safetensors; the tracker stays where it is."""

@@ -121,15 +121,16 @@ def train_judge(
         fitted = clips.again(shown, known) if imagines else [clips[k] for k in known]
         model.slope, model.offset = platt(model.logits(fitted), clips.success[known])
         model.threshold, reached = threshold_for(least_precision, model.judge(fitted), clips.success[known])
-        scores = {"held_out": measured(model, "real", [clips[k] for k in apart], clips.success[apart], seed,
-                                       [clips.groups[k] for k in apart])}  # fmt: skip
+        scores = {"held_out": measured(model, "real", model.judge([clips[k] for k in apart]), clips.success[apart],
+                                       [clips.groups[k] for k in apart], seed)}  # fmt: skip
         if world_model is not None:
             some, name = clips.some(apart, seed), "imagined" if imagines else "decoded"
-            scores[name] = measured(model, name, clips.again(shown, some), clips.success[some], seed,
-                                    [clips.groups[k] for k in some])  # fmt: skip
+            scores[name] = measured(model, name, model.judge(clips.again(shown, some)), clips.success[some],
+                                    [clips.groups[k] for k in some], seed)  # fmt: skip
         if dreams is not None:
             known, success = dreamt(dreams, dream_clips, sim, settle, out)
-            scores["dreamt"] = measured(model, "dreamt", known, success, seed, [clip.pair for clip in known])
+            scores["dreamt"] = measured(model, "dreamt", model.judge(known), success, [clip.pair for clip in known],
+                                        seed)  # fmt: skip
         model.save(out)
         write_json(Path(out) / "scores.json", scores)
         manifest = run.finish(episodes=[len(training), len(fitting), len(apart)], successes=int(clips.success.sum()),
@@ -227,11 +228,10 @@ def platt(logits: np.ndarray, success: np.ndarray) -> tuple[float, float]:
     return float(slope), float(offset)
 
 
-def measured(model: Any, name: str, clips: Sequence[Clip], success: np.ndarray, seed: int,
-             groups: Sequence[str]) -> dict:  # fmt: skip
-    """Scores of a judge on clips of known outcome, those of one first state in one group; its rates are kept in the
-    judge as `name`."""
-    probability = model.judge(clips)
+def measured(model: Any, name: str, probability: np.ndarray, success: np.ndarray, groups: Sequence[str],
+             seed: int) -> dict:  # fmt: skip
+    """Scores of what a judge says (n,) of clips of known outcome, those of one first state in one group; its rates are
+    kept in the judge as `name`."""
     yes = probability >= model.threshold
     found = {**auroc_interval(probability, success, groups=groups, seed=seed), **calibration(probability, success),
              "abstained": int(np.isnan(probability).sum()),

@@ -69,6 +69,23 @@ def done(tmp_path_factory):
     return root, train_probe(make, [recorded(root / "data")], out=root / "probe", video_hz="5", record={})["results"]
 
 
+def test_a_killed_stage_reads_on(tmp_path, monkeypatch) -> None:
+    data, reads, real = recorded(tmp_path / "data"), [], PositionJudge.features
+
+    def features(self, clip):
+        reads.append(clip.id)
+        if len(reads) == 50:
+            raise KeyboardInterrupt
+        return real(self, clip)
+
+    monkeypatch.setattr(PositionJudge, "features", features)
+    make = partial(PositionJudge, locator=Bright(), ridge=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        train_probe(make, [data], out=tmp_path / "probe", video_hz="5", record={})
+    train_probe(make, [data], out=tmp_path / "probe", video_hz="5", record={})
+    assert len(reads) == 50 + 80 - 32 and not (tmp_path / "probe" / "read").exists()  # a batch of 32 was kept
+
+
 def test_it_is_measured_on_episodes_that_it_did_not_see(done) -> None:
     root, found = done
     held_out = found["held_out"]
