@@ -4,6 +4,7 @@ import contextlib
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from dreamgen.engine.onednn import OneDnn, available
 
@@ -40,8 +41,15 @@ def best_device() -> torch.device:
 
 
 def place(*parts: object) -> None:
-    """Move what has a `place` (world models, labelers, policies, judges, trackers) to the best device; None is nothing.
-    Models are opened on the CPU, so that a stage may look at them, and at what it is asked, before it takes a GPU."""
+    """Move models to the best device: as they say themselves (`place`), or all of a module; of a policy that joins or
+    changes the chunks of another (`policy`) the inner one. None is nothing, and what a server computes stays there.
+
+    Models are opened on the CPU, so that a stage may look at them, and at what it is asked, before it takes a GPU.
+    """
     for part in parts:
+        while not isinstance(part, nn.Module) and not hasattr(part, "place") and hasattr(part, "policy"):
+            part = part.policy
         if hasattr(part, "place"):
             part.place()
+        elif isinstance(part, nn.Module):
+            part.to(best_device())

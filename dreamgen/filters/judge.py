@@ -28,7 +28,6 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import read_json, replacing, write_json
 from dreamgen.data.normaliser import Normaliser
-from dreamgen.engine.precision import best_device
 from dreamgen.filters.rates import Rates
 from dreamgen.video.sheet import evenly
 from dreamgen.video.tiling import untile
@@ -72,10 +71,6 @@ class VideoJudge(nn.Module):
             self.normaliser = Normaliser(len(self.told))
             self.state = nn.Sequential(nn.Linear(2 * len(self.told), width), nn.GELU(), nn.Linear(width, width))
             self.unknown = nn.Parameter(0.02 * torch.randn(width))
-
-    def place(self) -> "VideoJudge":
-        """To the best device."""
-        return self.to(best_device())
 
     def fit(self, states: Float32[np.ndarray, "n d"]) -> None:
         """Statistics of the states that it is told, from some of them, in units."""

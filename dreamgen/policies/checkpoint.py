@@ -14,7 +14,6 @@ from torch import nn
 
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, replacing, write_json
-from dreamgen.engine.precision import best_device
 
 ALLOWED = "dreamgen.policies."
 ENCODER = "encoder"
@@ -46,7 +45,7 @@ def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
 
 
 def load(kind: type, path: Path | str, *, robot: Embodiment | None = None, **changes: Any) -> Any:
-    """A `kind` saved at `path`, on the CPU; `place` moves it. changes: to its configuration; None leaves it as saved.
+    """A `kind` saved at `path`, on the CPU (see `engine.precision.place`). changes: to its configuration; None leaves it.
 
     ValueError says what is missing, broken, or made for another robot than `robot`.
     """
@@ -65,14 +64,3 @@ def load(kind: type, path: Path | str, *, robot: Embodiment | None = None, **cha
         raise ValueError(f"the weights of policy {path} do not load: {error}. Run train_policy again.") from error
     policy.path = path  # what a stage names as its input
     return policy.eval()
-
-
-def place(policy: Any) -> Any:
-    """Move a policy to the accelerator, if there is one, and give it back: also the one inside of another that joins or
-    changes its chunks. One behind a server computes there."""
-    inside = policy
-    while not isinstance(inside, nn.Module) and hasattr(inside, "policy"):
-        inside = inside.policy
-    if isinstance(inside, nn.Module):
-        inside.to(best_device())
-    return policy

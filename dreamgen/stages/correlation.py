@@ -170,7 +170,9 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
                prompts: Sequence[Prompt], out: Path, *, probe: Judge | None, blind: Sequence[str],
                validation: Dataset | None, workers: int, films: int, seed: int) -> dict[str, Any]:  # fmt: skip
     """All that is measured of one policy, plain JSON, nan as None."""
-    real = list(rollout(sim, policy, plan, steps=env.steps, execute=env.execute, workers=workers))
+    real = list(rollout(sim, policy, plan, steps=env.steps, execute=env.execute, workers=workers,
+                        place=place))  # fmt: skip
+    place(policy)
     dreamt = dream_episodes(env, policy, prompts, [own for _, own in plan])
     hz = env.world.clock.video_hz
     for k in np.unique(np.linspace(0, len(plan) - 1, films).astype(int)):

@@ -15,8 +15,8 @@ from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
-from dreamgen.policies.checkpoint import place
 from dreamgen.sims.rollout import GROUP, Rollout, film, rollouts
 from dreamgen.stages.pairs import episodes_of, paired
 from dreamgen.stages.sharing import Parts, grouped

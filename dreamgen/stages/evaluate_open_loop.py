@@ -16,8 +16,8 @@ from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
-from dreamgen.policies.checkpoint import place
 
 
 def evaluate_open_loop(

@@ -23,6 +23,7 @@ from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import seed_for
+from dreamgen.engine.precision import place
 from dreamgen.sims.rollout import rollout
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def measure(kind: type, path: Path, sim: Callable[[], Sim], episodes: int, steps
     world.close()
     plan = [(texts[i % len(texts)], seed_for(seed, "midway", i)) for i in range(episodes)]
     policy = kind.load(path)
-    done = list(rollout(sim, policy, plan, steps=steps, execute=min(execute, policy.horizon)))
+    done = list(rollout(sim, policy, plan, steps=steps, execute=min(execute, policy.horizon), place=place))
     write_json(target, success_interval(sum(e.success for e in done), len(done)))
     shutil.rmtree(path, ignore_errors=True)
 

@@ -11,8 +11,8 @@ import numpy as np
 from dreamgen.core.clip import Observation
 from dreamgen.core.manifest import write_json
 from dreamgen.core.protocols import Policy
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import file_logger
-from dreamgen.policies.checkpoint import place
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

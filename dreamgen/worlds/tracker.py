@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, replacing, write_json
 from dreamgen.data.normaliser import Normaliser
-from dreamgen.engine.precision import best_device
 
 SHARP = 8.0  # fresh maps are nearly flat: without it the point is the middle of the picture for a long time
 
@@ -55,10 +54,6 @@ class KeypointTracker(nn.Module):
         """Mean square error of normalised coordinates; batch: frames (b h w 3), truth (b 3n) in m."""
         error = self(batch["frames"]) - self.normaliser.normalise(batch["truth"])
         return error.square().mean(), {}
-
-    def place(self) -> "KeypointTracker":
-        """To the best device."""
-        return self.to(best_device())
 
     @torch.no_grad()
     def track(self, frames: UInt8[np.ndarray, "t h w 3"], batch_size: int = 256) -> Float[np.ndarray, "t n 3"]:

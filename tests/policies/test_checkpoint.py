@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dreamgen.policies import checkpoint
+from dreamgen.engine import precision
+from dreamgen.engine.precision import place
 from dreamgen.policies.degraded import Noisy
 from dreamgen.policies.policy import FlowPolicy
 from dreamgen.policies.realtime import Ensembled, RealTime
@@ -16,18 +17,25 @@ from tests.policies.toy import B, observations, policy
 @pytest.mark.parametrize("around", [lambda p: p, lambda p: RealTime(p, delay=1),
                                     lambda p: Ensembled(Noisy(policy=p, size=0.1))])  # fmt: skip
 def test_a_policy_goes_to_the_accelerator_also_inside_of_another(monkeypatch, around):
-    monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(precision, "best_device", lambda: torch.device("meta"))
     inside = policy()
     outside = around(inside)
     assert {p.device.type for p in inside.parameters()} == {"cpu"}
-    assert checkpoint.place(outside) is outside
+    place(outside)
     assert {p.device.type for p in [*inside.parameters(), *inside.buffers()]} == {"meta"}
 
 
 def test_what_is_no_module_stays(monkeypatch):
-    monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device("meta"))
-    thing = object()
-    assert checkpoint.place(thing) is thing
+    monkeypatch.setattr(precision, "best_device", lambda: torch.device("meta"))
+    placed = []
+
+    class Knowing(torch.nn.Linear):
+        def place(self):
+            placed.append("itself")
+
+    knowing = Knowing(1, 1)
+    place(object(), None, knowing)
+    assert placed == ["itself"] and knowing.weight.device.type == "cpu"
 
 
 def test_settings_of_acting_change_and_none_leaves_what_was_saved(tmp_path: Path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
-from dreamgen.policies import checkpoint
+from dreamgen.engine import precision
 from dreamgen.stages.evaluate import evaluate
 from dreamgen.stages.evaluate_open_loop import evaluate_open_loop
 from tests.sims.point import Point, Walker
@@ -100,7 +100,7 @@ class Heavy(nn.Module):
 
 
 def test_policies_compute_on_the_accelerator(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(precision, "best_device", lambda: torch.device("meta"))
     write_dataset(tmp_path / "data", episodes(2, 1), ROBOT)
     closed, open_ = Heavy(), Heavy()
     evaluate(closed, Line, out=tmp_path / "e", episodes=2, steps=8, films=0, execute=3, record={})

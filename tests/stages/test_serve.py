@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from dreamgen.policies import checkpoint
+from dreamgen.engine import precision
 from dreamgen.serve.clients import GrootPolicy, OpenpiPolicy
 from dreamgen.serve.groot import GrootServer
 from dreamgen.serve.openpi import OpenpiServer
@@ -68,7 +68,7 @@ def test_the_policy_computes_on_the_accelerator(tmp_path: Path, monkeypatch):
             self.stop()
             super().run()
 
-    monkeypatch.setattr(checkpoint, "best_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(precision, "best_device", lambda: torch.device("meta"))
     assert serve(Heavy(2, 3), Ends, out=tmp_path, port=0, record={})["horizon"] == 4
 
 
