@@ -7,16 +7,20 @@ or transform never meets an old cache.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from dreamgen.core.manifest import differences, digest, read_json, replacing, write_json
 
 KEY = "key.json"
+OPEN = 256  # files that a cache holds open; a process may have a thousand
 
 
 def require_known(root: Path, keys: Sequence[dict[str, Any]]) -> None:
@@ -38,7 +42,7 @@ class Cache:
 
     def __init__(self, root: Path, key: object, *, count: int, size: int = 64) -> None:
         self.root, self.key, self.count, self.size = Path(root) / digest(key), key, count, size
-        self._shards: dict[int, np.ndarray] = {}
+        self._shard = lru_cache(maxsize=OPEN)(self._open)
 
     def _path(self, shard: int) -> Path:
         return self.root / f"{shard:06d}.npy"
@@ -66,32 +70,55 @@ class Cache:
     def __len__(self) -> int:
         return self.count
 
+    def _open(self, shard: int) -> np.ndarray:
+        values = np.load(self._path(shard), mmap_mode="r", allow_pickle=False)
+        if len(values) != (expected := min(self.size, self.count - shard * self.size)):
+            raise ValueError(f"{self._path(shard)} holds {len(values)} items, expected {expected}: it was written in "
+                             "shards of another size. Delete the folder to encode anew.")  # fmt: skip
+        return values
+
     def __getitem__(self, index: int) -> np.ndarray:
         shard, row = divmod(index, self.size)
-        if shard not in self._shards:
-            self._shards[shard] = np.load(self._path(shard), mmap_mode="r", allow_pickle=False)
-        return self._shards[shard][row]
+        return self._shard(shard)[row]
 
     def take(self, indices: np.ndarray) -> np.ndarray:
         """Items at `indices`, stacked (n ...)."""
         return np.stack([self[int(index)] for index in indices])
 
 
-def embeddings(root: Path, key: object, texts: Sequence[str],
-               embed: Callable[[Sequence[str]], torch.Tensor]) -> torch.Tensor:  # fmt: skip
-    """Embeddings (n l d) of distinct `texts`, from the cache at `root` or made by `embed` and kept there.
+def trimmed(rows: Float[Tensor, "l d"]) -> Float[Tensor, "n d"]:
+    """An embedding without the rows of zeros behind the end of its text."""
+    return rows[: int(rows.abs().sum(-1).gt(0).cumsum(-1).argmax(-1)) + 1].clone()  # past the last that is not zero
 
-    Rows of zeros behind a text's end are not stored. key: plain JSON that names the encoder and its settings.
+
+class Embeddings:
+    """Embeddings (l d) of `texts`, a file each under `root/<hash of key>`, which are read from there as they are taken.
+
+    Those that are missing are made by `read`, which gives them one after another, and written at once: a few are in
+    memory, however many there are. key: plain JSON that names the encoder and its settings.
     """
-    path = Path(root) / digest({"key": key, "texts": list(texts)}) / "texts.safetensors"
-    if path.is_file():
-        kept = load_file(path)
-        length = int(kept.pop("length"))
-        return torch.stack([torch.nn.functional.pad(kept[str(i)], (0, 0, 0, length - len(kept[str(i)])))
-                            for i in range(len(texts))])  # fmt: skip
-    found = embed(texts).cpu()
-    used = found.abs().sum(-1).gt(0).cumsum(-1).argmax(-1) + 1  # past the last row that is not zero
-    rows = {str(i): row[:n].contiguous() for i, (row, n) in enumerate(zip(found, used.tolist(), strict=True))}
-    with replacing(path) as temporary:
-        save_file({**rows, "length": torch.tensor(found.shape[1])}, temporary)
-    return found
+
+    def __init__(self, root: Path, key: object, texts: Sequence[str],
+                 read: Callable[[Sequence[str]], Iterator[Tensor]]) -> None:  # fmt: skip
+        self.files = [Path(root) / digest(key) / f"{digest(text)}.safetensors" for text in texts]
+        missing = {file: text for file, text in zip(self.files, texts, strict=True) if not file.is_file()}
+        for file, rows in zip(missing, read(list(missing.values())) if missing else (), strict=True):
+            with replacing(file) as temporary:
+                save_file({"rows": trimmed(rows), "length": torch.tensor(len(rows))}, temporary)
+        self._row = lru_cache(maxsize=OPEN // 8)(self._read)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each."""
+        return len(self._row(0))
+
+    def _read(self, index: int) -> Tensor:
+        kept = load_file(self.files[index])
+        return torch.nn.functional.pad(kept["rows"], (0, 0, 0, int(kept["length"]) - len(kept["rows"])))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Float[Tensor, "b l d"]:
+        """Those of the texts at `indices`."""
+        return torch.stack([self._row(int(index)) for index in indices])

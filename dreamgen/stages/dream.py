@@ -55,6 +55,8 @@ def dream(
         stored, size = set(folder.ids()), clips_at_once(world_model, batch_size, token_budget)
         groups = mine.of(grouped(listed, max(1, size // best_of)))
         left = [group for group in groups if not stored.issuperset(prompt.id for prompt in group)]
+        if left and hasattr(world_model, "read"):  # before the transformer takes the text encoder's place
+            world_model.read(list(dict.fromkeys(prompt.instruction for group in left for prompt in group)))
         judging = vars(filter).values() if filter is not None else ()  # models that a filter scores by
         for part in (world_model, labeler, *judging) if left else ():
             if hasattr(part, "place"):

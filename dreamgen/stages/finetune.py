@@ -126,7 +126,7 @@ def finetune(
         require_rows(min(buckets.sizes), count * forks, accumulate)
         clips = [-(-size // (count * accumulate * forks)) for size in buckets.sizes]
         latents.build(out, rank=process, count=count, replicas=replicas)
-        embedded, which = latents.texts(where, base=base)
+        embedded, which = latents.texts(where, base=base, first=process == 0)
         if decoder_steps:
             _train_decoder(world, latents, rows, out / "decoder", steps=decoder_steps, lr=decoder_lr,
                            replicas=replicas, seed=seed)  # fmt: skip
@@ -136,8 +136,6 @@ def finetune(
             world.train_full()
         check = Validation(world, latents, embedded, which, held, out, samples=samples, seed=seed, write=process == 0,
                            clips=dict(zip(buckets.shapes, clips, strict=True)))  # fmt: skip
-        if best_device().type == "cuda":
-            world.pipe.text_encoder.to("cpu")  # all its texts are known now
         for module in world.trained().values():
             for weight in (p for p in module.parameters() if p.requires_grad):
                 weight.data = weight.data.float()  # small steps are lost in bf16
@@ -145,7 +143,7 @@ def finetune(
                 module.enable_gradient_checkpointing()
             if wanted(compile, steps=steps):
                 compile_blocks(module)
-        text = embedded.shape[1]
+        text = embedded.length
         _require_memory(world, sizes, [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text,
                         lora=lora, checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate,
                         shards=shards)  # fmt: skip
@@ -155,7 +153,7 @@ def finetune(
             chosen = buckets.batch(rng)
             texts = np.where(rng.random(len(chosen)) < text_dropout, len(embedded) - 1, which[chosen])
             return Rows(len(chosen), lambda part: {"latents": latents.take(chosen[part]),
-                                                   "text": embedded[texts[part]]})  # fmt: skip
+                                                   "text": embedded.take(texts[part])})  # fmt: skip
 
         flops = sum(share * n * sizes.step(video[s], text, lora=lora)
                     for share, n, s in zip(buckets.share, buckets.sizes, buckets.shapes, strict=True))  # fmt: skip

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dreamgen.core.manifest import digest, fingerprint
 from dreamgen.data.buckets import ClipPool, Shape
-from dreamgen.data.cache import Cache, embeddings, require_known
+from dreamgen.data.cache import Cache, Embeddings, require_known
 from dreamgen.data.lerobot import Dataset
+from dreamgen.engine.precision import best_device
 from dreamgen.engine.processes import wait
 from dreamgen.engine.progress import progress
 from dreamgen.engine.replicas import in_forks, possible
@@ -44,7 +45,8 @@ class Latents:
                  "clips": sorted(f"{k} {n}" for k, n in pool.counts().items())}  # fmt: skip
         keys = {shape: {**about, "shape": list(shape)} for shape in self.members}
         require_known(root, list(keys.values()))
-        self.caches = {shape: Cache(root, key, count=len(self.members[shape])) for shape, key in keys.items()}
+        self.caches = {shape: Cache(root, key, count=len(self.members[shape]), size=shard_size(shape))
+                       for shape, key in keys.items()}  # fmt: skip
 
     def build(self, out: Path, *, rank: int, count: int, replicas: int) -> int:
         """Encode what is missing, over `count` processes with `replicas` forks each; returns how many shards it was."""
@@ -77,18 +79,26 @@ class Latents:
         shape = self.shapes[int(clips[0])]
         return torch.from_numpy(self.caches[shape].take(self.number[np.asarray(clips)]))
 
-    def texts(self, root: Path, *, base: str) -> tuple[Tensor, np.ndarray]:
-        """Embeddings (n + 1, l, d) of the distinct instructions, the last for none, and which one each clip has.
+    def texts(self, root: Path, *, base: str, first: bool) -> tuple[Embeddings, np.ndarray]:
+        """Embeddings of the distinct instructions, the last of no text, and which one each clip has.
 
-        base: names the weights of the text encoder.
+        base: names the weights of the text encoder. first: of several processes one encodes, and the others wait.
         """
-        distinct = self.instructions
-        number = {text: i for i, text in enumerate(distinct)}
-        key = {"base": base, "prompts": [self.world.prompt(text) for text in [*distinct, ""]],
-               "length": self.world.text_length, "dtype": str(self.world.transformer.dtype)}  # fmt: skip
-        made = embeddings(root, key, [*distinct, ""], self.world.embed)
+        number = {text: i for i, text in enumerate(self.instructions)}
+        key = {"base": base, "length": self.world.text_length, "dtype": str(self.world.transformer.dtype)}
+        if not first:
+            wait()
+        prompts, device = self.world.prompts([*self.instructions, ""]), best_device()
+        made = Embeddings(root, key, prompts, lambda texts: self.world.texts.read(texts, device))
+        if first:
+            wait()
         which = np.array([number[self.pool.instruction(k)] for k in range(len(self.pool))])
         return made, which
+
+
+def shard_size(shape: Shape) -> int:
+    """Clips of a shard: few where they are large, so that several processes find work, and a kill loses little."""
+    return min(64, 4 * clips_at_once(*shape))
 
 
 def _numbers(dataset: Dataset) -> str:

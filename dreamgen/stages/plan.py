@@ -23,6 +23,7 @@ from dreamgen.engine.cost import Memory, Transformer, lora_parameters, training_
 from dreamgen.engine.devices import device
 from dreamgen.engine.processes import require_sharding
 from dreamgen.engine.shares import require_rows
+from dreamgen.stages.validation import ROWS
 from dreamgen.worlds.layout import locate
 from dreamgen.worlds.world import LORA
 
@@ -122,6 +123,8 @@ def plan(
     lora: Mapping[str, Any] | None = None,
     expert: str = "both",
     ema: float | None = 0.995,
+    validate_every: int = 250,
+    samples: int = 4,
     dreams: int = 1000,
     seed: int = 0,
     record: dict,
@@ -165,7 +168,8 @@ def plan(
     done = batch_size * sizes.step(video, text_length, lora=adapter, checkpointing=checkpointing)
     speed = machine.bf16 * efficiency
     dream = forward * denoising_steps * (2 if guidance > 1 else 1)
-    windows = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop)
+    windows, recorded = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop)
+    check = ROWS * forward + samples * dream
     figures = {
         "model": model, "gpu": machine.name, "gpus": gpus, "efficiency": efficiency, "peak_flops": machine.bf16,
         "parameters": parameters, "trained_parameters": trained, "video_tokens": video, "text_tokens": text_length,
@@ -175,11 +179,14 @@ def plan(
         "memory": {"plain": _bytes(memory[False]), "checkpointing": _bytes(memory[True]), "device": machine.memory},
         "fits": memory[checkpointing].total <= 0.92 * machine.memory,
         "latent_cache_bytes": windows and 4 * windows * found.planes(latents) * math.prod(latents),
+        "encoded_frames": windows and windows * frames, "recorded_frames": recorded,
+        "validation_seconds": check / speed,
+        "validation_gpu_hours": gpus * -(-steps // validate_every) * check / speed / 3600,
         "seconds_a_step": done / (speed * gpus), "train_gpu_hours": steps * done / speed / 3600,
         "dream_flops": dream, "dream_seconds": dream / speed, "dream_seconds_at_peak": dream / machine.bf16,
         "dreams_an_hour": 3600 * speed * gpus / dream, "dream_gpu_hours": dreams * dream / speed / 3600,
     }  # fmt: skip
-    text = table(figures, steps=steps, dreams=dreams, method=method, batch_size=batch_size)
+    text = table(figures, steps=steps, dreams=dreams, method=method, batch_size=batch_size, hop=hop)
     write_json(out / "plan.json", {**figures, "config": record})
     (out / "plan.txt").write_text(text + "\n")
     return {**figures, "text": text}
@@ -200,14 +207,14 @@ def _bytes(memory: Memory) -> dict[str, float]:
     return {**vars(memory), "total": memory.total}
 
 
-def _windows(dataset: Path | None, clock: Clock, hop: int) -> int | None:
-    """Clips of a LeRobot folder; None where there is none. Lengths as they are on average."""
+def _windows(dataset: Path | None, clock: Clock, hop: int) -> tuple[int | None, int | None]:
+    """Clips and frames of a LeRobot folder; None where there is none. Lengths as they are on average."""
     info = Path(dataset) / "meta" / "info.json" if dataset is not None else None
     if info is None or not info.is_file():
-        return None
+        return None, None
     about = read_json(info)
-    count = int(about["total_episodes"])
-    return len(Windows([int(about["total_frames"]) // max(count, 1)] * count, clock, hop=hop))
+    count, frames = int(about["total_episodes"]), int(about["total_frames"])
+    return len(Windows([frames // max(count, 1)] * count, clock, hop=hop)), frames
 
 
 def si(value: float, unit: str) -> str:
@@ -216,7 +223,7 @@ def si(value: float, unit: str) -> str:
     return f"{value / scale:.4g} {'PTGM'[[1e15, 1e12, 1e9, 1e6].index(scale)] if scale > 1 else ''}{unit}"
 
 
-def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int) -> str:
+def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int, hop: int) -> str:
     """The figures as lines of text."""
     memory, gb = found["memory"], 1e9
     rows = [
@@ -226,6 +233,9 @@ def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int)
                  f"tokens of video, {found['text_tokens']} of text"),
         ("dataset", f"{found['windows']} clips, {found['epochs']:.3g} epochs, "
                     f"{found['latent_cache_bytes'] / gb:.3g} GB of latents" if found["windows"] else "none there yet"),
+        ("encoding", f"{found['encoded_frames']} frames, {found['encoded_frames'] / found['recorded_frames']:.3g} for "
+                     f"each one recorded (stage.hop={hop}); not counted below"
+                     if found["windows"] else "none there yet"),
         ("device", f"{found['gpus']} x {found['gpu']}: {si(found['peak_flops'], 'FLOP/s')} each, of which "
                    f"{found['efficiency']:.0%} are expected; {memory['device'] / gb:.4g} GB"),
         ("forward pass", f"{si(found['forward_flops'], 'FLOP')} a clip"),
@@ -236,6 +246,8 @@ def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int)
         ("training", f"{si(found['step_flops'], 'FLOP')} a step of {batch_size} clips"
                      f"{', with checkpointing' if found['checkpointing'] else ''}: {found['seconds_a_step']:.3g} s, "
                      f"{found['train_gpu_hours']:.3g} GPU hours for {steps} steps"),
+        ("validation", f"{found['validation_seconds']:.3g} s a time on every GPU, {found['validation_gpu_hours']:.3g} "
+                       "GPU hours in all (stage.validate_every, stage.samples)"),
         ("dreaming", f"{si(found['dream_flops'], 'FLOP')} a dream: {found['dream_seconds']:.3g} s "
                      f"({found['dream_seconds_at_peak']:.3g} s at peak), {found['dreams_an_hour']:.3g} an hour, "
                      f"{found['dream_gpu_hours']:.3g} GPU hours for {dreams}"),

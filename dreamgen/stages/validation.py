@@ -11,23 +11,27 @@ from dreamgen.core.clip import Prompt
 from dreamgen.core.manifest import write_json
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.buckets import Shape
+from dreamgen.data.cache import Embeddings
 from dreamgen.stages.latents import Latents
 from dreamgen.video.metrics import by_frame, lpips_or_reason
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.sampler import enough
 from dreamgen.worlds.world import VideoWorld
 
+ROWS = 32  # clips under noise that the loss is measured on
+
 
 class Validation:
     """Figures of a world model on the first clip of each held-out episode.
 
-    `loss`: at fixed noise and times. With samples: `psnr`, `ssim` and, where its weights can be had, `lpips`, means
-    over the dreamed frames; each frame's own are in `out/samples/step_*.json`, with the videos, real above dreamed.
+    `loss`: at fixed noise and times, which are spread over those that are trained at. With samples: `psnr`, `ssim` and,
+    where its weights can be had, `lpips`, means over the dreamed frames; each frame's own are in
+    `out/samples/step_*.json`, with the videos, real above dreamed.
 
     clips: so many at a time of each shape, as a part of a training step has; the means do not depend on it.
     """
 
-    def __init__(self, world: VideoWorld, latents: Latents, text: Tensor, which: np.ndarray,
+    def __init__(self, world: VideoWorld, latents: Latents, text: Embeddings, which: np.ndarray,
                  held: set[tuple[int, int]], out: Path, *, samples: int, clips: Mapping[Shape, int], seed: int,
                  write: bool) -> None:  # fmt: skip
         self.out, self.write, pool, first = out, write, latents.pool, {}
@@ -42,14 +46,14 @@ class Validation:
         if not chosen:
             return
         self.size = clips.get(latents.shapes[chosen[0]], 1)
-        rows = np.array(chosen * -(-32 // len(chosen)))[:32]
+        rows = np.array(chosen * -(-ROWS // len(chosen)))[:ROWS]
         generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
-        taken = latents.take(rows)
+        taken, (low, high) = latents.take(rows), world.times
         self.batch = {
             "latents": taken,
             "noise": torch.randn(taken.shape, generator=generator),
-            "sigma": torch.linspace(0.05, 0.95, len(rows)),
-            "text": text[which[rows]],
+            "sigma": low + (high - low) * torch.linspace(0.05, 0.95, len(rows)),
+            "text": text.take(which[rows]),
         }
         window = (world.clock.frames, *world.robot.canvas)  # what the model dreams
         for k in [k for k in chosen if latents.shapes[k] == window][:samples]:
@@ -58,7 +62,7 @@ class Validation:
             self.prompts.append(Prompt(id=f"sample_{k}", image=video[0], instruction=pool.instruction(k),
                                        seed=seed_for(seed, "sample", k)))  # fmt: skip
         if self.prompts:
-            world.embed([*(prompt.instruction for prompt in self.prompts), ""])
+            world.read([prompt.instruction for prompt in self.prompts])
 
     def __call__(self, world: VideoWorld, step: int) -> dict[str, float]:
         total, size, rows = 0.0, self.size, len(self.batch["sigma"])

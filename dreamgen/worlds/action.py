@@ -258,6 +258,9 @@ class ActionWorld(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         return self.world.encode(frames)
 
+    def read(self, instructions: Sequence[str]) -> None:
+        self.world.read([*instructions, ""])
+
     def embed(self, instructions: Sequence[str]) -> Tensor:
         return self.world.embed(instructions)
 

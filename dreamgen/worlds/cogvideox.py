@@ -24,6 +24,8 @@ class CogVideoXLayout(Layout):
 
     def require(self, robot: Embodiment, frames: int, path: str) -> None:
         super().require(robot, frames, path)
+        if self.train_shift is not None:
+            raise ValueError(f"train_shift is {self.train_shift}, but {path} has no flow to shift; leave it null")
         config, side, canvas = self.pipe.transformer.config, self.scale[1], robot.canvas
         if config.patch_size_t is not None:
             raise ValueError(f"{path} is a CogVideoX1.5, which groups frames; expected CogVideoX-5B-I2V")

@@ -72,6 +72,10 @@ class ConcatWorld(VideoWorld):
     def trained(self) -> dict[str, nn.Module]:
         return {name: module for name, module in self.layout.experts.items() if name in EXPERTS[self.expert]}
 
+    @property
+    def times(self) -> tuple[float, float]:
+        return {"both": (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[self.expert]
+
     def draw(self, count: int, shape: Sequence[int], device: torch.device) -> Float[Tensor, " b"]:
         """Times of one expert, the one that is trained or, of both, this step's: drawn again until all are on its side
         of the boundary.

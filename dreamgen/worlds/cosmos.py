@@ -84,10 +84,10 @@ class CosmosLayout(Layout):
 
     def process(self, shape: Sequence[int]) -> Flow:
         config = self.pipe.scheduler.config
-        return Flow(config.get("flow_shift") or config.get("shift") or 1.0, unit=1.0)
+        return Flow(self.train_shift or config.get("flow_shift") or config.get("shift") or 1.0, unit=1.0)
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> tuple[Any, Iterable[Tensor]]:
-        scheduler = deepcopy(self.pipe.scheduler)
+        scheduler = deepcopy(self.scheduler)
         scheduler.set_timesteps(steps, device=device)
         return scheduler, scheduler.sigmas[: len(scheduler.timesteps)].to(device)
 
@@ -117,7 +117,7 @@ class Cosmos2Layout(CosmosLayout):
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> tuple[Any, Iterable[Tensor]]:
         """The noise levels of the stock pipeline, which end at sigma_min, as flow's sigmas."""
-        scheduler = deepcopy(self.pipe.scheduler)
+        scheduler = deepcopy(self.scheduler)
         scheduler.set_timesteps(sigmas=torch.linspace(0, 1, steps, dtype=torch.float64), device=device)
         levels = scheduler.sigmas
         if scheduler.config.final_sigmas_type == "sigma_min":

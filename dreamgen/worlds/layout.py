@@ -40,10 +40,23 @@ def twin(x: Tensor) -> Tensor:
     return torch.cat([x, x]) if len(x) == 1 and x.device.type == "cpu" else x
 
 
+def shifted(scheduler: Any, shift: float) -> Any:
+    """A diffusers scheduler as it is configured, but for this shift. ValueError for one whose noise levels no shift
+    moves."""
+    config = scheduler.config
+    key = next((key for key in ("shift", "flow_shift") if key in config), None)
+    if key is None or config.get("use_karras_sigmas"):
+        raise ValueError(f"shift is {shift}, but the noise levels of {type(scheduler).__name__}, as it is configured "
+                         "here, take none; leave it null")  # fmt: skip
+    fixed = {"use_dynamic_shifting": False} if config.get("use_dynamic_shifting") else {}
+    return type(scheduler).from_config(config, **{key: shift}, **fixed)
+
+
 class Layout:
     """pipeline: the diffusers class; opens: the names in `model_index.json` that it takes; targets: LoRA's modules.
 
-    clean: the model's time of a clean latent frame. video_hz: frames a second, for those who tell the model.
+    clean: the model's time of a clean latent frame. video_hz: frames a second, for those who tell the model. shift,
+    train_shift: see `VideoWorld`; ValueError for a shift that the pipeline's scheduler does not take.
     """
 
     pipeline: ClassVar[Any]
@@ -51,8 +64,10 @@ class Layout:
     targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
     clean: ClassVar[float] = 0.0
 
-    def __init__(self, pipe: Any, *, video_hz: float, text_length: int) -> None:
-        self.pipe, self.video_hz, self.text_length = pipe, video_hz, text_length
+    def __init__(self, pipe: Any, *, video_hz: float, text_length: int, shift: float | None = None,
+                 train_shift: float | None = None) -> None:  # fmt: skip
+        self.pipe, self.video_hz, self.text_length, self.train_shift = pipe, video_hz, text_length, train_shift
+        self.scheduler = pipe.scheduler if shift is None else shifted(pipe.scheduler, shift)
 
     @classmethod
     def open(cls, path: str, *, revision: str | None = None, weights: torch.dtype | None = None, **parts: Any) -> Any:
@@ -146,11 +161,11 @@ class Layout:
     def process(self, shape: Sequence[int]) -> Flow | Diffusion:
         """How it was trained, on latents of `shape` (c t h w)."""
         config = self.pipe.scheduler.config
-        return Flow(config.get("shift") or config.get("flow_shift") or 1.0)
+        return Flow(self.train_shift or config.get("shift") or config.get("flow_shift") or 1.0)
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> tuple[Any, Iterable[Tensor]]:
         """The scheduler of the pipeline with its steps set, and the model's name for each step."""
-        scheduler = deepcopy(self.pipe.scheduler)
+        scheduler = deepcopy(self.scheduler)
         scheduler.set_timesteps(steps, device=device)
         return scheduler, scheduler.timesteps
 

@@ -71,10 +71,11 @@ class LtxLayout(Layout):
 
     def process(self, shape: Sequence[int]) -> Flow:
         config = self.pipe.scheduler.config
-        return Flow(float(np.exp(self._mu(shape))) if config.use_dynamic_shifting else config.get("shift") or 1.0)
+        own = float(np.exp(self._mu(shape))) if config.use_dynamic_shifting else config.get("shift") or 1.0
+        return Flow(self.train_shift or own)
 
     def schedule(self, steps: int, shape: Sequence[int], device: torch.device) -> tuple[Any, Iterable[Tensor]]:
-        scheduler = deepcopy(self.pipe.scheduler)
+        scheduler = deepcopy(self.scheduler)
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=self._mu(shape), device=device)
         return scheduler, scheduler.timesteps
 

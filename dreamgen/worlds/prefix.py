@@ -13,8 +13,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dreamgen.worlds.layout import TINY, locate
+from dreamgen.worlds.stored import FILE
 from dreamgen.worlds.wan import WanLayout
-from dreamgen.worlds.world import FILE, VideoWorld
+from dreamgen.worlds.world import VideoWorld
 
 __all__ = ["FILE", "TINY", "PrefixWorld", "locate", "open_pipeline"]
 

@@ -31,6 +31,6 @@ def redream(
     if first < count:
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)).to(x.device)
         start = process.noised(x, noise, sigmas[first].to(x.device, x.dtype).expand(len(x)))
-        plain = world.embed([""] * len(x)) if world.guidance > 1 else None
-        latents = world.descend(start, given, world.embed(instructions), plain, scheduler, times, first)
+        text, plain = world.embed(instructions), world.negative(len(x))
+        latents = world.descend(start, given, text, plain, scheduler, times, first)
     return world.decode(latents)

@@ -123,10 +123,11 @@ def row_bytes(layout: Layout, cells: Any, frames: int, text: int) -> int:
 
 
 def capacity(layout: Layout) -> int:
-    """Bytes that the device leaves to activations, whatever else runs on it now."""
+    """Bytes that the device leaves to activations, whatever else runs on it now; the text encoder is in main memory."""
     device = best_device()
-    held = sum(p.numel() * p.element_size() for part in layout.pipe.components.values() if isinstance(part, nn.Module)
-               for p in part.parameters())  # fmt: skip
+    elsewhere = ("text_encoder",) if device.type == "cuda" else ()
+    parts = [part for name, part in layout.pipe.components.items() if name not in elsewhere]
+    held = sum(p.numel() * p.element_size() for part in parts if isinstance(part, nn.Module) for p in part.parameters())
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory * 0.9) - held
     import psutil

@@ -5,7 +5,6 @@ wants. Distinct first frames and instructions are encoded once and dreamed in on
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,21 +15,21 @@ from torch import Tensor, nn
 from dreamgen.core.clip import Clip, Prompt
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.manifest import digest, read_json, write_json
 from dreamgen.core.seeding import seed_for
 from dreamgen.engine.precision import autocast, best_device, resolve
 from dreamgen.video.tiling import describe
-from dreamgen.worlds.adapters import add_lora, load_adapters, save_adapters
+from dreamgen.worlds.adapters import add_lora, load_adapters
 from dreamgen.worlds.autoencoder import clips_at_once, to_frames, to_video, weights_digest
 from dreamgen.worlds.flow import integrate
-from dreamgen.worlds.layout import TINY, Layout, content, twin
+from dreamgen.worlds.layout import TINY, Layout, twin
 from dreamgen.worlds.sampler import Sampler, enough, fitting
+from dreamgen.worlds.stored import Stored
+from dreamgen.worlds.texts import Texts
 
-FILE = "world.json"
 WEIGHTS, LORA = {"fp32": None, "bf16": torch.bfloat16}, {"rank": 16, "alpha": 16}
 
 
-class VideoWorld(nn.Module):
+class VideoWorld(Stored):
     """A pipeline as a world model of `robot`.
 
     path: a diffusers folder or a hub id (of `revision`), or "tiny". adapter: a folder with LoRA weights on top of it;
@@ -38,7 +37,8 @@ class VideoWorld(nn.Module):
     "bf16", how transformers and text encoders are held. video_hz, frames: the clip of one window; windows: how many
     are dreamed on end, each from the last frame of the one before. text_length: tokens of a prompt (the stock
     pipeline's `max_sequence_length`). template: the prompt around an {instruction}; {views} says where the views lie.
-    steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second prediction. guidance_mode,
+    steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second prediction. shift, train_shift:
+    of the noise levels that are sampled through and trained at (see `Flow`); None: the scheduler's own. guidance_mode,
     attention_backend, step_cache, compile: see `Sampler`. lora: rank, alpha and targets where a training names none.
     precision: "auto", "fp32", "bf16". parts: components that are given, not loaded.
 
@@ -66,6 +66,8 @@ class VideoWorld(nn.Module):
         guidance: float = 2.0,
         guidance_mode: str = "auto",
         negative_prompt: str = "",
+        shift: float | None = None,
+        train_shift: float | None = None,
         template: str = "{instruction}",
         precision: str = "auto",
         attention_backend: str | None = None,
@@ -84,8 +86,8 @@ class VideoWorld(nn.Module):
         if pipeline is None:
             pipeline = self.kind.open(path, revision=revision, weights=WEIGHTS[weights], **(parts or {}))
         self.pipe = pipeline
-        hz = float(robot.rate / self.clock.stride)
-        self.layout = self.kind(pipeline, video_hz=hz, text_length=text_length)
+        self.shift, self.train_shift, hz = shift, train_shift, float(robot.rate / self.clock.stride)
+        self.layout = self.kind(pipeline, video_hz=hz, text_length=text_length, shift=shift, train_shift=train_shift)
         self._check()
         for name, module in self.layout.experts.items():
             self.add_module(name, module)
@@ -95,7 +97,7 @@ class VideoWorld(nn.Module):
         load_adapters(pipeline, self.layout.experts, self.adapters)
         self.sampler = Sampler(self.layout, mode=guidance_mode, backend=attention_backend, cache=step_cache,
                                compile=compile, frames=self.latent_shape[1])  # fmt: skip
-        self._texts: dict[str, Tensor] = {}
+        self.texts = Texts(self.layout)
         self.requires_grad_(False).eval()
 
     def _check(self) -> None:
@@ -118,10 +120,11 @@ class VideoWorld(nn.Module):
         return self.mean.device
 
     def place(self, *, experts: bool = True) -> "VideoWorld":
-        """Move everything to the accelerator, if there is one; without `experts`, all but the transformers."""
+        """Move all but the text encoder to the accelerator, if there is one; without `experts`, no transformer."""
         with enough(f"with the weights of {self.path}", "`weights: bf16` of the world model, or a larger device"):
+            stay = {"text_encoder", *(() if experts else self.layout.experts)}
             for name, part in self.pipe.components.items():
-                if isinstance(part, nn.Module) and (experts or name not in self.layout.experts):
+                if isinstance(part, nn.Module) and name not in stay:
                     part.to(best_device())
             self.mean, self.std = self.mean.to(best_device()), self.std.to(best_device())
         return self
@@ -145,25 +148,38 @@ class VideoWorld(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c lt lh lw"]) -> UInt8[Tensor, "b t h w 3"]:
         """The inverse of `encode`, as pictures; windows are joined where one begins with the other's last frame."""
-        length = self.latent_shape[1] if self.windows > 1 else latents.shape[2]
+        length, (time, side) = self.latent_shape[1] if self.windows > 1 else latents.shape[2], self.layout.scale
+        size = clips_at_once((length - 1) * time + 1, side * latents.shape[3], side * latents.shape[4])
+        clips = []
         with fitting(self, len(latents)), autocast(self.precision, self.device):
-            parts = [to_frames(self.layout.decode(twin(z * self.std + self.mean)))[: len(z)]
-                     for z in latents[:, : len(self.mean)].split(length, 2)]  # fmt: skip
-        return self.layout.censor(torch.cat([parts[0], *(part[:, 1:] for part in parts[1:])], 1))
+            for some in latents[:, : len(self.mean)].split(size):
+                parts = [to_frames(self.layout.decode(twin(z * self.std + self.mean)))[: len(z)]
+                         for z in some.split(length, 2)]  # fmt: skip
+                clips.append(torch.cat([parts[0], *(part[:, 1:] for part in parts[1:])], 1))
+        return self.layout.censor(torch.cat(clips))
 
     def prompt(self, instruction: str) -> str:
-        """The text that the model reads for an instruction; "" stands for the negative prompt."""
-        text = self.template.format(instruction=instruction, views=describe(self.robot))
-        return text.strip() if instruction else self.negative_prompt
+        """The text that the model reads for an instruction, none for none."""
+        return self.template.format(instruction=instruction, views=describe(self.robot)).strip() if instruction else ""
 
-    @torch.no_grad()
+    def prompts(self, instructions: Sequence[str]) -> list[str]:
+        """The texts of `instructions`. Raises ValueError for one that the model's licence asks to be refused."""
+        texts = [self.prompt(instruction) for instruction in instructions]
+        self.layout.allow([text for text in dict.fromkeys(texts) if text not in self.texts])
+        return texts
+
+    def read(self, instructions: Sequence[str]) -> None:
+        """Embed texts before they are asked for, so that their encoder leaves the accelerator before others come."""
+        negative = [self.negative_prompt] if self.guidance > 1 else []
+        self.texts.ahead([*negative, *self.prompts(instructions)], best_device())
+
     def embed(self, instructions: Sequence[str]) -> Float[Tensor, "b l d"]:
-        """Text embeddings of `instructions`; each distinct text is encoded once. "" is the negative prompt."""
-        for text in dict.fromkeys(instructions):
-            if text not in self._texts:
-                self.layout.allow([self.prompt(text)])
-                self._texts[text] = self.layout.embed([self.prompt(text)], self.device)[0]
-        return torch.stack([self._texts[text] for text in instructions])
+        """Text embeddings of `instructions`; each distinct text is encoded once. "" is no text."""
+        return self.texts.take(self.prompts(instructions), self.device)
+
+    def negative(self, count: int) -> Float[Tensor, "b l d"] | None:
+        """`count` embeddings of the negative prompt, which guidance leads away from; None without guidance."""
+        return self.texts.take([self.negative_prompt] * count, self.device) if self.guidance > 1 else None
 
     def condition(self, images: UInt8[Tensor, "b 1 h w 3"]) -> Float[Tensor, "b k t h w"]:
         """What `predict` is given of the first pictures, one row each."""
@@ -180,6 +196,11 @@ class VideoWorld(nn.Module):
     def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of a training batch, and what `predict` is given of their first picture."""
         raise NotImplementedError
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """Between which the times lie that are trained at."""
+        return 0.0, 1.0
 
     def draw(self, count: int, shape: Sequence[int], device: torch.device) -> Float[Tensor, " b"]:
         """Times to train at."""
@@ -222,8 +243,7 @@ class VideoWorld(nn.Module):
                 raise ValueError(f"the first frame of prompt '{prompt.id}' is {prompt.image.shape}; embodiment "
                                  f"'{self.robot.name}' has a canvas of {(h, w, 3)}")  # fmt: skip
         images = torch.from_numpy(np.stack([prompt.image for prompt in prompts]))[:, None]
-        text = self.embed([prompt.instruction for prompt in prompts])
-        plain = self.embed([""] * len(prompts)) if self.guidance > 1 else None
+        text, plain = self.embed([prompt.instruction for prompt in prompts]), self.negative(len(prompts))
         found = []
         with fitting(self, len(prompts)):
             for k in range(self.windows):
@@ -284,36 +304,5 @@ class VideoWorld(nn.Module):
         """Constructor arguments as plain JSON, without the weights' place."""
         return {"video_hz": self.clock.video_hz, "frames": self.clock.frames, "text_length": self.text_length,
                 "steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt,
-                "template": self.template, "precision": self.precision, "windows": self.windows,
-                "weights": self.weights}  # fmt: skip
-
-    def save(self, out: Path, *, dtype: torch.dtype | None = None) -> None:
-        """A diffusers pipeline folder `out/model`, or an adapter in `out/adapter`, and `world.json` last."""
-        lora = save_adapters(self.pipe, self.layout.experts, out / "adapter")
-        if not lora:
-            if dtype is not None:
-                self.pipe.to(dtype=dtype)
-            self.layout.save(out / "model")
-        base = {"base": self.path if lora else None, "revision": self.revision if lora else None, "experts": lora}
-        write_json(out / FILE, {"spec": self.spec(), "contract": self.robot.contract(), **base})
-
-    @classmethod
-    def load(cls, path: Path | str, **changed: Any) -> "VideoWorld":
-        """A world model that `save` wrote; `changed` overrides its settings, None leaves them."""
-        path, changed = Path(path), {key: value for key, value in changed.items() if value is not None}
-        saved = read_json(path / FILE)
-        robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
-        robot.require(saved["contract"], str(path))
-        where = {"path": saved["base"] or str(path / "model"), "revision": saved.get("revision")}
-        if saved["base"]:
-            own = [{"path": str(path / "adapter"), "expert": name} for name in saved.get("experts", [None])]
-            changed["adapters"] = [*own, *changed.get("adapters", ())]
-        world = cls(robot=robot, **{**saved["spec"], **where, **changed})
-        world.folder = path
-        return world
-
-    def fingerprint(self) -> str:
-        """Names the weights that this world model was opened with."""
-        given = [(self.path, self.revision), *((entry["path"], entry.get("revision")) for entry in self.adapters)]
-        names = [content(*source) for source in dict.fromkeys(given)]
-        return names[0] if len(names) == 1 else digest(names)
+                "shift": self.shift, "train_shift": self.train_shift, "template": self.template,
+                "precision": self.precision, "windows": self.windows, "weights": self.weights}  # fmt: skip

@@ -38,6 +38,20 @@ def test_other_content_is_another_cache(tmp_path):
     assert a.root != b.root and Cache(tmp_path, {"vae": 1}, count=2).root == a.root
 
 
+def test_files_are_open_within_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("dreamgen.data.cache.OPEN", 2)
+    cache = Cache(tmp_path, "key", count=9, size=1)
+    fill(cache, [])
+    assert cache.take(np.array([8, 0, 4, 8])).tolist() == [[8, 64], [0, 0], [4, 16], [8, 64]]
+    assert cache._shard.cache_info().currsize == 2
+
+
+def test_shards_of_another_size_are_said(tmp_path):
+    fill(Cache(tmp_path, "key", count=7, size=3), [])
+    with pytest.raises(ValueError, match=r"000001.npy holds 3 items, expected 2: .* Delete the folder"):
+        Cache(tmp_path, "key", count=7, size=2)[2]
+
+
 def test_a_wrong_count_is_said(tmp_path):
     with pytest.raises(ValueError, match="1 items for 2"):
         list(Cache(tmp_path, 0, count=2).build(lambda items: np.zeros((1, 3))))

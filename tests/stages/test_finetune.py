@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import View
 from dreamgen.data.buckets import ClipPool
-from dreamgen.data.cache import Cache, embeddings, require_known
+from dreamgen.data.cache import Cache, Embeddings, require_known
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.train import read_losses
 from dreamgen.stages import finetune as stage
 from dreamgen.stages.finetune import finetune
-from dreamgen.stages.latents import Latents
+from dreamgen.stages.latents import Latents, shard_size
 from dreamgen.video.metrics import lpips_or_reason, psnr
 from dreamgen.worlds.prefix import PrefixWorld
 from tests.engine.test_processes import forked
@@ -205,20 +205,38 @@ def test_parts_of_a_cache_are_built_by_several(tmp_path):
         require_known(tmp_path, [{"a": 2}])
 
 
-def test_texts_are_kept_without_what_is_behind_their_end(tmp_path):
+def test_texts_are_kept_one_by_one_without_what_is_behind_their_end(tmp_path):
     made = torch.zeros(3, 6, 4)
     made[0, :2], made[1, :6], made[2, 3] = 1.0, 2.0, 3.0
     calls = []
 
-    def embed(texts):
-        calls.append(list(texts))
-        return made
+    def read(texts):
+        for text in texts:
+            if text == "c" and len(calls) < 3:
+                raise KeyboardInterrupt
+            calls.append(text)
+            yield made["abc".index(text)]
 
+    with pytest.raises(KeyboardInterrupt):
+        Embeddings(tmp_path, "encoder", ["a", "b", "c"], read)
+    calls.append("again")
     for _ in range(2):
-        assert torch.equal(embeddings(tmp_path, "encoder", ["a", "b", "c"], embed), made)
-    assert calls == [["a", "b", "c"]]
-    kept = load_file(next(tmp_path.glob("*/texts.safetensors")))
-    assert [len(kept[name]) for name in "012"] == [2, 6, 4]
+        found = Embeddings(tmp_path, "encoder", ["a", "b", "c"], read)
+        assert torch.equal(found.take(np.array([2, 0, 1, 2])), made[[2, 0, 1, 2]]) and (len(found), found.length) == (
+            3,
+            6,
+        )
+    assert calls == ["a", "b", "again", "c"]
+    assert [len(load_file(file)["rows"]) for file in found.files] == [2, 6, 4]
+
+
+def test_large_clips_lie_in_small_shards():
+    assert [shard_size(shape) for shape in ((81, 480, 832), (81, 704, 1280), (17, 256, 256), (17, 64, 64))] == [
+        4,
+        4,
+        64,
+        64,
+    ]
 
 
 def test_figures_of_frames_average_to_those_of_the_video():

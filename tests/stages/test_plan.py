@@ -132,6 +132,11 @@ def test_a_plan_of_a_folder_counts_its_dataset(pipeline_folder, tmp_path):  # no
     assert found["windows"] == 3 * 2 and found["epochs"] == pytest.approx(40 / 6)
     assert found["video_tokens"] == 3 * 2 * 3 and 0 < found["dreams_an_hour"]
     assert found["latent_cache_bytes"] == 4 * 6 * LAYOUT.z_dim * 3 * 4 * 6  # fp32 latents (c 3 4 6) of six clips
+    assert (found["encoded_frames"], found["recorded_frames"]) == (6 * 9, 57)
+    assert "54 frames, 0.947 for each one recorded (stage.hop=2)" in found["text"]
+    check = 32 * found["forward_flops"] + 4 * found["dream_flops"]  # once, at the end
+    assert found["validation_seconds"] / found["dream_seconds"] == pytest.approx(check / found["dream_flops"])
+    assert found["validation_gpu_hours"] == pytest.approx(found["validation_seconds"] / 3600)
     assert "6 clips, 6.67 epochs" in found["text"] and (tmp_path / "plan" / "plan.json").is_file()
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from dreamgen.core.clip import Prompt
 from dreamgen.worlds.flow import noised, velocity
 from dreamgen.worlds.prefix import PrefixWorld
+from dreamgen.worlds.texts import Texts
 from tests.worlds.conftest import tiny_robot
 
 
@@ -106,7 +107,33 @@ def test_text_is_padded_with_zeros_and_encoded_once(world):
     assert found.shape == (3, 12, 16)
     mask = world.tokens(["open the drawer"])["mask"][0].bool()
     assert (found[0, ~mask] == 0).all() and (found[0, mask] != 0).any()
-    assert torch.equal(found[0], found[2]) and len(world._texts) == 2
+    assert torch.equal(found[0], found[2]) and len(world.texts) == 2
+
+
+def test_no_text_is_not_the_negative_prompt(world):
+    world.negative_prompt = "close the drawer"
+    none, plain, same = world.embed([""]), world.negative(1), world.embed(["close the drawer"])
+    assert world.prompt("") == "" and torch.equal(plain, same) and not torch.equal(none, plain)
+    world.guidance = 1.0
+    assert world.negative(1) is None
+
+
+def test_the_text_encoder_reads_once_and_goes(world, monkeypatch):
+    calls, rows, to = [], world.embed(["open the drawer", ""]), world.pipe.text_encoder.to
+    world.texts = Texts(world.layout)
+    monkeypatch.setattr(world.pipe.text_encoder, "to", lambda device: calls.append(f"to {device}") or to(device))
+    embed = world.layout.embed
+    monkeypatch.setattr(world.layout, "embed", lambda texts, *a: calls.append(*texts) or embed(texts, *a))
+    world.read(["open the drawer", "open the drawer"])
+    assert calls == ["to cpu", "", "to cpu", "open the drawer", "to cpu"]  # the negative prompt, then the others
+    assert torch.equal(world.embed(["open the drawer", ""]), rows) and len(calls) == 5
+    kept = world.texts.size
+    assert kept < rows.numel() * rows.element_size()  # without what is behind their ends
+    monkeypatch.setattr("dreamgen.worlds.texts.KEPT", kept)
+    world.embed(["close the drawer"])
+    assert "close the drawer" in world.texts and "" not in world.texts and world.texts.size <= kept
+    world.place()
+    assert calls.count("to cpu") == 5  # it is placed by nobody else
 
 
 def test_an_adapter_changes_the_output_and_loads_in_stock_diffusers(world, pipeline_folder, tmp_path):

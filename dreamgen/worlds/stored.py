@@ -1,0 +1,62 @@
+"""A world model as a folder: what it is saved as, and how it is opened again."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import digest, read_json, write_json
+from dreamgen.worlds.adapters import save_adapters
+from dreamgen.worlds.layout import Layout, content
+
+FILE = "world.json"
+World = TypeVar("World", bound="Stored")
+
+
+class Stored(nn.Module):
+    """A pipeline with settings (`spec`) for one robot, in a diffusers folder or, with adapters, on top of one."""
+
+    robot: Embodiment
+    pipe: Any
+    layout: Layout
+    path: str
+    revision: str | None
+    adapters: list[dict[str, Any]]
+    folder: Path
+
+    def spec(self) -> dict[str, Any]:
+        """Constructor arguments as plain JSON, without the weights' place."""
+        raise NotImplementedError
+
+    def save(self, out: Path, *, dtype: torch.dtype | None = None) -> None:
+        """A diffusers pipeline folder `out/model`, or an adapter in `out/adapter`, and `world.json` last."""
+        lora = save_adapters(self.pipe, self.layout.experts, out / "adapter")
+        if not lora:
+            if dtype is not None:
+                self.pipe.to(dtype=dtype)
+            self.layout.save(out / "model")
+        base = {"base": self.path if lora else None, "revision": self.revision if lora else None, "experts": lora}
+        write_json(out / FILE, {"spec": self.spec(), "contract": self.robot.contract(), **base})
+
+    @classmethod
+    def load(cls: type[World], path: Path | str, **changed: Any) -> World:
+        """A world model that `save` wrote; `changed` overrides its settings, None leaves them."""
+        path, changed = Path(path), {key: value for key, value in changed.items() if value is not None}
+        saved = read_json(path / FILE)
+        robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
+        robot.require(saved["contract"], str(path))
+        where = {"path": saved["base"] or str(path / "model"), "revision": saved.get("revision")}
+        if saved["base"]:
+            own = [{"path": str(path / "adapter"), "expert": name} for name in saved.get("experts", [None])]
+            changed["adapters"] = [*own, *changed.get("adapters", ())]
+        world = cls(robot=robot, **{**saved["spec"], **where, **changed})
+        world.folder = path
+        return world
+
+    def fingerprint(self) -> str:
+        """Names the weights that this world model was opened with."""
+        given = [(self.path, self.revision), *((entry["path"], entry.get("revision")) for entry in self.adapters)]
+        names = [content(*source) for source in dict.fromkeys(given)]
+        return names[0] if len(names) == 1 else digest(names)
