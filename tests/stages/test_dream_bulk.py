@@ -137,6 +137,13 @@ def test_what_chooses_is_placed_beside_the_world_model(tmp_path):
     assert len(placed) == 3  # nothing was left to dream
 
 
+def test_texts_are_read_before_the_transformer_takes_its_place(tmp_path):
+    calls, world = [], DrawnWorld()
+    world.read, world.place = calls.append, partial(calls.append, "place")
+    run(world, lambda: prompts(7), out=tmp_path, batch_size=2, shard=1, num_shards=2)
+    assert calls == [["do 2", "do 0"], "place"]  # of its own prompts, which are p2, p3 and p6
+
+
 def test_a_choice_needs_something_to_choose_by(tmp_path):
     with pytest.raises(ValueError, match="best_of is 2 and filter is NoneType"):
         run(DrawnWorld(), lambda: prompts(2), out=tmp_path, best_of=2)

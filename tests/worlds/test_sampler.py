@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -13,6 +14,7 @@ from dreamgen.core.clip import Prompt
 from dreamgen.video.tiling import describe, tile, untile
 from dreamgen.worlds.cogvideox import CogVideoXWorld
 from dreamgen.worlds.ltx import LtxWorld
+from dreamgen.worlds.sampler import capacity
 from tests.worlds import zoo
 from tests.worlds.test_models import apart, prompts
 
@@ -49,6 +51,15 @@ def test_auto_goes_by_memory(make, monkeypatch):
     assert world.sampler._holds(text, given)
     monkeypatch.setattr("dreamgen.worlds.sampler.capacity", lambda layout: 1000)
     assert not world.sampler._holds(text, given)
+
+
+def test_a_gpu_does_not_hold_the_text_encoder(make, monkeypatch):
+    layout, total = make().layout, 10**9
+    held = {name: sum(p.numel() * p.element_size() for p in part.parameters())
+            for name, part in layout.pipe.components.items() if isinstance(part, torch.nn.Module)}  # fmt: skip
+    monkeypatch.setattr("dreamgen.worlds.sampler.best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=total))
+    assert capacity(layout) == int(0.9 * total) - sum(held.values()) + held["text_encoder"] and held["text_encoder"]
 
 
 @pytest.mark.parametrize("mode", ["batched", "two_pass"])
