@@ -1,0 +1,54 @@
+"""Every setting of a labeler and of a dataset stands in its YAML, so that it can be set without a `+`."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra.utils import _locate, instantiate
+from omegaconf import OmegaConf
+
+import conf
+from dreamgen.core.clock import Clock
+from idm.model import FlowIDM
+from jobs.recipe import load
+
+CONF = Path(conf.__file__).parent
+LABELERS = sorted(path.stem for path in (CONF / "labeler").glob("*.yaml") if "idm." in path.read_text())
+DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if "_target_" in path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [("labeler", option) for option in LABELERS] + [("data", option) for option in DATA]
+)
+def test_every_setting_can_be_set(group: str, option: str) -> None:
+    node = load("collect", [f"{group}={option}"])[0][group]
+    known = set(inspect.signature(_locate(node._target_)).parameters)
+    assert set(node) - {"_target_"} == known - {"actions"}  # whose option is data=video
+
+
+def test_the_settings_are_the_constructor_s_own() -> None:
+    """But for the merge rule, what the YAML says of a labeler is what it is without it."""
+    node = load("label", ["labeler=flow"])[0].labeler
+    made = instantiate(node, _convert_="all")
+    plain = FlowIDM(robot=made.robot, clock=made.clock, rule="mean")
+    assert made.config | {"augment": {}} == plain.config and made.augment == plain.augment
+
+
+def test_settings_reach_the_labeler() -> None:
+    words = ['labeler.spacings=["2","3/2"]', "labeler.augment.colour=0.12", "labeler.vision={channels: [8, 16]}",
+             "labeler.state_weight=0.0", "labeler.precision=fp32",
+             "labeler.time_shape=[3.0,2.0]", "seed=7"]  # fmt: skip
+    made = instantiate(load("label", words)[0].labeler, _convert_="all")
+    assert isinstance(made.clock, Clock) and made.spacings == ["2", "3/2"] and made.seed == 7 and not made.reads_state
+    assert (made.augment.colour, made.augment.blur, made.precision, made.time_shape) == (0.12, 0.7, "fp32", (3, 2))
+    latent = load("label", ["labeler=latent_quantised", "seed=7", "labeler.target={path: some/tower}"])[0].labeler
+    assert (latent.seed, latent.codebook, latent.tokens, latent.target) == (7, 8, 4, {"path": "some/tower"})
+    tower = load("label", ["labeler=dino", "labeler.vision.edge=56"])[0].labeler
+    assert OmegaConf.to_container(tower.vision)["edge"] == 56 and tower.vision.frozen
+
+
+def test_the_first_weights_are_those_of_before() -> None:
+    """Under seed 0, which recipes have."""
+    made = instantiate(load("label", ["labeler=flow"])[0].labeler, _convert_="all")
+    plain = FlowIDM(robot=made.robot, clock=made.clock)
+    assert made.seed == 0 and all((a == b).all() for a, b in zip(made.parameters(), plain.parameters(), strict=True))
