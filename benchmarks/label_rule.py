@@ -27,10 +27,10 @@ from dreamgen.core.clip import Clip, Labels  # noqa: E402
 from dreamgen.core.intervals import success_interval  # noqa: E402
 from dreamgen.core.seeding import rng_for, torch_rng_for  # noqa: E402
 from dreamgen.data.lerobot import Dataset  # noqa: E402
+from dreamgen.data.recordings import recorded_clip  # noqa: E402
 from dreamgen.sims.rollout import replay  # noqa: E402
 from dreamgen.stages.evaluate_labels import held  # noqa: E402
 from dreamgen.stages.label_scores import lag, r2  # noqa: E402
-from dreamgen.stages.train_labeler import recorded_clip  # noqa: E402
 from idm.merge import Windows, merge  # noqa: E402
 from idm.model import FlowIDM  # noqa: E402
 from idm.vision import with_motion  # noqa: E402
@@ -165,7 +165,7 @@ def main() -> None:
         cells = [f"{v[0]:6.3f} [{v[1]:6.3f}, {v[2]:6.3f}]" for v in (s["mae"], s["r2"], s["amplitude"])]
         shown = s["replay"] and f"{s['replay']['successes']}/{s['replay']['n']} [{s['replay']['low']:.2f}, " \
                                 f"{s['replay']['high']:.2f}]"  # fmt: skip
-        print(f"{name:<10} {cells[0]:>22} {cells[1]:>24} {cells[2]:>22} {s['lag']:>4} {shown or '-':>26}", flush=True)
+        print(f"{name:<10} {cells[0]:>22} {cells[1]:>24} {cells[2]:>22} {s['lag']!s:>4} {shown or '-':>26}", flush=True)
     for name, (wrong, every) in misplaced.items():
         print(f"{name}: {wrong} of {every} frames stand in another frame's place")
     print(json.dumps({"name": "label_rule", "ratio": found["published"]["mae"][0] / found["ours"]["mae"][0],

@@ -1,6 +1,6 @@
 """What a labeler can read: the rate, length and size of a clip against those that it was trained for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from fractions import Fraction
 
 import torch
@@ -53,11 +53,16 @@ def require_readable(clip: Clip, robot: Embodiment, spacings: Sequence[str], fra
                          f"canvas of robot '{robot.name}' is {robot.canvas} with 3 channels")  # fmt: skip
 
 
-def alike(clips: Sequence[Clip], size: int) -> Iterator[list[int]]:
-    """Numbers of at most `size` clips of one shape and rate at a time."""
-    groups: dict[tuple, list[int]] = {}
-    for index, clip in enumerate(clips):
-        groups.setdefault((clip.video.shape, clip.video_hz), []).append(index)
+def kind(clip: Clip) -> tuple:
+    """What clips that are labelled at once have in common: shape and rate."""
+    return clip.video.shape, clip.video_hz
+
+
+def alike(kinds: Iterable[Hashable], size: int) -> Iterator[list[int]]:
+    """Numbers of at most `size` items of one kind at a time."""
+    groups: dict[Hashable, list[int]] = {}
+    for index, one in enumerate(kinds):
+        groups.setdefault(one, []).append(index)
     for members in groups.values():
         yield from (members[begin : begin + size] for begin in range(0, len(members), size))
 

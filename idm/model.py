@@ -23,12 +23,14 @@ from dreamgen.engine.precision import autocast, best_device
 from idm import checkpoint
 from idm.augment import Augment
 from idm.batches import Batches, Recorded
-from idm.clips import alike, clock_of, pictures, require_readable, spacings_of, stacked
+from idm.clips import alike, clock_of, kind, pictures, require_readable, spacings_of, stacked
 from idm.flow import Denoiser
 from idm.heads import Heads
 from idm.merge import RULES, Windows, horizon, merge
 from idm.tower import PretrainedVision
 from idm.vision import ConvVision, with_motion
+
+PIXELS = 1 << 23  # that are encoded at once; what a long or large clip takes beyond the clip itself is bounded
 
 
 class FlowIDM(nn.Module):
@@ -123,10 +125,20 @@ class FlowIDM(nn.Module):
         """Move to the accelerator, if there is one."""
         return self.to(best_device())
 
+    @property
+    def window(self) -> int:
+        """Frames of the shortest clip that it labels."""
+        return self.frames
+
     def encode(self, video: Tensor) -> Tensor:
         """video (b c 3 h w) in [-1, 1] -> tokens (b c l width), each frame once."""
-        b, c = video.shape[:2]
-        return self.vision(with_motion(video).flatten(0, 1)).unflatten(0, (b, c)).float()
+        b, c, _, h, w = video.shape
+        size, found = max(1, PIXELS // (b * h * w)), []
+        for begin in range(0, c, size):
+            before = min(begin, 1)  # a neighbour on either side, for the differences
+            part = with_motion(video[:, begin - before : begin + size + 1])[:, before : before + size]
+            found.append(self.vision(part.flatten(0, 1)).unflatten(0, part.shape[:2]).float())
+        return torch.cat(found, 1)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Velocity error plus state error, on a batch of `idm.batches.Batches`."""
@@ -195,7 +207,7 @@ class FlowIDM(nn.Module):
         done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for clip in clips:
             self.check(clip)
-        for part in alike(clips, self.label_batch):
+        for part in alike(map(kind, clips), self.label_batch):
             clock = self.clock_of(clips[part[0]])
             k, h = Windows.of(clock, self.frames).mask.shape
             shape = (k, self.samples, h, self.robot.action_dim)
@@ -210,33 +222,23 @@ class FlowIDM(nn.Module):
 
     def label(self, clips: Sequence[Clip]) -> list[Labels]:
         """One Labels (s a) per clip, in order; the noise of a clip is drawn from its id."""
-        self.eval()
-        found = []
-        for clip, (chunk, states) in zip(clips, self.chunks(clips), strict=True):
-            clock = self.clock_of(clip)
-            labels = merge(chunk, Windows.of(clock, self.frames), self.robot, self.rule)
-            strength = self.correct if self.reads_state else 0.0
-            found.append(self.head.corrected(labels, states, clock, strength))
-        return found
+        return self.labels_and_states(clips)[0]
 
-    @torch.no_grad()
-    def states(self, clips: Sequence[Clip], labels: Sequence[Labels] = ()) -> list[np.ndarray] | None:
-        """States (s + 1, d) read from the frames, interpolated to the robot steps between them; None: it reads none."""
-        if not self.reads_state:
-            return None
+    def labels_and_states(self, clips: Sequence[Clip]) -> tuple[list[Labels], list[np.ndarray] | None]:
+        """Labels, and the states (s + 1, d) that were read from the same frames, interpolated to the robot steps
+        between them; None where it reads none."""
         self.eval()
-        device = next(self.parameters()).device
-        found: dict[int, np.ndarray] = {}
-        for part in alike(clips, self.label_batch):
-            clock = self.clock_of(clips[part[0]])
-            with autocast(self.precision, device):
-                tokens = self.encode(stacked([clips[i] for i in part], device))
-                read = self.head.state.denormalise(self.head.read_state(tokens[:, :, 0])).float().cpu().numpy()
-            steps = np.arange(clock.steps + 1)
-            for i, seen in zip(part, read, strict=True):
-                rows = [np.interp(steps, clock.rows, column) for column in seen.T]
-                found[i] = np.stack(rows, axis=1).astype(np.float32)
-        return [found[i] for i in range(len(clips))]
+        labels, states = [], []
+        for clip, (chunk, seen) in zip(clips, self.chunks(clips), strict=True):
+            clock = self.clock_of(clip)
+            found = merge(chunk, Windows.of(clock, self.frames), self.robot, self.rule)
+            strength = self.correct if self.reads_state else 0.0
+            labels.append(self.head.corrected(found, seen, clock, strength))
+            if self.reads_state:
+                steps = np.arange(clock.steps + 1)
+                columns = [np.interp(steps, clock.rows, column) for column in seen.T]
+                states.append(np.stack(columns, axis=1).astype(np.float32))
+        return labels, states if self.reads_state else None
 
     def fit(self, dataset: Recorded, episodes: Sequence[int]) -> None:
         """Statistics of the robot from recorded `episodes`; before training."""
@@ -249,22 +251,29 @@ class FlowIDM(nn.Module):
         return Batches(dataset, episodes, self.clocks, **options)
 
     def calibrate(self, dataset: Recorded, episodes: Sequence[int]) -> dict[str, float]:
-        """Measure the errors of deltas and of positions read from frames on episodes held out; after training."""
-        clips, actions, states = [], [], []
-        for index in episodes:
-            clock = self.clock.with_frames(self.clock.frames_in(dataset.length(index)))
-            if clock.frames < self.frames:
-                continue
-            episode = dataset.episode(index)
-            clips.append(Clip(id=f"calibrate_{index}", video=dataset.canvas(index, clock.rows), video_hz=clock.video_hz,
-                              instruction=episode.instruction))  # fmt: skip
-            actions.append(episode.action[: clock.steps])
-            states.append(episode.state[clock.rows])
+        """Measure the errors of deltas and of positions read from frames on episodes held out; after training.
+
+        Raises ValueError if none of them shows a window.
+        """
+        frames = {i: self.clock.frames_in(dataset.length(i)) for i in episodes}
+        seen = [i for i in episodes if frames[i] >= self.frames]
+        clocks = {i: self.clock.with_frames(frames[i]) for i in seen}
+        if not seen:
+            raise ValueError(f"none of {len(frames)} episodes shows the {self.frames} frames at {self.clock.video_hz} "
+                             f"Hz of a window; hold out longer ones, or train with fewer `frames`")  # fmt: skip
         self.eval()
-        found = self.chunks(clips)
-        windows = [Windows.of(self.clock_of(clip), self.frames) for clip in clips]
-        labels = [merge(chunk, w, self.robot, self.rule).value for (chunk, _), w in zip(found, windows, strict=True)]
-        return self.head.calibrate(labels, actions, [read for _, read in found] if self.reads_state else [], states)
+        labels, read = {}, {}
+        for part in alike([frames[i] for i in seen], self.label_batch):
+            numbers = [seen[k] for k in part]
+            clips = [Clip(id=f"calibrate_{i}", video=dataset.canvas(i, clocks[i].rows), video_hz=clocks[i].video_hz,
+                          instruction=dataset.episode(i).instruction) for i in numbers]  # fmt: skip
+            for i, (chunk, states) in zip(numbers, self.chunks(clips), strict=True):
+                labels[i] = merge(chunk, Windows.of(clocks[i], self.frames), self.robot, self.rule).value
+                read[i] = states
+        recorded = [(dataset.episode(i), clocks[i]) for i in seen]
+        return self.head.calibrate([labels[i] for i in seen], [e.action[: clock.steps] for e, clock in recorded],
+                                   [read[i] for i in seen] if self.reads_state else [],
+                                   [e.state[clock.rows] for e, clock in recorded])  # fmt: skip
 
     def clock_of(self, clip: Clip) -> Clock:
         return clock_of(clip, self.robot)

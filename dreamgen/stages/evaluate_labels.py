@@ -3,7 +3,7 @@
 The chain of replays shows where success is lost: recorded actions -> labels of real video -> labels of dreams.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay
-from dreamgen.stages.label import pseudo_states
+from dreamgen.stages.label import labels_and_states, pseudo_states
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.latent_scores import by_gap, probe
+from dreamgen.stages.recorded_video import batches_of, long_enough
 from dreamgen.stages.train_labeler import frames_through, through
 
 
@@ -37,41 +38,42 @@ def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:
     return np.concatenate([action, rest])
 
 
-def state_errors(labeler: Labeler, clips: Sequence[Clip], labels: Sequence[Labels], dataset: Dataset,
-                 episodes: Iterable[int]) -> dict:  # fmt: skip
-    """Mean absolute error by state part against the recorded state: integrated from labels, read from frames, and
-    pseudo_state, which is what the stage `label` writes."""
-    robot = labeler.robot
+def state_errors(robot: Embodiment, true: Sequence[np.ndarray], labels: Sequence[Labels],
+                 pseudo: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> dict:  # fmt: skip
+    """Mean absolute error by state part against the recorded states (s d): integrated from labels, read from frames
+    (s + 1, d) where they are, and pseudo_state, which is what the stage `label` writes."""
     if not robot.state_dim:
         return {}
-    true = [dataset.episode(i).state[: len(label.value)] for i, label in zip(episodes, labels, strict=True)]
     found = {"integrated": [follow(robot, t[0], label.value)[0][:-1] for t, label in zip(true, labels, strict=True)],
-             "pseudo_state": [state for state, _ in pseudo_states(labeler, clips, labels)]}  # fmt: skip
-    read = labeler.states(clips, labels) if hasattr(labeler, "states") else None
-    if read is not None:
+             "pseudo_state": pseudo}  # fmt: skip
+    if read:
         found["read"] = [s[: len(t)] for s, t in zip(read, true, strict=True)]
     errors = {kind: np.abs(np.concatenate(states) - np.concatenate(true)) for kind, states in found.items()}
     return {kind: {part.name: float(error[:, part.slice].mean()) for part in robot.state}
             for kind, error in errors.items()}  # fmt: skip
 
 
-def by_part(labels: Sequence[np.ndarray], actions: Sequence[np.ndarray], robot: Embodiment) -> dict:
+def by_part(labels: Sequence[np.ndarray], actions: Sequence[np.ndarray], robot: Embodiment, clock: Clock) -> dict:
     """n, and R2 and MAE by part of labels (s a) against actions (s a); {} without any."""
     if not labels:
         return {}
-    scores = score_labels([Labels(value=label, spread=np.zeros_like(label)) for label in labels], actions, robot)
+    made = [Labels(value=label, spread=np.zeros_like(label)) for label in labels]
+    scores = score_labels(made, actions, robot, clock)
     return {"n": len(labels), "r2": scores["r2"], "mae": scores["mae"]}
 
 
-def previous_frame(clips: Sequence[Clip], actions: Sequence[np.ndarray], clock: Clock, robot: Embodiment,
+def coarse(clip: Clip) -> np.ndarray:
+    """All frames but the last on a grid of 12 cells a side, (k d) float32 in [0, 1]."""
+    frames = torch.from_numpy(clip.video[:-1]).permute(0, 3, 1, 2).float() / 255
+    return torch.nn.functional.adaptive_avg_pool2d(frames, 12).flatten(1).numpy()
+
+
+def previous_frame(seen: Sequence[np.ndarray], actions: Sequence[np.ndarray], clock: Clock, robot: Embodiment,
                    seed: int) -> dict:  # fmt: skip
-    """Control: R2 by part of each gap's mean action from the frame before it alone, by probes on coarse pixels."""
-    if len(clips) < 4:
+    """Control: R2 by part of each gap's mean action from the frame before it alone, by probes on `coarse` pixels."""
+    if len(seen) < 4:
         return {}
-    frames = [torch.from_numpy(clip.video[:-1]).permute(0, 3, 1, 2).float() / 255 for clip in clips]
-    seen = [torch.nn.functional.adaptive_avg_pool2d(f, 12).flatten(1).numpy().astype(np.float64) for f in frames]
-    true = [by_gap(a, clock.with_frames(len(clip.video))).astype(np.float64)
-            for a, clip in zip(actions, clips, strict=True)]  # fmt: skip
+    true = [by_gap(a, clock.with_frames(len(s) + 1)).astype(np.float64) for a, s in zip(actions, seen, strict=True)]
     return probe(seen, true, robot, seed, context=False)
 
 
@@ -101,7 +103,7 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
                     dreams: Path | None = None, world_model: Any = None, decoded_clips: int = 16,
                     episodes: int | None = None, settle: int = 6, batch_size: int = 16, seed: int = 0,
                     record: dict) -> dict:  # fmt: skip
-    """Score `labeler` on `dataset`, whose episodes it must never have seen.
+    """Score `labeler` on `dataset`, whose episodes it must never have seen; those shorter than its window are left out.
 
     sim: makes the simulator in which the episodes were recorded; without one, nothing is replayed. dreams: a dataset
     labelled by this labeler; those of its episodes whose first frame came from the simulator (meta "origin":
@@ -113,6 +115,7 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
     same of dreams against what was recorded from the same first frame under the same instruction, which is low too
     where a dream does the task in another way: it measures world model and labeler together}; replay {recorded,
     idm_real, idm_dream: {successes, n, rate, low, high, by_instruction}}. They are also written to `scores.json`.
+    too_short: how many episodes were left out. Raises ValueError if all were.
     """
     parents = {"dataset": dataset.root} | ({"dreams": dreams} if dreams else {})
     parents |= {"labeler": labeler.path} if getattr(labeler, "path", None) else {}
@@ -128,29 +131,37 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
         for part in (labeler, world_model):
             if hasattr(part, "place"):
                 part.place()
-        chosen = range(min(len(dataset), episodes or len(dataset)))
-        clips, actions = zip(*(recorded_clip(dataset, i, labeler.clock) for i in chosen), strict=True)
-        labels = []
-        batches = [clips[i : i + batch_size] for i in range(0, len(clips), batch_size)]
-        for batch in progress(batches, len(batches), "label held-out video", out, unit="batch"):
-            labels += labeler.label(batch)
-        scores = score_labels(labels, actions, robot)
-        scores["state"] = state_errors(labeler, clips, labels, dataset, chosen)
-        scores["previous_frame"] = previous_frame(clips, actions, labeler.clock, robot, seed)
-        scores["decoded"] = decoded(labeler, world_model, clips[:decoded_clips], actions) if world_model else {}
+        first = range(min(len(dataset), episodes or len(dataset)))
+        chosen, too_short = long_enough(dataset, first, [labeler])
+        labels, actions, read, pseudo, seen = [], [], [], [], []
+        batches = batches_of(dataset, chosen, labeler.clock, batch_size)
+        for clips, true in progress(batches, -(-len(chosen) // batch_size), "label held-out video", out, unit="batch"):
+            made, states = labels_and_states(labeler, clips)
+            labels += made
+            actions += true
+            read += states or []
+            pseudo += [state for state, _ in pseudo_states(robot, clips, made, states)]
+            seen += [coarse(clip) for clip in clips]
+        scores = score_labels(labels, actions, robot, labeler.clock)
+        true = [dataset.episode(i).state[: len(label.value)] for i, label in zip(chosen, labels, strict=True)]
+        scores["state"] = state_errors(robot, true, labels, pseudo, read)
+        scores["previous_frame"] = previous_frame(seen, actions, labeler.clock, robot, seed)
+        scores["decoded"] = decoded(labeler, world_model, dataset, chosen[:decoded_clips]) if world_model else {}
         dreamt = Dataset(dreams, robot) if dreams else None
         if dreamt is not None:
-            scores["dreamt"] = by_part(*beside_recorded(dreamt, [dataset.episode(i) for i in chosen], episodes), robot)
+            pairs = beside_recorded(dreamt, [dataset.episode(i) for i in chosen], episodes)
+            scores["dreamt"] = by_part(*pairs, robot, labeler.clock)
         results: dict = {"idm": scores, "replay": {}}
         if sim is not None:
             world = sim()
+            label_of = dict(zip(chosen, labels, strict=True))
             known = [i for i in chosen if "seed" in dataset.episode(i).meta]
             recorded = [dataset.episode(i) for i in known]
             begun = [(e.instruction, e.meta.get("scene_of") or e.instruction, int(e.meta["seed"]),
                       dataset.first_state(i)) for i, e in zip(known, recorded, strict=True)]  # fmt: skip
             chain = {
                 "recorded": [(*start, e.action) for start, e in zip(begun, recorded, strict=True)],
-                "idm_real": [(*start, labels[i].value) for start, i in zip(begun, known, strict=True)],
+                "idm_real": [(*start, label_of[i].value) for start, i in zip(begun, known, strict=True)],
             }
             if dreamt is not None:
                 chain["idm_dream"] = dreamed(dreamt, episodes)
@@ -159,17 +170,18 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
                     results["replay"][name] = _replayed(world, items, settle, name, out)
             world.close()
         write_json(Path(out) / "scores.json", results)
-        return run.finish(episodes=len(clips), **noted(dataset, dreamt), **results)
+        return run.finish(episodes=len(chosen), too_short=too_short, **noted(dataset, dreamt), **results)
 
 
-def decoded(labeler: Any, world_model: Any, clips: Sequence[Clip], actions: Sequence[np.ndarray]) -> dict:
+def decoded(labeler: Any, world_model: Any, dataset: Dataset, episodes: Sequence[int]) -> dict:
     """Scores of the labels of recordings that passed the autoencoder: how well dreams can be labelled at best."""
     degrade, frames = through(world_model), frames_through(world_model, labeler.clock.frames)
-    short = [clip for clip in clips if len(clip.video) >= frames]
-    seen = [replace(clip, video=degrade(clip.video[:frames])) for clip in short]
+    read = [recorded_clip(dataset, i, labeler.clock) for i in episodes]
+    read = [(clip, action) for clip, action in read if len(clip.video) >= frames]
+    seen = [replace(clip, video=degrade(clip.video[:frames])) for clip, _ in read]
     labels = [label.value for label in labeler.label(seen)] if seen else []
-    true = [a for clip, a in zip(clips, actions, strict=False) if len(clip.video) >= frames]
-    return by_part(labels, [a[: len(v)] for a, v in zip(true, labels, strict=True)], labeler.robot)
+    true = [action[: len(label)] for (_, action), label in zip(read, labels, strict=True)]
+    return by_part(labels, true, labeler.robot, labeler.clock)
 
 
 def beside_recorded(dreams: Dataset, recorded: Sequence[Episode],

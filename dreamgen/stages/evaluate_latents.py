@@ -17,7 +17,7 @@ from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.core.protocols import Labeler
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.recordings import noted, recorded_clip
+from dreamgen.data.recordings import noted
 from dreamgen.engine.progress import progress
 from dreamgen.stages.latent_scores import (
     by_gap,
@@ -29,6 +29,7 @@ from dreamgen.stages.latent_scores import (
     shuffled,
     split,
 )
+from dreamgen.stages.recorded_video import batches_of, long_enough
 
 
 def pixel_differences(clip: Clip, cells: int = 16) -> np.ndarray:
@@ -92,12 +93,13 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
     """Score the latent-action model `labeler` on recordings that it was not trained on.
 
     idm: inverse dynamics of the same robot, the ceiling and the reader of donor swaps; null for neither. world_model:
-    whose frozen latents are a control. pairs: sizes of the label-efficiency curve.
+    whose frozen latents are a control. pairs: sizes of the label-efficiency curve. Episodes shorter than a window of
+    either labeler are left out.
 
     Results, also in `latents.json`: probe {latent, state, pixels, features, shuffled, idm: {linear, mlp: R2 by part}},
     efficiency {latent, pixels, features: {pairs: {part: {mean, std}}}}, pairs {there: gaps that probes train on,
     skipped: sizes above that}, head (R2 of the labelled head), swap, codes, change (share of the target that is not
-    foretold). `swap.png` shows the swaps.
+    foretold), too_short: how many episodes were left out. `swap.png` shows the swaps. Raises ValueError if all were.
     """
     parents = {"dataset": dataset.root}
     parents |= {name: part.path for name, part in (("labeler", labeler), ("idm", idm)) if getattr(part, "path", None)}
@@ -113,20 +115,27 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
                 part.place()
         order = rng_for(seed, "latent episodes").permutation(len(dataset))
         chosen = sorted(order[: episodes or len(dataset)].tolist())
-        clips, actions = zip(*(recorded_clip(dataset, i, labeler.clock) for i in chosen), strict=True)
-        clocks = [labeler.clock.with_frames(len(clip.video)) for clip in clips]
+        chosen, too_short = long_enough(dataset, chosen, [labeler] if idm is None else [labeler, idm])
+        gaps, actions, labels, shown = [], [], [], []
+        features: dict[str, list] = {"latent": [], "pixels": []}
+        features |= {} if world_model is None else {"features": []}
+        batches = batches_of(dataset, chosen, labeler.clock, batch_size)
+        count = -(-len(chosen) // batch_size)
+        for clips, taken in progress(batches, count, "latents of held-out video", out, unit="batch"):
+            gaps += labeler.gaps(clips)
+            actions += taken
+            if idm is not None:
+                labels += idm.label(clips)
+                shown += clips if len(shown) < 2 * batch_size else []
+            features["pixels"] += [pixel_differences(clip) for clip in clips]
+            if world_model is not None:
+                features["features"] += [feature_differences(clip, world_model) for clip in clips]
+        features["latent"] = [gap["latent"] for gap in gaps]
+        clocks = [labeler.clock.with_frames(len(rows) + 1) for rows in features["latent"]]
         true = [by_gap(a, clock).astype(np.float64) for a, clock in zip(actions, clocks, strict=True)]
-        gaps: list[dict] = []
-        batches = [clips[i : i + batch_size] for i in range(0, len(clips), batch_size)]
-        for batch in progress(batches, len(batches), "latents of held-out video", out, unit="batch"):
-            gaps += labeler.gaps(batch)
-        features = {"latent": [gap["latent"] for gap in gaps],
-                    "pixels": [pixel_differences(clip) for clip in clips]}  # fmt: skip
         if robot.state_dim:
             features["state"] = [dataset.episode(i).state[clock.rows[:-1]]
                                  for i, clock in zip(chosen, clocks, strict=True)]  # fmt: skip
-        if world_model is not None:
-            features["features"] = [feature_differences(clip, world_model) for clip in clips]
         features["shuffled"] = shuffled(features["latent"], seed)
         results: dict = {"probe": {name: probe(rows, true, robot, seed) for name, rows in features.items()}}
         results["efficiency"] = {name: label_efficiency(features[name], true, robot, seed, pairs=pairs)
@@ -138,13 +147,13 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
                     for gap, clock in zip(gaps, clocks, strict=True)]  # fmt: skip
             results["head"] = r2_by_part(np.concatenate(head), np.concatenate(actions), robot)
         if idm is not None:
-            labels = [by_gap(label.value, clock) for label, clock in zip(idm.label(clips), clocks, strict=True)]
-            found = r2_by_part(split(labels, seed).test, split(true, seed).test, robot)
+            read = [by_gap(label.value, clock) for label, clock in zip(labels, clocks, strict=True)]
+            found = r2_by_part(split(read, seed).test, split(true, seed).test, robot)
             results["probe"]["idm"] = {"linear": found, "mlp": found}
-            few = slice(0, 2 * batch_size)
-            results["swap"] = swaps(labeler, idm, clips[few], features["latent"][few], actions[few], out / "swap.png")
+            few = len(shown)
+            results["swap"] = swaps(labeler, idm, shown, features["latent"][:few], actions[:few], out / "swap.png")
         if "codes" in gaps[0]:
             results["codes"] = codebook_usage([gap["codes"] for gap in gaps], labeler.config["codebook"])
         results["change"] = float(sum(gap["left"].sum() for gap in gaps) / sum(gap["change"].sum() for gap in gaps))
         write_json(Path(out) / "latents.json", results)
-        return run.finish(episodes=len(clips), **noted(dataset), **results)
+        return run.finish(episodes=len(chosen), too_short=too_short, **noted(dataset), **results)

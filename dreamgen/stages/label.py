@@ -33,18 +33,22 @@ BAD = "bad"  # and, in their place, why a bad clip was left out
 log = logging.getLogger(__name__)
 
 
-def pseudo_states(labeler: Labeler, clips: Sequence[Clip],
-                  labels: Sequence[Labels]) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+def labels_and_states(labeler: Labeler, clips: Sequence[Clip]) -> tuple[list[Labels], list[np.ndarray] | None]:
+    """Labels of the clips, and the states (s + 1, d) that a labeler reads from the same frames; None: it reads none."""
+    if hasattr(labeler, "labels_and_states"):
+        return labeler.labels_and_states(clips)
+    return labeler.label(clips), None
+
+
+def pseudo_states(robot: Embodiment, clips: Sequence[Clip], labels: Sequence[Labels],
+                  read: Sequence[np.ndarray] | None) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Per clip the states (s d) and which entries are known (s d) float32.
 
-    The first state is known where the clip brings it. Later ones are what the labeler reads from the frames, if its
-    `states` are not None, else what follows of the first under the labels (`dreamgen.core.kinematics`); without either
-    they are zero and unknown.
+    The first state is known where the clip brings it. Later ones are what was `read` from the frames, if it was, else
+    what follows of the first under the labels (`dreamgen.core.kinematics`); without either they are zero and unknown.
     """
-    robot = labeler.robot
-    read = (labeler.states(clips, labels) if hasattr(labeler, "states") else None) or [None] * len(clips)
     found = []
-    for clip, label, seen in zip(clips, labels, read, strict=True):
+    for clip, label, seen in zip(clips, labels, read or [None] * len(clips), strict=True):
         steps = len(label.value)
         first_known = clip.state.size == robot.state_dim and robot.state_dim > 0
         if seen is not None:
@@ -98,7 +102,7 @@ def label(
 
     clips: also a LeRobot dataset of the robot, with or without actions, which are not looked at, a folder of video
     files, or any dataset that is open already; all of these must bring instructions, as what is written will. skip_bad:
-    leave out episodes and dreams that cannot be read, and list them in the manifest.
+    leave out episodes and dreams that cannot be read or labelled (rate, size or length), and list them in the manifest.
 
     Shards share out the labelling, batch by batch; the call that finds all labels there writes the dataset, on
     `workers` threads.
@@ -182,19 +186,23 @@ def _labelled(labeler: Labeler, folder: ClipFolder | Recordings, ids: Sequence[s
               skip_bad: bool) -> dict[str, np.ndarray]:  # fmt: skip
     """Labels and pseudo-states of a batch, by row and name."""
     clips, made = {}, {}
+    check = getattr(labeler, "check", lambda clip: None)
     for row, id in enumerate(ids):
         try:
-            clips[row] = folder.read(id)
+            clip = folder.read(id)
+            check(clip)
         except ValueError as error:
             if not skip_bad:
                 raise
             log.warning("%s is left out: %s", id, error)
             made[f"{row}/{BAD}"] = np.array(str(error))
+            continue
+        clips[row] = clip
     if not clips:
         return made
-    read = list(clips.values())
-    labels = labeler.label(read)
-    for row, found, state in zip(clips, labels, pseudo_states(labeler, read, labels), strict=True):
+    whole = list(clips.values())
+    labels, read = labels_and_states(labeler, whole)
+    for row, found, state in zip(clips, labels, pseudo_states(labeler.robot, whole, labels, read), strict=True):
         made |= {f"{row}/{name}": array for name, array in zip(PART, (found.value, found.spread, *state), strict=True)}
     return made
 

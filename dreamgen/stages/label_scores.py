@@ -1,11 +1,15 @@
 """How good are labels? Predicted against recorded actions, part by part; no labeler is run here."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from dreamgen.core.clip import Labels
+from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
+
+REACH = 12  # robot steps by which labels are looked for before and after
 
 
 def r2(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -31,17 +35,21 @@ def votes(labels: Labels, part: Part) -> np.ndarray:
     return np.where(labels.value[:, part.slice] > (low + high) / 2, 0.5 + margin, 0.5 - margin)
 
 
-def lag(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], reach: int = 4) -> int:
-    """Robot steps by which labels (s k) come late: the shift with the highest correlation, 0 where nothing moves."""
+def lag(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], reach: int = REACH) -> int | None:
+    """Robot steps by which labels (s k) come late: the shift up to `reach`, and up to half of a clip, with the highest
+    correlation. None where that cannot be said: nothing moves, or the highest is the last that was looked at.
+    """
+    reach = min(reach, (max(map(len, true)) - 1) // 2)
     best = {}
     for shift in range(-reach, reach + 1):
         pairs = [(p[max(0, shift) : len(p) + min(0, shift)], t[max(0, -shift) : len(t) - max(0, shift)])
                  for p, t in zip(predicted, true, strict=True) if len(p) > 2 * reach]  # fmt: skip
-        if pairs:
-            p, t = (np.concatenate(side).ravel() for side in zip(*pairs, strict=True))
-            scale = p.std() * t.std()
-            best[shift] = float(((p - p.mean()) * (t - t.mean())).mean() / scale) if scale > 1e-12 else 0.0
-    return max(best, key=lambda shift: (round(best[shift], 6), -abs(shift))) if best else 0
+        p, t = (np.concatenate(side).ravel() for side in zip(*pairs, strict=True))
+        scale = p.std() * t.std()
+        if scale > 1e-12:
+            best[shift] = float(((p - p.mean()) * (t - t.mean())).mean() / scale)
+    found = max(best, key=lambda shift: (round(best[shift], 6), -abs(shift)), default=None)
+    return None if found is None or 0 < abs(found) == reach else found
 
 
 def drift(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], part: Part) -> dict[str, float]:
@@ -65,10 +73,12 @@ def calibration(spread: np.ndarray, error: np.ndarray, bins: int = 5) -> dict:
             "error": [float(np.sqrt((error[part] ** 2).mean())) for part in parts]}  # fmt: skip
 
 
-def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot: Embodiment) -> dict:
+def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot: Embodiment, clock: Clock) -> dict:
     """All scores of labels (s a) against recorded actions (s a), by name and part; plain JSON, None where undefined.
 
-    r2, mae, control_mae (the mean action instead), lag (robot steps) for every part; drift for deltas that move a
+    clock: of the clips, any number of frames.
+    r2, mae, control_mae (the mean action instead), lag (robot steps, looked for over two frame gaps and `REACH` at
+    least) for every part; drift for deltas that move a
     state part; auroc and accuracy for binary parts; calibration of the spread.
     """
     predicted, true = [label.value for label in labels], list(actions)
@@ -80,7 +90,7 @@ def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot:
         found["r2"][part.name] = r2(flat_p, flat_t)
         found["mae"][part.name] = float(np.abs(flat_p - flat_t).mean())
         found["control_mae"][part.name] = float(np.abs(flat_t.mean(0) - flat_t).mean())
-        found["lag"][part.name] = lag(p, t)
+        found["lag"][part.name] = lag(p, t, max(REACH, math.ceil(2 * clock.stride)))
         spread = np.concatenate([label.spread[:, part.slice] for label in labels])
         found["calibration"][part.name] = calibration(spread.ravel(), np.abs(flat_p - flat_t).ravel())
         if part.kind == "binary":

@@ -73,6 +73,22 @@ def linear_probe(x: Split, y: Split) -> np.ndarray:
     return x.test @ w + o
 
 
+def few_probe(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
+    """Predictions (m a) for `test` (m d) by ridge regression on x (n d), y (n a) alone: the penalty is the one under
+    which each row is best foretold by the others, in closed form.
+    """
+    x, _, test = standard(Split(x, x, test))
+    u, size, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    yc = y - y.mean(0)
+    errors = []
+    for penalty in PENALTIES:
+        kept = size**2 / (size**2 + penalty)
+        apart = 1 - 1 / len(x) - (u**2) @ kept  # how little a row tells of itself
+        errors.append((((yc - (u * kept) @ (u.T @ yc)) / apart[:, None]) ** 2).sum())
+    w, o = ridge(x, y, PENALTIES[int(np.argmin(errors))])
+    return test @ w + o
+
+
 def mlp_probe(x: Split, y: Split, seed: int, *, width: int = 128, steps: int = 300) -> np.ndarray:
     """Predictions for the test rows by a perceptron of one hidden layer, stopped where `choose` is best."""
     x, size = standard(x), y.train.std(0) + 1e-6
@@ -127,14 +143,13 @@ def reachable(pairs: Sequence[int], there: int) -> tuple[list[int], list[int]]:
 
 def label_efficiency(features: Sequence[np.ndarray], actions: Sequence[np.ndarray], robot: Embodiment, seed: int, *,
                      pairs: Sequence[int] = (10, 50, 200, 1000), draws: int = 5) -> dict[str, dict]:  # fmt: skip
-    """Linear-probe R2 by part from few labelled gaps: {pairs: {part: {mean, std}}}; without counts that are not
-    `reachable`."""
+    """R2 by part of a linear probe that sees few labelled gaps and no others (`few_probe`): {pairs: {part: {mean,
+    std}}}; without counts that are not `reachable`."""
     x, y = split([in_context(f).astype(np.float64) for f in features], seed), split(actions, seed)
     found: dict[str, dict] = {}
     for count in reachable(pairs, len(y.train))[0]:
         rows = [rng_for(seed, "pairs", count, n).permutation(len(y.train))[:count] for n in range(draws)]
-        scores = [r2_by_part(linear_probe(x._replace(train=x.train[r]), y._replace(train=y.train[r])), y.test, robot)
-                  for r in rows]  # fmt: skip
+        scores = [r2_by_part(few_probe(x.train[r], y.train[r], x.test), y.test, robot) for r in rows]
         known = [part.name for part in robot.action if scores[0][part.name] is not None]
         found[str(count)] = {name: {"mean": float(np.mean([s[name] for s in scores])),
                                     "std": float(np.std([s[name] for s in scores]))} for name in known}  # fmt: skip

@@ -11,9 +11,10 @@ from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.recordings import noted, recorded_clip
+from dreamgen.data.recordings import noted
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.label_scores import score_labels
+from dreamgen.stages.recorded_video import batches_of, long_enough
 from dreamgen.worlds.redream import redream
 
 
@@ -65,6 +66,7 @@ def train_labeler(
     precision: str = "auto",
     replicas: int = 1,
     held_out_share: float = 0.1,
+    held_out_clips: int = 64,
     more: Sequence[Dataset] = (),
     episodes: int | None = None,
     world_model: Any = None,
@@ -80,7 +82,8 @@ def train_labeler(
     """Train `labeler` on `dataset`, a share of its episodes held out for scores during training and for calibration.
 
     labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`; one with `measure` scores
-    itself (latent actions have no recorded truth). world_model: one with
+    itself (latent actions have no recorded truth). held_out_clips: so many of the episodes held out are scored during
+    training, all of them after it. Episodes shorter than a window of the labeler are left out. world_model: one with
     `encode` and `decode`, whose autoencoder a training clip passes with probability `degraded`, so that the labeler
     knows how dreams look; `degraded_clips` pass once, before training. redream_up_to: they are noised up to a level
     below it and dreamt again (`dreamgen.worlds.redream`), 0 leaves that out. more: recordings of the robot that are
@@ -88,7 +91,8 @@ def train_labeler(
     its demonstrations alone. episodes: train on so many of `dataset` only, the same ones among more (to measure what
     data brings).
 
-    Results: scores on the held-out episodes (r2, mae, ... by part), the last loss, the calibration.
+    Results: scores on the held-out episodes (r2, mae, ... by part), the last loss, the calibration, too_short: how many
+    episodes were left out.
     Raises ValueError for a dataset of another robot, too few or too short episodes, a loss that is not finite.
     """
     world = getattr(world_model, "folder", None)
@@ -104,7 +108,10 @@ def train_labeler(
         if not hasattr(labeler, "measure"):  # latent actions need none
             for key, one in [("dataset", dataset), *(("more", other) for other in more)]:
                 one.require_actions(f"stage.{key} of a labeler of actions")
-        training, apart = held_out(len(dataset), held_out_share, seed)
+        if held_out_clips < 1:
+            raise ValueError(f"held_out_clips is {held_out_clips}; expected 1 or more")
+        usable, too_short = long_enough(dataset, range(len(dataset)), [labeler], least=2)
+        training, apart = ([usable[i] for i in part] for part in held_out(len(usable), held_out_share, seed))
         if episodes is not None:
             training = sorted(rng_for(seed, "labeler episodes").permutation(training)[:episodes].tolist())
         known = Joined([dataset, *more])
@@ -118,15 +125,20 @@ def train_labeler(
                                   else through(world_model, redream_up_to=redream_up_to, seed=seed),
                                   degraded=degraded, degraded_clips=degraded_clips,
                                   degrade_frames=frames_through(world_model, least))  # fmt: skip
-        clips, actions = zip(*(recorded_clip(dataset, index, labeler.clock) for index in apart), strict=True)
 
-        def measured(model: Any) -> dict[str, dict]:
+        def measured(model: Any, chosen: Sequence[int]) -> dict[str, dict]:
+            batches = batches_of(dataset, chosen, labeler.clock, labeler.label_batch)
             if hasattr(model, "measure"):
-                return model.measure(clips, actions)
-            return score_labels(model.label(clips), actions, labeler.robot)
+                return model.measure(clips for clips, _ in batches)
+            labels, actions = [], []
+            for clips, true in batches:
+                labels += model.label(clips)
+                actions += true
+            return score_labels(labels, actions, labeler.robot, labeler.clock)
 
         def scores(model: Any, step: int = 0) -> dict[str, float]:
-            return {f"{key}_{part}": value for key, parts in measured(model).items() for part, value in parts.items()
+            found = measured(model, apart[:: -(-len(apart) // held_out_clips)])
+            return {f"{key}_{part}": value for key, parts in found.items() for part, value in parts.items()
                     if key in ("r2", "mae", "change") and value is not None}  # fmt: skip
 
         done = train(labeler, batches, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
@@ -135,9 +147,9 @@ def train_labeler(
                      checkpoint_every=checkpoint_every, log_every=log_every, name="train_labeler")  # fmt: skip
         calibration = labeler.calibrate(dataset, apart)
         labeler.save(out)
-        found = measured(labeler)
-        manifest = run.finish(episodes=len(training), held_out=len(apart), steps=steps, loss=done["loss"],
-                              precision=done["precision"], calibration=calibration, held_out_scores=found,
-                              **noted(dataset, *more))  # fmt: skip
+        found = measured(labeler, apart)
+        manifest = run.finish(episodes=len(training), held_out=len(apart), too_short=too_short, steps=steps,
+                              loss=done["loss"], precision=done["precision"], calibration=calibration,
+                              held_out_scores=found, **noted(dataset, *more))  # fmt: skip
         clear_state(out)
         return manifest

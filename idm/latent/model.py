@@ -7,7 +7,7 @@ share of labelled episodes may train a head that reads robot actions from the la
 arXiv:2502.00379).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from dreamgen.data.normaliser import Normaliser
 from dreamgen.engine.precision import autocast, best_device
 from idm import checkpoint
 from idm.batches import Recorded
-from idm.clips import alike, clock_of, pictures, require_readable, stacked
+from idm.clips import alike, clock_of, kind, pictures, require_readable, stacked
 from idm.latent.batches import VideoBatches
 from idm.latent.bottleneck import Continuous, Passed, Quantised
 from idm.latent.target import Features, Pixels
@@ -50,6 +50,8 @@ class LatentActions(nn.Module):
     as for video without actions.
     output: "latent" labels with z, "actions" through the head.
     """
+
+    window = 2  # frames of the shortest clip that it labels
 
     def __init__(self, *, robot: Embodiment, clock: Clock, frames: int = 5, reach: int = 2, latent: int = 16,
                  beta: float = 2e-4, codebook: int = 0, tokens: int = 4, renewed: int = 200, width: int = 96,
@@ -187,8 +189,8 @@ class LatentActions(nn.Module):
         device = next(self.parameters()).device
         done: dict[int, dict[str, np.ndarray]] = {}
         for clip in clips:
-            require_readable(clip, self.source, self.spacings, 2)
-        for part in alike(clips, self.label_batch):
+            self.check(clip)
+        for part in alike(map(kind, clips), self.label_batch):
             video = stacked([clips[i] for i in part], device)
             with autocast(self.precision, device):
                 passed = self.encode(video)
@@ -204,6 +206,10 @@ class LatentActions(nn.Module):
             for n, i in enumerate(part):
                 done[i] = {key: value[n].float().cpu().numpy() for key, value in rows.items()}
         return [done[i] for i in range(len(clips))]
+
+    def check(self, clip: Clip) -> None:
+        """Raise ValueError if the clip's rate, length or size is not what the labeler was trained for."""
+        require_readable(clip, self.source, self.spacings, self.window)
 
     def label(self, clips: Sequence[Clip]) -> list[Labels]:
         """One Labels per clip, in order: latents held over the robot steps of their gap, or actions by the head.
@@ -238,9 +244,10 @@ class LatentActions(nn.Module):
             seen.append((seen[-1] + self.target.picture(change)).clamp(-1, 1))
         return torch.cat(seen).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    def measure(self, clips: Sequence[Clip], actions: Sequence[np.ndarray]) -> dict[str, dict[str, float]]:
+    def measure(self, batches: Iterable[Sequence[Clip]]) -> dict[str, dict[str, float]]:
         """Share of the target's change that is not foretold on clips held out (1: no better than copying)."""
-        left, change = zip(*((gap["left"].sum(), gap["change"].sum()) for gap in self.gaps(clips)), strict=True)
+        found = [(gap["left"].sum(), gap["change"].sum()) for clips in batches for gap in self.gaps(clips)]
+        left, change = zip(*found, strict=True)
         return {"change": {"left": float(sum(left) / sum(change))}}
 
     def save(self, path: Path) -> None:

@@ -169,7 +169,7 @@ def test_video_alone_is_enough_even_without_a_robot(squares, tmp_path, codebook)
     clips = [clip_of(video, i) for i in range(2)]
     found = LatentActions.load(tmp_path / "m", video.robot).label(clips)
     assert found[1].value.shape == (16, 6) and np.isfinite(found[1].value).all()
-    assert 0 < model.measure(clips, [])["change"]["left"]
+    assert 0 < model.measure([clips])["change"]["left"]
     with pytest.raises(ValueError, match="no action parts, and labelled is 0.5"):
         small(robot=video.robot)
     video.robot = ROBOT
@@ -218,4 +218,4 @@ def test_it_learns_to_foretell_and_latents_hold_the_motion(tmp_path):
     seen = np.concatenate([latents, np.ones((len(latents), 1))], 1)
     left = moved - seen @ np.linalg.lstsq(seen, moved, rcond=None)[0]
     explained = 1 - (left**2).sum() / ((moved - moved.mean(0)) ** 2).sum()
-    assert model.measure(clips, [])["change"]["left"] < 0.9 and explained > 0.2, explained
+    assert model.measure([clips])["change"]["left"] < 0.9 and explained > 0.2, explained

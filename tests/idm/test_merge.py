@@ -63,7 +63,7 @@ def test_law_a_perfect_labeler_returns_the_recorded_actions(robots, rule, stride
         np.testing.assert_array_equal(labels.value, action)
         assert labels.spread.max() < 1e-6
         for part in robot.action:
-            assert lag([labels.value[:, part.slice]], [action[:, part.slice]]) == 0
+            assert lag([labels.value[:, part.slice]], [action[:, part.slice]]) in (0, None)
         first = np.zeros(robot.state_dim, np.float32)  # the same actions move the same state the same way
         np.testing.assert_array_equal(follow(robot, first, labels.value)[0], follow(robot, first, action)[0])
 

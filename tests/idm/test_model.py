@@ -14,6 +14,7 @@ from dreamgen.engine.train import train
 from dreamgen.stages.label_scores import score_labels
 from idm.augment import Augment, blur
 from idm.batches import Batches
+from idm.clips import pictures
 from idm.merge import Windows
 from idm.model import FlowIDM
 from idm.tower import PretrainedVision
@@ -74,6 +75,51 @@ def test_conditions_computed_once_equal_those_of_each_window_alone(squares):
             with torch.no_grad():
                 x = x + model._velocity(x, t, conditions, torch.ones(1, 4, dtype=torch.bool)) / model.flow_steps
         torch.testing.assert_close(model.head.action.denormalise(x), chunks[:, k], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tower", [False, True])
+def test_a_long_clip_is_encoded_a_few_frames_at_a_time(squares, monkeypatch, tower):
+    config = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+    model = small(**({"vision": {"path": "none", "tokens": 2, "config": config}} if tower else {})).eval()
+    video = pictures(torch.from_numpy(np.stack([clip_of(squares, i).video for i in range(2)])))
+    with torch.no_grad():
+        whole = model.encode(video)
+        for frames in (1, 2, 4, 8):
+            monkeypatch.setattr("idm.model.PIXELS", frames * 2 * 32 * 48 + 5)
+            seen = []
+            with model.vision.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(len(given[0]))):
+                torch.testing.assert_close(model.encode(video), whole, atol=1e-5, rtol=1e-5)
+            assert sum(seen) == 2 * 9 and max(seen) == 2 * frames
+
+
+def test_labels_come_with_the_states_read_on_the_way(squares):
+    model = small()
+    model.fit(squares, range(4))
+    clips = [clip_of(squares, 1), clip_of(squares, 2, CLOCK.with_frames(5))]
+    seen = []
+    with model.vision.register_forward_pre_hook(lambda _, given: seen.append(len(given[0]))):
+        labels, states = model.labels_and_states(clips)
+    assert sum(seen) == 9 + 5  # each frame once
+    for clip, label, state, other in zip(clips, labels, states, model.label(clips), strict=True):
+        np.testing.assert_array_equal(label.value, other.value)
+        assert state.shape == (len(label.value) + 1, 2)
+        tokens = model.encode(pictures(torch.from_numpy(clip.video[None])))
+        read = model.head.state.denormalise(model.head.read_state(tokens[0, :, 0])).detach().numpy()
+        np.testing.assert_allclose(state[::2], read, atol=1e-4)
+        np.testing.assert_allclose(state[1::2], (read[1:] + read[:-1]) / 2, atol=1e-4)
+
+
+def test_calibration_leaves_out_what_is_too_short(squares):
+    class Some(Squares):
+        def length(self, index):
+            return 4 if index == 1 else super().length(index)  # two frames
+
+    model, some = small(), Some(5)
+    model.fit(squares, range(4))
+    assert model.calibrate(some, [1, 4]) == model.calibrate(squares, [4])
+    with pytest.raises(ValueError, match="none of 1 episodes shows the 3 frames at 10 Hz of a window"):
+        model.calibrate(some, [1])
 
 
 def test_labels_do_not_depend_on_batch_or_order(squares):
@@ -193,7 +239,8 @@ def test_states_that_nobody_taught_it_to_read_are_unknown_and_correct_nothing(sq
         one.fit(squares, range(4))
     assert set(model.calibrate(squares, [4])) == {"sigma_move", "sigma_light"}
     clips = [clip_of(squares, 2)]
-    assert model.head.response.abs().sum() > 0 and model.states(clips) is None and plain.states(clips) is not None
+    assert model.head.response.abs().sum() > 0 and model.labels_and_states(clips)[1] is None
+    assert plain.labels_and_states(clips)[1] is not None
     np.testing.assert_array_equal(model.label(clips)[0].value, plain.label(clips)[0].value)
 
 
@@ -229,8 +276,9 @@ def test_it_learns_the_motion_of_a_square(tmp_path):
           ema=0.98, precision="fp32", checkpoint_every=1000)  # fmt: skip
     model.calibrate(training, range(8))
     clips = [clip_of(apart, i, clock.with_frames(25)) for i in range(6)]
-    scores = score_labels(model.label(clips), [apart.episodes[i].action[:24] for i in range(6)], ROBOT)
+    labels, states = model.labels_and_states(clips)
+    scores = score_labels(labels, [apart.episodes[i].action[:24] for i in range(6)], ROBOT, clock)
     assert scores["r2"]["move"] > 0.95, scores["r2"]
     assert scores["auroc"]["light"] > 0.95 and scores["lag"]["move"] == 0
-    read = np.concatenate(model.states(clips)) - np.concatenate([e.state[:25] for e in apart.episodes])
+    read = np.concatenate(states) - np.concatenate([e.state[:25] for e in apart.episodes])
     assert np.abs(read).mean() < 0.6  # pixels

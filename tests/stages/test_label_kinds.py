@@ -113,11 +113,11 @@ def test_states_that_nobody_taught_a_labeler_to_read_are_not_written_as_known(tm
     labeler = flow(ROBOT, state_weight=0.0)
     trained(labeler, dataset, tmp_path / "labeler")
     clip = Clip(id="d", video=dataset.canvas(0, CLOCK.rows), video_hz="10", instruction="")
-    labels = labeler.label([clip])
-    state, known = pseudo_states(labeler, [clip], labels)[0]
+    labels, read = labeler.labels_and_states([clip])
+    state, known = pseudo_states(ROBOT, [clip], labels, read)[0]
     assert not state.any() and not known.any() and state.shape == (16, 2)
     first = dataset.episode(0).state[0]
-    state, _ = pseudo_states(labeler, [replace(clip, state=first)], labels)[0]
+    state, _ = pseudo_states(ROBOT, [replace(clip, state=first)], labels, read)[0]
     np.testing.assert_allclose(state[1:], first + 2 * labels[0].value[:-1, :2].cumsum(0), atol=1e-3)
     errors = evaluate_labels(labeler, dataset, out=tmp_path / "scores", record={})["results"]["idm"]["state"]
     assert set(errors) == {"integrated", "pseudo_state"}

@@ -3,6 +3,7 @@
 import numpy as np
 
 from dreamgen.core.clip import Labels
+from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.stages.label_scores import auroc, calibration, drift, lag, r2, score_labels, votes
 
@@ -12,6 +13,7 @@ ROBOT = Embodiment(
             Part(name="grip", start=2, stop=3, kind="binary", limits=(-1.0, 1.0))),
     state=(Part(name="place", start=0, stop=2, unit="m"),),
 )  # fmt: skip
+CLOCK = Clock(robot_hz="10", video_hz="5", frames=3)
 
 
 def test_r2_is_one_for_the_truth_and_zero_for_its_mean():
@@ -28,10 +30,23 @@ def test_auroc_counts_pairs():
 
 def test_lag_is_the_shift():
     rng = np.random.default_rng(1)
-    true = [rng.normal(size=(19, 2)) for _ in range(3)]
-    for shift in (-2, 0, 3):
+    true = [rng.normal(size=(n, 2)) for n in (39, 41, 3)]
+    for shift in (-10, -2, 0, 3, 5, 11):
         assert lag([np.roll(t, shift, axis=0) for t in true], true) == shift
-    assert lag([np.zeros((19, 2))], [np.zeros((19, 2))]) == 0
+    late = [np.roll(t, 15, axis=0) for t in true]
+    assert lag(late, true, 16) == 15 and lag([t[:9] for t in late], [t[:9] for t in true], 16) != 4
+    for reach in (14, 15):  # it rises to the last that is looked at
+        assert lag([t.cumsum(0) for t in late], [t.cumsum(0) for t in true], reach) in (None, -reach + 1, reach - 1)
+    assert lag([np.zeros((19, 2))], [np.zeros((19, 2))]) is None
+    assert lag([np.zeros((1, 2))], [np.zeros((1, 2))]) is None
+
+
+def test_lag_is_looked_for_over_two_frame_gaps():
+    rng = np.random.default_rng(2)
+    true = [np.concatenate([rng.normal(size=(90, 2)), np.ones((90, 1))], 1).astype(np.float32)]
+    late = [Labels(value=np.roll(true[0], 20, axis=0), spread=np.zeros_like(true[0]))]
+    slow = Clock(robot_hz="10", video_hz="5/8", frames=3)  # 16 steps a gap
+    assert score_labels(late, true, ROBOT, slow)["lag"] == {"move": 20, "grip": None}
 
 
 def test_drift_of_a_bias_grows_with_time():
@@ -60,7 +75,7 @@ def test_score_labels_of_a_perfect_labeler():
     rng = np.random.default_rng(3)
     actions = [np.concatenate([rng.normal(size=(n, 2)), np.sign(rng.normal(size=(n, 1)))], 1).astype(np.float32)
                for n in (17, 23)]  # fmt: skip
-    found = score_labels([Labels(value=a, spread=np.zeros_like(a)) for a in actions], actions, ROBOT)
+    found = score_labels([Labels(value=a, spread=np.zeros_like(a)) for a in actions], actions, ROBOT, CLOCK)
     assert found["r2"] == {"move": 1.0, "grip": 1.0} and found["mae"] == {"move": 0.0, "grip": 0.0}
     assert found["auroc"] == {"grip": 1.0} and found["accuracy"] == {"grip": 1.0}
     assert found["lag"] == {"move": 0, "grip": 0} and found["drift"]["move"]["end"] == 0

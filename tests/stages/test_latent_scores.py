@@ -15,8 +15,10 @@ from dreamgen.data.writer import write_dataset
 from dreamgen.stages.evaluate_latents import evaluate_latents, feature_differences
 from dreamgen.stages.label import label
 from dreamgen.stages.latent_scores import (
+    PENALTIES,
     by_gap,
     codebook_usage,
+    few_probe,
     in_context,
     label_efficiency,
     linear_probe,
@@ -51,6 +53,23 @@ def test_ridge_is_the_closed_form_in_both_shapes():
         xc, yc = x - x.mean(0), y - y.mean(0)
         np.testing.assert_allclose(w, np.linalg.solve(xc.T @ xc + 0.7 * np.eye(d), xc.T @ yc), atol=1e-9)
         np.testing.assert_allclose((y - x @ w - o).mean(0), 0, atol=1e-9)
+
+
+def test_a_probe_of_few_rows_chooses_its_penalty_by_leaving_each_out():
+    rng = np.random.default_rng(2)
+    for n, d in ((9, 4), (7, 20)):
+        x, y, test = rng.normal(size=(n, d)), rng.normal(size=(n, 2)), rng.normal(size=(3, d))
+        x[:, 0] += y[:, 0]
+        size = x.std(0)
+        errors = []
+        for penalty in PENALTIES:
+            left = []
+            for i in range(n):
+                w, o = ridge(np.delete(x, i, 0) / size, np.delete(y, i, 0), penalty)
+                left.append(((x[i] / size @ w + o - y[i]) ** 2).sum())
+            errors.append(sum(left))
+        w, o = ridge(x / size, y, PENALTIES[int(np.argmin(errors))])
+        np.testing.assert_allclose(few_probe(x, y, test), test / size @ w + o, atol=1e-8)
 
 
 def test_probes_find_what_is_there_and_nothing_elsewhere():

@@ -1,0 +1,44 @@
+"""Recorded video as labelers need it: which episodes are long enough for them, and the clips of a few at a time."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from dreamgen.core.clip import Clip
+from dreamgen.core.clock import Clock
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import recorded_clip
+from dreamgen.stages.sharing import grouped
+
+log = logging.getLogger(__name__)
+
+
+def long_enough(dataset: Dataset, episodes: Iterable[int], labelers: Sequence[Any],
+                least: int = 1) -> tuple[list[int], int]:  # fmt: skip
+    """Those of `episodes` that are as long as the shortest clips that all `labelers` read, and how many are not.
+
+    Raises ValueError if fewer than `least` are.
+    """
+    episodes, clock = list(episodes), labelers[0].clock
+    frames = max(getattr(labeler, "window", 2) for labeler in labelers)
+    kept = [i for i in episodes if clock.frames_in(dataset.length(i)) >= frames]
+    rows = clock.with_frames(frames).steps + 1
+    if len(kept) < least:
+        raise ValueError(f"of {len(episodes)} episodes of {dataset.root} {len(kept)} have the {rows} rows that "
+                         f"{frames} frames at {clock.video_hz} Hz span, a window of the labeler; {least} are needed: "
+                         f"record longer ones, or lower the labeler's `frames`")  # fmt: skip
+    short = len(episodes) - len(kept)
+    if short:
+        log.warning("%d of %d episodes of %s are left out: they are shorter than the %d rows of the labeler's window",
+                    short, len(episodes), dataset.root, rows)  # fmt: skip
+    return kept, short
+
+
+def batches_of(dataset: Dataset, episodes: Sequence[int], clock: Clock,
+               size: int) -> Iterator[tuple[list[Clip], list[np.ndarray]]]:  # fmt: skip
+    """Clips of `size` episodes at a time, and the actions (s a) that each spans; decoded when asked for."""
+    for part in grouped(episodes, size):
+        read = [recorded_clip(dataset, i, clock) for i in part]
+        yield [clip for clip, _ in read], [action for _, action in read]
