@@ -36,7 +36,7 @@ class View:
     key: str
     height: int
     width: int
-    camera: Camera | None = None
+    camera: Camera | Mapping[str, Any] | None = None  # a plain map of its settings becomes a Camera
     orientation: str = "upright"
     fit: str = "squeeze"
 

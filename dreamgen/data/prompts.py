@@ -127,7 +127,8 @@ class FolderPrompts:
     and `wrist` of one. A text file of a first frame's name (`table.txt`) holds its instructions, one per line; else
     `instructions` is used.
 
-    Raises ValueError: no picture, a view without one, a picture of no view, one that cannot be read, no instruction.
+    Raises ValueError: no picture, a view without one or with two, a picture of no view, one that cannot be read, no
+    instruction.
     """
 
     folder: Path | str
@@ -167,7 +168,8 @@ class FolderPrompts:
                 wanted = ", ".join(f"{path.stem.partition('.')[0]}.{each}{path.suffix}" for each in views)
                 raise ValueError(f"{path} shows none of the views of embodiment '{self.robot.name}', which has "
                                  f"{len(views)}; give each a picture of its own: {wanted}")  # fmt: skip
-            named.setdefault(name, {})[view] = path
+            if (other := named.setdefault(name, {}).setdefault(view, path)) != path:
+                raise ValueError(f"{other} and {path.name} are both the first frame '{name}'; rename one of them")
         for name, found in named.items():
             if missing := [view for view in views if view not in found]:
                 raise ValueError(f"{self.folder} has no picture of the view{'s' * (len(missing) > 1)} "

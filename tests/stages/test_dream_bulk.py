@@ -182,7 +182,7 @@ def test_pictures_whose_names_do_not_fit_are_named_before_anything_is_dreamed(tm
 
     with pytest.raises(ValueError, match="'IMG 1_i00_s0' is not fit for a file name.*rename the picture IMG 1.png"):
         dreamt("a.png", "IMG 1.png")
-    with pytest.raises(ValueError, match="two prompts have the id 'a_i00_s0': of a.jpg and a.png"):
+    with pytest.raises(ValueError, match="a.jpg and a.png are both the first frame 'a'"):
         dreamt("a.png", "a.jpg")
     with pytest.raises(ValueError, match="there are no prompts"):
         run(DrawnWorld(), lambda: [], out=tmp_path / "none")
