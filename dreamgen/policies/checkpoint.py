@@ -45,7 +45,7 @@ def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
 
 
 def load(kind: type, path: Path | str, *, robot: Embodiment | None = None, **changes: Any) -> Any:
-    """A `kind` saved at `path`, on the CPU (see `engine.precision.place`). changes: to its configuration; None leaves it.
+    """A `kind` saved at `path`, on the CPU (`engine.precision.place`). changes: to its configuration; None is none.
 
     ValueError says what is missing, broken, or made for another robot than `robot`.
     """

@@ -51,8 +51,8 @@ class FlowPolicy(nn.Module):
     H) and targets; target "qformer" brings a Q-Former with M queries. With align_weight 0 FLARE is off and leaves no
     trace in the model.
 
-    Raises ValueError for a binary action part without limits (open and close would have no value), a layer or a body
-    that is not there, cameras that differ between bodies, other than M queries where FLARE's targets are theirs.
+    Raises ValueError for a layer or a body that is not there, cameras that differ between bodies, other than M queries
+    where FLARE's targets are theirs.
     """
 
     def __init__(

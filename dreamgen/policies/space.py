@@ -45,10 +45,6 @@ class Space:
     ) -> None:
         if frame not in FRAMES:
             raise ValueError(f"frame is '{frame}'; expected one of {', '.join(FRAMES)}")
-        for part in robot.action:
-            if part.kind == "binary" and part.limits is None:
-                raise ValueError(f"binary action part '{part.name}' of embodiment '{robot.name}' has no limits; give "
-                                 f"it the two values of its command, e.g. limits: [-1, 1]")  # fmt: skip
         self.robot, self.horizon, self.state, self.action = robot, horizon, state, action
         told = {part.name: frame if part.moves is not None else "recorded" for part in robot.action}
         self.summed = [p for p in robot.action if p.kind == "delta" and (cumulative or told[p.name] != "recorded")]

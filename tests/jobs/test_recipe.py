@@ -94,7 +94,11 @@ def test_a_question_of_ones_own_is_remembered_by_its_text(tmp_path) -> None:
     mine = tmp_path / "mine.md"
 
     def asked(question: object) -> str:
-        over = ["filter=[vlm_instruction]", "filter.vlm_instruction.model=x", f"filter.vlm_instruction.question={question}"]
+        over = [
+            "filter=[vlm_instruction]",
+            "filter.vlm_instruction.model=x",
+            f"filter.vlm_instruction.question={question}",
+        ]
         return record(load("curate", [*over, f"out={tmp_path}/run"])[0].stage)["filters"]["vlm_instruction"]["question"]
 
     mine.write_text("did it {instruction}?")
