@@ -59,9 +59,10 @@ def totals(scores: np.ndarray, names: Sequence[str], rank_by: str = "mean") -> n
 
 
 def middling(scores: np.ndarray) -> np.ndarray:
-    """Scores (n,) with the median of those that are known in the place of nan; 0.5 where none is."""
+    """Scores (n,), and in the place of nan the median of those that are known, by a hair less: an opinion goes before
+    none. 0.5 where none is known."""
     known = scores[np.isfinite(scores)]
-    return np.where(np.isfinite(scores), scores, np.median(known) if len(known) else 0.5)
+    return np.where(np.isfinite(scores), scores, np.nextafter(np.median(known), -np.inf) if len(known) else 0.5)
 
 
 def best_of(total: np.ndarray, groups: Sequence[str], good: np.ndarray, count: int) -> np.ndarray:

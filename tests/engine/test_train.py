@@ -11,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreamgen.core.seeding import rng_for
-from dreamgen.engine.muon import Muon, is_hidden, orthogonal
 from dreamgen.engine.optimiser import optimisers
 from dreamgen.engine.replicas import Replicas, in_forks
-from dreamgen.engine.state import begin_with, gathered, save
+from dreamgen.engine.state import begin_with
 from dreamgen.engine.train import Ema, clear_state, read_losses, schedule, train
 
 
@@ -91,82 +90,6 @@ def test_a_finished_run_only_restores(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     clear_state(tmp_path)
     assert not (tmp_path / "training").exists() and read_losses(tmp_path)
-
-
-class Cut(torch.Tensor):
-    """A tensor that is shared out, on a GPU; `calls` are what was done to it."""
-
-    @staticmethod
-    def of(name: str, calls: list[str]) -> "Cut":
-        made = torch.zeros(3).as_subclass(Cut)
-        made.called, made.calls = name, calls
-        return made
-
-    def full_tensor(self) -> "Cut":
-        self.calls.append(f"gather {self.called}")
-        return self
-
-    def contiguous(self) -> "Cut":
-        return self
-
-    def cpu(self) -> torch.Tensor:
-        self.calls.append(f"keep {self.called}")
-        return torch.ones(3)
-
-
-@pytest.mark.parametrize("write", [True, False])
-def test_what_is_shared_out_is_gathered_one_tensor_at_a_time_and_kept_by_one_process(tmp_path, write):
-    calls: list[str] = []
-    found = gathered([(name, Cut.of(name, calls)) for name in "ab"], keep=write)
-    assert calls == (["gather a", "keep a", "gather b", "keep b"] if write else ["gather a", "gather b"])
-    assert list(found) == (["a", "b"] if write else [])
-
-    mover = torch.optim.AdamW(Line().parameters())
-    state = {"state": {k: {"exp_avg": Cut.of(str(k), calls)} for k in range(2)}, "param_groups": [{"lr": 1.0}]}
-    mover.state_dict = lambda: state
-    calls.clear()
-    average = Ema(Line(), 0.9)
-    average.shadow = {"out.bias": Cut.of("average", calls)}
-    save(tmp_path, 3, Line(), average, [mover], write=write)
-    assert [call for call in calls if call.startswith("gather")] == ["gather 0", "gather 1", "gather average"]
-    assert (tmp_path / "latest.json").is_file() == write and (write or len(calls) == 3)
-    if write:
-        (kept,) = torch.load(tmp_path / "step_00000003" / "optimisers.pt", weights_only=True)
-        assert all(row["exp_avg"].device.type == "cpu" for row in kept["state"].values())
-        assert kept["param_groups"] == [{"lr": 1.0}]
-
-
-def test_a_state_is_read_to_the_cpu_and_settled_before_it_counts(tmp_path, monkeypatch):
-    seen, load, fsync = [], torch.load, os.fsync
-
-    def synced(handle):
-        assert not (tmp_path / "training" / "latest.json").exists()
-        seen.append(os.readlink(f"/proc/self/fd/{handle}").rpartition("/")[2])
-        fsync(handle)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("dreamgen.engine.state.os.fsync", synced)
-        run(tmp_path, 3, checkpoint_every=9)
-    assert set(seen) == {"model.safetensors", "buffers.safetensors", "ema.safetensors", "optimisers.pt",
-                         "step_00000003", "training"}  # fmt: skip
-    where = []
-    monkeypatch.setattr(torch, "load", lambda *a, **k: where.append(k["map_location"]) or load(*a, **k))
-    run(tmp_path, 3)
-    assert where == ["cpu"]
-
-
-def test_a_kill_while_the_state_is_removed_leaves_none(tmp_path, monkeypatch):
-    run(tmp_path, 3)
-    with monkeypatch.context() as patch:
-        patch.setattr("shutil.rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            clear_state(tmp_path)
-    assert (tmp_path / "training" / "step_00000003").is_dir()
-    _, again = run(tmp_path, 3)  # begins anew
-    assert again["steps"] == 3 and len(read_losses(tmp_path)) == 3
-    clear_state(tmp_path)
-    clear_state(tmp_path)
-    assert not (tmp_path / "training").exists()
 
 
 def test_it_learns_and_leaves_frozen_weights_alone(tmp_path):
@@ -356,30 +279,3 @@ def test_nothing_to_train_is_said(tmp_path):
     model = Line().requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable weight"):
         train(model, batch_at, out=tmp_path, steps=1)
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_muon_steps_are_orthogonal(precision, monkeypatch):
-    """In bf16 where the hardware has it; elsewhere no bf16 is touched, which would be imitated, many times slower."""
-    monkeypatch.setattr("dreamgen.engine.muon.resolve", lambda *_: precision)
-    if precision == "fp32":
-        monkeypatch.setattr(torch.Tensor, "bfloat16", None, raising=False)
-    torch.manual_seed(1)
-    matrix = torch.randn(24, 40)
-    singular = torch.linalg.svdvals(orthogonal(matrix))
-    assert 0.6 < singular.min() and singular.max() < 1.3
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    cosine = (orthogonal(matrix) * (u @ v)).sum() / orthogonal(matrix).norm() / (u @ v).norm()
-    assert cosine > 0.97
-    kernel = nn.Parameter(torch.zeros(24, 5, 3, 3))
-    kernel.grad = torch.randn(24, 5, 3, 3)
-    Muon([kernel], lr=0.5).step()
-    assert torch.linalg.svdvals(kernel.detach().flatten(1)).max() == pytest.approx(0.5, rel=0.3)
-
-
-def test_muon_moves_inner_matrices_alone():
-    assert is_hidden("blocks.0.attn1.to_q.weight", nn.Parameter(torch.zeros(32, 32)))
-    others = {"patch_embedding.weight": (32, 24), "blocks.0.bias": (32,), "proj_out.weight": (96, 32),
-              "blocks.0.small.weight": (8, 32), "position": (32, 32), "text.table.weight": (99, 32)}  # fmt: skip
-    for name, shape in others.items():
-        assert not is_hidden(name, nn.Parameter(torch.zeros(shape)))

@@ -78,7 +78,7 @@ def test_limits_count_the_excess_alone():
     one = Limits(robot=ROBOT, half=0.75 / 8)
     np.testing.assert_allclose(one.raw([clip()], [labels(value)]), [[0.75 / 8, 0]])
     np.testing.assert_allclose(one.score([clip(), clip()], [labels(value), labels(value.clip(-1, 1))]), [0.5, 1.0])
-    free = replace(ROBOT, action=tuple(replace(part, limits=None) for part in ROBOT.action))
+    free = replace(ROBOT, action=tuple(replace(part, limits=None, kind="absolute") for part in ROBOT.action))
     with pytest.raises(ValueError, match="states no limits"):
         Limits(robot=free)
 

@@ -16,7 +16,6 @@ from dreamgen.filters.rates import Rates
 from dreamgen.policies.degraded import Delayed, Mistaken, Noisy
 from dreamgen.sims.keyframes import FromKeyframe
 from dreamgen.sims.rollout import ask
-from dreamgen.stages.blind import others, shuffled_actions
 from dreamgen.stages.collect import collect
 from dreamgen.stages.correlation import correlation
 from dreamgen.video.mp4 import read_mp4
@@ -92,24 +91,6 @@ def test_blind_evaluators_stand_beside(done) -> None:
     first = found["blind"]["first_frame"]
     assert first["r"] is None and first["tpr"] == 0 and first["bias"] < 0  # nobody is home at first
     assert found["blind"]["demos"]["r"] > 0.8 and found["blind"]["demos"]["mae"] is None
-
-
-def test_others_do_the_same_task() -> None:
-    texts = ["home", "away", "home", "once", "home", "away"]
-    for seed in range(4):
-        found = others(texts, seed)
-        assert sorted(found) == list(range(6)) and [texts[k] for k in found] == texts
-        assert [k for k, other in enumerate(found) if k == other] == [3]  # there is no other
-
-
-def test_other_actions_may_be_shorter_or_longer() -> None:
-    env = DreamEnv(world=oracle(), judge=Column(), num_envs=4, steps=6, execute=3, looks="every")
-    dreamt = dream_episodes(env, Steady(0.6), [prompt(seed=k) for k in range(9)], range(9))
-    lengths = [len(episode.past.action) for episode in dreamt]
-    assert set(lengths) == {3, 6}  # from near the home a part of a chunk is enough
-    found, donors = shuffled_actions(env, dreamt, 3), others(["home"] * 9, 3)
-    ends = [-(k % 3) + 0.6 * lengths[donors[k]] for k in range(9)]
-    assert [p >= 0.5 for p in found] == [end >= 1 for end in ends] and {True, False} == {p >= 0.5 for p in found}
 
 
 class Doubtful(Column):

@@ -73,7 +73,8 @@ def test_the_policy_computes_on_the_accelerator(tmp_path: Path, monkeypatch):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background would ignore it
 from dreamgen.serve.{module} import {name}
 from dreamgen.stages.serve import serve
 from tests.serve.toy import Mean

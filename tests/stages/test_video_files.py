@@ -49,8 +49,8 @@ def test_latent_actions_learn_from_a_folder_and_label_it(tmp_path: Path) -> None
     assert np.isfinite(done["results"]["held_out_scores"]["change"]["left"])
     (skipped,) = done["results"]["skipped"]
     assert skipped["episode"] == 4 and "film_9.webm" in skipped["reason"]
-    assert LatentActions.load(tmp_path / "run/train_labeler").latent == 16
-    common = [*latent, out, f"stage.labeler.path={tmp_path / 'run/train_labeler'}", "skip_bad=true"]
+    assert LatentActions.load(tmp_path / "run/labeler").latent == 16
+    common = [*latent, out, f"stage.labeler.path={tmp_path / 'run/labeler'}", "skip_bad=true"]
     with pytest.raises(
         ValueError, match="film_0.mp4 has no instruction, which is needed here; write one into film_0.txt"
     ):
@@ -58,14 +58,14 @@ def test_latent_actions_learn_from_a_folder_and_label_it(tmp_path: Path) -> None
     for k in range(4):
         (root / f"part_{k % 2}/film_{k}.txt").write_text(f"film {k}")
     job("label", *common, f"stage.clips={root}")
-    robot = LatentActions.load(tmp_path / "run/train_labeler").robot
-    made = Dataset(tmp_path / "run/label", robot)
+    robot = LatentActions.load(tmp_path / "run/labeler").robot
+    made = Dataset(tmp_path / "run/labels", robot)
     assert sorted(made.instruction(i) for i in range(4)) == [f"film {k}" for k in range(4)]
     assert np.isfinite(made.actions()).all() and made.robot.action_dim == 16
     assert [made.episode(i).meta["origin"] for i in range(4)] == [
         {"video": f"part_{k % 2}/film_{k}.mp4"} for k in (0, 2, 1, 3)
     ]
-    assert len(read_json(tmp_path / "run/label/manifest.json")["results"]["skipped"]) == 1
+    assert len(read_json(tmp_path / "run/labels/manifest.json")["results"]["skipped"]) == 1
     (root / "part_0/film_2.txt").unlink()  # an instruction for those that bring none, by the dataset's own setting
     job("label", *common, *data, "data.instruction=look", "stage.clips=${data}", f"stage.out={tmp_path / 'told'}")
     assert [Dataset(tmp_path / "told", robot).instruction(i) for i in range(4)] == [

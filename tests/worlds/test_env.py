@@ -94,5 +94,5 @@ def test_a_policy_behind_a_server_acts_in_a_dream() -> None:
         for mine, local in zip(found, dream_episodes(env, toy.Mean(), known, seeds), strict=True):
             np.testing.assert_allclose(mine.past.action, local.past.action, atol=1e-6)
             assert mine.probability == 1 and len(mine.past.video) == 5
-        with pytest.raises(ValueError, match="expected finite numbers"):  # this policy cannot do without a state
+        with pytest.raises(ValueError, match="not finite numbers"):  # this policy cannot do without a state
             dream_episodes(env, policy, [replace(known[0], state=known[0].state[:0])], [0])
