@@ -60,6 +60,7 @@ class Part:
     unit: of one entry, e.g. "m", "rad", "1"; `scale` converts an action entry into the unit of the state part that
         it moves.
     moves: for an action part, the state part that it changes (delta: adds to; absolute, binary: sets); None if none.
+        Deltas add up entry by entry: give none to deltas of a rotation, or of another frame than the state's.
     limits: lowest and highest value of any entry, if known; of a binary action part the two values of its command.
     positive: what high values do, in a word, where the sign is a convention: a gripper `closes` or `opens`.
     sets: for a binary action part, what its low and its high command make of the state part that it moves, and
