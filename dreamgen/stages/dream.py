@@ -13,6 +13,7 @@ from dreamgen.core.manifest import Stage, digest
 from dreamgen.core.protocols import Filter, Labeler, WorldModel
 from dreamgen.data.clips import ClipFolder, require_name
 from dreamgen.data.recordings import noted
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.stages.dreaming import Best, Dreamer, clips_at_once
 from dreamgen.stages.sharing import Shard, grouped, sweep
@@ -58,9 +59,8 @@ def dream(
         if left and hasattr(world_model, "read"):  # before the transformer takes the text encoder's place
             world_model.read(list(dict.fromkeys(prompt.instruction for group in left for prompt in group)))
         judging = vars(filter).values() if filter is not None else ()  # models that a filter scores by
-        for part in (world_model, labeler, *judging) if left else ():
-            if hasattr(part, "place"):
-                part.place()
+        if left:
+            place(world_model, labeler, *judging)
         with Dreamer(world_model, folder.write, size=size, best=best, overlap=overlap) as dreamer:
             for group in progress(left, len(left), mine.title("dream"), out, unit="batch"):
                 dreamer(group)

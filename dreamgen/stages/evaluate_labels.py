@@ -20,6 +20,7 @@ from dreamgen.core.manifest import FILE, Stage, is_complete, read_json, write_js
 from dreamgen.core.protocols import Labeler, Sim
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted, recorded_clip
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay
 from dreamgen.stages.label import labels_and_states, pseudo_states
@@ -128,9 +129,7 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
         dataset.require_actions("stage.dataset")
         if dreams:
             require_labelled_by(labeler, dreams, run.spec["parents"].get("labeler"))
-        for part in (labeler, world_model):
-            if hasattr(part, "place"):
-                part.place()
+        place(labeler, world_model)
         first = range(min(len(dataset), episodes or len(dataset)))
         chosen, too_short = long_enough(dataset, first, [labeler])
         labels, actions, read, pseudo, seen = [], [], [], [], []

@@ -18,6 +18,7 @@ from dreamgen.core.protocols import Labeler
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.stages.latent_scores import (
     by_gap,
@@ -110,9 +111,7 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
         robot = labeler.source
         robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         dataset.require_actions("stage.dataset")
-        for part in (labeler, idm, world_model):
-            if hasattr(part, "place"):
-                part.place()
+        place(labeler, idm, world_model)
         order = rng_for(seed, "latent episodes").permutation(len(dataset))
         chosen = sorted(order[: episodes or len(dataset)].tolist())
         chosen, too_short = long_enough(dataset, chosen, [labeler] if idm is None else [labeler, idm])

@@ -24,6 +24,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import Recordings, noted
 from dreamgen.data.video_folder import VideoFolder, is_video_folder
 from dreamgen.data.writer import require_free, write_dataset
+from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.stages.sharing import Parts, Shard, alone, grouped
 from dreamgen.video.tiling import untile
@@ -129,8 +130,8 @@ def label(
             raise ValueError(f"{clips} holds no {kind}; give its stage at least one prompt")
         stored = parts.stored()
         left = [number for number in mine.of(range(len(batches))) if number not in stored]
-        if left and hasattr(labeler, "place"):
-            labeler.place()
+        if left:
+            place(labeler)
         for number in progress(left, len(left), mine.title("label"), out, unit="batch"):
             parts.write(number, _labelled(labeler, folder, batches[number], skip_bad))
         missing = len(batches) - len(parts.stored())

@@ -12,6 +12,7 @@ from dreamgen.core.seeding import rng_for
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
+from dreamgen.engine.precision import place
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.recorded_video import batches_of, long_enough
@@ -117,8 +118,7 @@ def train_labeler(
         known = Joined([dataset, *more])
         training += range(len(dataset), len(known))
         labeler.fit(known, training)
-        if hasattr(world_model, "place"):
-            world_model.place()
+        place(world_model)
         least = max(labeler.clock.frames, getattr(labeler, "train_frames", 2))
         batches = labeler.batches(known, training, batch_size=batch_size, seed=seed,
                                   degrade=None if world_model is None
