@@ -10,9 +10,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.seeding import rng_for
-from dreamgen.engine.progress import progress
 
-Degrade = Callable[[np.ndarray, str], np.ndarray]
+Asked = Callable[[int], tuple[np.ndarray, str]]
+Degrade = Callable[[Asked, int], Sequence[np.ndarray]]
 
 
 @runtime_checkable
@@ -34,10 +34,9 @@ class Batches:
     rest: share of the clips drawn uniformly; the others are drawn by how much moves in them, as robots often wait.
     first: share of the clips that begin where their episode does, as those that will be labelled: no frame shows what
     came before.
-    degrade: a world model, uint8 (t H W 3) and an instruction to the same clip as it would draw it; a clip passes it
-    with probability `degraded`.
-    It runs once on each of at most `degraded_clips` clips, of `degrade_frames` frames, as many as it can take, whose
-    results are kept: clips within them are drawn.
+    degrade: of clips 0 <= n < count, which it asks for by number, uint8 (t H W 3) and an instruction, the same as a
+    world model would draw them. It is called once, for at most `degraded_clips` clips of `degrade_frames` frames, as
+    many as it can take, whose results are kept: with probability `degraded` a training clip is a part of one of them.
 
     Calling gives a dict: video (b f H W 3) uint8, action (b s a), state (b f d), rows (f,), spacing (): robot steps a
     gap. All clips of one batch share one clock.
@@ -79,8 +78,8 @@ class Batches:
 
     def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
         """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
-        made = []
-        for n in progress(range(count), count, "draw clips as the world model would", unit="clip"):
+        places = []
+        for n in range(count):
             rng = rng_for(self.seed, "degrade", n)
             index = self.episodes[(n * max(1, len(self.episodes) // count)) % len(self.episodes)]
             clock = self.clocks[n % len(self.clocks)]
@@ -89,12 +88,15 @@ class Batches:
                 continue
             latest = len(self.rows[index].action) - long.steps
             rows = long.rows + (0 if rng.random() < self.first else rng.integers(latest))
-            made.append((index, rows, degrade(self.dataset.canvas(index, rows), self.rows[index].instruction), clock))
-        if count and not made:
+            places.append((index, rows, clock))
+        if count and not places:
             rows = min(clock.with_frames(frames).steps for clock in self.clocks) + 1
             raise ValueError(f"none of {len(self.episodes)} episodes has the {rows} rows that {frames} frames for the "
                              f"world model span; record longer ones, or set world_model=null")  # fmt: skip
-        return made
+        videos = degrade(
+            lambda n: (self.dataset.canvas(*places[n][:2]), self.rows[places[n][0]].instruction), len(places)
+        )
+        return [(index, rows, video, clock) for (index, rows, clock), video in zip(places, videos, strict=True)]
 
     def __call__(self, step: int) -> dict[str, torch.Tensor | np.ndarray]:
         rng = rng_for(self.seed, "labeler batch", step)

@@ -23,11 +23,11 @@ from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay
+from dreamgen.stages.drawn import frames_through
 from dreamgen.stages.label import labels_and_states, pseudo_states
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.latent_scores import by_gap, probe
 from dreamgen.stages.recorded_video import batches_of, long_enough
-from dreamgen.stages.train_labeler import frames_through, through
 
 
 def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:
@@ -174,10 +174,12 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
 
 def decoded(labeler: Any, world_model: Any, dataset: Dataset, episodes: Sequence[int]) -> dict:
     """Scores of the labels of recordings that passed the autoencoder: how well dreams can be labelled at best."""
-    degrade, frames = through(world_model), frames_through(world_model, labeler.clock.frames)
+    frames = frames_through(world_model, labeler.clock.frames)
     read = [recorded_clip(dataset, i, labeler.clock) for i in episodes]
     read = [(clip, action) for clip, action in read if len(clip.video) >= frames]
-    seen = [replace(clip, video=degrade(clip.video[:frames])) for clip, _ in read]
+    videos = [torch.from_numpy(clip.video[:frames])[None] for clip, _ in read]
+    through = [world_model.decode(world_model.encode(video))[0].cpu().numpy() for video in videos]
+    seen = [replace(clip, video=video) for (clip, _), video in zip(read, through, strict=True)]
     labels = [label.value for label in labeler.label(seen)] if seen else []
     true = [action[: len(label)] for (_, action), label in zip(read, labels, strict=True)]
     return by_part(labels, true, labeler.robot, labeler.clock)

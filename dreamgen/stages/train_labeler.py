@@ -1,11 +1,9 @@
 """Recorded episodes -> a labeler, saved in `out` itself."""
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
@@ -14,9 +12,9 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import place
 from dreamgen.engine.train import clear_state, train
+from dreamgen.stages.drawn import DRAWN, drawn_by, frames_through
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.recorded_video import batches_of, long_enough
-from dreamgen.worlds.redream import redream
 
 
 def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -24,30 +22,6 @@ def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     order = rng_for(seed, "labeler split").permutation(count).tolist()
     apart = min(count - 1, max(1, round(share * count)))
     return sorted(order[apart:]), sorted(order[:apart])
-
-
-def through(world_model: Any, *, redream_up_to: float = 0.0, seed: int = 0) -> Callable[..., np.ndarray]:
-    """A world model's autoencoder as a function of a clip, uint8 (t H W 3) to the same: how its dreams look at best.
-
-    redream_up_to: clips are noised, each to a level drawn below this, and denoised again under their instruction, the
-    function's second argument: how dreams do look.
-    """
-    rng = rng_for(seed, "redream")
-
-    def degrade(video: np.ndarray, instruction: str = "") -> np.ndarray:
-        clip = torch.from_numpy(video)[None]
-        if redream_up_to:
-            level, noise = redream_up_to * rng.random(), int(rng.integers(2**62))
-            return redream(world_model, clip, [instruction], level=level, seed=noise)[0].cpu().numpy()
-        return world_model.decode(world_model.encode(clip))[0].cpu().numpy()
-
-    return degrade
-
-
-def frames_through(world_model: Any, least: int) -> int:
-    """The least number of frames, `least` or more, that its autoencoder takes: 1 + a multiple of its grain."""
-    grain = getattr(getattr(world_model, "layout", None), "grain", 1)
-    return 1 - (1 - least) // grain * grain
 
 
 def train_labeler(
@@ -102,6 +76,7 @@ def train_labeler(
     with Stage(out, "train_labeler", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             clear_state(out)
+            shutil.rmtree(out / DRAWN, ignore_errors=True)  # killed after the manifest
             return run.manifest()
         if len(dataset) < 2:
             raise ValueError(f"{dataset.root} has {len(dataset)} episode; a labeler needs at least 2, one to train on "
@@ -122,7 +97,7 @@ def train_labeler(
         least = max(labeler.clock.frames, getattr(labeler, "train_frames", 2))
         batches = labeler.batches(known, training, batch_size=batch_size, seed=seed,
                                   degrade=None if world_model is None
-                                  else through(world_model, redream_up_to=redream_up_to, seed=seed),
+                                  else drawn_by(world_model, out, redream_up_to=redream_up_to, seed=seed),
                                   degraded=degraded, degraded_clips=degraded_clips,
                                   degrade_frames=frames_through(world_model, least))  # fmt: skip
 
@@ -152,4 +127,5 @@ def train_labeler(
                               loss=done["loss"], precision=done["precision"], calibration=calibration,
                               held_out_scores=found, **noted(dataset, *more))  # fmt: skip
         clear_state(out)
+        shutil.rmtree(out / DRAWN, ignore_errors=True)
         return manifest

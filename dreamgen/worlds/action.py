@@ -8,6 +8,7 @@ are rolled out in chunks, batched over episodes.
 
 from collections.abc import Sequence
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ class ActionWorld(nn.Module):
     level: of the noise on remembered and first frames when dreaming, in [0, 1]; context_noise: the highest in training.
     action_guidance: 1 takes one pass. action_dropout: share of training rows without actions. instructions: whether the
     instruction conditions what actions move; a model that reads it tends to fulfil it, whatever the robot does.
+    tool_weight: in training an error where the maps draw a tool counts 1 + tool_weight times, so that what it touches
+    is not lost in the background. Actions alone say where that is, so the model's mean stays what it was.
 
-    Raises ValueError: a transformer that cannot be hooked; maps for an embodiment without cameras or tools.
+    Raises ValueError: a transformer that cannot be hooked; maps for an embodiment without cameras or tools; a
+    tool_weight without maps.
     """
 
     def __init__(
@@ -55,13 +59,17 @@ class ActionWorld(nn.Module):
         action_guidance: float = 1.0,
         action_dropout: float = 0.1,
         instructions: bool = True,
+        tool_weight: float = 0.0,
     ) -> None:
         super().__init__()
         self.world, self.width, self.maps, self.anchor = world, width, maps, anchor
         self.history = tuple(sorted((float(age) for age in history), reverse=True))
         self.level, self.context_noise = level, context_noise
         self.action_guidance, self.action_dropout = action_guidance, action_dropout
-        self.instructions = instructions
+        self.instructions, self.tool_weight = instructions, tool_weight
+        if tool_weight < 0 or (tool_weight and not maps):
+            raise ValueError(f"tool_weight is {tool_weight}, maps is {maps}; expected 0 or more, and maps=true, which "
+                             "draw where the tools are")  # fmt: skip
         self.gaps = (self.clock.frames - 1) // (world.latent_shape[1] - 1)
         tools = len(self.robot.tools)
         if maps:  # says what is missing
@@ -133,8 +141,12 @@ class ActionWorld(nn.Module):
         noise = torch.randn(b, x.shape[1], m + 1, *x.shape[3:], device=x.device) if live else None
         given = Given(features=batch["features"], present=present, level=level, maps=batch.get("maps"),
                       memory=batch.get("memory"), ages=batch.get("ages"), noise=noise)  # fmt: skip
+        own = {k: v for k, v in batch.items() if k not in ("features", "maps", "memory", "ages")}
+        if live and self.tool_weight:
+            weight = 1 + self.tool_weight * batch["maps"][:, ::2].amax(1, keepdim=True)  # spots, and their openings
+            own["weight"] = weight / weight.mean()
         with self._given(given):
-            return self.world.loss({k: v for k, v in batch.items() if k not in ("features", "maps", "memory", "ages")})
+            return self.world.loss(own)
 
     def _given(self, given: Given, guidance: float = 1.0) -> "_All":
         return _All(self.hooks, given, guidance)
@@ -222,7 +234,8 @@ class ActionWorld(nn.Module):
         """Constructor arguments as plain JSON, without the world model's."""
         return {"width": self.width, "maps": self.maps, "anchor": self.anchor, "history": list(self.history),
                 "level": self.level, "context_noise": self.context_noise, "action_guidance": self.action_guidance,
-                "action_dropout": self.action_dropout, "instructions": self.instructions}  # fmt: skip
+                "action_dropout": self.action_dropout, "instructions": self.instructions,
+                "tool_weight": self.tool_weight}  # fmt: skip
 
     def save(self, out: Path) -> None:
         """What the world model saves, the extension's weights, and `action_world.json` last."""
@@ -242,7 +255,7 @@ class ActionWorld(nn.Module):
             raise ValueError(f"{path / FILE} names the class '{saved['world']}'; only classes of {ROOM}* are opened")
         robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
         robot.require(saved["contract"], str(path))
-        mine = {key: changed.pop(key) for key in list(changed) if key in saved["spec"]}
+        mine = {key: changed.pop(key) for key in list(changed) if key in signature(cls).parameters}
         world = getattr(import_module(module), name).load(path, robot=robot, **changed)
         self = cls(world=world, **{**saved["spec"], **mine})
         self.extension.load_state_dict(load_file(path / WEIGHTS))

@@ -209,8 +209,8 @@ class VideoWorld(Stored):
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: latents as `encode` makes them of clips; text (b l d), or ids and mask (b l) to train its encoder too.
 
-        Optional noise (as latents) and sigma (b,) fix what is drawn otherwise. Mean squared error of the prediction,
-        on all frames that are not given.
+        Optional noise (as latents) and sigma (b,) fix what is drawn otherwise; weight (b 1 lt lh lw) says how much the
+        error in each cell counts. Mean squared error of the prediction, on all frames that are not given.
         """
         x, given = self.split(batch["latents"])
         text = batch["text"] if "text" in batch else self.layout.embed_tokens(batch["ids"], batch["mask"])
@@ -218,7 +218,8 @@ class VideoWorld(Stored):
         sigma = batch["sigma"] if "sigma" in batch else self.draw(len(x), x.shape[1:], x.device)
         process = self.layout.process(x.shape[1:])
         found = self.predict(process.noised(x, noise, sigma), given, process.time(sigma), text)
-        return (found.float() - process.target(x, noise, sigma))[:, :, self.start :].square().mean(), {}
+        error = (found.float() - process.target(x, noise, sigma))[:, :, self.start :].square()
+        return (error * batch["weight"][:, :, self.start :] if "weight" in batch else error).mean(), {}
 
     def noise(self, prompts: Sequence[Prompt], window: int = 0) -> Tensor:
         """Each prompt's own noise (b c t h w) for a window, a function of its seed alone."""

@@ -174,9 +174,12 @@ def test_batches_are_functions_of_the_step_and_of_recorded_rows(squares):
         actions = np.concatenate([make(first=share)(step)["action"][:, 0] for step in range(100)])
         found = np.mean([any(np.array_equal(action, opening) for opening in openings) for action in actions])
         assert abs(found - share) < 0.1
-    dark = make(degrade=lambda video, instruction: video // 2, degraded=1.0, degraded_clips=4, degrade_frames=9)(1)[
-        "video"
-    ]
+    dark = make(
+        degrade=lambda asked, count: [asked(n)[0] // 2 for n in range(count)],
+        degraded=1.0,
+        degraded_clips=4,
+        degrade_frames=9,
+    )(1)["video"]
     assert dark.max() <= 127
     with pytest.raises(ValueError, match="none of 1 episodes has the 53 rows"):
         Batches(squares, [0], [CLOCK.with_frames(27)], batch_size=1, seed=0)
@@ -224,7 +227,7 @@ def test_errors_name_the_clip_and_the_remedy(squares):
     with pytest.raises(ValueError, match="expected robot steps a frame"):
         small(spacings=["2", "fast"])
     with pytest.raises(ValueError, match="none of 2 episodes has the 33 rows that 17 frames for the world model span"):
-        model.batches(squares, [0, 1], batch_size=1, seed=0, degrade=lambda video, text: video, degrade_frames=17)
+        model.batches(squares, [0, 1], batch_size=1, seed=0, degrade=lambda asked, count: [], degrade_frames=17)
 
 
 def test_a_spacing_is_known_however_it_is_written(squares):

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dreamgen.core.clip import Prompt
-from dreamgen.stages.train_labeler import through
 from dreamgen.worlds.flow import Flow
 from dreamgen.worlds.redream import redream
 from tests.worlds import zoo
@@ -18,15 +17,14 @@ def clip() -> torch.Tensor:
 
 
 def test_at_level_zero_it_is_the_autoencoder(world, clip):
-    assert torch.equal(redream(world, clip, [""], level=0.0, seed=1), world.decode(world.encode(clip)))
-    assert np.array_equal(through(world)(clip[0].numpy()), world.decode(world.encode(clip))[0].numpy())
+    assert torch.equal(redream(world, clip, [""], levels=[0.0], seeds=[1]), world.decode(world.encode(clip)))
 
 
 def test_at_level_one_it_is_a_dream_without_a_prompt(world, clip):
     world.guidance = 1.0
     noise = torch.randn(1, *world.latent_shape, generator=torch.Generator().manual_seed(7))
     dream = world.dream([Prompt(id="p", image=clip[0, 0].numpy(), instruction="", seed=0)], noise=noise)[0]
-    assert np.array_equal(redream(world, clip, [""], level=1.0, seed=7)[0].numpy(), dream.video)
+    assert np.array_equal(redream(world, clip, [""], levels=[1.0], seeds=[7])[0].numpy(), dream.video)
 
 
 @pytest.mark.parametrize("level", [0.4, 0.8, 1.0])
@@ -36,7 +34,7 @@ def test_with_the_true_velocity_the_clip_comes_back(world, clip, level, monkeypa
     monkeypatch.setattr(
         world, "predict", lambda x, given, time, text: (x - latents) / (time / unit).view(-1, 1, 1, 1, 1)
     )
-    again = redream(world, clip, [""], level=level, seed=3).int()
+    again = redream(world, clip, [""], levels=[level], seeds=[3]).int()
     assert (again - world.decode(latents).int()).abs().max() <= 1
 
 
@@ -59,21 +57,24 @@ def test_every_model_gives_the_clip_back_with_the_true_prediction(name, tmp_path
         return signal * (x - signal * clean) / rest - rest * clean
 
     monkeypatch.setattr(model, "predict", true)
-    again = redream(model, clip, [zoo.TEXTS[0]], level=0.9, seed=3).int()
+    again = redream(model, clip, [zoo.TEXTS[0]], levels=[0.9], seeds=[3]).int()
     assert (again - model.decode(latents).int()).abs().max() <= 2  # Cosmos-Predict2 stops at sigma_min
     monkeypatch.setattr(model, "predict", lambda x, given, time, text: torch.zeros_like(x))
-    assert (redream(model, clip, [zoo.TEXTS[0]], level=0.9, seed=3).int() - again).abs().max() > 1
+    assert (redream(model, clip, [zoo.TEXTS[0]], levels=[0.9], seeds=[3]).int() - again).abs().max() > 1
 
 
 def test_the_instruction_and_guidance_matter(world, clip):
-    once = redream(world, clip, ["open the drawer"], level=1.0, seed=7)
-    assert not torch.equal(once, redream(world, clip, ["put the red block on the plate"], level=1.0, seed=7))
+    once = redream(world, clip, ["open the drawer"], levels=[1.0], seeds=[7])
+    assert not torch.equal(once, redream(world, clip, ["put the red block on the plate"], levels=[1.0], seeds=[7]))
     world.guidance = 6.0
-    assert not torch.equal(once, redream(world, clip, ["open the drawer"], level=1.0, seed=7))
+    assert not torch.equal(once, redream(world, clip, ["open the drawer"], levels=[1.0], seeds=[7]))
 
 
-def test_a_labelers_clips_are_drawn_at_levels_of_their_own_and_again_the_same(world, clip):
-    frames = clip[0].numpy()
-    one, two = (through(world, redream_up_to=0.9, seed=s) for s in (0, 0))
-    first, second = one(frames), one(frames)
-    assert np.array_equal(first, two(frames)) and not np.array_equal(first, second)
+def test_a_clip_of_a_batch_is_what_it_is_alone(world, clip):
+    many = torch.cat([clip, clip.flip(2), clip.flip(3), clip])
+    texts, levels, seeds = ["open the drawer", "", "lift the red block", ""], [0.9, 0.0, 0.5, 0.9], [3, 4, 5, 6]
+    together = redream(world, many, texts, levels=levels, seeds=seeds)
+    for k in range(4):
+        alone = redream(world, many[k : k + 1], texts[k : k + 1], levels=levels[k : k + 1], seeds=seeds[k : k + 1])
+        assert torch.equal(alone[0], together[k])
+    assert not torch.equal(together[0], together[3])

@@ -1,0 +1,57 @@
+"""Recorded clips as a world model would draw them, for a labeler that is to read its dreams."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dreamgen.core.seeding import rng_for
+from dreamgen.engine.progress import progress
+from dreamgen.stages.sharing import Parts, grouped
+from dreamgen.worlds.redream import redream
+
+DRAWN = "drawn"  # the folder of clips as a world model draws them, while their stage runs
+Asked = Callable[[int], tuple[np.ndarray, str]]
+
+
+def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: int = 0,
+             batch_size: int = 16) -> Callable[[Asked, int], list[np.ndarray]]:  # fmt: skip
+    """A function of clips 0 <= n < count, which it asks for by number, video uint8 (t H W 3) and instruction, to the
+    videos as the world model draws them: through its autoencoder, so its dreams look at best.
+
+    redream_up_to: each is noised to a level drawn below this and denoised again under its instruction
+    (`dreamgen.worlds.redream`): so its dreams do look. A clip depends on its number and the seed, not on its batch; a
+    batch is of one level as nearly as can be. It is kept in `out/drawn` once done, where a stage that was killed takes
+    it up.
+    """
+
+    def drawn(asked: Asked, count: int) -> list[np.ndarray]:
+        draws = [rng_for(seed, "redream", n) for n in range(count)]
+        levels = [redream_up_to * draw.random() for draw in draws]
+        seeds = [int(draw.integers(2**62)) for draw in draws]
+        batches = grouped(sorted(range(count), key=lambda n: (levels[n], n)), batch_size)
+        parts = Parts(Path(out) / DRAWN)
+        stored = parts.stored()
+        left = [number for number in range(len(batches)) if number not in stored]
+        for number in progress(left, len(left), "draw clips as the world model would", out, unit="batch"):
+            mine = batches[number]
+            clips = [asked(n) for n in mine]
+            video, texts = torch.from_numpy(np.stack([clip for clip, _ in clips])), [text for _, text in clips]
+            if redream_up_to:
+                own = [levels[n] for n in mine], [seeds[n] for n in mine]
+                video = redream(world_model, video, texts, levels=own[0], seeds=own[1])
+            else:
+                video = world_model.decode(world_model.encode(video))
+            parts.write(number, {str(n): one for n, one in zip(mine, video.cpu().numpy(), strict=True)})
+        found = {int(n): one for number in range(len(batches)) for n, one in parts.read(number).items()}
+        return [found[n] for n in range(count)]
+
+    return drawn
+
+
+def frames_through(world_model: Any, least: int) -> int:
+    """The least number of frames, `least` or more, that its autoencoder takes: 1 + a multiple of its grain."""
+    grain = getattr(getattr(world_model, "layout", None), "grain", 1)
+    return 1 - (1 - least) // grain * grain

@@ -1,0 +1,72 @@
+"""Clips as a world model draws them, for a labeler."""
+
+import numpy as np
+import pytest
+import torch
+
+from dreamgen.stages.drawn import DRAWN, drawn_by
+from dreamgen.worlds.prefix import PrefixWorld
+from dreamgen.worlds.redream import redream
+from dreamgen.worlds.tiny import build
+from tests.worlds.conftest import LAYOUT, tiny_robot
+
+TEXT = "open the drawer"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    build(LAYOUT, [TEXT], seed=3).save_pretrained(path := tmp_path_factory.mktemp("pipeline") / "toy")
+    return path
+
+
+@pytest.fixture
+def world(folder):
+    return PrefixWorld(robot=tiny_robot(), path=str(folder), frames=9, steps=4, guidance=2.5, text_length=12,
+                       precision="fp32")  # fmt: skip
+
+
+@pytest.fixture
+def clips() -> np.ndarray:
+    frames = np.random.default_rng(5).integers(0, 256, (5, 9, 4, 6, 3), np.uint8)
+    return frames.repeat(8, 2).repeat(8, 3)
+
+
+def asked(clips):
+    return lambda n: (clips[n], TEXT)
+
+
+def test_without_a_level_it_is_the_autoencoder(world, clips, tmp_path):
+    found = drawn_by(world, tmp_path, batch_size=2)(asked(clips), 5)
+    whole = world.decode(world.encode(torch.from_numpy(clips))).numpy()
+    np.testing.assert_array_equal(np.stack(found), whole)
+
+
+def test_each_has_a_level_of_its_own_whatever_its_batch(world, clips, tmp_path):
+    make = dict(redream_up_to=0.9, seed=3)
+    alone = drawn_by(world, tmp_path / "alone", batch_size=1, **make)(asked(clips), 5)
+    found = drawn_by(world, tmp_path / "found", batch_size=3, **make)(asked(clips), 5)
+    np.testing.assert_array_equal(np.stack(found), np.stack(alone))
+    same = drawn_by(world, tmp_path / "same", batch_size=3, **make)(asked(clips[[0, 0, 0, 0, 0]]), 5)
+    assert len({video.tobytes() for video in same}) > 1
+    other = drawn_by(world, tmp_path / "other", redream_up_to=0.9, seed=4)(asked(clips), 5)
+    assert not np.array_equal(np.stack(other), np.stack(found))
+
+
+def test_killed_and_continued_none_is_drawn_twice(world, clips, tmp_path, monkeypatch):
+    make = dict(redream_up_to=0.9, seed=3, batch_size=2)
+    whole = drawn_by(world, tmp_path / "whole", **make)(asked(clips), 5)
+    calls = []
+
+    def dies(*args, **options):
+        calls.append(len(options["seeds"]))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return redream(*args, **options)
+
+    monkeypatch.setattr("dreamgen.stages.drawn.redream", dies)
+    with pytest.raises(KeyboardInterrupt):
+        drawn_by(world, tmp_path / "killed", **make)(asked(clips), 5)
+    assert len(list((tmp_path / "killed" / DRAWN).glob("*.npz"))) == 1
+    again = drawn_by(world, tmp_path / "killed", **make)(asked(clips), 5)
+    np.testing.assert_array_equal(np.stack(again), np.stack(whole))
+    assert calls == [2, 2, 2, 1]
