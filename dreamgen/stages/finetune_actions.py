@@ -19,6 +19,7 @@ from dreamgen.data.cache import Cache
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.data.windows import Windows
+from dreamgen.engine.compiling import compile_blocks, wanted
 from dreamgen.engine.progress import progress
 from dreamgen.engine.train import clear_state, train
 from dreamgen.video.metrics import psnr
@@ -50,6 +51,7 @@ def finetune_actions(
     hop: int = 2,
     validate_every: int = 250,
     samples: int = 4,
+    compile: bool | str = "auto",
     replicas: int = 1,
     seed: int = 0,
     record: dict,
@@ -60,7 +62,7 @@ def finetune_actions(
     batch (default: one latent frame, half and all of the model's frames). method: "full", "lora" (an adapter and the
     action encoder) or "actions" (the encoder alone). validation: episodes of each dataset held out, with all that share
     their first state; the loss at fixed noise under true, shuffled and no actions is written every `validate_every`
-    steps, and samples real above dreamt.
+    steps, and samples real above dreamt. compile: the transformers' blocks (see `dreamgen.engine.compiling`).
 
     Raises ValueError for another method, shares or lengths that do not fit, datasets of another robot, no windows.
     """
@@ -87,6 +89,8 @@ def finetune_actions(
             world.train_lora(rank=rank, alpha=alpha)
         else:
             world.train_full() if method == "full" else world.train_actions()
+        if wanted(compile, steps=steps):
+            compile_blocks(*world.world.trained().values())
 
         def batch_at(step: int) -> dict[str, Tensor]:
             rng = rng_for(seed, "finetune_actions", step)
