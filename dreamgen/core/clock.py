@@ -36,7 +36,8 @@ class Clock:
     @property
     def rows(self) -> np.ndarray:
         """Row of each frame relative to the first, (frames,) int64."""
-        return np.array([int(k * self.stride) for k in range(self.frames)], dtype=np.int64)
+        stride = self.stride
+        return np.arange(self.frames, dtype=np.int64) * stride.numerator // stride.denominator
 
     @property
     def steps(self) -> int:

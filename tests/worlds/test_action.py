@@ -12,6 +12,7 @@ from dreamgen.core.clip import Past, Prompt
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.kinematics import follow, within
+from dreamgen.core.manifest import read_json, write_json
 from dreamgen.worlds.action import ActionWorld
 from dreamgen.worlds.action_frames import latent_actions, pose_maps
 from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks
@@ -290,6 +291,10 @@ def test_files_bring_back_the_same_model(make, tmp_path, method):
     world.save(tmp_path)
     again = ActionWorld.load(tmp_path, steps=2)
     assert again.spec() == world.spec() and again.robot == world.robot
+    before = read_json(tmp_path / "action_world.json")
+    del before["spec"]["tool_weight"]  # as 0.10.0 wrote it
+    write_json(tmp_path / "action_world.json", before)
+    assert ActionWorld.load(tmp_path, tool_weight=2.0).tool_weight == 2.0
     (a, _) = prompts()
     assert np.abs(again.dream([a])[0].video.astype(int) - world.dream([a])[0].video.astype(int)).max() <= 1
     other = Embodiment.from_contract(robot().contract())

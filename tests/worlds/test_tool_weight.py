@@ -1,0 +1,38 @@
+"""Errors that count more where a tool is: closed forms of the weights and of the weighted loss."""
+
+import pytest
+import torch
+
+from tests.worlds.conftest import pipeline_folder  # noqa: F401
+from tests.worlds.test_action import make  # noqa: F401
+
+
+def test_an_error_counts_more_where_a_tool_is_in_training_alone(make, monkeypatch):  # noqa: F811
+    world, seen = make(own=True, tool_weight=4.0), []
+    batch = {"latents": torch.randn(3, 6, 3, 4, 6), "text": world.embed(["", "", ""]),
+             "features": torch.randn(3, 2, 16), "maps": torch.rand(3, 8, 3, 4, 6),
+             "memory": torch.randn(3, 6, 2, 4, 6), "ages": torch.rand(3, 2)}  # fmt: skip
+    plain = type(world.world).loss
+    monkeypatch.setattr(type(world.world), "loss", lambda self, given: seen.append(given) or plain(self, given))
+    world.eval().loss(batch)
+    world.train().loss(batch)
+    assert "weight" not in seen[0]
+    spots = batch["maps"].unflatten(1, (4, 2))[:, :, 0].amax(1, keepdim=True)  # of four gaps
+    weight = 1 + 4 * spots
+    torch.testing.assert_close(seen[1]["weight"], weight / weight.mean())
+    with pytest.raises(ValueError, match="tool_weight is 4.0, maps is False.*maps=true"):
+        make(tool_weight=4.0, maps=False)
+
+
+def test_the_weighted_loss_is_the_weighted_mean_of_the_cells(world):
+    batch = {"latents": torch.randn(2, *world.latent_shape), "text": world.embed(["", ""]),
+             "noise": torch.randn(2, *world.latent_shape), "sigma": torch.tensor([0.3, 0.8])}  # fmt: skip
+    lt, h, w = world.latent_shape[1:]
+    whole = float(world.loss(batch)[0])
+    cells = []
+    for k in range((lt - 1) * h * w):
+        weight = torch.zeros(2, 1, lt, h, w)
+        weight[:, :, 1:].flatten(2)[..., k] = 1  # a view
+        cells.append(float(world.loss({**batch, "weight": weight})[0]))
+    assert sum(cells) == pytest.approx(whole, rel=1e-4) and min(cells) > 0
+    assert float(world.loss({**batch, "weight": torch.ones(2, 1, lt, h, w)})[0]) == whole
