@@ -53,5 +53,13 @@ def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: i
 
 def frames_through(world_model: Any, least: int) -> int:
     """The least number of frames, `least` or more, that its autoencoder takes: 1 + a multiple of its grain."""
-    grain = getattr(getattr(world_model, "layout", None), "grain", 1)
-    return 1 - (1 - least) // grain * grain
+    return 1 - (1 - least) // _grain(world_model) * _grain(world_model)
+
+
+def frames_within(world_model: Any, most: int) -> int:
+    """The greatest number of frames, `most` or fewer, that its autoencoder takes."""
+    return most - (most - 1) % _grain(world_model)
+
+
+def _grain(world_model: Any) -> int:
+    return getattr(getattr(world_model, "layout", None), "grain", 1)

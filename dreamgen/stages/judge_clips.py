@@ -17,6 +17,7 @@ from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import recorded_clip
 from dreamgen.engine.progress import progress
+from dreamgen.stages.drawn import frames_within
 from dreamgen.stages.sharing import Parts, grouped
 from dreamgen.worlds.rollout import alike, follow_prompts
 
@@ -32,7 +33,7 @@ def shown_by(world_model: Any, out: Path, seed: int, batch_size: int = 16) -> Sh
     calls = count()
 
     def decoded(clip: Clip) -> np.ndarray:
-        video = torch.from_numpy(clip.video[: len(clip.video) - (len(clip.video) - 1) % 4])
+        video = torch.from_numpy(clip.video[: frames_within(world_model, len(clip.video))])
         return world_model.decode(world_model.encode(video[None]))[0].cpu().numpy()
 
     def prompt(clip: Clip) -> Prompt:
