@@ -10,6 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.seeding import rng_for
+from dreamgen.data.motion import motion_of, weights
 
 Asked = Callable[[int], tuple[np.ndarray, str]]
 Degrade = Callable[[Asked, int], Sequence[np.ndarray]]
@@ -60,16 +61,12 @@ class Batches:
 
     def _starts(self, clock: Clock, rest: float) -> tuple[np.ndarray, np.ndarray]:
         """All (episode, first row) of clips on `clock` (n 2), and the sums (n,) of their probabilities up to each."""
-        scale = np.concatenate([e.action for e in self.rows.values()]).std(0) + 1e-6
-        found, weights = [], []
-        for index, episode in self.rows.items():
-            motion = np.abs(episode.action / scale)
-            motion = (motion - np.median(motion, axis=0)).clip(0).mean(1)
+        found, means = [], []
+        for index, motion in zip(self.rows, motion_of([e.action for e in self.rows.values()]), strict=True):
             moved = sliding_window_view(motion, clock.steps)[:-1].mean(-1)
             found.append(np.column_stack([np.full(len(moved), index), np.arange(len(moved))]))
-            weights.append(moved)
-        starts, weight = np.concatenate(found), np.concatenate(weights)
-        weight = weight / max(weight.mean(), 1e-6) * (1 - rest) + rest
+            means.append(moved)
+        starts, weight = np.concatenate(found), weights(np.concatenate(means), rest)
         opening = starts[:, 1] == 0
         for chosen, share in ((opening, self.first), (~opening, 1 - self.first)):
             weight[chosen] *= share / max(weight[chosen].sum(), 1e-6)

@@ -17,6 +17,7 @@ from dreamgen.core.manifest import Stage, fingerprint
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.cache import Cache
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.recordings import noted
 from dreamgen.data.windows import Windows
 from dreamgen.engine.compiling import compile_blocks, wanted
@@ -37,6 +38,7 @@ def finetune_actions(
     out: Path,
     shares: Sequence[float | int] | None = None,
     lengths: Sequence[int] | None = None,
+    rest: float = 1.0,
     steps: int = 1000,
     batch_size: int = 16,
     lr: float = 3e-4,
@@ -59,15 +61,20 @@ def finetune_actions(
     """Train on windows of all `datasets` (every `hop`-th row); out: an `ActionWorld.load`, losses and sample videos.
 
     shares: of a batch, one per dataset; by default as their windows. lengths: frames of a batch's windows, drawn per
-    batch (default: one latent frame, half and all of the model's frames). method: "full", "lora" (an adapter and the
-    action encoder) or "actions" (the encoder alone). validation: episodes of each dataset held out, with all that share
-    their first state; the loss at fixed noise under true, shuffled and no actions is written every `validate_every`
-    steps, and samples real above dreamt. compile: the transformers' blocks (see `dreamgen.engine.compiling`).
+    batch (default: one latent frame, half and all of the model's frames). rest: share of a dataset's windows that is
+    drawn uniformly; the others are drawn by how much is commanded in them, since robots often wait. method: "full",
+    "lora" (an adapter and the action encoder) or "actions" (the encoder alone). validation: episodes of each dataset
+    held out, with all that share their first state; the loss at fixed noise under true, shuffled and no actions is
+    written every `validate_every` steps, and samples real above dreamt. compile: the transformers' blocks (see
+    `dreamgen.engine.compiling`).
 
-    Raises ValueError for another method, shares or lengths that do not fit, datasets of another robot, no windows.
+    Raises ValueError for another method, shares, lengths or a `rest` that do not fit, datasets of another robot, no
+    windows.
     """
     world = world_model
     chosen = check(world, datasets, shares, lengths, method)
+    if not 0 < rest <= 1:
+        raise ValueError(f"rest is {rest}; expected a share above 0 and up to 1, which draws all windows alike")
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
     config = {**record, "base": world.fingerprint()}
     with Stage(out, "finetune_actions", config=config, parents=parents, seed=seed) as run:
@@ -75,7 +82,8 @@ def finetune_actions(
             clear_state(out)
             return run.manifest()
         world.place()
-        sources = [Source(world, dataset, hop=hop, validation=validation, out=out, seed=seed) for dataset in datasets]
+        sources = [Source(world, dataset, hop=hop, validation=validation, rest=rest, out=out, seed=seed)
+                   for dataset in datasets]  # fmt: skip
         for source in sources:
             for _ in progress(source.build(), len(source.cache.missing()), "encode", out, unit="shard"):
                 pass
@@ -83,8 +91,8 @@ def finetune_actions(
         embedded = world.embed([*texts, ""]).cpu()
         number = {text: k for k, text in enumerate([*texts, ""])}
         world.extension.normaliser.load_state_dict(scales(world, sources))
-        weights = np.array(shares if shares is not None else [len(s.train) for s in sources], np.float64)
-        weights = weights / weights.sum()
+        part = np.array(shares if shares is not None else [len(s.train) for s in sources], np.float64)
+        part = part / part.sum()
         if method == "lora":
             world.train_lora(rank=rank, alpha=alpha)
         else:
@@ -96,8 +104,8 @@ def finetune_actions(
             rng = rng_for(seed, "finetune_actions", step)
             frames = int(rng.choice(chosen))
             rows = []
-            for which in rng.choice(len(sources), batch_size, p=weights):
-                rows.append((sources[which], int(rng.choice(sources[which].train))))
+            for which in rng.choice(len(sources), batch_size, p=part):
+                rows.append((sources[which], sources[which].draw(rng)))
             silent = rng.random(batch_size) < (text_dropout if world.instructions else 1)
             text = ["" if quiet else s.text(k) for (s, k), quiet in zip(rows, silent, strict=True)]
             batch = stacked([s.row(k, frames) for s, k in rows])
@@ -152,8 +160,8 @@ def held_out(dataset: Dataset, count: int, seed: int) -> set[int]:
 class Source:
     """The windows of one dataset with their cached latents; some episodes are held out."""
 
-    def __init__(self, world: ActionWorld, dataset: Dataset, *, hop: int, validation: int, out: Path,
-                 seed: int) -> None:  # fmt: skip
+    def __init__(self, world: ActionWorld, dataset: Dataset, *, hop: int, validation: int, out: Path, seed: int,
+                 rest: float = 1.0) -> None:  # fmt: skip
         self.world, self.dataset, self.hop = world, dataset, hop
         self.windows = Windows(dataset, world.clock, hop=hop, short="drop")
         self.places = [self.windows.at(k) for k in range(len(self.windows))]
@@ -165,6 +173,11 @@ class Source:
         self.train = np.array([k for k, (episode, _) in enumerate(self.places) if episode not in self.held])
         if not len(self.train):
             raise ValueError(f"all windows of {dataset.root} are held out ({validation} episodes); hold out fewer")
+        motion = motion_of([dataset.episode(i).action for i in range(len(dataset))])
+        spans = (self.places[k] for k in self.train)
+        moved = np.array([motion[i][start : start + world.clock.steps].mean() for i, start in spans])
+        upto = weights(moved, rest).cumsum()
+        self.upto = upto / upto[-1]
 
     def build(self) -> Iterator[int]:
         """Encode what is missing; yields how many windows each shard added."""
@@ -174,6 +187,10 @@ class Source:
             return self.world.encode(torch.from_numpy(np.stack(clips))).cpu().numpy()
 
         return self.cache.build(encode)
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """A window to train on."""
+        return int(self.train[self.upto.searchsorted(rng.random(), side="right")])
 
     def text(self, k: int) -> str:
         return self.dataset.instruction(self.places[k][0])
