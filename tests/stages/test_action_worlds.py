@@ -8,7 +8,9 @@ import torch
 
 from dreamgen.core.clip import Episode, Prompt
 from dreamgen.core.kinematics import follow
+from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.train import read_losses
 from dreamgen.stages.evaluate_world import evaluate_world
@@ -82,6 +84,20 @@ def test_a_row_of_a_batch_is_what_a_rollout_sees(make, dataset, tmp_path):
                                                 dataset.episode(2).state[8]))  # fmt: skip
 
 
+def test_windows_in_which_much_is_commanded_are_drawn_more_often(make, dataset, tmp_path):
+    make = partial(Source, make(), dataset, hop=4, validation=1, out=tmp_path, seed=0)
+    source = make(rest=0.2)
+    motion = motion_of([dataset.episode(i).action for i in range(len(dataset))])
+    moved = np.array([motion[i][start : start + 16].mean() for i, start in (source.places[k] for k in source.train)])
+    wanted = weights(moved, 0.2) / weights(moved, 0.2).sum()
+    assert wanted.max() > 1.2 * wanted.min()
+    drawn = [source.draw(rng_for(3, "draw", n)) for n in range(4000)]
+    found = np.array([drawn.count(k) for k in source.train]) / 4000
+    assert np.abs(found - wanted).max() < 0.03
+    alike = [make(rest=1.0).draw(rng_for(3, "draw", n)) for n in range(400)]
+    assert set(alike) == set(source.train.tolist())
+
+
 def test_it_trains_saves_and_dreams_on(make, dataset, tmp_path):
     options = dict(steps=4, batch_size=3, lr=1e-2, warmup=1, hop=4, validation=2, validate_every=2, samples=1, seed=1,
                    method="actions", record={})  # fmt: skip
@@ -126,7 +142,7 @@ def test_the_transformer_trains_too(pipeline_folder, dataset, tmp_path, method):
 
 def test_bad_settings_are_named(make, dataset, tmp_path):
     for changed, message in (({"method": "half"}, "method is 'half'"), ({"shares": [1, 2]}, "for 1 datasets"),
-                             ({"lengths": [7]}, r"lengths are \[7\]")):  # fmt: skip
+                             ({"lengths": [7]}, r"lengths are \[7\]"), ({"rest": 0.0}, "rest is 0.0")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             finetune_actions(make(), [dataset], out=tmp_path, record={}, **changed)
 
