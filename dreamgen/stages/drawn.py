@@ -23,9 +23,10 @@ def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: i
     videos as the world model draws them: through its autoencoder, so its dreams look at best.
 
     redream_up_to: each is noised to a level drawn below this and denoised again under its instruction
-    (`dreamgen.worlds.redream`): so its dreams do look. A clip depends on its number and the seed, not on its batch
-    (in bf16 but for rounding); a batch is of one level as nearly as can be. It is kept in `out/drawn` once done, where a stage that was killed takes
-    it up. batch_size: by default 16 small clips, and of large ones no more than two windows of 81 frames at 480x832.
+    (`dreamgen.worlds.redream`): so its dreams do look. A clip depends on its number and the seed, not on its batch (in
+    bf16 but for rounding); a batch is of one level as nearly as can be. It is kept in `out/drawn` once done, where a
+    stage that was killed takes it up. batch_size: by default 16 small clips, and of large ones no more than two windows
+    of 81 frames at 480x832.
     """
     size = batch_size or max(1, min(16, TOKENS // getattr(world_model, "clip_tokens", 1)))
 
