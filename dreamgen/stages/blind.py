@@ -8,7 +8,7 @@ import numpy as np
 from dreamgen.core.clip import Past, Prompt
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.streams import resting
-from dreamgen.worlds.env import DreamEnv, Dreamt, judged
+from dreamgen.worlds.env import DreamEnv, Dreamt, looked
 from dreamgen.worlds.rollout import follow_prompts
 
 BLIND = ("shuffled_actions", "first_frame", "demos", "validation")
@@ -32,7 +32,7 @@ def shuffled_actions(env: DreamEnv, dreamt: Sequence[Dreamt], seed: int) -> list
     prompts = [replace(dreamt[k].past.prompt, action=dreamt[donors[k]].past.action) for k in mine]
     found = np.full(len(dreamt), np.nan)
     pasts = follow_prompts(env.world, prompts, batch_size=env.num_envs)
-    found[mine] = judged(env.judge, pasts, env.world.clock.video_hz)
+    found[mine] = looked(env, pasts)
     return found.tolist()
 
 
@@ -43,4 +43,4 @@ def first_frame(env: DreamEnv, prompts: Sequence[Prompt], dreamt: Sequence[Dream
     held = [Past(prompt=p, video=np.repeat(p.image[None], len(e.past.video), 0), state=p.state,
                  action=resting(robot, p.state, len(e.past.action)))
             for p, e in zip(prompts, dreamt, strict=True)]  # fmt: skip
-    return judged(env.judge, held, env.world.clock.video_hz).tolist()
+    return looked(env, held).tolist()

@@ -31,7 +31,7 @@ from dreamgen.stages.open_loop import open_loop_error
 from dreamgen.stages.report_card import card
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile
-from dreamgen.worlds.env import DreamEnv, Dreamt, dream_episodes, judged
+from dreamgen.worlds.env import DreamEnv, Dreamt, dream_episodes, looked
 from dreamgen.worlds.oracle import OracleWorld
 
 log = logging.getLogger(__name__)
@@ -108,6 +108,7 @@ def correlation(
                        confidence=confidence)  # fmt: skip
         world.robot.require_same(probe, "the probe")
         trusted = ("real",) if world_model is None else DREAMT
+        trusted = trusted if looks == "last" else ()  # a judge's rates are of one look at a whole episode
         rows = {}
         for name in progress(policies, len(policies), "correlation", run.out, unit="policy"):
             path = run.out / "policies" / f"{name}.json"
@@ -180,7 +181,7 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
     found: dict[str, Any] = {"real": [bool(e.success) for e in real], "probability": [e.probability for e in dreamt],
                              "agreement": [e.agreement for e in dreamt]}  # fmt: skip
     if probe is not None:
-        found["probe"] = judged(probe, [e.past for e in dreamt], hz).tolist()
+        found["probe"] = looked(env, [e.past for e in dreamt], probe).tolist()
     if "first_frame" in blind:
         found["first_frame"] = first_frame(env, prompts, dreamt)
     if "shuffled_actions" in blind:

@@ -5,14 +5,15 @@ of its yes into a rate with an honest interval. How far such figures can be beli
 policies that can be tried in reality too.
 """
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dreamgen.core.clip import Prompt
 from dreamgen.core.intervals import success_interval
-from dreamgen.core.manifest import Stage, read_json, write_json
+from dreamgen.core.manifest import Stage, differences, read_json, require_complete, write_json
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.clips import require_name
@@ -26,6 +27,7 @@ from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.env import DreamEnv, dream_episodes
 
 DREAMT = ("imagined", "dreamt")  # the kinds of video on which a judge's rates speak of dreams
+SAME = ("world_model", "judge", "steps", "execute", "looks")  # what two evaluations that are compared must share
 
 
 def evaluate_dreamt(
@@ -52,19 +54,23 @@ def evaluate_dreamt(
     from the same prompts, with which this one is compared episode by episode. films: of how many episodes.
 
     Results: success {successes, n, rate, low, high} as the judge answers, abstentions not counted; corrected {observed,
-    rate, low, high, n} by its rates on dreams, null where it has none that are better than chance; by_instruction
-    {text: {success, corrected}}; abstained; agreement with a second dream (`confidence`); against {see `paired`}.
-    Every episode is a line of `episodes.json` ({id, instruction, seed, success, probability, agreement}; null: not
-    judged). A killed run goes on with the batch that it was at.
+    rate, low, high, n} by its rates on dreams, null where it has none that are better than chance, and with
+    looks="every", since they are of one look at a whole episode; by_instruction {text: {success, corrected}};
+    abstained; agreement with a second dream (`confidence`); against {see `paired`}. Every episode is a line of
+    `episodes.json` ({id, instruction, seed, first, success, probability, agreement}; null: not judged; first names the
+    first frame and state by their bytes). A killed run goes on with the batch that it was at.
 
     Raises ValueError: no prompts, or two of one id; a judge that knows none of the instructions; parts of several
-    robots; and as `DreamEnv` and `dream_episodes` do.
+    robots; `against` an evaluation by another world model or judge, of other lengths, or of none of these first
+    frames; and as `DreamEnv` and `dream_episodes` do.
     """
     path = getattr(policy, "path", None)
     parents = ({} if path is None else {"policy": path}) | ({} if against is None else {"against": against})
     with Stage(out, "evaluate_dreamt", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
+        if against is not None:
+            require_comparable(run.spec["config"], against)
         listed = list(prompts())
         ids = [prompt.id for prompt in listed]
         for id in ids:
@@ -87,9 +93,11 @@ def evaluate_dreamt(
         write_json(run.out / "episodes.json", rows)
         texts = list(dict.fromkeys(row["instruction"] for row in rows))
         found = {
-            **told(rows, judge),
+            **told(rows, judge, looks),
             "abstained": sum(row["success"] is None for row in rows),
-            "by_instruction": {text: told([r for r in rows if r["instruction"] == text], judge) for text in texts},
+            "by_instruction": {
+                text: told([r for r in rows if r["instruction"] == text], judge, looks) for text in texts
+            },  # fmt: skip
         }
         if known := [row["agreement"] for row in rows if row["agreement"] is not None]:
             found["agreement"] = float(np.mean(known))
@@ -107,16 +115,32 @@ def dreamt_rows(env: DreamEnv, policy: Policy, prompts: Sequence[Prompt], filmed
         if prompt.id in filmed:
             write_mp4(films / f"{prompt.id}.mp4", episode.past.video, env.world.clock.video_hz)
         p, agreement = (None if np.isnan(value) else value for value in (episode.probability, episode.agreement))
-        rows.append({"id": prompt.id, "instruction": prompt.instruction, "seed": prompt.seed, "probability": p,
-                     "success": None if p is None else p >= env.threshold, "agreement": agreement})  # fmt: skip
+        rows.append({"id": prompt.id, "instruction": prompt.instruction, "seed": prompt.seed, "first": first_of(prompt),
+                     "probability": p, "success": None if p is None else p >= env.threshold,
+                     "agreement": agreement})  # fmt: skip
     return rows
 
 
-def told(rows: Sequence[dict], judge: Judge) -> dict:
+def first_of(prompt: Prompt) -> str:
+    """16 hex digits that name a first frame and the state in it."""
+    held = hashlib.blake2b(np.ascontiguousarray(prompt.image).tobytes(), digest_size=8)
+    held.update(np.asarray(prompt.state, np.float32).tobytes())
+    return held.hexdigest()
+
+
+def require_comparable(mine: Mapping, against: Path) -> None:
+    """ValueError names what another evaluation in a dream has of the settings that both must share."""
+    theirs = require_complete(against, "the evaluation")["config"]
+    if other := differences(*({key: config.get(key) for key in SAME} for config in (theirs, mine))):
+        raise ValueError(f"stage.against, {against}, is of other settings ({other}); two policies are compared in one "
+                         "world model by one judge: evaluate both with the same ones")  # fmt: skip
+
+
+def told(rows: Sequence[dict], judge: Judge, looks: str) -> dict:
     """success and corrected of the episodes on which the judge speaks; None where it speaks of none."""
     said = [row["success"] for row in rows if row["success"] is not None]
     if not said:
         return {"success": None, "corrected": None}
-    own: Rates | None = rates_on(judge, DREAMT)
+    own: Rates | None = rates_on(judge, DREAMT) if looks == "last" else None
     return {"success": success_interval(sum(said), len(said)),
             "corrected": own.corrected(sum(said), len(said)) if own else None}  # fmt: skip

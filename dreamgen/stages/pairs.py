@@ -19,12 +19,16 @@ def episodes_of(evaluation: Path) -> list[dict]:
 def paired(mine: Sequence[dict], theirs: Sequence[dict], where: str = "the other evaluation") -> dict:
     """`difference_interval` over the episodes that both have and of which both say whether they succeed.
 
-    Raises ValueError if no episode has the same instruction and seed.
+    Raises ValueError if no episode has the same instruction and seed, and in a dream the same first frame and state.
     """
+
+    def named(row: dict) -> tuple:
+        return row["instruction"], row["seed"], row.get("first")  # a simulator's seed says all; a prompt's does not
+
     told = [[row for row in rows if row["success"] is not None] for rows in (mine, theirs)]  # a judge may abstain
-    other = {(row["instruction"], row["seed"]): bool(row["success"]) for row in told[1]}
-    pairs = [(bool(row["success"]), other[row["instruction"], row["seed"]]) for row in told[0]
-             if (row["instruction"], row["seed"]) in other]  # fmt: skip
+    other = {named(row): bool(row["success"]) for row in told[1]}
+    pairs = [(bool(row["success"]), other[named(row)]) for row in told[0] if named(row) in other]
     if not pairs:
-        raise ValueError(f"{where} has none of these episodes; evaluate both with the same seed and instructions")
+        raise ValueError(f"{where} has none of these episodes; evaluate both with the same seed, instructions and first "
+                         "frames")  # fmt: skip
     return difference_interval(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs), len(pairs))

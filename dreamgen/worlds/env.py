@@ -164,6 +164,25 @@ def judged(judge: Judge, pasts: Sequence[Past], video_hz: str) -> np.ndarray:
     return np.asarray(judge.judge([clip_of(past, video_hz) for past in pasts]), np.float64)
 
 
+def looked(env: DreamEnv, pasts: Sequence[Past], judge: Judge | None = None) -> np.ndarray:
+    """Probability of success (b,) of whole episodes by `judge` (None: that of `env`), asked when `env` asks its own:
+    with looks="every" at the first yes, else at the end; nan where it abstains."""
+    judge, limit = (env.judge, env.threshold) if judge is None else (judge, getattr(judge, "threshold", 0.5))
+    hz, found = env.world.clock.video_hz, np.full(len(pasts), np.nan)
+    parts = [max(1, len(past.action) // env.execute) if env.looks == "every" else 1 for past in pasts]
+    for part in range(1, max(parts, default=0) + 1):
+        open_ = [k for k, count in enumerate(parts) if part <= count and not found[k] >= limit]
+        if open_:
+            found[open_] = judged(judge, [until(pasts[k], part, parts[k]) for k in open_], hz)
+    return found
+
+
+def until(past: Past, part: int, parts: int) -> Past:
+    """The first `part` of `parts` equal parts of an episode."""
+    frames, steps = (len(past.video) - 1) * part // parts, len(past.action) * part // parts
+    return replace(past, video=past.video[: frames + 1], action=past.action[:steps])
+
+
 def clip_of(past: Past, video_hz: str) -> Clip:
     """An episode so far as a clip."""
     p = past.prompt

@@ -57,6 +57,28 @@ def test_policies_are_compared_episode_by_episode_where_the_judge_speaks(tmp_pat
     assert results["agreement"] == 1 and slow["results"]["success"]["rate"] < results["success"]["rate"]
 
 
+def test_the_rates_of_one_look_correct_no_other(tmp_path) -> None:
+    found = evaluate_dreamt(oracle(), Knowing(), Steady(0.3), prompts(), out=tmp_path, looks="every", **OPTIONS)
+    assert found["results"]["corrected"] is None and found["results"]["success"]["n"] == 9
+
+
+def test_only_the_same_first_frames_in_the_same_dream_are_compared(tmp_path) -> None:
+    first = prompts(4)
+
+    def other() -> list:  # as of another dataset: neither ids nor seeds tell them apart
+        return [replace(prompt, image=np.roll(prompt.image, 1, 1)) for prompt in first()]
+
+    options = OPTIONS | {"record": {"steps": 6, "world_model": {"path": "one"}}}
+    evaluate_dreamt(oracle(), Column(), Steady(0.1), first, out=tmp_path / "one", **options)
+    with pytest.raises(ValueError, match="has none of these episodes"):
+        evaluate_dreamt(
+            oracle(), Column(), Steady(0.1), other, out=tmp_path / "two", against=tmp_path / "one", **options
+        )
+    options = OPTIONS | {"record": {"steps": 6, "world_model": {"path": "two"}}}
+    with pytest.raises(ValueError, match=r"of other settings \(world_model.path: 'one' -> 'two'\)"):
+        evaluate_dreamt(oracle(), Column(), Steady(0.1), first, out=tmp_path / "x", against=tmp_path / "one", **options)
+
+
 def test_a_killed_run_goes_on_with_its_batch(tmp_path, monkeypatch) -> None:
     whole = evaluate_dreamt(oracle(), Column(), Steady(0.3), prompts(), out=tmp_path / "whole", **OPTIONS)
     real, calls = stage.dreamt_rows, []
