@@ -4,6 +4,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.manifest import is_complete
+from dreamgen.core.manifest import fingerprint, is_complete
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.layout import INFO, locate
 from dreamgen.data.lerobot import Dataset
@@ -55,22 +56,21 @@ class Recordings:
 
     def __init__(self, datasets: Sequence[Dataset | None]) -> None:
         self.datasets = [dataset for dataset in datasets if dataset is not None]
-        self.by_seed, self.by_instruction = {}, defaultdict(list)
+        self.by_seed, self.by_number, self.by_instruction = {}, {}, defaultdict(list)
         for dataset in self.datasets:
+            name = fingerprint(dataset.root)
             for i in range(len(dataset)):
                 meta, instruction = dataset.episode(i).meta, dataset.instruction(i)
                 self.by_seed.setdefault((instruction, str(meta.get("seed"))), (dataset, i))
+                self.by_number.setdefault((name, dataset.index(i), instruction), (dataset, i))
                 self.by_instruction[instruction].append((dataset, i))
 
     def find(self, instruction: str, origin: Mapping) -> tuple[Dataset, int, int, bool] | None:
         """(dataset, episode, first row, whether it is the same scene); one of the same instruction if not."""
         if "seed" in origin and (instruction, str(origin["seed"])) in self.by_seed:
             return *self.by_seed[instruction, str(origin["seed"])], 0, True
-        if "episode" in origin:
-            for dataset in self.datasets:
-                for i in range(len(dataset)):
-                    if dataset.index(i) == origin["episode"] and dataset.instruction(i) == instruction:
-                        return dataset, i, int(origin.get("row", 0)), True
+        if found := self.by_number.get((origin.get("dataset"), origin.get("episode"), instruction)):
+            return *found, int(origin.get("row", 0)), True
         if self.by_instruction[instruction]:
             return *self.by_instruction[instruction][0], 0, False
         return None
@@ -132,7 +132,7 @@ def action_plots(robot: Embodiment, recorded: np.ndarray, recovered: np.ndarray,
         name = part.name if part.width == 1 else f"{part.name} {k - part.start}"
         curves = [Line("recorded", seconds[: len(recorded)], recorded[:, k], "a"),
                   Line("recovered", seconds[: len(recovered)], recovered[:, k], "b")]  # fmt: skip
-        plots.append(f"<figure>{lines(curves, title=name, x_name='s')}<figcaption>{name}</figcaption></figure>")
+        plots.append(f"<figure>{lines(curves, title=name, x_name='s')}<figcaption>{escape(name)}</figcaption></figure>")
     return plots
 
 

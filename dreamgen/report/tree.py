@@ -34,18 +34,18 @@ class Branch:
         return ", ".join(filter(None, (told, true)))
 
 
-def branches(folder: ClipFolder, truth: Path | None, *, frames: int = 5) -> dict[str, list[Branch]]:
-    """pair: its branches, of all pairs with several clips. truth: of `evaluate stage=counterfactuals`, if there."""
+def branches(folder: ClipFolder, truth: Path | None, count: int, *, frames: int = 5) -> dict[str, list[Branch]]:
+    """pair: its branches, of the first `count` pairs with several clips. truth: of `evaluate stage=counterfactuals`, if
+    there."""
     known: dict[str, Mapping] = {}
     if truth is not None and is_complete(Path(truth)):
         known = {row["id"]: row for group in read_json(Path(truth) / "pairs.json").values() for row in group}
     grouped = defaultdict(list)
     for id in folder.ids():
         grouped[folder.info(id)["pair"]].append(id)
+    several = [(pair, ids) for pair, ids in grouped.items() if pair and len(ids) > 1]
     found = {}
-    for pair, ids in grouped.items():
-        if not pair or len(ids) < 2:
-            continue
+    for pair, ids in several[:count]:
         made = []
         for id in ids:
             clip, row = folder.read(id), known.get(id, {})
@@ -87,5 +87,5 @@ def trees(clips: Path | None, truth: Path | None, count: int) -> list[tuple[str,
     """(pair, SVG) of the first `count` pairs of a finished dream step; empty where there is none."""
     if clips is None or not is_complete(Path(clips)):
         return []
-    found = branches(ClipFolder(Path(clips) / "clips"), truth)
-    return [(pair, drawn(made)) for pair, made in list(found.items())[:count]]
+    found = branches(ClipFolder(Path(clips) / "clips"), truth, count)
+    return [(pair, drawn(made)) for pair, made in found.items()]

@@ -29,6 +29,6 @@ def paired(mine: Sequence[dict], theirs: Sequence[dict], where: str = "the other
     other = {named(row): bool(row["success"]) for row in told[1]}
     pairs = [(bool(row["success"]), other[named(row)]) for row in told[0] if named(row) in other]
     if not pairs:
-        raise ValueError(f"{where} has none of these episodes; evaluate both with the same seed, instructions and first "
-                         "frames")  # fmt: skip
+        raise ValueError(f"{where} has none of these episodes; evaluate both with the same seed, instructions and "
+                         "first frames")  # fmt: skip
     return difference_interval(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs), len(pairs))

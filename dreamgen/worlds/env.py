@@ -38,12 +38,15 @@ class DreamEnv(VectorEnv):
     "every" part, where the first yes ends an episode. confidence: dream all twice, with another noise; the share of
     agreement of the two judgements is told. threshold: of the judge; None takes the judge's own, else 0.5.
 
-    An observation is {view: (n h w 3) uint8, "state": (n d) float32}; `observations()` gives them to policies. A state
-    is NaN where the prompt has none; parts that no rule of the embodiment moves keep their first value. info:
-    instruction, probability (n,), abstained (n,) where the judge says nothing, agreement (n,).
+    An observation is {view: (n h w 3) uint8, "state": (n d) float32}; `observations()` gives them to policies. n is the
+    number of prompts, and num_envs, which the spaces speak of, the most there may be. A state is NaN, which no space
+    contains, where the prompt has none; parts that no rule of the embodiment moves keep their first value. All episodes
+    begin and are reset together. info: instruction, probability (n,), abstained (n,) where the judge says nothing,
+    agreement (n,).
 
     Raises ValueError: a judge of another robot; first frames of another size than the embodiment's canvas; states of
-    another width; actions outside the limits; `execute` steps that do not end on a frame of the model's clock.
+    another width; actions outside the limits; `execute` steps that do not end on a frame of the model's clock; a step
+    before the first reset, and a reset of some episodes.
     """
 
     metadata = {"render_modes": ["rgb_array"], "autoreset_mode": AutoresetMode.DISABLED}
@@ -75,6 +78,9 @@ class DreamEnv(VectorEnv):
         """options: {"prompts": at most num_envs prompts}; a seed is added to theirs."""
         prompts: Sequence[Prompt] = (options or {}).get("prompts", ())
         robot = self.world.robot
+        if "reset_mask" in (options or {}):
+            raise ValueError("reset got a reset_mask; dreams advance in step with each other and are reset together. "
+                             "Give options={'prompts': [...]} alone once all have ended")  # fmt: skip
         if not 0 < len(prompts) <= self.num_envs:
             raise ValueError(f"reset got {len(prompts)} prompts; give options={{'prompts': [...]}} with 1 to "
                              f"{self.num_envs} first frames and instructions")  # fmt: skip
@@ -110,6 +116,9 @@ class DreamEnv(VectorEnv):
     def step(self, actions: np.ndarray) -> tuple[dict, np.ndarray, np.ndarray, np.ndarray, dict]:
         """actions (n, execute, a). Episodes that have ended stay as they are."""
         robot, n = self.world.robot, len(self.pasts)
+        if not n:
+            raise ValueError("step before reset; call reset(options={'prompts': [...]}) with first frames and "
+                             "instructions")  # fmt: skip
         wanted = (n, self.execute, robot.action_dim)
         if np.shape(actions) != wanted:
             raise ValueError(f"actions are {np.shape(actions)}; expected {wanted}: episodes, steps that are executed "

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from dreamgen.core.clip import Clip, Episode
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.intervals import difference_interval, success_interval
-from dreamgen.core.manifest import Stage
+from dreamgen.core.manifest import Stage, fingerprint
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
@@ -173,11 +174,19 @@ def test_a_run_without_anything_still_has_a_page(tmp_path: Path) -> None:
 def test_dreams_find_their_recording(folder: Path) -> None:
     recordings = scenes.Recordings([scenes.open_dataset(folder / "heldout", ROBOT)])
     assert recordings.find("stay", {"seed": 42})[1:] == (2, 0, True)
-    assert recordings.find("stay", {"episode": 2, "row": 3})[1:] == (2, 3, True)
+    known = {"dataset": fingerprint(folder / "heldout"), "episode": 2, "row": 3}
+    assert recordings.find("stay", known)[1:] == (2, 3, True)
+    assert recordings.find("stay", known | {"dataset": "another"})[1:] == (2, 0, False)  # episode 2 of other recordings
     assert recordings.find("stay", {"seed": 7})[1:] == (2, 0, False)
     assert recordings.find("fly", {"seed": 42}) is None
     clip = recordings.clip(recordings.find("stay", {"seed": 42}), 5, "5")
     assert clip.shape == (5, 16, 24, 3)
+
+
+def test_names_of_a_robot_are_text_on_the_page() -> None:
+    part = Part(name="<b>", start=0, stop=2)
+    (plot, _) = scenes.action_plots(replace(ROBOT, action=(part,)), np.eye(2, dtype=np.float32), np.zeros((2, 2)))
+    assert "<figcaption>&lt;b&gt; 0</figcaption>" in plot and "<b>" not in plot
 
 
 def test_recordings_of_a_hub_are_found(folder: Path, monkeypatch, caplog) -> None:

@@ -84,7 +84,7 @@ def test_a_perfect_world_does_not_drift_and_listens(recordings, tmp_path) -> Non
     assert (tmp_path / "films" / "00.mp4").is_file()
 
 
-def test_dreamt_streams_come_true(tmp_path) -> None:
+def test_dreamt_streams_come_true(tmp_path, monkeypatch) -> None:
     streams = ("small", "large", "late", "still", "other")
     prompts = ActionPrompts(sim=Seen, first_frames=3, instructions=["home"], rows=6, streams=streams, seed=4)
     made = prompts()
@@ -104,7 +104,10 @@ def test_dreamt_streams_come_true(tmp_path) -> None:
     assert hand["error"] == hand["floor"] <= 0.25 and found["positions"] == {}  # nothing moves the rock
     assert len(read_json(tmp_path / "truth" / "pairs.json")["a000002"]) == 6
     assert len(list((tmp_path / "truth" / "sheets").glob("*.png"))) == 3
+    read = []
+    monkeypatch.setattr(ClipFolder, "read", lambda self, id, once=ClipFolder.read: read.append(id) or once(self, id))
     ((pair, tree), *_) = trees(tmp_path / "dreams", tmp_path / "truth", 2)
+    assert len(read) == 12  # of the pairs that are shown
     assert pair == "a000000" and tree.count("<path") == 6 and tree.count("<image") == 1 + 6 * 4
     assert "judged 0.00, really failed" in tree and trees(tmp_path / "none", None, 2) == []
 

@@ -96,3 +96,11 @@ def test_a_policy_behind_a_server_acts_in_a_dream() -> None:
             assert mine.probability == 1 and len(mine.past.video) == 5
         with pytest.raises(ValueError, match="not finite numbers"):  # this policy cannot do without a state
             dream_episodes(env, policy, [replace(known[0], state=known[0].state[:0])], [0])
+
+
+def test_what_a_dream_cannot_do_is_said() -> None:
+    env = DreamEnv(world=Still(), judge=Sure(), num_envs=2, steps=8, execute=4)
+    with pytest.raises(ValueError, match="step before reset"):
+        env.step(np.zeros((2, 4, toy.ROBOT.action_dim), np.float32))
+    with pytest.raises(ValueError, match="reset together"):
+        env.reset(options={"prompts": [], "reset_mask": np.array([True, False])})
