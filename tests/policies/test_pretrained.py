@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast, SiglipConfig, SmolVLMConfig
 
+from dreamgen.engine.precision import autocast
 from dreamgen.engine.train import train
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import Features, cacheable
@@ -87,7 +88,21 @@ def test_the_texts_of_a_frozen_model_are_kept_up_to_a_bound(folders, monkeypatch
     for asked in (["lift"], ["push"], ["lift"]):  # "open" was asked for longest ago
         found = it._text(it.words(asked))
         torch.testing.assert_close(found, want[[["push", "open", "lift"].index(text) for text in asked]])
-    assert calls == [3, 1] and len(it._known) == 2
+    assert calls == [1] * 4 and len(it._known) == 2
+
+
+def test_a_text_has_one_embedding_whatever_was_asked_before(folders, monkeypatch):
+    """With others or alone, in training or in acting, to the bit."""
+    monkeypatch.setattr("dreamgen.engine.onednn.SMALL", 0)
+    texts = ["push", "open the red block", "lift", "do 0 1 2 3 4"]
+    alone, together = (encoder(folders, "siglip").eval() for _ in range(2))
+    want = torch.cat([alone._text(alone.words([text])) for text in texts])
+    assert want.dtype == torch.float32 and torch.equal(together._text(together.words(texts)), want)
+    for precision in ("bf16", "fp32"):
+        trained = encoder(folders, "siglip")
+        with autocast(precision):
+            assert torch.equal(trained._text(trained.words(texts[::-1])).flip(0), want)
+        assert torch.equal(trained._text(trained.words(texts)), want)
 
 
 def test_weights_and_layers_are_those_of_the_hub(folders):
