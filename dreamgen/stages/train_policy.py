@@ -16,6 +16,7 @@ from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import best_device
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.shares import parts_of
 from dreamgen.engine.state import begin_with
 from dreamgen.engine.train import clear_state, train
@@ -100,6 +101,7 @@ def train_policy(
     the episodes; the last good state stays). An evaluation on the way that fails costs itself: `midway` then tells its
     error.
     """
+    require_alone("train_policy")
     given = {"real": several(real), "dream": dreams, "latent": latent, "video": videos}
     numbered = [(kind, dataset) for kind, group in given.items() for dataset in group]
     parents = {f"{kind}_{i}": dataset.root for i, (kind, dataset) in enumerate(numbered)}
