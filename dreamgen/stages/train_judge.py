@@ -23,6 +23,7 @@ from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import place
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
 from dreamgen.filters.rates import Rates, threshold_for
 from dreamgen.stages.agreement import auroc_interval, calibration
@@ -84,6 +85,7 @@ def train_judge(
     Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels,
     dreams without a simulator to replay them.
     """
+    require_alone("train_judge")
     if dreams is not None and sim is None:
         raise ValueError(f"the judge's rates on {dreams.root} come from replaying these dreams and the recipe has no "
                          "simulator; choose sim=..., or leave out stage.dreams")  # fmt: skip
