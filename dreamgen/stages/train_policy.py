@@ -97,7 +97,7 @@ def train_policy(
     (results: midway).
 
     Normalisers are fitted to the real data, to the dreams where there are none. The manifest counts, for each dataset,
-    episodes shorter than the horizon and idle observations that were left out.
+    episodes shorter than the horizon, idle observations, and those without a state that they need, all left out.
     Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than all episodes, no data, none
     for the body that the policy acts for, a `start` of another policy, features that do not fit on the disk, several
     processes, and a loss or gradient that is not finite (names the episodes; the last good state stays). An evaluation
@@ -167,6 +167,7 @@ def train_policy(
         manifest = run.finish(**result, **begun, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
                               observations=[len(c) for c in feed.chunks],
                               idle_left_out=[c.idle_left_out for c in feed.chunks],
+                              unknown_left_out=[c.unknown_left_out for c in feed.chunks],
                               short_left_out=[c.short_left_out for c in feed.chunks],
                               **noted(*feed.datasets, validation))  # fmt: skip
         clear_state(run.out, run.out / "regression")
