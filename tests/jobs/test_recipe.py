@@ -107,6 +107,18 @@ def test_a_question_of_ones_own_is_remembered_by_its_text(tmp_path) -> None:
     assert asked(mine) != first and asked("physics") == "physics"
 
 
+def test_a_server_may_be_moved_and_waited_for_longer() -> None:
+    """What the error of a server that does not answer advises; the scores so far are kept."""
+
+    def asked(*changes: str) -> dict:
+        over = [f"filter.vlm_instruction.{change}" for change in ("model=x", *changes)]
+        return record(load("curate", ["filter=[vlm_instruction]", *over])[0].stage)
+
+    moved = ["url=http://elsewhere:1/v1", "timeout=300", "retries=9", "pause=5", "parallel=1", "key_variable=MINE"]
+    assert asked() == asked(*moved)
+    assert asked() != asked("model=y") and asked() != asked("frames=6") and asked() != asked("max_tokens=null")
+
+
 @pytest.mark.parametrize(("job", "key"), [("train_policy", "policy"), ("collect", "sim"), ("train_judge", "judge")])
 def test_unknown_keys_of_parts_are_named(job: str, key: str) -> None:
     with pytest.raises(ValueError, match=rf"stage.{key} '\w+' has no setting nonsense; it has"):
