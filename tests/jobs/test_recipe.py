@@ -90,6 +90,22 @@ def test_a_record_holds_what_inputs_hold(tmp_path) -> None:
     assert of("stage.judge.path=team/judge")["judge"]["path"] == "team/judge"  # of a hub
 
 
+def test_a_record_holds_what_the_world_of_a_feature_target_holds(tmp_path) -> None:
+    world, over = tmp_path / "run" / "world", ["labeler=latent_continuous", f"out={tmp_path}/run"]
+
+    def of(path: object) -> dict:
+        cfg, _ = load("train_labeler", [*over, f"labeler.target={{world: {path}}}"])
+        return record(cfg.stage)["labeler"]["target"]
+
+    world.mkdir(parents=True)
+    with pytest.raises(ValueError, match="run/world is unfinished"):
+        run_stage(load("train_labeler", [*over, f"labeler.target={{world: {world}}}"])[0])
+    write_json(world / "manifest.json", {"id": "first"})
+    assert of(world) == {"world": "first"}
+    write_json(world / "manifest.json", {"id": "tuned again"})
+    assert of(world.rename(tmp_path / "elsewhere")) == {"world": "tuned again"}
+
+
 def test_a_question_of_ones_own_is_remembered_by_its_text(tmp_path) -> None:
     mine = tmp_path / "mine.md"
 
@@ -105,6 +121,18 @@ def test_a_question_of_ones_own_is_remembered_by_its_text(tmp_path) -> None:
     first = asked(mine)
     mine.write_text("did it really {instruction}?")
     assert asked(mine) != first and asked("physics") == "physics"
+
+
+def test_a_server_may_be_moved_and_waited_for_longer() -> None:
+    """What the error of a server that does not answer advises; the scores so far are kept."""
+
+    def asked(*changes: str) -> dict:
+        over = [f"filter.vlm_instruction.{change}" for change in ("model=x", *changes)]
+        return record(load("curate", ["filter=[vlm_instruction]", *over])[0].stage)
+
+    moved = ["url=http://elsewhere:1/v1", "timeout=300", "retries=9", "pause=5", "parallel=1", "key_variable=MINE"]
+    assert asked() == asked(*moved)
+    assert asked() != asked("model=y") and asked() != asked("frames=6") and asked() != asked("max_tokens=null")
 
 
 @pytest.mark.parametrize(("job", "key"), [("train_policy", "policy"), ("collect", "sim"), ("train_judge", "judge")])
