@@ -1,6 +1,7 @@
 """A command line becomes a configuration, or one sentence that says why not."""
 
 import pytest
+from omegaconf import OmegaConf
 from hydra.errors import HydraException
 
 from dreamgen.core.manifest import Stage, write_json
@@ -133,6 +134,13 @@ def test_a_server_may_be_moved_and_waited_for_longer() -> None:
     moved = ["url=http://elsewhere:1/v1", "timeout=300", "retries=9", "pause=5", "parallel=1", "key_variable=MINE"]
     assert asked() == asked(*moved)
     assert asked() != asked("model=y") and asked() != asked("frames=6") and asked() != asked("max_tokens=null")
+
+
+def test_no_manifest_holds_what_a_server_is_shown() -> None:
+    policy = "{_target_: dreamgen.serve.clients.OpenpiPolicy, address: 'ws://a:1', key: secret}"
+    told = record(OmegaConf.create(f"{{out: runs/x, policy: {policy}, sim: {{views: [{{name: front, key: a.b}}]}}}}"))
+    assert "secret" not in str(told) and told["policy"]["address"] == "ws://a:1"
+    assert told["sim"]["views"][0]["key"] == "a.b"
 
 
 @pytest.mark.parametrize(("job", "key"), [("train_policy", "policy"), ("collect", "sim"), ("train_judge", "judge")])
