@@ -1,8 +1,8 @@
 """A command line becomes a configuration, or one sentence that says why not."""
 
 import pytest
-from omegaconf import OmegaConf
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from dreamgen.core.manifest import Stage, write_json
 from jobs.errors import explain
