@@ -110,11 +110,14 @@ def check_numbers(name: str, values: np.ndarray, parts: Sequence[Part], rows: in
 
 
 def read_column(table: pa.Table, key: str) -> np.ndarray:
-    """A column as (s k), float64 as float32. ValueError if it is missing or its rows differ in width."""
+    """A column as (s k), all that a row holds in one line however deep its lists lie, float64 as float32.
+
+    ValueError if it is missing or its rows differ in width.
+    """
     if key not in table.column_names:
         raise ValueError(f"it has no column '{key}'")
     column = pa.concat_arrays(table[key].chunks)
-    if hasattr(column, "value_lengths"):
+    while hasattr(column, "value_lengths"):
         widths = set(column.value_lengths().to_pylist())
         if len(widths) != 1 or None in widths:
             raise ValueError(f"'{key}' has rows of different widths: {sorted(map(str, widths))}")

@@ -51,7 +51,7 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str 
     data.require_actions("stage.data")
     source = _Source(data, format, codec, _video_hz(data) if rate == "video" else None)
     start(out, workers)
-    ledger = Ledger(rate=source.robot.rate, columns=source.columns)
+    ledger = Ledger(rate=source.robot.rate, columns=source.columns, said=source.said)
     contract = read_json(data.root / CONTRACT)["contract"] if (data.root / CONTRACT).is_file() else None
     if contract is not None and source.video_hz is not None:
         contract = slowed(Embodiment.from_contract(contract), source.video_hz).contract()
@@ -96,7 +96,9 @@ class _Source:
         self.robot = data.robot if video_hz is None else slowed(data.robot, video_hz)
         entries, features = [data.entry(i) for i in range(len(data))], data.info["features"]
         views = [view.key for view in data.robot.views]
-        self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)]
+        self.said = {key: _said(features[key]) for key in cameras(data.info)}
+        self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)
+                        and (not self.said[key].get("video.is_depth_map") or self._copied(key))]  # fmt: skip
         columns = robot_columns(data.robot)
         present = data.table(0).column_names
         self.annotations = [name for name in present if name.startswith("annotation.") and self._is_text(name)]
@@ -155,13 +157,21 @@ class _Source:
                   for key, video in videos.items()}  # fmt: skip
         return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, meta=episode.meta)
 
-    def _video(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> bytes:
+    def _copied(self, key: str) -> bool:
+        """Whether the packets of all videos of a camera can be copied: encoded as colours, depths are lost."""
+        return self.video_hz is None and all(self._piece(i, key) is not None for i in range(len(self.data)))
+
+    def _piece(self, i: int, key: str) -> bytes | None:
+        """The packets of a video, None where it must be encoded again."""
         path, first, frames = self.data.entry(i).videos[key]
-        if taken is None:
-            piece = path.read_bytes() if frames is None else cut(path, first, rows)
-            if piece is not None:
-                return piece
+        return path.read_bytes() if frames is None else cut(path, first, self.data.length(i))
+
+    def _video(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> bytes:
+        if taken is None and (piece := self._piece(i, key)) is not None:
+            return piece
+        path, first, _ = self.data.entry(i).videos[key]
         self.encoded += 1
+        self.said.pop(key, None)  # what it says is of other packets
         pictures = self._videos.read(path, first + (np.arange(rows) if taken is None else taken))
         return encode(pictures, self.robot.rate, codec=self.codec)
 
@@ -172,6 +182,14 @@ def _has(entry: Entry, key: str) -> bool:
         return False
     path, _, frames = entry.videos[key]
     return (count_frames(path) if frames is None else frames) == entry.length
+
+
+def _said(feature: dict) -> dict:
+    """What `info.json` tells of a camera's videos; v2.0 calls it video_info."""
+    said = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    shape = list(feature.get("shape") or [])
+    channels = next((n for n in (shape[-1:], shape[:1]) if n in ([1], [3])), [3])[0]
+    return {"video.channels": channels, **said}
 
 
 def _dtype(feature: dict) -> str | None:

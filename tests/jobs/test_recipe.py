@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from dreamgen.core.manifest import Stage, write_json
 from jobs.errors import explain
 from jobs.recipe import load
-from jobs.running import check, record, run_stage
+from jobs.running import check, parts, record, run_stage
 
 
 def refused(job: str, *overrides: str) -> str:
@@ -178,3 +178,14 @@ def test_a_path_may_begin_at_home(monkeypatch) -> None:
     cfg, every = load("validate", ["data=folder", "data.root=~/recordings/a", "out=~/runs"])
     assert cfg.stage.root == "/somewhere/recordings/a" and cfg.stage.out == "/somewhere/runs/validate"
     assert load("validate", every)[0] == cfg  # what the command is called again with
+
+
+def test_the_revision_of_a_dataset_is_that_of_every_reader() -> None:
+    def asked(job: str, *overrides: str) -> list:
+        hub = ["experiment=robot", "embodiment=tabletop", "data.root=org/name", "data.revision=v7"]
+        stage = OmegaConf.to_container(load(job, [*hub, *overrides])[0].stage, resolve=True)
+        return [part["revision"] for _, part in parts(stage) if "revision" in part]
+
+    assert asked("validate") == asked("describe") == asked("export") == asked("evaluate", "stage=labels") == ["v7"]
+    assert asked("train_policy", "stage.validation=${heldout}") == ["v7", "v7"]
+    assert load("validate", ["data=video_folder", "data.root=path"])[0].stage.revision is None
