@@ -14,7 +14,7 @@ from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.data import groot, statistics
-from dreamgen.data.columns import BOOKKEEPING, Column, read_column, robot_columns
+from dreamgen.data.columns import BOOKKEEPING, Column, is_even, read_column, robot_columns, stored_column
 from dreamgen.data.decoders import Decoders
 from dreamgen.data.files_v2 import Files as FilesV2
 from dreamgen.data.files_v3 import Files as FilesV3
@@ -28,8 +28,6 @@ from dreamgen.video.remux import cut, decoded
 
 FORMATS = ("v3.0", "v2.1", "groot")
 RATES = ("robot", "video")
-DTYPES = {"float16": "float32", "float64": "float32", "int32": "int64", "int16": "int64", "int8": "int64",
-          "uint8": "int64"}  # fmt: skip
 
 
 def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str = "robot", horizon: int = 16,
@@ -98,16 +96,16 @@ class _Source:
         views = [view.key for view in data.robot.views]
         self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)]
         columns = robot_columns(data.robot)
-        present = data.table(0).column_names
+        present, held = data.columns(0), data.episode(0).extra
         self.annotations = [name for name in present if name.startswith("annotation.") and self._is_text(name)]
         for name, feature in features.items():
             if name in columns or name in cameras(data.info):
                 continue
+            stored = stored_column(feature)
             if name in self.annotations:
                 columns[name] = Column(dtype="int64", width=1)
-            elif name in present and len(feature.get("shape", [1])) == 1 and _dtype(feature) is not None:
-                columns[name] = Column(dtype=_dtype(feature) or "", width=int(feature.get("shape", [1])[0]),
-                                       names=feature.get("names"))  # fmt: skip
+            elif name in present and stored and (name in held or self._is_even(name, stored.width)):
+                columns[name] = stored
         if format == "groot":
             for name in (groot.DESCRIPTION, groot.VALIDITY):
                 columns.setdefault(name, Column(dtype="int64", width=1))
@@ -115,9 +113,14 @@ class _Source:
         self.columns = columns
         self.left_out = [name for name in features if name not in columns and name not in self.cameras]
 
+    def _is_even(self, name: str, width: int) -> bool:
+        """Whether a column is `width` wide in all rows of the episodes that have it."""
+        tables = (self.data.table(i, [name]) for i in range(len(self.data)))
+        return all(name not in table.column_names or is_even(table, name, width) for table in tables)
+
     def _is_text(self, name: str) -> bool:
         """Whether a column holds task indices in every episode."""
-        tables = (self.data.table(i) for i in range(len(self.data)))
+        tables = (self.data.table(i, [name]) for i in range(len(self.data)))
         return all(name in t.column_names and pa.types.is_integer(t[name].type)
                    and set(t[name].unique().to_pylist()) <= self.data.tasks.keys() for t in tables)  # fmt: skip
 
@@ -132,7 +135,7 @@ class _Source:
 
     def item(self, i: int) -> Item:
         """Episode i, with its pictures' histograms."""
-        data, table, robot = self.data, self.data.table(i), self.robot
+        data, robot, table = self.data, self.robot, self.data.table(i, {*self.columns, *self.annotations})
         episode, taken = self.episode(i)
         table = table if taken is None else table.take(taken)
         rows = len(episode.action)
@@ -172,12 +175,6 @@ def _has(entry: Entry, key: str) -> bool:
         return False
     path, _, frames = entry.videos[key]
     return (count_frames(path) if frames is None else frames) == entry.length
-
-
-def _dtype(feature: dict) -> str | None:
-    dtype = str(feature.get("dtype"))
-    dtype = DTYPES.get(dtype, dtype)
-    return dtype if dtype in ("float32", "int64", "bool", "string") else None
 
 
 def _values(table: pa.Table, name: str, column: Column) -> np.ndarray:

@@ -1,11 +1,14 @@
 """A LeRobot dataset (v2.0, v2.1, v3.0) seen through one robot: what is harmless is mended and said, the rest raises.
 
-State and action of all episodes are held in memory; pictures are decoded when asked for, at the embodiment's size.
+State, action and our own columns of all episodes are held in memory, other columns are left on disk; pictures are
+decoded when asked for, at the embodiment's size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,11 +17,11 @@ from jaxtyping import UInt8
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
-from dreamgen.data.columns import BOOKKEEPING, REMEDY, check_numbers, read_column
+from dreamgen.data.columns import BOOKKEEPING, OWN, REMEDY, check_numbers, is_even, read_column, stored_column
 from dreamgen.data.decoders import Decoders
 from dreamgen.data.fit import absent_cameras, misfits
 from dreamgen.data.instructions import find_instruction
-from dreamgen.data.layout import PROVENANCE, Entry, check_owner, locate, read_jsonl, read_layout
+from dreamgen.data.layout import CONTRACT, PROVENANCE, Entry, check_owner, locate, read_jsonl, read_layout
 from dreamgen.video.mp4 import count_frames
 from dreamgen.video.tiling import fit, tile
 
@@ -60,21 +63,24 @@ class Dataset:
             raise ValueError(misfit)
         absent = absent_cameras(self.root, self.info, robot, layout.entries)
         self.mended += [f"camera '{key}' is listed and not on disk; left out" for key in absent]
-        self._extra = [
+        self._numeric = [
             key
             for key, feature in self.info["features"].items()
             if key not in (*BOOKKEEPING, robot.state_key, robot.action_key)
             and not key.startswith(("annotation.", "next."))
-            and feature.get("dtype") not in ("video", "image", "string")
+            and feature.get("dtype") not in ("video", "image", "string", "language")
         ]
+        ours = (self.root / CONTRACT).is_file()
+        self._extra = [key for key in self._numeric if ours or key in OWN or key.startswith("object.")]
         metas = {}
         if (self.root / PROVENANCE).is_file():
             metas = {row.pop("episode_index"): row for row in read_jsonl(self.root / PROVENANCE, "episode_index")}
         self._counts: dict[Path, int] = {}
-        self._table: tuple[Path, pa.Table] | None = None
-        self._take(layout.entries, lambda e: self._load(e, self._rows(e), metas.get(e.index, e.meta)),
+        self._kept: tuple[Path, list[str], pa.Table] | None = None
+        self._schema: tuple[Path, list[str]] | None = None
+        self._take(layout.entries, lambda e: self._load(e, metas.get(e.index, e.meta)),
                    skip_bad=skip_bad, episodes=episodes, leave_out=leave_out, cache_mb=cache_mb)  # fmt: skip
-        self._table = None
+        self._kept = None
 
     def _take(self, entries: Sequence[Entry], load: Callable[[Entry], Episode], *, skip_bad: bool, cache_mb: int,
               episodes: Sequence[int] | None, leave_out: Sequence[int] | None = None) -> None:  # fmt: skip
@@ -129,16 +135,38 @@ class Dataset:
         return self._episodes[i].instruction
 
     def episode(self, i: int) -> Episode:
-        """State, action, extra columns and meta of episode i; its video is empty, see `views`."""
+        """State, action, extra columns and meta of episode i; its video is empty, see `views`. Of a dataset that others
+        made, extra are the columns that dreamgen knows by name."""
         return self._episodes[i]
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Columns of numbers that `episode` leaves on disk, as wide in all rows as their features say. Reads them once."""
+        columns = {key: stored_column(self.info["features"][key]) for key in self._numeric if key not in self._extra}
+        even = {key: column.width for key, column in columns.items() if column is not None}
+        for i in range(len(self) if even else 0):
+            table = self.table(i, even)
+            even = {key: width for key, width in even.items()
+                    if key in table.column_names and is_even(table, key, width)}  # fmt: skip
+        return list(even)
+
+    def extra(self, i: int) -> dict[str, np.ndarray]:
+        """All columns of numbers of episode i (s k) beside state and action: those that are held, and `others`."""
+        table = self.table(i, self.others) if self.others else None
+        found = self._episodes[i].extra | {key: read_column(table, key) for key in self.others}
+        return {key: found[key] for key in self._numeric if key in found}
 
     def entry(self, i: int) -> Entry:
         """Where the parts of episode i lie on disk."""
         return self._entries[i]
 
-    def table(self, i: int) -> pa.Table:
-        """The rows of episode i as they are stored, with all columns."""
-        return self._rows(self._entries[i])
+    def columns(self, i: int) -> list[str]:
+        """Names of the columns of episode i as they are stored."""
+        return self._columns(self._entries[i].data)
+
+    def table(self, i: int, columns: Container[str] | None = None) -> pa.Table:
+        """The rows of episode i as they are stored; of `columns` those that there are, default all."""
+        return self._rows(self._entries[i], lambda name: columns is None or name in columns)
 
     def views(self, i: int, rows: Sequence[int] | np.ndarray | None = None) -> dict[str, UInt8[np.ndarray, "t h w 3"]]:
         """Pictures of episode i at `rows` (default all), {view: (t h w 3)}, at the size of the embodiment's views.
@@ -180,23 +208,28 @@ class Dataset:
         """States of all episodes (n d), for statistics."""
         return np.concatenate([episode.state for episode in self._episodes])
 
-    def _read_table(self, path: Path) -> pa.Table:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        try:
-            return pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    def _rows(self, entry: Entry, wanted: Callable[[str], bool]) -> pa.Table:
+        """The wanted columns of an episode; what was read last is kept."""
+        names, kept = [name for name in self._columns(entry.data) if wanted(name)], self._kept
+        if kept is None or kept[:2] != (entry.data, names):
+            kept = self._kept = (entry.data, names, _read(pq.read_table, entry.data, columns=names))
+        return kept[2] if entry.first is None else kept[2].slice(entry.first, entry.length)
 
-    def _rows(self, entry: Entry) -> pa.Table:
-        """All columns of an episode; the file that was read last is kept."""
-        kept = self._table
-        if kept is None or kept[0] != entry.data:
-            kept = self._table = (entry.data, self._read_table(entry.data))
-        return kept[1] if entry.first is None else kept[1].slice(entry.first, entry.length)
+    def _columns(self, path: Path) -> list[str]:
+        """The names of a table's columns; those that were read last are kept."""
+        kept = self._schema
+        if kept is None or kept[0] != path:
+            kept = self._schema = (path, _read(pq.read_schema, path).names)
+        return kept[1]
 
-    def _load(self, entry: Entry, table: pa.Table, meta: dict) -> Episode:
+    def _is_read(self, name: str) -> bool:
+        """Whether opening reads a column."""
+        own = (*BOOKKEEPING, *self._extra, self.robot.state_key, self.robot.action_key)
+        return name in own or name.startswith("annotation.")
+
+    def _load(self, entry: Entry, meta: dict) -> Episode:
         """Check one episode and take its columns."""
+        table, present = self._rows(entry, self._is_read), self._columns(entry.data)
         robot, rows = self.robot, table.num_rows
         if rows == 0:
             raise ValueError("it has zero length")
@@ -210,12 +243,10 @@ class Dataset:
         if not self.has_actions:
             meta = {**meta, "action_known": False}
         self._check_time(table)
-        extra = {}
-        for key in self._extra:
-            if key in table.column_names:
-                extra[key] = read_column(table, key)
-            else:
+        for key in self._numeric:
+            if key not in present:
                 self._note(f"feature '{key}' is listed and has no column; left out")
+        extra = {key: read_column(table, key) for key in self._extra if key in present}
         told = find_instruction(entry, table, self.tasks, self._note)
         return Episode(instruction=told, state=state, action=action, extra=extra, meta=meta)
 
@@ -276,4 +307,14 @@ class Dataset:
         return out
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_table": None}
+        return self.__dict__ | {"_kept": None}
+
+
+def _read(read: Callable, path: Path, **options: Any) -> Any:
+    """What pyarrow reads of a file. ValueError names the file if it is missing or broken."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        return read(path, **options)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error

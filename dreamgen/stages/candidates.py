@@ -97,7 +97,7 @@ class Candidates:
         views = self.dataset.views(i) if views is None else views
         meta = {**episode.meta, "scores": {**(episode.meta.get("scores") or {}), **scores}}
         return Episode(instruction=episode.instruction, state=episode.state, action=episode.action, video=views,
-                       extra=episode.extra, meta=meta)  # fmt: skip
+                       extra=self.dataset.extra(i), meta=meta)  # fmt: skip
 
 
 def recorded(dataset: Dataset, video_hz: str, count: int, seed: int) -> tuple[list[Clip], list[np.ndarray]]:

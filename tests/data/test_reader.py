@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dreamgen.data.export import export_dataset
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
+from dreamgen.stages.candidates import Candidates
 from dreamgen.video.mp4 import write_mp4
 from tests.data.video_only import strip
 
@@ -116,6 +118,37 @@ def test_instruction_is_the_annotated_one(v2, robot):
         change_table(root, i, lambda t: t | {key: [4] * len(t["action"]), "task_index": [0] * len(t["action"])})
     dataset = Dataset(root, robot)
     assert [dataset.instruction(i) for i in range(3)] == ["open it"] * 3
+
+
+def test_what_is_not_used_stays_on_disk(v2, robot, tmp_path, monkeypatch):
+    """Columns of other programs: ragged ones, lerobot's `language`, pictures of a camera that nobody looks through."""
+    root, episodes = v2
+    features = json.loads((root / "meta/info.json").read_text())["features"] | {
+        "force": {"dtype": "float64", "shape": [2]}, "label_spread": {"dtype": "float32", "shape": [4]},
+        "grid": {"dtype": "float32", "shape": [2, 3]}, "points": {"dtype": "float32", "shape": [1]},
+        "language_events": {"dtype": "language", "shape": [1]}, "wrist": {"dtype": "image", "shape": [8, 9, 3]},
+    }  # fmt: skip
+    change_info(root, features=features)
+    more = {
+        "force": [[0.5, k] for k in range(11)], "label_spread": [[0.1, 0.2, 0.3, 0.4]] * 11,
+        "grid": [[[1.0, 2, 3], [4, 5, 6]]] * 11, "points": [[0.0] * (k % 3) for k in range(11)],
+        "language_events": [[{"role": "user", "at": 0.5}] * (k % 2) for k in range(11)],
+        "wrist": [{"bytes": b"png", "path": None}] * 11,
+    }  # fmt: skip
+    for i, e in enumerate(episodes):
+        change_table(root, i, lambda t, n=len(e.action): t | {name: rows[:n] for name, rows in more.items()})
+    asked, read = [], pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda path, columns: asked.append(columns) or read(path, columns=columns))
+    data = Dataset(root, robot)
+    assert len(asked) == 3 and not {name for names in asked for name in names} & (more.keys() - {"label_spread"})
+    assert np.array_equal(data.actions()[7:16], episodes[1].action) and data.mended == []
+    assert data.episode(1).extra.keys() == {"label_spread"} and "points" in data.columns(1)
+    assert data.others == ["force"] and list(data.extra(1)) == ["force", "label_spread"]
+    assert np.array_equal(data.extra(1)["force"], [[0.5, k] for k in range(9)])
+    done = export_dataset(data, tmp_path / "out", format="v2.1")
+    assert done["left_out"] == ["grid", "points", "language_events", "wrist"]
+    assert np.array_equal(Dataset(tmp_path / "out", robot).extra(2)["force"], data.extra(2)["force"])
+    assert np.array_equal(Candidates(data, None).episode(2, {}).extra["force"], data.extra(2)["force"])
 
 
 def set_nan(table):
