@@ -141,7 +141,7 @@ class Dataset:
 
     @cached_property
     def others(self) -> list[str]:
-        """Columns of numbers that `episode` leaves on disk, as wide in all rows as their features say. Reads them once."""
+        """Columns of numbers that `episode` leaves on disk, as wide in all rows as their features say; reads them."""
         columns = {key: stored_column(self.info["features"][key]) for key in self._numeric if key not in self._extra}
         even = {key: column.width for key, column in columns.items() if column is not None}
         for i in range(len(self) if even else 0):
@@ -187,10 +187,16 @@ class Dataset:
         """Pictures of episode i at `rows` (default all), tiled on the embodiment's canvas."""
         return tile(self.robot, self.views(i, rows))
 
+    def state(self, i: int, row: int) -> np.ndarray:
+        """State at a row of episode i, empty unless all of it is known: finite, and by the column `state_known`."""
+        episode = self._episodes[i]
+        state, known = episode.state[row], episode.extra.get("state_known")
+        sure = known is None or (known[row] == 1).all()
+        return state if sure and np.isfinite(state).all() else state[:0]
+
     def first_state(self, i: int) -> np.ndarray:
         """State at the first row of episode i, empty where it is unknown."""
-        state = self._episodes[i].state[0]
-        return state if np.isfinite(state).all() else state[:0]
+        return self.state(i, 0)
 
     def require_actions(self, reader: str) -> None:
         """Raise ValueError if the dataset was opened as video alone; `reader` names the option that it was given as."""

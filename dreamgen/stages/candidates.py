@@ -73,7 +73,7 @@ class Candidates:
             rows = rows[rows < self.dataset.length(i)]
         scores = {name: score for name, score in (meta.get("scores") or {}).items() if score is not None}
         return Clip(id=self.ids[i], video=self.dataset.canvas(i, rows), video_hz=hz, instruction=episode.instruction,
-                    seed=int(meta.get("seed") or 0), pair=meta.get("pair", ""), state=episode.state[0],
+                    seed=int(meta.get("seed") or 0), pair=meta.get("pair", ""), state=self.dataset.first_state(i),
                     origin=meta.get("origin") or {}, scores=scores)  # fmt: skip
 
     def labels(self, i: int) -> Labels | None:

@@ -9,8 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dreamgen.core.clip import Episode, read_prompts
+from dreamgen.core.clock import Clock
 from dreamgen.data.export import export_dataset
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.prompts import DatasetPrompts
+from dreamgen.data.recordings import recorded_clip
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.candidates import Candidates
 from dreamgen.video.mp4 import write_mp4
@@ -135,8 +139,8 @@ def test_what_is_not_used_stays_on_disk(v2, robot, tmp_path, monkeypatch):
         "language_events": [[{"role": "user", "at": 0.5}] * (k % 2) for k in range(11)],
         "wrist": [{"bytes": b"png", "path": None}] * 11,
     }  # fmt: skip
-    for i, e in enumerate(episodes):
-        change_table(root, i, lambda t, n=len(e.action): t | {name: rows[:n] for name, rows in more.items()})
+    for i in range(3):
+        change_table(root, i, lambda t: t | {name: rows[: len(t["action"])] for name, rows in more.items()})
     asked, read = [], pq.read_table
     monkeypatch.setattr(pq, "read_table", lambda path, columns: asked.append(columns) or read(path, columns=columns))
     data = Dataset(root, robot)
@@ -229,6 +233,27 @@ def test_video_without_actions(v2, robot, tmp_path):
         video.actions()
     alone = Dataset(root, replace(robot, action=(), state=()))
     assert alone.has_actions is False and alone.robot.action_dim == 0 and alone.episode(1).action.shape == (9, 0)
+
+
+def test_states_that_nobody_knows_are_not_where_an_episode_begins(tmp_path, robot, make_episode):
+    """`label` writes zeros and `state_known` 0 where a clip brings no proprioception."""
+
+    def told(i: int) -> Episode:
+        known = np.zeros((7, 5), np.float32)
+        known[i:] = 1
+        known[4, 2] = 0
+        return make_episode(i, rows=7, extra={"state_known": known})
+
+    write_dataset(tmp_path, (told(i) for i in range(3)), robot)
+    data = Dataset(tmp_path, robot)
+    assert [data.first_state(i).size for i in range(3)] == [5, 0, 0] and data.first_state(2).shape == (0,)
+    assert [[data.state(i, row).size for row in (1, 2, 4)] for i in range(3)] == [[5, 5, 0], [5, 5, 0], [0, 5, 0]]
+    prompts = read_prompts(DatasetPrompts(dataset=data, keyframes=[0, 0.3])())  # rows 0 and 2
+    assert [p.state.size for p in prompts] == [5, 5, 0, 5, 0, 5]
+    assert np.array_equal(prompts[3].state, told(1).state[2])
+    assert [Candidates(data, None).clip(i).state.size for i in range(3)] == [5, 0, 0]
+    clock = Clock(robot_hz="20", video_hz="10", frames=2)
+    assert [recorded_clip(data, i, clock)[0].state.size for i in range(3)] == [5, 0, 0]
 
 
 def test_bad_dataset(v2, robot, tmp_path):
