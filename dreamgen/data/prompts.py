@@ -197,10 +197,10 @@ class FolderPrompts:
 
 
 def _picture(path: Path) -> np.ndarray:
-    """A picture file, (h w 3) uint8. ValueError if it is none."""
-    from PIL import Image, UnidentifiedImageError
+    """A picture file, (h w 3) uint8, upright as its EXIF orientation says. ValueError if it is none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        return np.array(Image.open(path).convert("RGB"))
+        return np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error

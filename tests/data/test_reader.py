@@ -113,6 +113,27 @@ def test_dirt_is_mended_and_said(v2, robot):
     assert np.array_equal(dataset.episode(2).action, episodes[2].action)
 
 
+def test_a_plain_text_is_one_task(v2, robot):
+    root, _ = v2
+    listed = [{"episode_index": i, "tasks": f"do {i}", "length": 7 + 2 * i} for i in range(3)]
+    write_lines(root / "meta/episodes.jsonl", listed)
+    for i in range(3):
+        change_table(root, i, lambda t: {k: v for k, v in t.items() if k != "task_index"})
+    assert [Dataset(root, robot).instruction(i) for i in range(3)] == ["do 0", "do 1", "do 2"]
+    episodes = root / "meta/episodes/chunk-000/file-000.parquet"
+    episodes.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"task_index": [0], "task": ["do 1"]}), root / "meta/tasks.parquet")
+    change_info(root, codebase_version="v3.0", data_path="data/chunk-000/episode_{file_index:06d}.parquet",
+                video_path="videos/chunk-000/{video_key}/episode_{file_index:06d}.mp4")  # fmt: skip
+    place = {"chunk_index": [0], "file_index": [1], "from_timestamp": [0.0], "to_timestamp": [9 / 20]}
+    pq.write_table(pa.table({
+        "episode_index": [1], "tasks": ["do 1"], "dataset_from_index": [0], "dataset_to_index": [9],
+        "data/chunk_index": [0], "data/file_index": [1],
+        **{f"videos/observation.images.{view}/{k}": v for view in ("front", "side") for k, v in place.items()},
+    }), episodes)  # fmt: skip
+    assert Dataset(root, robot).instruction(0) == "do 1"
+
+
 def test_instruction_is_the_annotated_one(v2, robot):
     """GR00T datasets list the validity as a task too."""
     root, episodes = v2
