@@ -6,6 +6,7 @@ bytes. decord, ffmpeg and torchcodec read 4:4:4; many browsers do not: for a pag
 `pix_fmt="yuv420p"`, which keeps one colour per original pixel.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -185,14 +186,11 @@ def frame_times(reader: "decord.VideoReader", path: Path) -> np.ndarray:
 
 def require_turned(path: Path) -> None:
     """ValueError for a video that players mirror or turn by less than a quarter; quarters, by which phones write their
-    videos sideways, are applied by whatever reads here."""
+    videos sideways, are applied by whatever reads here. One that cannot be decoded is left to its reader."""
     import av
 
-    try:
-        with av.open(str(path)) as container:
-            _turns(next(container.decode(video=0)), path)
-    except (IndexError, StopIteration, av.FFmpegError) as error:
-        raise ValueError(f"video {path} cannot be decoded: {error}") from error
+    with contextlib.suppress(IndexError, StopIteration, av.FFmpegError), av.open(str(path)) as container:
+        _turns(next(container.decode(video=0)), path)
 
 
 def _turns(frame: Any, path: Path) -> int:
