@@ -1,7 +1,8 @@
 """Any dataset that can be read, written anew in another format: v3.0, v2.1, or the GR00T flavour of v2.1.
 
-Pictures are copied packet by packet; only a part that does not begin with a key frame is encoded again. Columns,
-provenance and annotations come along; what the reader mended is written as mended. Statistics are of the data.
+Videos are copied packet by packet; a part that does not begin with a key frame is encoded again, and pictures that lie
+in the tables become videos. Columns, provenance and annotations come along; what the reader mended is written as
+mended. Statistics are of the data.
 """
 
 from pathlib import Path
@@ -15,10 +16,9 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.data import groot, statistics
 from dreamgen.data.columns import BOOKKEEPING, Column, is_even, read_column, robot_columns, stored_column
-from dreamgen.data.decoders import Decoders
 from dreamgen.data.files_v2 import Files as FilesV2
 from dreamgen.data.files_v3 import Files as FilesV3
-from dreamgen.data.layout import CONTRACT, Entry, cameras
+from dreamgen.data.layout import CONTRACT, Entry, cameras, pictures
 from dreamgen.data.ledger import Item, Ledger
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.video_rate import at_video_rate, slowed
@@ -38,7 +38,7 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str 
     ("video"), see `dreamgen.data.video_rate`; the contract then is that of the slower robot. horizon: rows of a chunk
     for which GR00T's relative statistics are computed. codec: for what must be encoded again.
 
-    Returns {"episodes", "frames", "encoded": videos that were encoded again, "left_out": columns and cameras}.
+    Returns {"episodes", "frames", "encoded": videos that were encoded, "left_out": columns and cameras}.
     Raises ValueError for an unknown format or rate, episodes that have not one video rate, and if `out` holds anything
     of a dataset that no unfinished call wrote.
     """
@@ -88,13 +88,14 @@ class _Source:
 
     def __init__(self, data: Dataset, format: str, codec: str, video_hz: str | None) -> None:
         self.data, self.codec, self.encoded, self.left_out = data, codec, 0, []
-        self.video_hz, self._videos = video_hz, Decoders()
+        self.video_hz = video_hz
         if video_hz is not None:
             self.episode(0)  # says at once what is no labelled video
         self.robot = data.robot if video_hz is None else slowed(data.robot, video_hz)
         entries, features = [data.entry(i) for i in range(len(data))], data.info["features"]
         views = [view.key for view in data.robot.views]
         self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)]
+        self.cameras += [key for key in pictures(data.info) if key in views or self._is_seen(key)]
         columns = robot_columns(data.robot)
         present, held = data.columns(0), data.episode(0).extra
         self.annotations = [name for name in present if name.startswith("annotation.") and self._is_text(name)]
@@ -112,6 +113,13 @@ class _Source:
                 self.annotations += [name] * (name not in self.annotations)
         self.columns = columns
         self.left_out = [name for name in features if name not in columns and name not in self.cameras]
+
+    def _is_seen(self, key: str) -> bool:
+        """Whether the first picture of a camera in the tables is one that a video can hold."""
+        try:
+            return self.data.frames(0, key, np.arange(1)).size > 0
+        except ValueError:
+            return False
 
     def _is_even(self, name: str, width: int) -> bool:
         """Whether a column is `width` wide in all rows of the episodes that have it."""
@@ -159,14 +167,14 @@ class _Source:
         return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, meta=episode.meta)
 
     def _video(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> bytes:
-        path, first, frames = self.data.entry(i).videos[key]
-        if taken is None:
+        if taken is None and key in self.data.entry(i).videos:
+            path, first, frames = self.data.entry(i).videos[key]
             piece = path.read_bytes() if frames is None else cut(path, first, rows)
             if piece is not None:
                 return piece
         self.encoded += 1
-        pictures = self._videos.read(path, first + (np.arange(rows) if taken is None else taken))
-        return encode(pictures, self.robot.rate, codec=self.codec)
+        shown = self.data.frames(i, key, np.arange(rows) if taken is None else taken)
+        return encode(shown, self.robot.rate, codec=self.codec)
 
 
 def _has(entry: Entry, key: str) -> bool:

@@ -13,7 +13,9 @@ from dreamgen.data.file_checks import Tables, check_videos
 from dreamgen.data.findings import Finding, Findings
 from dreamgen.data.fit import misfits
 from dreamgen.data.layout import CONTRACT, PROVENANCE, Layout, cameras, episode_stats, read_jsonl, read_layout
+from dreamgen.data.layout import pictures as stored_pictures
 from dreamgen.data.number_checks import check_statistics, check_units
+from dreamgen.data.rows import read_pictures
 from dreamgen.video.mp4 import open_mp4, read_frames
 
 BLOCK = 64  # frames that are decoded at once
@@ -48,7 +50,7 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True) -> tuple[li
     check_videos(layout, robot, found)
     true = {name: statistics.of_numbers(np.concatenate([*arrays.values()])) for name, arrays in tables.values.items()}
     if pictures:
-        true |= _picture_stats(layout, robot, found)
+        true |= _picture_stats(layout, robot, found) | _stored_stats(layout, robot, found)
     for where, said in _stored(layout, found):
         # v2.x files, GR00T's above all, leave pictures out of it
         own = {k: v for k, v in true.items() if k in said or layout.version >= "v3." or np.ndim(v["mean"]) != 3}
@@ -91,6 +93,26 @@ def _episodes(layout: Layout, tables: Tables, found: Findings) -> None:
             check_statistics(said, true, found, "its own statistics", index)
         else:
             found.add("warning", "statistics", "it has no statistics of its own", "`jobs.export` computes them", index)
+
+
+def _stored_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:
+    """Statistics of all pictures of the robot's views that lie in the tables, decoded."""
+    true: dict[str, dict] = {}
+    for key in sorted({view.key for view in robot.views} & set(stored_pictures(layout.info))):
+        counts, frames, whole = np.zeros((3, 256), np.int64), 0, True
+        for entry in layout.entries:
+            try:
+                for at in range(0, entry.length, BLOCK):
+                    rows = np.arange(at, min(at + BLOCK, entry.length))
+                    counts += statistics.histogram(read_pictures(layout.root, entry, key, rows))
+                frames += entry.length
+            except (ValueError, IndexError) as error:
+                whole = False
+                if entry.data.is_file():  # a missing file was named before
+                    found.add("error", "video", str(error), "record it again, or leave the episode out", entry.index)
+        if whole and frames:
+            true[key] = statistics.of_pictures(counts, frames)
+    return true
 
 
 def _picture_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:

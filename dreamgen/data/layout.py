@@ -100,6 +100,11 @@ def cameras(info: dict) -> list[str]:
     return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
 
 
+def pictures(info: dict) -> list[str]:
+    """Keys of all cameras whose pictures lie in the tables, one a row."""
+    return [key for key, feature in info["features"].items() if feature.get("dtype") == "image"]
+
+
 def read_jsonl(path: Path, *keys: str) -> list[dict]:
     """One JSON object per line, each with `keys`. ValueError names the file and the line."""
     if not path.is_file():

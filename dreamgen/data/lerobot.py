@@ -8,11 +8,9 @@ from collections.abc import Callable, Container, Sequence
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
 from dreamgen.core.clip import Episode
@@ -21,7 +19,8 @@ from dreamgen.data.columns import BOOKKEEPING, OWN, REMEDY, check_numbers, is_ev
 from dreamgen.data.decoders import Decoders
 from dreamgen.data.fit import absent_cameras, misfits
 from dreamgen.data.instructions import find_instruction
-from dreamgen.data.layout import CONTRACT, PROVENANCE, Entry, check_owner, locate, read_jsonl, read_layout
+from dreamgen.data.layout import CONTRACT, PROVENANCE, Entry, check_owner, locate, pictures, read_jsonl, read_layout
+from dreamgen.data.rows import Rows, read_pictures
 from dreamgen.video.mp4 import count_frames
 from dreamgen.video.tiling import fit, tile
 
@@ -76,11 +75,10 @@ class Dataset:
         if (self.root / PROVENANCE).is_file():
             metas = {row.pop("episode_index"): row for row in read_jsonl(self.root / PROVENANCE, "episode_index")}
         self._counts: dict[Path, int] = {}
-        self._kept: tuple[Path, list[str], pa.Table] | None = None
-        self._schema: tuple[Path, list[str]] | None = None
+        self._rows = Rows()
         self._take(layout.entries, lambda e: self._load(e, metas.get(e.index, e.meta)),
                    skip_bad=skip_bad, episodes=episodes, leave_out=leave_out, cache_mb=cache_mb)  # fmt: skip
-        self._kept = None
+        self._rows.forget()
 
     def _take(self, entries: Sequence[Entry], load: Callable[[Entry], Episode], *, skip_bad: bool, cache_mb: int,
               episodes: Sequence[int] | None, leave_out: Sequence[int] | None = None) -> None:  # fmt: skip
@@ -162,11 +160,11 @@ class Dataset:
 
     def columns(self, i: int) -> list[str]:
         """Names of the columns of episode i as they are stored."""
-        return self._columns(self._entries[i].data)
+        return self._rows.columns(self._entries[i].data)
 
     def table(self, i: int, columns: Container[str] | None = None) -> pa.Table:
         """The rows of episode i as they are stored; of `columns` those that there are, default all."""
-        return self._rows(self._entries[i], lambda name: columns is None or name in columns)
+        return self._rows.read(self._entries[i], lambda name: columns is None or name in columns)
 
     def views(self, i: int, rows: Sequence[int] | np.ndarray | None = None) -> dict[str, UInt8[np.ndarray, "t h w 3"]]:
         """Pictures of episode i at `rows` (default all), {view: (t h w 3)}, at the size of the embodiment's views.
@@ -182,6 +180,13 @@ class Dataset:
         if i not in self._cached:
             self._cached[i] = self._decode(i, np.arange(self.length(i)))
         return {name: frames[rows] for name, frames in self._cached[i].items()}
+
+    def frames(self, i: int, key: str, rows: np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
+        """Pictures of the camera `key` at `rows` of episode i, in the size in which they are stored."""
+        if key in pictures(self.info):
+            return read_pictures(self.root, self._entries[i], key, rows)
+        path, first, _ = self._entries[i].videos[key]
+        return self._videos.read(path, rows + first)
 
     def canvas(self, i: int, rows: Sequence[int] | np.ndarray | None = None) -> UInt8[np.ndarray, "t h w 3"]:
         """Pictures of episode i at `rows` (default all), tiled on the embodiment's canvas."""
@@ -214,20 +219,6 @@ class Dataset:
         """States of all episodes (n d), for statistics."""
         return np.concatenate([episode.state for episode in self._episodes])
 
-    def _rows(self, entry: Entry, wanted: Callable[[str], bool]) -> pa.Table:
-        """The wanted columns of an episode; what was read last is kept."""
-        names, kept = [name for name in self._columns(entry.data) if wanted(name)], self._kept
-        if kept is None or kept[:2] != (entry.data, names):
-            kept = self._kept = (entry.data, names, _read(pq.read_table, entry.data, columns=names))
-        return kept[2] if entry.first is None else kept[2].slice(entry.first, entry.length)
-
-    def _columns(self, path: Path) -> list[str]:
-        """The names of a table's columns; those that were read last are kept."""
-        kept = self._schema
-        if kept is None or kept[0] != path:
-            kept = self._schema = (path, _read(pq.read_schema, path).names)
-        return kept[1]
-
     def _is_read(self, name: str) -> bool:
         """Whether opening reads a column."""
         own = (*BOOKKEEPING, *self._extra, self.robot.state_key, self.robot.action_key)
@@ -235,7 +226,7 @@ class Dataset:
 
     def _load(self, entry: Entry, meta: dict) -> Episode:
         """Check one episode and take its columns."""
-        table, present = self._rows(entry, self._is_read), self._columns(entry.data)
+        table, present = self._rows.read(entry, self._is_read), self._rows.columns(entry.data)
         robot, rows = self.robot, table.num_rows
         if rows == 0:
             raise ValueError("it has zero length")
@@ -266,6 +257,10 @@ class Dataset:
 
     def _check_videos(self, entry: Entry, rows: int) -> None:
         for view in self.robot.views:
+            if view.key in pictures(self.info):
+                if view.key not in self._rows.columns(entry.data):
+                    raise ValueError(f"it has no column '{view.key}', whose pictures view '{view.name}' shows")
+                continue
             if view.key not in entry.videos:
                 raise ValueError(f"it lists no video '{view.key}'")
             path, first, frames = entry.videos[view.key]
@@ -302,25 +297,11 @@ class Dataset:
     def _decode(self, i: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         out = {}
         for view in self.robot.views:
-            path, first, _ = self._entries[i].videos[view.key]
             try:
-                frames = self._videos.read(path, rows + first)
+                frames = self.frames(i, view.key, rows)
             except ValueError as error:
                 raise ValueError(f"episode {self.index(i)} of {self.root}: {error}; copy the video again, or leave "
                                  f"the episode out: `episodes` of the dataset lists those to take (skip_bad=true "
                                  f"does not decode, so it cannot know)") from error  # fmt: skip
             out[view.name] = fit(frames, view.height, view.width, view.fit)
         return out
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_kept": None}
-
-
-def _read(read: Callable, path: Path, **options: Any) -> Any:
-    """What pyarrow reads of a file. ValueError names the file if it is missing or broken."""
-    if not path.is_file():
-        raise ValueError(f"{path} is missing")
-    try:
-        return read(path, **options)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
