@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.data.columns import read_column
+from dreamgen.data.columns import OWN, TRUTH, read_column
 from dreamgen.data.findings import Findings
 from dreamgen.data.instructions import find_instruction
 from dreamgen.data.layout import Entry, Layout, cameras, check_owner
@@ -18,8 +18,6 @@ from dreamgen.video.mp4 import require_whole
 TOLERANCE = 1e-4  # seconds, as lerobot's
 ANEW = "`jobs.export` writes it anew"
 UNUSED = "no step reads it; mend it, or drop it"
-OWN = ("label_spread", "state_known", "frame_fresh")  # columns of labels that steps read by name
-TRUTH = "object."  # and those of a simulator's truth
 ARROW = {"float": "float32", "double": "float64", "halffloat": "float16"}
 
 

@@ -17,8 +17,10 @@ from dreamgen.data.file_checks import Tables, check_videos
 from dreamgen.data.findings import LEVELS, Finding, Findings
 from dreamgen.data.fit import misfits
 from dreamgen.data.layout import CONTRACT, PROVENANCE, Layout, cameras, episode_stats, read_jsonl, read_layout
+from dreamgen.data.layout import pictures as stored_pictures
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.number_checks import check_statistics
+from dreamgen.data.rows import read_pictures
 from dreamgen.data.unit_checks import Units
 from dreamgen.video.mp4 import open_mp4, read_frames
 
@@ -63,7 +65,7 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True,
             _compare(own.get(index), columns, found, index)
     taken = replace(layout, entries=tables.entries)
     check_videos(taken, robot, found)
-    seen = _picture_stats(taken, robot, found) if pictures else {}
+    seen = _picture_stats(taken, robot, found) | _stored_stats(taken, robot, found) if pictures else {}
     _whole(layout, tables, seen if len(taken.entries) == len(layout.entries) else {}, found)
     units.check(found)
     return found.list(), {"episodes": len(taken.entries), "frames": tables.rows}
@@ -144,6 +146,26 @@ def _compare(said: dict | None, columns: dict[str, np.ndarray], found: Findings,
         return
     true = {name: statistics.of_numbers(values) for name, values in columns.items()}
     check_statistics(said, true, found, "its own statistics", index)
+
+
+def _stored_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:
+    """Statistics of all pictures of the robot's views that lie in the tables, decoded."""
+    true: dict[str, dict] = {}
+    for key in sorted({view.key for view in robot.views} & set(stored_pictures(layout.info))):
+        counts, frames, whole = np.zeros((3, 256), np.int64), 0, True
+        for entry in layout.entries:
+            try:
+                for at in range(0, entry.length, BLOCK):
+                    rows = np.arange(at, min(at + BLOCK, entry.length))
+                    counts += statistics.histogram(read_pictures(layout.root, entry, key, rows))
+                frames += entry.length
+            except (ValueError, IndexError) as error:
+                whole = False
+                if entry.data.is_file():  # a missing file was named before
+                    found.add("error", "video", str(error), "record it again, or leave the episode out", entry.index)
+        if whole and frames:
+            true[key] = statistics.of_pictures(counts, frames)
+    return true
 
 
 def _picture_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:

@@ -75,7 +75,7 @@ class Candidates:
             rows = rows[rows < self.dataset.length(i)]
         scores = {name: score for name, score in (meta.get("scores") or {}).items() if score is not None}
         return Clip(id=self.ids[i], video=self.dataset.canvas(i, rows), video_hz=hz, instruction=episode.instruction,
-                    seed=int(meta.get("seed") or 0), pair=meta.get("pair", ""), state=episode.state[0],
+                    seed=int(meta.get("seed") or 0), pair=meta.get("pair", ""), state=self.dataset.first_state(i),
                     origin=meta.get("origin") or {}, scores=scores)  # fmt: skip
 
     def labels(self, i: int) -> Labels | None:
@@ -99,7 +99,7 @@ class Candidates:
         views = self.dataset.views(i) if views is None else views
         meta = {**episode.meta, "scores": {**(episode.meta.get("scores") or {}), **scores}}
         return Episode(instruction=episode.instruction, state=episode.state, action=episode.action, video=views,
-                       extra=episode.extra, meta=meta)  # fmt: skip
+                       extra=self.dataset.extra(i), meta=meta)  # fmt: skip
 
 
 def recorded(dataset: Dataset, video_hz: str, count: int, seed: int, labeler: Labeler | None,
