@@ -9,7 +9,8 @@ mean    overlapping chunks are averaged plainly, and nothing ties them to the po
 
     python benchmarks/label_rule.py [--labeler runs/demo/labeler] [--dataset runs/demo/heldout]
 
-Prints a table; the last line is JSON. Intervals are 95%: bootstrap over episodes, Wilson for replays.
+All rows are computed in the labeler's precision. Prints a table; the last line is JSON. Intervals are 95%: bootstrap
+over episodes, Wilson for replays.
 """
 
 import argparse
@@ -24,10 +25,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dreamgen.core.clip import Clip, Labels  # noqa: E402
+from dreamgen.core.clock import Clock  # noqa: E402
 from dreamgen.core.intervals import success_interval  # noqa: E402
 from dreamgen.core.seeding import rng_for, torch_rng_for  # noqa: E402
 from dreamgen.data.lerobot import Dataset  # noqa: E402
 from dreamgen.data.recordings import recorded_clip  # noqa: E402
+from dreamgen.engine.precision import autocast, resolve  # noqa: E402
 from dreamgen.sims.rollout import replay  # noqa: E402
 from dreamgen.stages.evaluate_labels import held  # noqa: E402
 from dreamgen.stages.label_scores import lag, r2  # noqa: E402
@@ -41,7 +44,7 @@ def as_they_complete(model: FlowIDM, frames: torch.Tensor, workers: int = 8) -> 
     stand in another frame's place."""
 
     def encode(index: int) -> tuple[int, torch.Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(model.precision):  # both are a thread's own
             return index, model.vision(frames[index : index + 1]).float()[0]
 
     with ThreadPoolExecutor(workers) as pool:
@@ -49,12 +52,13 @@ def as_they_complete(model: FlowIDM, frames: torch.Tensor, workers: int = 8) -> 
     return torch.stack([tokens for _, tokens in done]), sum(place != index for place, (index, _) in enumerate(done))
 
 
-def written(chunks: np.ndarray, rows: int, model: FlowIDM) -> Labels:
-    """Chunks (n k h a) of windows that begin at every row, written from that row on and averaged over (rows, a)."""
+def written(chunks: np.ndarray, clock: Clock, model: FlowIDM) -> Labels:
+    """Chunks (n k h a) of windows that begin at every frame of `clock`, each written whole from its first row on and
+    averaged over (rows, a)."""
     n, k, h, _ = chunks.shape
-    steps = np.arange(k)[:, None] + np.arange(h)
-    mask = steps < rows
-    windows = Windows(np.zeros((k, 2), np.int64), np.minimum(steps, rows - 1), mask, rows)
+    steps = clock.rows[:k, None] + np.arange(h)
+    mask = steps < clock.steps
+    windows = Windows(np.zeros((k, 2), np.int64), np.minimum(steps, clock.steps - 1), mask, clock.steps)
     return merge(chunks, windows, model.robot, "mean")
 
 
@@ -62,25 +66,25 @@ def written(chunks: np.ndarray, rows: int, model: FlowIDM) -> Labels:
 def under(model: FlowIDM, clip: Clip, *, order: bool, clock: bool) -> tuple[Labels, int]:
     """Labels of one clip under the plain mean, with the faults that are named; and the number of misplaced frames.
 
-    With `clock` the clip is sampled at every row of the robot.
+    With `clock` the clip is sampled twice as often as the model was trained for.
     """
     model.eval()
     video = torch.from_numpy(clip.video).float().div(127.5).sub(1).permute(0, 3, 1, 2)[None]
     frames, spacing = with_motion(video)[0], float(model.clock.stride)
-    tokens, misplaced = as_they_complete(model, frames) if order else (model.vision(frames).float(), 0)
-    true_clock = model.clock_of(clip)
     windows = model._windows(spacing, len(clip.video))  # the model is told the spacing that it was trained for
     k, h = windows.mask.shape
     noise = torch.randn((k, model.samples, h, model.robot.action_dim),
                         generator=torch_rng_for(model.seed, "label", clip.id))  # fmt: skip
-    conditions, mask = model._conditions(tokens[None], windows, spacing), torch.from_numpy(windows.mask)
-    x = noise
-    for step in range(model.flow_steps):
-        t = torch.full(x.shape[:2], step / model.flow_steps)
-        x = x + model._velocity(x, t, conditions, mask) / model.flow_steps
-    chunks = model.head.action.denormalise(x).numpy().swapaxes(0, 1)
+    x, mask = noise, torch.from_numpy(windows.mask)
+    with autocast(model.precision):
+        tokens, misplaced = as_they_complete(model, frames) if order else (model.vision(frames).float(), 0)
+        conditions = model._conditions(tokens[None], windows, spacing)
+        for step in range(model.flow_steps):
+            t = torch.full(x.shape[:2], step / model.flow_steps)
+            x = x + model._velocity(x, t, conditions, mask) / model.flow_steps
+    chunks = model.head.action.denormalise(x).float().numpy().swapaxes(0, 1)
     if clock:
-        return written(chunks, true_clock.steps, model), misplaced
+        return written(chunks, model.clock_of(clip), model), misplaced
     return merge(chunks, windows, model.robot, "mean"), misplaced
 
 
@@ -172,7 +176,8 @@ def main() -> None:
                       "ours": found["ours"], "peer": found["published"], "rules": found, "misplaced": misplaced,
                       "settings": {"labeler": str(given.labeler), "dataset": str(given.dataset),
                                    "episodes": len(actions), "settle": given.settle, "flow_steps": model.flow_steps,
-                                   "samples": model.samples, "rule": model.rule, "correct": model.correct},
+                                   "samples": model.samples, "rule": model.rule, "correct": model.correct,
+                                   "precision": resolve(model.precision)},
                       "device": f"cpu, {given.threads} thread"}))  # fmt: skip
 
 

@@ -27,10 +27,11 @@ ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # stage are remembered by what they hold (their fingerprints), not by where they lie. Bad episodes that `skip_bad` left
 # out stand in the manifest's results.
 PLACES = frozenset("out root path start folder parent against clips dreams dream_clips counterfactuals demos heldout "
-                   "labels scored truth alternatives alternatives_truth question".split())  # fmt: skip
+                   "labels scored truth alternatives alternatives_truth question world".split())  # fmt: skip
 NAMED = frozenset(["path", "start", "question"])  # also an id of a hub, an address or a name of ours
 MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description skip_bad "
-                   "cache accumulate checkpointing compile sharding tracker".split())  # fmt: skip
+                   "cache accumulate checkpointing compile sharding tracker url key_variable timeout retries pause "
+                   "parallel".split())  # fmt: skip
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here
@@ -81,7 +82,7 @@ def prepare(cfg: DictConfig) -> Callable[..., dict]:
     function = check(cfg.stage)
     shareable(cfg)
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
-        if key in ("root", "path") and Path(text).is_relative_to(cfg.out):
+        if key in ("root", "path", "world") and Path(text).is_relative_to(cfg.out):
             require_complete(Path(text), "the input")  # made by an earlier step, which must have ended
     log.info("%s -> %s", cfg.step, cfg.stage.out)
     return function
@@ -160,6 +161,8 @@ def record(stage: DictConfig) -> dict:
     def clean(node: Any) -> Any:
         if isinstance(node, dict):
             kept = {key: held(key, value) for key, value in node.items() if key not in MANNER}
+            if "address" in kept:
+                kept.pop("key", None)  # what a server is shown is no part of a result, and nobody else's to read
             return {key: clean(value) for key, value in kept.items() if value is not DROPPED}
         return [clean(item) for item in node] if isinstance(node, list) else node
 

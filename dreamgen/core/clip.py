@@ -4,6 +4,7 @@ Letters: b batch, t frames, s robot steps, v views, h w pixels, c channels, d st
 Pictures are uint8 RGB in [0, 255]; a canvas is the tiled picture of all views of an embodiment.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +39,35 @@ class Prompt:
     state: Float32[np.ndarray, " d"] = field(default_factory=lambda: np.zeros(0, np.float32))
     action: Float32[np.ndarray, "s a"] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     origin: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Draft:
+    """A prompt whose first frame is still to be read, so that a list of any length takes no room.
+
+    first: gives the image and the state of a `Prompt`, the same whenever it is called; drafts of one first frame share
+    it. id, instruction, seed, pair, origin: see `Prompt`.
+    """
+
+    id: str
+    first: Callable[[], tuple[np.ndarray, np.ndarray]]
+    instruction: str
+    seed: int
+    pair: str = ""
+    origin: dict = field(default_factory=dict)
+
+
+def read_prompts(prompts: "Sequence[Prompt | Draft]") -> list[Prompt]:
+    """Prompts with their first frames; drafts that share one read it once."""
+    seen: dict[Callable, tuple[np.ndarray, np.ndarray]] = {}
+    made = []
+    for prompt in prompts:
+        if isinstance(prompt, Draft):
+            image, state = seen[prompt.first] = seen.get(prompt.first) or prompt.first()
+            prompt = Prompt(id=prompt.id, image=image, instruction=prompt.instruction, seed=prompt.seed,
+                            pair=prompt.pair, state=state, origin=prompt.origin)  # fmt: skip
+        made.append(prompt)
+    return made
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

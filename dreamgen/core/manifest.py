@@ -29,7 +29,8 @@ WRITING = ".writing"  # beside a dataset while it is written, and until its stag
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block ends well and removed when it does not.
+    """A temporary name beside `path`, renamed to `path` when the block ends well and removed when it does not. What has
+    its name is whole after a power cut too: the file is on the disk before it is renamed.
 
     Drawn at random: containers on several machines have equal process ids, and may write to one folder.
     """
@@ -37,10 +38,29 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(8)}.partial{path.suffix}")
     try:
         yield temporary
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     finally:
         if temporary.is_file():
             temporary.unlink()
+
+
+def settle(folder: Path) -> None:
+    """Have a folder and all that is in it on the disk before what is written next."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        if path.is_file() or path.is_dir():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk; others may have removed it meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -233,7 +253,7 @@ class Stage:
         return read_json(self.out / FILE)
 
     def finish(self, **results: Any) -> dict:
-        """Write the manifest, last of all: counts and scores of the run as plain JSON."""
+        """Write the manifest, last of all, once the folder is on the disk: counts and scores as plain JSON."""
         peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         manifest = {
             "id": self.id,
@@ -245,6 +265,7 @@ class Stage:
         }
         if not self.writes:
             return manifest
+        settle(self.out)
         write_json(self.out / FILE, manifest)
         for file in (RUN, WRITING):
             (self.out / file).unlink(missing_ok=True)

@@ -5,12 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 REMEDY = "mend the episode, or set skip_bad=true to leave it out"
+OWN = ("label_spread", "state_known", "frame_fresh")  # what dreamgen's stages write a row
+TRUTH = "object."  # and, before a thing's name, the truth of a simulator
+DTYPES = {"float16": "float32", "float64": "float32", "int32": "int64", "int16": "int64", "int8": "int64",
+          "uint8": "int64"}  # fmt: skip
 TYPES = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
 
 
@@ -38,6 +43,15 @@ class Column:
             return pa.array([str(text) for text in values.reshape(-1)], pa.string())
         flat = pa.array(np.ascontiguousarray(values, dtype=self.dtype).reshape(-1), TYPES[self.dtype])
         return flat if self.width == 1 else pa.FixedSizeListArray.from_arrays(flat, self.width)
+
+
+def stored_column(feature: dict) -> Column | None:
+    """How a feature of `info.json` is written: k numbers or one text. None for pictures, several axes and all else."""
+    dtype, shape = str(feature.get("dtype")), feature.get("shape", [1])
+    dtype = DTYPES.get(dtype, dtype)
+    if dtype not in TYPES or len(shape) != 1:
+        return None
+    return Column(dtype=dtype, width=int(shape[0]), names=feature.get("names"))
 
 
 def bookkeeping() -> dict[str, Column]:
@@ -109,12 +123,24 @@ def check_numbers(name: str, values: np.ndarray, parts: Sequence[Part], rows: in
         raise ValueError(f"'{name}' holds {values[row, entry]} at row {row}, entry {entry} (part '{part}')")
 
 
+def is_even(table: pa.Table, key: str, width: int) -> bool:
+    """Whether all rows of a column are `width` wide."""
+    kind = table[key].type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return not pa.types.is_fixed_size_list(kind) or kind.list_size == width
+    lengths = pc.unique(pc.list_value_length(table[key])).to_pylist()
+    return lengths == [width] and table[key].null_count == 0
+
+
 def read_column(table: pa.Table, key: str) -> np.ndarray:
-    """A column as (s k), float64 as float32. ValueError if it is missing or its rows differ in width."""
+    """A column as (s k), all that a row holds in one line however deep its lists lie, float64 as float32.
+
+    ValueError if it is missing or its rows differ in width.
+    """
     if key not in table.column_names:
         raise ValueError(f"it has no column '{key}'")
     column = pa.concat_arrays(table[key].chunks)
-    if hasattr(column, "value_lengths"):
+    while hasattr(column, "value_lengths"):
         widths = set(column.value_lengths().to_pylist())
         if len(widths) != 1 or None in widths:
             raise ValueError(f"'{key}' has rows of different widths: {sorted(map(str, widths))}")

@@ -1,7 +1,8 @@
 """Any dataset that can be read, written anew in another format: v3.0, v2.1, or the GR00T flavour of v2.1.
 
-Pictures are copied packet by packet; only a part that does not begin with a key frame is encoded again. Columns,
-provenance and annotations come along; what the reader mended is written as mended. Statistics are of the data.
+Videos are copied packet by packet; a part that does not begin with a key frame is encoded again, and pictures that lie
+in the tables become videos. Columns, provenance and annotations come along; what the reader mended is written as
+mended. Statistics are of the data.
 """
 
 from pathlib import Path
@@ -14,11 +15,10 @@ from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.data import groot, statistics
-from dreamgen.data.columns import BOOKKEEPING, Column, read_column, robot_columns
-from dreamgen.data.decoders import Decoders
+from dreamgen.data.columns import BOOKKEEPING, Column, is_even, read_column, robot_columns, stored_column
 from dreamgen.data.files_v2 import Files as FilesV2
 from dreamgen.data.files_v3 import Files as FilesV3
-from dreamgen.data.layout import CONTRACT, Entry, cameras
+from dreamgen.data.layout import CONTRACT, Entry, cameras, pictures
 from dreamgen.data.ledger import Item, Ledger
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.video_rate import at_video_rate, slowed
@@ -28,8 +28,6 @@ from dreamgen.video.remux import cut, decoded
 
 FORMATS = ("v3.0", "v2.1", "groot")
 RATES = ("robot", "video")
-DTYPES = {"float16": "float32", "float64": "float32", "int32": "int64", "int16": "int64", "int8": "int64",
-          "uint8": "int64"}  # fmt: skip
 
 
 def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str = "robot", horizon: int = 16,
@@ -40,7 +38,7 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str 
     ("video"), see `dreamgen.data.video_rate`; the contract then is that of the slower robot. horizon: rows of a chunk
     for which GR00T's relative statistics are computed. codec: for what must be encoded again.
 
-    Returns {"episodes", "frames", "encoded": videos that were encoded again, "left_out": columns and cameras}.
+    Returns {"episodes", "frames", "encoded": videos that were encoded, "left_out": columns and cameras}.
     Raises ValueError for an unknown format or rate, episodes that have not one video rate, and if `out` holds anything
     of a dataset that no unfinished call wrote.
     """
@@ -51,7 +49,7 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str 
     data.require_actions("stage.data")
     source = _Source(data, format, codec, _video_hz(data) if rate == "video" else None)
     start(out, workers)
-    ledger = Ledger(rate=source.robot.rate, columns=source.columns)
+    ledger = Ledger(rate=source.robot.rate, columns=source.columns, said=source.said)
     contract = read_json(data.root / CONTRACT)["contract"] if (data.root / CONTRACT).is_file() else None
     if contract is not None and source.video_hz is not None:
         contract = slowed(Embodiment.from_contract(contract), source.video_hz).contract()
@@ -90,24 +88,27 @@ class _Source:
 
     def __init__(self, data: Dataset, format: str, codec: str, video_hz: str | None) -> None:
         self.data, self.codec, self.encoded, self.left_out = data, codec, 0, []
-        self.video_hz, self._videos = video_hz, Decoders()
+        self.video_hz = video_hz
         if video_hz is not None:
             self.episode(0)  # says at once what is no labelled video
         self.robot = data.robot if video_hz is None else slowed(data.robot, video_hz)
         entries, features = [data.entry(i) for i in range(len(data))], data.info["features"]
         views = [view.key for view in data.robot.views]
-        self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)]
+        self.said = {key: _said(features[key]) for key in cameras(data.info)}
+        self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)
+                        and (not self.said[key].get("video.is_depth_map") or self._copied(key))]  # fmt: skip
+        self.cameras += [key for key in pictures(data.info) if key in views or self._is_seen(key)]
         columns = robot_columns(data.robot)
-        present = data.table(0).column_names
+        present, held = data.columns(0), data.episode(0).extra
         self.annotations = [name for name in present if name.startswith("annotation.") and self._is_text(name)]
         for name, feature in features.items():
             if name in columns or name in cameras(data.info):
                 continue
+            stored = stored_column(feature)
             if name in self.annotations:
                 columns[name] = Column(dtype="int64", width=1)
-            elif name in present and len(feature.get("shape", [1])) == 1 and _dtype(feature) is not None:
-                columns[name] = Column(dtype=_dtype(feature) or "", width=int(feature.get("shape", [1])[0]),
-                                       names=feature.get("names"))  # fmt: skip
+            elif name in present and stored and (name in held or self._is_even(name, stored.width)):
+                columns[name] = stored
         if format == "groot":
             for name in (groot.DESCRIPTION, groot.VALIDITY):
                 columns.setdefault(name, Column(dtype="int64", width=1))
@@ -115,9 +116,21 @@ class _Source:
         self.columns = columns
         self.left_out = [name for name in features if name not in columns and name not in self.cameras]
 
+    def _is_seen(self, key: str) -> bool:
+        """Whether the first picture of a camera in the tables is one that a video can hold."""
+        try:
+            return self.data.frames(0, key, np.arange(1)).size > 0
+        except ValueError:
+            return False
+
+    def _is_even(self, name: str, width: int) -> bool:
+        """Whether a column is `width` wide in all rows of the episodes that have it."""
+        tables = (self.data.table(i, [name]) for i in range(len(self.data)))
+        return all(name not in table.column_names or is_even(table, name, width) for table in tables)
+
     def _is_text(self, name: str) -> bool:
         """Whether a column holds task indices in every episode."""
-        tables = (self.data.table(i) for i in range(len(self.data)))
+        tables = (self.data.table(i, [name]) for i in range(len(self.data)))
         return all(name in t.column_names and pa.types.is_integer(t[name].type)
                    and set(t[name].unique().to_pylist()) <= self.data.tasks.keys() for t in tables)  # fmt: skip
 
@@ -132,7 +145,7 @@ class _Source:
 
     def item(self, i: int) -> Item:
         """Episode i, with its pictures' histograms."""
-        data, table, robot = self.data, self.data.table(i), self.robot
+        data, robot, table = self.data, self.robot, self.data.table(i, {*self.columns, *self.annotations})
         episode, taken = self.episode(i)
         table = table if taken is None else table.take(taken)
         rows = len(episode.action)
@@ -155,15 +168,22 @@ class _Source:
                   for key, video in videos.items()}  # fmt: skip
         return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, meta=episode.meta)
 
-    def _video(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> bytes:
+    def _copied(self, key: str) -> bool:
+        """Whether the packets of all videos of a camera can be copied: encoded as colours, depths are lost."""
+        return self.video_hz is None and all(self._piece(i, key) is not None for i in range(len(self.data)))
+
+    def _piece(self, i: int, key: str) -> bytes | None:
+        """The packets of a video, None where it must be encoded again."""
         path, first, frames = self.data.entry(i).videos[key]
-        if taken is None:
-            piece = path.read_bytes() if frames is None else cut(path, first, rows)
-            if piece is not None:
-                return piece
+        return path.read_bytes() if frames is None else cut(path, first, self.data.length(i))
+
+    def _video(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> bytes:
+        if taken is None and key in self.data.entry(i).videos and (piece := self._piece(i, key)) is not None:
+            return piece
         self.encoded += 1
-        pictures = self._videos.read(path, first + (np.arange(rows) if taken is None else taken))
-        return encode(pictures, self.robot.rate, codec=self.codec)
+        self.said.pop(key, None)  # what it says is of other packets
+        shown = self.data.frames(i, key, np.arange(rows) if taken is None else taken)
+        return encode(shown, self.robot.rate, codec=self.codec)
 
 
 def _has(entry: Entry, key: str) -> bool:
@@ -174,10 +194,12 @@ def _has(entry: Entry, key: str) -> bool:
     return (count_frames(path) if frames is None else frames) == entry.length
 
 
-def _dtype(feature: dict) -> str | None:
-    dtype = str(feature.get("dtype"))
-    dtype = DTYPES.get(dtype, dtype)
-    return dtype if dtype in ("float32", "int64", "bool", "string") else None
+def _said(feature: dict) -> dict:
+    """What `info.json` tells of a camera's videos; v2.0 calls it video_info."""
+    said = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    shape = list(feature.get("shape") or [])
+    channels = next((n for n in (shape[-1:], shape[:1]) if n in ([1], [3])), [3])[0]
+    return {"video.channels": channels, **said}
 
 
 def _values(table: pa.Table, name: str, column: Column) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The files of a dataset against its index: schema, counts, timestamps, frames against rows."""
 
+from collections.abc import Container, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.data.columns import BOOKKEEPING, read_column
+from dreamgen.data.columns import OWN, TRUTH, read_column
 from dreamgen.data.findings import Findings
 from dreamgen.data.instructions import find_instruction
 from dreamgen.data.layout import Entry, Layout, cameras, check_owner
@@ -16,34 +17,61 @@ from dreamgen.video.mp4 import require_whole
 
 TOLERANCE = 1e-4  # seconds, as lerobot's
 ANEW = "`jobs.export` writes it anew"
+UNUSED = "no step reads it; mend it, or drop it"
 ARROW = {"float": "float32", "double": "float64", "halffloat": "float16"}
 
 
 class Tables:
-    """Checks the rows of every episode and keeps the numbers of good ones.
+    """Checks the rows of every episode, or of `episodes`, and hands on the numbers of good ones.
 
-    values: column name and episode index to (s k); episodes: those whose numbers are kept; rows: of all episodes, as
-    listed where a table cannot be read.
+    rows: of the episodes that were looked at (`entries`), as listed where a table cannot be read. seen: column to its
+    good rows, and how they are stored.
     """
 
-    def __init__(self, layout: Layout, found: Findings) -> None:
+    def __init__(self, layout: Layout, robot: Embodiment, found: Findings, episodes: Container[int] | None = None):
         self.layout, self.found, self.rows = layout, found, 0
-        self.values: dict[str, dict[int, np.ndarray]] = {}
-        self.episodes: list[int] = []
+        self.entries = [entry for entry in layout.entries if episodes is None or entry.index in episodes]
+        self._taken = {entry.index for entry in self.entries}
+        pairs = ((robot.state_key, robot.state), (robot.action_key, robot.action))
+        self._used = {key for key, parts in pairs if parts} | set(OWN)
         self._kept: tuple[Path, pa.Table] | None = None
+        self.seen: dict[str, tuple[int, set[str]]] = {}
 
-    def check(self) -> None:
-        """All episodes, in order."""
+    def good(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Check all episodes, in order: the index and the columns of numbers (s k) of each that can be learned from."""
         numbers = [entry.index for entry in self.layout.entries]
         if not numbers:
             self.found.add("error", "counts", "the episode list names no episode", "copy or export the dataset again")
         if numbers != list(range(len(numbers))):
             self.found.add("error", "counts", f"the episode list does not count from 0 to {len(numbers) - 1}", ANEW)
+        before = 0
         for entry in self.layout.entries:
-            table = self._table(entry)
-            if table is not None:
-                self._check(entry, table)
-            self.rows += entry.length if table is None else table.num_rows
+            rows = entry.length
+            if entry.index in self._taken:
+                table = self._table(entry)
+                rows = rows if table is None else table.num_rows
+                columns = None if table is None else self._check(entry, table, before)
+                self.rows += rows
+                if columns is not None:
+                    yield entry.index, columns
+            before += rows
+
+    def whole(self) -> dict[str, int]:
+        """The columns of which every row of the dataset's files was looked at and is good, with their widths."""
+        if len(self.entries) < len(self.layout.entries):
+            return {}
+        try:
+            files = dict.fromkeys(entry.data for entry in self.layout.entries)
+            stored = sum(pq.read_metadata(path).num_rows for path in files)
+        except (pa.ArrowException, OSError):
+            return {}
+        features = self.layout.info["features"]
+        return {name: int(np.prod(features[name].get("shape") or [1])) for name, (rows, kinds) in self.seen.items()
+                if rows == stored and len(kinds) == 1}  # fmt: skip
+
+    def _level(self, name: str) -> str:
+        """A column that no step reads is no reason to stop."""
+        return "error" if name in self._used or name.startswith(TRUTH) else "warning"
 
     def _table(self, entry: Entry) -> pa.Table | None:
         if self._kept is None or self._kept[0] != entry.data:
@@ -56,37 +84,42 @@ class Tables:
                 return None
         return self._kept[1] if entry.first is None else self._kept[1].slice(entry.first, entry.length)
 
-    def _check(self, entry: Entry, table: pa.Table) -> None:
+    def _check(self, entry: Entry, table: pa.Table, before: int) -> dict[str, np.ndarray] | None:
+        """The columns of numbers (s k) of one episode; None if it is bad. before: rows of the episodes before it."""
         index, rows = entry.index, table.num_rows
         if rows != entry.length:
             self.found.add("error", "counts", f"the episode list says {entry.length} rows, the table has {rows}", ANEW,
                            index)  # fmt: skip
         if rows == 0:
             self.found.add("error", "counts", "it has no rows", "leave the episode out", index)
-            return
+            return None
         try:
             check_owner(entry, table)
         except ValueError:
             self.found.add("error", "counts", f"its rows of {entry.data.name} are those of another episode", "the "
                            "episode list and the file disagree; copy both again", index)  # fmt: skip
-            return
+            return None
         good = self._schema(table, index)
-        self._bookkeeping(entry, table)
+        self._bookkeeping(index, table, before)
         self._tasks(entry, table)
-        arrays = {name: read_column(table, name) for name in good}
-        for name, values in arrays.items():
-            if values.dtype.kind not in "fiub":
-                self.found.add("error", "numbers", f"'{name}' holds what is no number",
-                               "mend the episode, or leave it out", index)  # fmt: skip
-                return
-            if values.dtype.kind == "f" and not np.isfinite(values).all():
-                row, at = np.argwhere(~np.isfinite(values))[0].tolist()
-                self.found.add("error", "numbers", f"'{name}' holds {values[row, at]} at row {row}, entry {at}",
-                               "mend the episode, or leave it out with skip_bad=true", index)  # fmt: skip
-                return
-        for name, values in arrays.items():
-            self.values.setdefault(name, {})[index] = values
-        self.episodes.append(index)
+        columns = {name: values for name in good if self._numbers(name, values := read_column(table, name), index)}
+        for name in columns:
+            seen, kinds = self.seen.get(name, (0, set()))
+            self.seen[name] = seen + rows, kinds | {str(table[name].type)}
+        return None if any(name in good and name not in columns for name in self._used) else columns
+
+    def _numbers(self, name: str, values: np.ndarray, index: int) -> bool:
+        """Whether a column holds finite numbers; if not, say so."""
+        level = self._level(name)
+        mend = "mend the episode, or leave it out with skip_bad=true" if level == "error" else UNUSED
+        if values.dtype.kind not in "fiub":
+            self.found.add(level, "numbers", f"'{name}' holds what is no number", mend, index)
+            return False
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            row, at = np.argwhere(~np.isfinite(values))[0].tolist()
+            self.found.add(level, "numbers", f"'{name}' holds {values[row, at]} at row {row}, entry {at}", mend, index)
+            return False
+        return True
 
     def _schema(self, table: pa.Table, index: int) -> list[str]:
         """Names of the columns of numbers that are as they should be."""
@@ -98,8 +131,8 @@ class Tables:
         for name, feature in features.items():
             if feature.get("dtype") in ("video", "image", "string", "language"):
                 continue
+            level = self._level(name)
             if name not in table.column_names:
-                level = "warning" if name in BOOKKEEPING or name.startswith(("next.", "annotation.")) else "error"
                 self.found.add(level, "schema", f"feature '{name}' has no column", ANEW, index)
                 continue
             kind, shape = table[name].type, list(feature.get("shape") or [1])
@@ -111,20 +144,21 @@ class Tables:
             try:
                 width = read_column(table, name).shape[1]
             except (ValueError, pa.ArrowException) as error:
-                self.found.add("error", "schema", f"'{name}' cannot be read: {error}", "record it again", index)
+                mend = "record it again" if level == "error" else UNUSED
+                self.found.add(level, "schema", f"'{name}' cannot be read: {error}", mend, index)
                 continue
             if width != int(np.prod(shape)):
-                self.found.add("error", "schema", f"'{name}' is {width} wide, info.json says {shape}",
+                self.found.add(level, "schema", f"'{name}' is {width} wide, info.json says {shape}",
                                "correct the shape, or record it again", index)  # fmt: skip
                 continue
             good.append(name)
         return good
 
-    def _bookkeeping(self, entry: Entry, table: pa.Table) -> None:
+    def _bookkeeping(self, index: int, table: pa.Table, before: int) -> None:
         """Timestamps and counters: what the reader counts itself is a warning."""
-        index, count, fps = entry.index, np.arange(table.num_rows), float(self.layout.info["fps"])
+        count, fps = np.arange(table.num_rows), float(self.layout.info["fps"])
         expected = {"timestamp": count / fps, "frame_index": count, "episode_index": np.full(len(count), index),
-                    "index": self.rows + count}  # fmt: skip
+                    "index": before + count}  # fmt: skip
         for name, right in expected.items():
             if name not in table.column_names:
                 self.found.add("warning", "time" if name == "timestamp" else "schema", f"there is no {name}", ANEW,
@@ -166,22 +200,24 @@ class Tables:
 
 def check_videos(layout: Layout, robot: Embodiment, found: Findings) -> None:
     """Every listed video: there, whole, as long as its rows, of the size, rate and codec that info.json says, and each
-    frame of one episode alone."""
+    frame of one episode alone. What is wrong with a camera that is no view of `robot` is a warning."""
     seen: dict[Path, int | str] = {}
+    views = {view.key for view in robot.views}
     for key in cameras(layout.info):
         listed = [entry for entry in layout.entries if key in entry.videos]
         if not any(entry.videos[key][0].is_file() for entry in listed):
-            if key in {view.key for view in robot.views}:
+            if key in views:
                 found.add("error", "video", f"camera '{key}', by which '{robot.name}' sees, has no video on disk",
                           "copy the videos, or choose an embodiment without this view")  # fmt: skip
             else:
                 found.add("warning", "video", f"camera '{key}' is listed and no video of it is on disk",
                           f"take it out of info.json; {ANEW} without it")  # fmt: skip
             continue
+        level = "error" if key in views else "warning"
         spans: dict[Path, list[tuple[int, int, int]]] = {}
         for entry in layout.entries:
             if key not in entry.videos:
-                found.add("error", "video", f"it lists no video of '{key}'", "record it again", entry.index)
+                found.add(level, "video", f"it lists no video of '{key}'", "record it again", entry.index)
                 continue
             path, first, frames = entry.videos[key]
             if frames is not None:
@@ -190,17 +226,17 @@ def check_videos(layout: Layout, robot: Embodiment, found: Findings) -> None:
                 seen[path] = _check_video(layout, found, key, path, entry.index)
             held = seen[path]
             if isinstance(held, str):
-                found.add("error", "video", held, "copy it again, or leave the episode out", entry.index)
+                found.add(level, "video", held, "copy it again, or leave the episode out", entry.index)
                 continue
             frames = held if frames is None else frames
             if first + frames > held:
-                found.add("error", "video", f"{path.name} has {held} frames, the episode ends at {first + frames}",
+                found.add(level, "video", f"{path.name} has {held} frames, the episode ends at {first + frames}",
                           "copy the video again, or leave the episode out", entry.index)  # fmt: skip
             elif frames != entry.length:
-                found.add("error", "video", f"it has {entry.length} rows and {frames} frames of '{key}'",
+                found.add(level, "video", f"it has {entry.length} rows and {frames} frames of '{key}'",
                           "cut the longer one, or leave the episode out", entry.index)  # fmt: skip
         for shared in sorted(index for span in spans.values() for index in _overlapping(span)):
-            found.add("error", "video", f"its frames of '{key}' are also those of another episode", "the episode list "
+            found.add(level, "video", f"its frames of '{key}' are also those of another episode", "the episode list "
                       "is wrong; copy or export the dataset again", shared)  # fmt: skip
 
 
@@ -240,7 +276,7 @@ def _check_video(layout: Layout, found: Findings, key: str, path: Path, episode:
         found.add("warning", "time", f"videos of '{key}' run at {rate:.4g} frames a second, the rows at {float(fps):g} "
                   f"Hz; frames are taken by number", ANEW, episode)  # fmt: skip
     shape = list(feature.get("shape", []))
-    if shape and sorted(shape) != sorted([*size, 3]):
+    if shape and sorted(shape) not in (sorted([*size, 3]), sorted([*size, 1])):  # a depth map has one channel
         found.add("warning", "video", f"pictures of '{key}' are {size[0]}x{size[1]}, info.json says {shape}", ANEW,
                   episode)  # fmt: skip
     if said.get("video.codec") not in (None, codec):

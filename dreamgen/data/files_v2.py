@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dreamgen.core.manifest import write_json
+from dreamgen.core.manifest import settle, write_json
 from dreamgen.data import statistics
 from dreamgen.data.files_v3 import hugging_face, write_contract
 from dreamgen.data.layout import INFO, PROVENANCE
@@ -76,6 +76,7 @@ class Files:
         features = ledger.features()
         for key in ledger.cameras if self.groot else ():
             features[key] |= {"names": ["height", "width", "channel"], "video_info": features[key]["info"]}
+        settle(self.out)
         write_json(self.out / INFO, {
             "codebase_version": "v2.1", "robot_type": self.robot_type, "fps": ledger.fps,
             "total_episodes": ledger.episodes, "total_frames": ledger.rows, "total_tasks": len(ledger.tasks),

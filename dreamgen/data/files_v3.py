@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dreamgen.core.manifest import write_json
+from dreamgen.core.manifest import settle, write_json
 from dreamgen.data import statistics
 from dreamgen.data.layout import CONTRACT, INFO, PROVENANCE
 from dreamgen.data.ledger import Item, Ledger, provenance
@@ -132,6 +132,7 @@ class Files:
                 stats[name] = statistics.of_stored(paths, name, column.width)
         write_json(meta / "stats.json", stats)
         write_contract(self.out, self.contract)
+        settle(self.out)
         write_json(self.out / INFO, {
             "codebase_version": "v3.0", "robot_type": self.robot_type, "fps": ledger.fps,
             "total_episodes": ledger.episodes, "total_frames": ledger.rows, "total_tasks": len(ledger.tasks),

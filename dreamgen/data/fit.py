@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.core.manifest import read_json
-from dreamgen.data.layout import CONTRACT, Entry, cameras
+from dreamgen.data.layout import CONTRACT, Entry, cameras, pictures
 
 MODALITY = "meta/modality.json"
 
@@ -42,9 +42,9 @@ def misfits(root: Path, info: dict, robot: Embodiment, *, actions: bool = True) 
             yield (f"'{key}' of {root} does not fit embodiment '{robot.name}': {wrong}; choose the embodiment it was "
                    f"made with, or mend {MODALITY}")  # fmt: skip
     for view in robot.views:
-        if view.key not in cameras(info):
+        if view.key not in (seen := [*cameras(info), *pictures(info)]):
             yield (f"{root} has no video '{view.key}' for view '{view.name}' of embodiment '{robot.name}'; it has "
-                   f"{cameras(info)}")  # fmt: skip
+                   f"{seen}")  # fmt: skip
 
 
 def _parts(root: Path, kind: str, key: str, feature: dict, parts: Sequence[Part]) -> str:

@@ -1,6 +1,10 @@
-"""Everything that is checked of a dataset, in order: index, tables, videos, statistics, units, fit to a robot."""
+"""Everything that is checked of a dataset, in order: index, fit to a robot, tables, videos, statistics, units.
 
-from collections.abc import Iterator
+The numbers of one episode are in memory at a time, and those of a column's chunk while its statistics are computed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +14,27 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json
 from dreamgen.data import statistics
 from dreamgen.data.file_checks import Tables, check_videos
-from dreamgen.data.findings import Finding, Findings
+from dreamgen.data.findings import LEVELS, Finding, Findings
 from dreamgen.data.fit import misfits
 from dreamgen.data.layout import CONTRACT, PROVENANCE, Layout, cameras, episode_stats, read_jsonl, read_layout
-from dreamgen.data.number_checks import check_statistics, check_units
+from dreamgen.data.layout import pictures as stored_pictures
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.number_checks import check_statistics
+from dreamgen.data.rows import read_pictures
+from dreamgen.data.unit_checks import Units
 from dreamgen.video.mp4 import open_mp4, read_frames
 
 BLOCK = 64  # frames that are decoded at once
 
 
-def inspect(root: Path, robot: Embodiment, *, pictures: bool = True) -> tuple[list[Finding], dict]:
+def inspect(root: Path, robot: Embodiment, *, pictures: bool = True,
+            episodes: Sequence[int] | None = None) -> tuple[list[Finding], dict]:  # fmt: skip
     """All that is wrong or suspicious about the dataset at `root`, and counts of what was looked at.
 
     pictures: decode every frame of the robot's views, and compare their statistics too; without it videos are checked
-    by their packets.
+    by their packets. episodes: look at these alone, by the dataset's own numbers.
+
+    Raises ValueError for episodes that the dataset does not list.
     """
     found = Findings()
     try:
@@ -31,6 +42,9 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True) -> tuple[li
     except ValueError as error:
         found.add("error", "schema", str(error), "copy the dataset again, or write its index anew")
         return found.list(), {"episodes": 0, "frames": 0}
+    if absent := sorted(set(episodes or ()) - {entry.index for entry in layout.entries}):
+        raise ValueError(f"{root} has no episode {', '.join(map(str, absent))}; it lists {len(layout.entries)} "
+                         f"episodes")  # fmt: skip
     for note in layout.mended:
         found.add("warning", "counts", note, "correct info.json; `jobs.export` writes it anew")
     try:
@@ -43,19 +57,42 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True) -> tuple[li
     if not (root / CONTRACT).is_file():
         found.add("note", "contract", f"there is no {CONTRACT}: parts, units and scales are those of embodiment "
                   f"'{robot.name}', unchecked", "see that it is the robot of the recording")  # fmt: skip
-    tables = Tables(layout, found)
-    tables.check()
-    check_videos(layout, robot, found)
-    true = {name: statistics.of_numbers(np.concatenate([*arrays.values()])) for name, arrays in tables.values.items()}
-    if pictures:
-        true |= _picture_stats(layout, robot, found)
-    for where, said in _stored(layout, found):
-        # v2.x files, GR00T's above all, leave pictures out of it
-        own = {k: v for k, v in true.items() if k in said or layout.version >= "v3." or np.ndim(v["mean"]) != 3}
-        check_statistics(said, own, found, where)
-    _episodes(layout, tables, found)
-    check_units(robot, tables.values.get(robot.state_key, {}), tables.values.get(robot.action_key, {}), found)
-    return found.list(), {"episodes": len(layout.entries), "frames": tables.rows}
+    tables = Tables(layout, robot, found, None if episodes is None else set(episodes))
+    units, own = Units(robot), _own(layout, found)
+    for index, columns in tables.good():
+        units.add(columns.get(robot.state_key), columns.get(robot.action_key))
+        if own is not None:
+            _compare(own.get(index), columns, found, index)
+    taken = replace(layout, entries=tables.entries)
+    check_videos(taken, robot, found)
+    seen = _picture_stats(taken, robot, found) | _stored_stats(taken, robot, found) if pictures else {}
+    _whole(layout, tables, seen if len(taken.entries) == len(layout.entries) else {}, found)
+    units.check(found)
+    return found.list(), {"episodes": len(taken.entries), "frames": tables.rows}
+
+
+def excused(found: list[Finding], root: Path, robot: Embodiment,
+            episodes: Sequence[int] | None = None) -> tuple[list[Finding], Dataset | None]:  # fmt: skip
+    """The findings for who leaves bad episodes out (`skip_bad`): errors of episodes that the reader leaves out are
+    warnings. Also the reader, which says why; it holds no more than these episodes and a good one.
+
+    None where there are none, or where the dataset cannot be opened without them.
+    """
+    bad = {index for finding in found if finding.level == "error" for index in finding.episodes}
+    if not bad:
+        return found, None
+    listed = {entry.index for entry in read_layout(root).entries} if episodes is None else set(episodes)
+    try:
+        reader = Dataset(root, robot, skip_bad=True, episodes=[*bad, *sorted(listed - bad)[:1]])
+    except ValueError:
+        return found, None
+    told = []
+    for finding in found:
+        gone = [index for index in finding.episodes if index in reader.skipped and finding.level == "error"]
+        left = [index for index in finding.episodes if index not in gone]
+        told += [replace(finding, episodes=left)] if left or not gone else []
+        told += [replace(finding, level="warning", episodes=gone)] if gone else []
+    return sorted(told, key=lambda finding: LEVELS.index(finding.level)), reader
 
 
 def _stored(layout: Layout, found: Findings) -> Iterator[tuple[str, dict]]:
@@ -70,27 +107,65 @@ def _stored(layout: Layout, found: Findings) -> Iterator[tuple[str, dict]]:
         found.add("warning", "statistics", "meta/stats.json is missing", "`jobs.export` computes it")
 
 
-def _episodes(layout: Layout, tables: Tables, found: Findings) -> None:
-    """The statistics of each episode, which v2.1 and v3.0 have."""
+def _whole(layout: Layout, tables: Tables, pictures: dict[str, dict], found: Findings) -> None:
+    """The statistics of the whole dataset against its files; pictures: those of all its pictures, where known."""
+    files = dict.fromkeys(entry.data for entry in layout.entries)
+    for where, said in _stored(layout, found):
+        widths = tables.whole()
+        # v2.x files, GR00T's above all, leave pictures out of it
+        own = {key: value for key, value in pictures.items() if key in said or layout.version >= "v3."}
+        for name, width in widths.items():
+            own[name] = statistics.of_stored(files, name, width) if name in said else {}
+        check_statistics(said, own, found, where)
+        if left := [name for name in tables.seen if name not in widths]:
+            found.add("note", "statistics", f"{where} was not compared with the data of {', '.join(map(repr, left))}: "
+                      f"not all of their rows were looked at, or are good", "`jobs.export` with skip_bad=true or "
+                      "data.episodes leaves these rows out and computes them anew")  # fmt: skip
+
+
+def _own(layout: Layout, found: Findings) -> dict[int, dict] | None:
+    """The statistics of each episode by its index, which v2.1 and v3.0 have; None where there are none."""
     path = layout.root / "meta/episodes_stats.jsonl"
     if layout.version == "v2.1" and not path.is_file():
         found.add("warning", "statistics", "meta/episodes_stats.jsonl is missing; lerobot reads v2.1 by it",
                   "`jobs.export stage.format=v2.1` writes it")  # fmt: skip
     if layout.version < "v2.1" or layout.version == "v2.1" and not path.is_file():
-        return
+        return None
     try:
-        stored = episode_stats(layout.root) if layout.version >= "v3." else {
+        return episode_stats(layout.root) if layout.version >= "v3." else {
             row["episode_index"]: row["stats"] for row in read_jsonl(path, "episode_index", "stats")}  # fmt: skip
     except ValueError as error:
         found.add("error", "statistics", str(error), "`jobs.export` computes them anew")
+        return None
+
+
+def _compare(said: dict | None, columns: dict[str, np.ndarray], found: Findings, index: int) -> None:
+    """The statistics of one episode against its columns (s k)."""
+    if not said:
+        found.add("warning", "statistics", "it has no statistics of its own", "`jobs.export` computes them", index)
         return
-    for index in tables.episodes:
-        if said := stored.get(index):
-            true = {name: statistics.of_numbers(arrays[index]) for name, arrays in tables.values.items()
-                    if index in arrays}  # fmt: skip
-            check_statistics(said, true, found, "its own statistics", index)
-        else:
-            found.add("warning", "statistics", "it has no statistics of its own", "`jobs.export` computes them", index)
+    true = {name: statistics.of_numbers(values) for name, values in columns.items()}
+    check_statistics(said, true, found, "its own statistics", index)
+
+
+def _stored_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:
+    """Statistics of all pictures of the robot's views that lie in the tables, decoded."""
+    true: dict[str, dict] = {}
+    for key in sorted({view.key for view in robot.views} & set(stored_pictures(layout.info))):
+        counts, frames, whole = np.zeros((3, 256), np.int64), 0, True
+        for entry in layout.entries:
+            try:
+                for at in range(0, entry.length, BLOCK):
+                    rows = np.arange(at, min(at + BLOCK, entry.length))
+                    counts += statistics.histogram(read_pictures(layout.root, entry, key, rows))
+                frames += entry.length
+            except (ValueError, IndexError) as error:
+                whole = False
+                if entry.data.is_file():  # a missing file was named before
+                    found.add("error", "video", str(error), "record it again, or leave the episode out", entry.index)
+        if whole and frames:
+            true[key] = statistics.of_pictures(counts, frames)
+    return true
 
 
 def _picture_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:

@@ -100,6 +100,11 @@ def cameras(info: dict) -> list[str]:
     return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
 
 
+def pictures(info: dict) -> list[str]:
+    """Keys of all cameras whose pictures lie in the tables, one a row."""
+    return [key for key, feature in info["features"].items() if feature.get("dtype") == "image"]
+
+
 def read_jsonl(path: Path, *keys: str) -> list[dict]:
     """One JSON object per line, each with `keys`. ValueError names the file and the line."""
     if not path.is_file():
@@ -152,7 +157,7 @@ def _read_v2(root: Path, version: str, info: dict) -> Layout:
         place = {"episode_chunk": index // size, "episode_index": index}
         videos = {key: (root / info["video_path"].format(video_key=key, **place), 0, None) for key in cameras(info)}
         data = root / info["data_path"].format(**place)
-        entries.append(Entry(index=index, length=int(row["length"]), tasks=row.get("tasks", []), data=data, first=None,
+        entries.append(Entry(index=index, length=int(row["length"]), tasks=_texts(row), data=data, first=None,
                              videos=videos, meta=_provenance(row)))  # fmt: skip
     mended = _check_totals(info, entries, tasks)
     return Layout(root=root, version=version, info=info, tasks=tasks, entries=entries, mended=mended)
@@ -189,7 +194,7 @@ def _read_v3(root: Path, version: str, info: dict) -> Layout:
             first, stop = (round(row[head + edge] * fps) for edge in ("from_timestamp", "to_timestamp"))
             videos[key] = (root / path, first, stop - first)
         entries.append(
-            Entry(index=int(row["episode_index"]), length=int(row.get("length", length)), tasks=row.get("tasks") or [],
+            Entry(index=int(row["episode_index"]), length=int(row.get("length", length)), tasks=_texts(row),
                   data=root / info["data_path"].format(chunk_index=chunk, file_index=file),
                   first=row["dataset_from_index"] - starts[chunk, file], videos=videos, meta=_provenance(row))
         )  # fmt: skip
@@ -204,6 +209,12 @@ def _require_columns(file: Path, names: list[str], keys: list[str]) -> None:
         wanted += [head + name for name in ("chunk_index", "from_timestamp", "to_timestamp")]
     if missing := [name for name in wanted if name not in names]:
         raise ValueError(f"{file} lacks the columns {', '.join(missing)}; {AGAIN}")
+
+
+def _texts(row: dict) -> list:
+    """The tasks that a row of the episode list names; some lists hold one plain text."""
+    found = row.get("tasks") or []
+    return [found] if isinstance(found, str) else list(found)
 
 
 def _provenance(row: dict) -> dict:

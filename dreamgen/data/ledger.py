@@ -19,12 +19,15 @@ class Camera:
     codec: str
     pix_fmt: str
 
-    def feature(self, fps: int | float) -> dict:
-        info = {"video.height": self.height, "video.width": self.width, "video.codec": self.codec,
-                "video.pix_fmt": self.pix_fmt, "video.fps": fps, "video.channels": 3, "video.is_depth_map": False,
+    def feature(self, fps: int | float, said: dict) -> dict:
+        """The feature of `info.json`. said: what another dataset, of which the packets are, told beyond what they tell
+        themselves."""
+        kept = {key: value for key, value in said.items() if not key.startswith("audio.")}  # sound is not copied
+        info = {"video.channels": 3, "video.is_depth_map": False, **kept, "video.height": self.height,
+                "video.width": self.width, "video.codec": self.codec, "video.pix_fmt": self.pix_fmt, "video.fps": fps,
                 "has_audio": False}  # fmt: skip
-        return {"dtype": "video", "shape": [self.height, self.width, 3], "names": ["height", "width", "channels"],
-                "info": info}  # fmt: skip
+        return {"dtype": "video", "shape": [self.height, self.width, info["video.channels"]],
+                "names": ["height", "width", "channels"], "info": info}  # fmt: skip
 
     @classmethod
     def of(cls, data: bytes) -> "Camera":
@@ -59,11 +62,13 @@ class Item:
 class Ledger:
     """Counts and tasks of the episodes that were entered, one after another.
 
-    columns: of the tables, in order, the bookkeeping first.
+    columns: of the tables, in order, the bookkeeping first. said: of cameras whose packets are copied, what their
+    dataset tells of them.
     """
 
     rate: Fraction
     columns: dict[str, Column] = field(default_factory=dict)
+    said: dict[str, dict] = field(default_factory=dict)
     cameras: dict[str, Camera] = field(default_factory=dict)
     tasks: dict[str, int] = field(default_factory=dict)
     rows: int = 0
@@ -103,7 +108,7 @@ class Ledger:
 
     def features(self) -> dict[str, dict]:
         """The features of `info.json`: cameras, then columns."""
-        cameras = {key: camera.feature(self.fps) for key, camera in self.cameras.items()}
+        cameras = {key: camera.feature(self.fps, self.said.get(key, {})) for key, camera in self.cameras.items()}
         return cameras | {name: column.feature() for name, column in self.columns.items()}
 
 

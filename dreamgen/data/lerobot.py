@@ -1,24 +1,27 @@
 """A LeRobot dataset (v2.0, v2.1, v3.0) seen through one robot: what is harmless is mended and said, the rest raises.
 
-State and action of all episodes are held in memory; pictures are decoded when asked for, at the embodiment's size.
+State, action and our own columns of all episodes are held in memory, other columns are left on disk; pictures are
+decoded when asked for, at the embodiment's size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import UInt8
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
-from dreamgen.data.columns import BOOKKEEPING, REMEDY, check_numbers, read_column
+from dreamgen.data.columns import BOOKKEEPING, OWN, REMEDY, TRUTH, check_numbers, is_even, read_column, stored_column
 from dreamgen.data.decoders import Decoders
 from dreamgen.data.fit import absent_cameras, misfits
 from dreamgen.data.instructions import find_instruction
-from dreamgen.data.layout import PROVENANCE, Entry, check_owner, locate, read_jsonl, read_layout
+from dreamgen.data.layout import CONTRACT, PROVENANCE, Entry, check_owner, locate, pictures, read_jsonl, read_layout
+from dreamgen.data.rows import Rows, read_pictures
+from dreamgen.data.states import known_states
 from dreamgen.video.mp4 import count_frames
 from dreamgen.video.tiling import fit, tile
 
@@ -60,21 +63,23 @@ class Dataset:
             raise ValueError(misfit)
         absent = absent_cameras(self.root, self.info, robot, layout.entries)
         self.mended += [f"camera '{key}' is listed and not on disk; left out" for key in absent]
-        self._extra = [
+        self._numeric = [
             key
             for key, feature in self.info["features"].items()
             if key not in (*BOOKKEEPING, robot.state_key, robot.action_key)
             and not key.startswith(("annotation.", "next."))
-            and feature.get("dtype") not in ("video", "image", "string")
+            and feature.get("dtype") not in ("video", "image", "string", "language")
         ]
+        ours = (self.root / CONTRACT).is_file()
+        self._extra = [key for key in self._numeric if ours or key in OWN or key.startswith(TRUTH)]
         metas = {}
         if (self.root / PROVENANCE).is_file():
             metas = {row.pop("episode_index"): row for row in read_jsonl(self.root / PROVENANCE, "episode_index")}
         self._counts: dict[Path, int] = {}
-        self._table: tuple[Path, pa.Table] | None = None
-        self._take(layout.entries, lambda e: self._load(e, self._rows(e), metas.get(e.index, e.meta)),
+        self._rows = Rows()
+        self._take(layout.entries, lambda e: self._load(e, metas.get(e.index, e.meta)),
                    skip_bad=skip_bad, episodes=episodes, leave_out=leave_out, cache_mb=cache_mb)  # fmt: skip
-        self._table = None
+        self._rows.forget()
 
     def _take(self, entries: Sequence[Entry], load: Callable[[Entry], Episode], *, skip_bad: bool, cache_mb: int,
               episodes: Sequence[int] | None, leave_out: Sequence[int] | None = None) -> None:  # fmt: skip
@@ -129,16 +134,38 @@ class Dataset:
         return self._episodes[i].instruction
 
     def episode(self, i: int) -> Episode:
-        """State, action, extra columns and meta of episode i; its video is empty, see `views`."""
+        """State, action, extra columns and meta of episode i; its video is empty, see `views`. Of a dataset that others
+        made, extra are the columns that dreamgen knows by name."""
         return self._episodes[i]
+
+    @cached_property
+    def others(self) -> list[str]:
+        """Columns of numbers that `episode` leaves on disk, as wide in all rows as their features say; reads them."""
+        columns = {key: stored_column(self.info["features"][key]) for key in self._numeric if key not in self._extra}
+        even = {key: column.width for key, column in columns.items() if column is not None}
+        for i in range(len(self) if even else 0):
+            table = self.table(i, even)
+            even = {key: width for key, width in even.items()
+                    if key in table.column_names and is_even(table, key, width)}  # fmt: skip
+        return list(even)
+
+    def extra(self, i: int) -> dict[str, np.ndarray]:
+        """All columns of numbers of episode i (s k) beside state and action: those that are held, and `others`."""
+        table = self.table(i, self.others) if self.others else None
+        found = self._episodes[i].extra | {key: read_column(table, key) for key in self.others}
+        return {key: found[key] for key in self._numeric if key in found}
 
     def entry(self, i: int) -> Entry:
         """Where the parts of episode i lie on disk."""
         return self._entries[i]
 
-    def table(self, i: int) -> pa.Table:
-        """The rows of episode i as they are stored, with all columns."""
-        return self._rows(self._entries[i])
+    def columns(self, i: int) -> list[str]:
+        """Names of the columns of episode i as they are stored."""
+        return self._rows.columns(self._entries[i].data)
+
+    def table(self, i: int, columns: Container[str] | None = None) -> pa.Table:
+        """The rows of episode i as they are stored; of `columns` those that there are, default all."""
+        return self._rows.read(self._entries[i], lambda name: columns is None or name in columns)
 
     def views(self, i: int, rows: Sequence[int] | np.ndarray | None = None) -> dict[str, UInt8[np.ndarray, "t h w 3"]]:
         """Pictures of episode i at `rows` (default all), {view: (t h w 3)}, at the size of the embodiment's views.
@@ -155,14 +182,25 @@ class Dataset:
             self._cached[i] = self._decode(i, np.arange(self.length(i)))
         return {name: frames[rows] for name, frames in self._cached[i].items()}
 
+    def frames(self, i: int, key: str, rows: np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
+        """Pictures of the camera `key` at `rows` of episode i, in the size in which they are stored."""
+        if key in pictures(self.info):
+            return read_pictures(self.root, self._entries[i], key, rows)
+        path, first, _ = self._entries[i].videos[key]
+        return self._videos.read(path, rows + first)
+
     def canvas(self, i: int, rows: Sequence[int] | np.ndarray | None = None) -> UInt8[np.ndarray, "t h w 3"]:
         """Pictures of episode i at `rows` (default all), tiled on the embodiment's canvas."""
         return tile(self.robot, self.views(i, rows))
 
+    def state(self, i: int, row: int) -> np.ndarray:
+        """State at a row of episode i, empty unless all of it is known: finite, and by the column `state_known`."""
+        state = known_states(self._episodes[i], row)
+        return state if np.isfinite(state).all() else state[:0]
+
     def first_state(self, i: int) -> np.ndarray:
         """State at the first row of episode i, empty where it is unknown."""
-        state = self._episodes[i].state[0]
-        return state if np.isfinite(state).all() else state[:0]
+        return self.state(i, 0)
 
     def require_actions(self, reader: str) -> None:
         """Raise ValueError if the dataset was opened as video alone; `reader` names the option that it was given as."""
@@ -180,23 +218,14 @@ class Dataset:
         """States of all episodes (n d), for statistics."""
         return np.concatenate([episode.state for episode in self._episodes])
 
-    def _read_table(self, path: Path) -> pa.Table:
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        try:
-            return pq.read_table(path)
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from error
+    def _is_read(self, name: str) -> bool:
+        """Whether opening reads a column."""
+        own = (*BOOKKEEPING, *self._extra, self.robot.state_key, self.robot.action_key)
+        return name in own or name.startswith("annotation.")
 
-    def _rows(self, entry: Entry) -> pa.Table:
-        """All columns of an episode; the file that was read last is kept."""
-        kept = self._table
-        if kept is None or kept[0] != entry.data:
-            kept = self._table = (entry.data, self._read_table(entry.data))
-        return kept[1] if entry.first is None else kept[1].slice(entry.first, entry.length)
-
-    def _load(self, entry: Entry, table: pa.Table, meta: dict) -> Episode:
+    def _load(self, entry: Entry, meta: dict) -> Episode:
         """Check one episode and take its columns."""
+        table, present = self._rows.read(entry, self._is_read), self._rows.columns(entry.data)
         robot, rows = self.robot, table.num_rows
         if rows == 0:
             raise ValueError("it has zero length")
@@ -210,12 +239,10 @@ class Dataset:
         if not self.has_actions:
             meta = {**meta, "action_known": False}
         self._check_time(table)
-        extra = {}
-        for key in self._extra:
-            if key in table.column_names:
-                extra[key] = read_column(table, key)
-            else:
+        for key in self._numeric:
+            if key not in present:
                 self._note(f"feature '{key}' is listed and has no column; left out")
+        extra = {key: read_column(table, key) for key in self._extra if key in present}
         told = find_instruction(entry, table, self.tasks, self._note)
         return Episode(instruction=told, state=state, action=action, extra=extra, meta=meta)
 
@@ -229,6 +256,10 @@ class Dataset:
 
     def _check_videos(self, entry: Entry, rows: int) -> None:
         for view in self.robot.views:
+            if view.key in pictures(self.info):
+                if view.key not in self._rows.columns(entry.data):
+                    raise ValueError(f"it has no column '{view.key}', whose pictures view '{view.name}' shows")
+                continue
             if view.key not in entry.videos:
                 raise ValueError(f"it lists no video '{view.key}'")
             path, first, frames = entry.videos[view.key]
@@ -265,15 +296,11 @@ class Dataset:
     def _decode(self, i: int, rows: np.ndarray) -> dict[str, np.ndarray]:
         out = {}
         for view in self.robot.views:
-            path, first, _ = self._entries[i].videos[view.key]
             try:
-                frames = self._videos.read(path, rows + first)
+                frames = self.frames(i, view.key, rows)
             except ValueError as error:
                 raise ValueError(f"episode {self.index(i)} of {self.root}: {error}; copy the video again, or leave "
                                  f"the episode out: `episodes` of the dataset lists those to take (skip_bad=true "
                                  f"does not decode, so it cannot know)") from error  # fmt: skip
             out[view.name] = fit(frames, view.height, view.width, view.fit)
         return out
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_table": None}

@@ -1,16 +1,20 @@
 """What to dream: first frames x instructions x seeds. Each class is a list maker; its fields are the recipe.
 
+First frames of datasets and simulators are read when they are dreamed (`Draft`), those of pictures with the list.
+
 `every_instruction` puts each first frame under every instruction (counterfactuals); prompts of one first frame share
 `pair`. A prompt's seed depends on its id alone, so a list may grow without changing what it held.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from dreamgen.core.clip import Prompt
+from dreamgen.core.clip import Draft, Prompt, read_prompts
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import rng_for, seed_for
@@ -20,18 +24,16 @@ from dreamgen.video.tiling import fit, tile
 ORIGIN = ("sim", "seed", "instruction", "video")  # what a first frame takes along of its episode's meta
 
 
-def _spread(frames: Sequence[dict], instructions: Sequence[str], *, every: bool, count: int, seed: int) -> list[Prompt]:
-    """Prompts of first frames (dicts of image, state, origin, pair, own instruction), `count` seeds each."""
+def _spread(frames: Sequence[dict], instructions: Sequence[str], *, every: bool, count: int, seed: int) -> list[Draft]:
+    """Drafts of first frames (dicts of first, origin, pair, own instruction), `count` seeds each."""
     made = []
     for frame in frames:
         texts = list(dict.fromkeys(instructions)) if every else [frame["instruction"]]
         for number, text in enumerate(texts):
             for repeat in range(count):
                 name = f"{frame['pair']}_i{number:02d}_s{repeat}" if every else f"{frame['pair']}_s{repeat}"
-                made.append(Prompt(
-                    id=name, image=frame["image"], instruction=text, seed=seed_for(seed, "dream", name, text),
-                    pair=frame["pair"], state=frame["state"], origin=frame["origin"],
-                ))  # fmt: skip
+                made.append(Draft(id=name, first=frame["first"], instruction=text, pair=frame["pair"],
+                                  seed=seed_for(seed, "dream", name, text), origin=frame["origin"]))  # fmt: skip
     return made
 
 
@@ -63,7 +65,7 @@ class DatasetPrompts:
         """What the first frames are taken from."""
         return self.dataset.root
 
-    def __call__(self) -> list[Prompt]:
+    def __call__(self) -> list[Draft]:
         data = self.dataset
         given = self.instructions is not None  # then a dataset's own may be unknown
         own = [data.episode(i).instruction if given else data.instruction(i) for i in range(len(data))]
@@ -74,16 +76,20 @@ class DatasetPrompts:
         frames = []
         for i in sorted(chosen.tolist()):
             text = own[i] if own[i] in texts else texts[i % len(texts)]
-            meta, states = data.episode(i).meta, data.episode(i).state
+            meta = data.episode(i).meta
             for row in dict.fromkeys(int(share * data.length(i)) for share in self.keyframes):
                 begun = ORIGIN if row == 0 else ("video",)  # no simulator begins in the middle of this episode
                 frames.append({
-                    "image": data.canvas(i, [row])[0], "instruction": text,
-                    "state": states[row] if np.isfinite(states[row]).all() else states[row, :0],
+                    "first": partial(_recorded, data, i, row), "instruction": text,
                     "pair": f"e{data.index(i):06d}" + (f"_r{row}" if row else ""),
                     "origin": {k: v for k, v in meta.items() if k in begun} | {"episode": data.index(i), "row": row},
                 })  # fmt: skip
         return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
+
+
+def _recorded(data: Dataset, i: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and state at a row of an episode; no state where it is unknown."""
+    return data.canvas(i, [row])[0], data.state(i, row)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,8 +106,9 @@ class SimPrompts:
     repeats: int = 1
     seed: int = 0
 
-    def __call__(self) -> list[Prompt]:
+    def __call__(self) -> list[Draft]:
         sim = self.sim()
+        scenes = _Scenes(sim)
         texts = _require_text(list(self.instructions or sim.instructions), "prompts")
         unknown = [text for text in texts if text not in sim.instructions]
         frames = []
@@ -109,14 +116,24 @@ class SimPrompts:
             text = texts[k * len(texts) // self.first_frames]
             scene = text if text not in unknown else sim.instructions[k % len(sim.instructions)]
             own = seed_for(self.seed, "first frame", k)
-            sim.reset(scene, own)
-            seen = sim.observe()
-            image = tile(sim.robot, {name: view[None] for name, view in seen.views.items()})[0]
             origin = {"sim": type(sim).__name__.lower(), "instruction": scene, "seed": own}
-            frames.append({"image": image, "state": seen.state, "instruction": text, "pair": f"f{k:06d}",
+            frames.append({"first": partial(scenes.first, scene, own), "instruction": text, "pair": f"f{k:06d}",
                            "origin": origin})  # fmt: skip
-        sim.close()
         return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
+
+
+class _Scenes:
+    """First frames of a simulator, which is closed once no draft needs it."""
+
+    def __init__(self, sim: Sim) -> None:
+        self.sim = sim
+        weakref.finalize(self, sim.close)
+
+    def first(self, scene: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Picture and state of a scene whose objects the seed places."""
+        self.sim.reset(scene, seed)
+        seen = self.sim.observe()
+        return tile(self.sim.robot, {name: view[None] for name, view in seen.views.items()})[0], seen.state
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,9 +168,9 @@ class FolderPrompts:
             views = {view.name: fit(_picture(paths[view.name]), view.height, view.width, view.fit)
                      for view in self.robot.views}  # fmt: skip
             origin = {"picture": ", ".join(paths[view.name].name for view in self.robot.views)}
-            frame = {"image": tile(self.robot, views), "state": np.zeros(0, np.float32), "pair": name,
-                     "instruction": texts[0], "origin": origin}  # fmt: skip
-            made += _spread([frame], texts, every=True, count=self.repeats, seed=self.seed)
+            first = tile(self.robot, views), np.zeros(0, np.float32)
+            frame = {"first": lambda first=first: first, "pair": name, "origin": origin}
+            made += read_prompts(_spread([frame], texts, every=True, count=self.repeats, seed=self.seed))
         return made
 
     def _named(self) -> dict[str, dict[str, Path]]:
@@ -180,10 +197,10 @@ class FolderPrompts:
 
 
 def _picture(path: Path) -> np.ndarray:
-    """A picture file, (h w 3) uint8. ValueError if it is none."""
-    from PIL import Image, UnidentifiedImageError
+    """A picture file, (h w 3) uint8, upright as its EXIF orientation says. ValueError if it is none."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        return np.array(Image.open(path).convert("RGB"))
+        return np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error

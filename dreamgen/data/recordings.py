@@ -7,20 +7,26 @@ from dreamgen.core.clock import Clock
 from dreamgen.data.lerobot import Dataset
 
 
-def recorded_clip(dataset: Dataset, index: int, clock: Clock) -> tuple[Clip, np.ndarray]:
-    """All of episode `index` at the video rate of `clock`, and the actions (s a) that the clip spans.
-
-    Raises ValueError for an episode too short for two frames.
-    """
-    episode = dataset.episode(index)
+def whole_clock(dataset: Dataset, index: int, clock: Clock) -> Clock:
+    """`clock` with as many frames as episode `index` has. Raises ValueError for one too short for two."""
     whole = clock.with_frames(max(2, clock.frames_in(dataset.length(index))))
     if whole.steps >= dataset.length(index):
         raise ValueError(
             f"episode {dataset.index(index)} of {dataset.root} has {dataset.length(index)} rows; two frames at "
             f"{clock.video_hz} Hz need {whole.steps + 1}. Leave it out, or raise the video rate."
         )
-    clip = Clip(id=_id(dataset, index), video=dataset.canvas(index, whole.rows), video_hz=whole.video_hz,
-                instruction=episode.instruction, state=dataset.first_state(index), origin=_origin(episode))  # fmt: skip
+    return whole
+
+
+def recorded_clip(dataset: Dataset, index: int, clock: Clock, *, unseen: bool = False) -> tuple[Clip, np.ndarray]:
+    """All of episode `index` at the video rate of `clock`, and the actions (s a) that the clip spans.
+
+    unseen: without its pictures, none of which is decoded. Raises ValueError for an episode too short for two frames.
+    """
+    episode, whole = dataset.episode(index), whole_clock(dataset, index, clock)
+    video = np.zeros((0, *dataset.robot.canvas, 3), np.uint8) if unseen else dataset.canvas(index, whole.rows)
+    clip = Clip(id=_id(dataset, index), video=video, video_hz=whole.video_hz, instruction=episode.instruction,
+                state=dataset.first_state(index), origin=_origin(episode))  # fmt: skip
     return clip, episode.action[: whole.steps]
 
 

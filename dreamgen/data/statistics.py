@@ -112,7 +112,7 @@ def _selected(read: Callable[[], Iterable[np.ndarray]], ranks: list[int]) -> np.
 
 
 def of_stored(paths: Iterable[Path], name: str, width: int) -> dict[str, list]:
-    """Statistics of a column of `width` entries of parquet files."""
+    """Statistics of a column of parquet files, of which each row holds `width` numbers, in lists or not."""
     import pyarrow.parquet as pq
 
     files = list(paths)
@@ -122,8 +122,9 @@ def of_stored(paths: Iterable[Path], name: str, width: int) -> dict[str, list]:
         for path in files:
             for batch in pq.ParquetFile(path).iter_batches(columns=[name]):
                 column = batch.column(0)
-                values = (column.flatten() if width > 1 else column).to_numpy(zero_copy_only=False)
-                held.append(values.reshape(-1, width))
+                while hasattr(column, "value_lengths"):
+                    column = column.flatten()
+                held.append(column.to_numpy(zero_copy_only=False).reshape(-1, width))
                 size += held[-1].size
                 if size >= WHOLE:
                     yield np.concatenate(held)

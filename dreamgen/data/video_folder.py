@@ -15,7 +15,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import FILE, RUN
 from dreamgen.data.layout import INFO, Entry
 from dreamgen.data.lerobot import Dataset
-from dreamgen.video.mp4 import frame_times, open_mp4
+from dreamgen.video.mp4 import frame_times, open_mp4, require_turned
 from dreamgen.video.tiling import fit, untile
 
 ENDINGS = ("mp4", "mkv", "webm", "mov")
@@ -26,14 +26,15 @@ AT_ONCE = 64  # frames held in the size of the file
 class VideoFolder(Dataset):
     """Every video file below the folder `root` (mp4, mkv, webm, mov) as an episode, numbered in order of their paths.
 
-    A picture shows the whole canvas and is brought to its size as the first view says (`View.fit`). Actions and states
-    are NaN. The text file of a video's name beside it (a.mp4, a.txt) is its instruction, else `instruction` is; where
-    neither is, only what needs one says so.
+    A picture is turned upright where the file says how, shows the whole canvas and is brought to its size as the first
+    view says (`View.fit`). Actions and states are NaN. The text file of a video's name beside it (a.mp4, a.txt) is its
+    instruction, else `instruction` is; where neither is, only what needs one says so.
     video_hz: at which frames will be taken, as far as it is known: a video with fewer than two of them, or that was
     recorded at a lower rate, is bad. skip_bad, episodes, cache_mb: see `Dataset`.
 
     Raises ValueError: no video; a LeRobot dataset or a stage's output; and, without `skip_bad`, the first bad video:
-    truncated, no video, too short, without the times of its frames, an instruction that is empty or no text.
+    truncated, no video, too short, without the times of its frames, an instruction that is empty or no text,
+    frames that are to be shown mirrored or askew.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class VideoFolder(Dataset):
         """Check one video and find the frame of each row."""
         path, rate, pair = entry.data, float(self.robot.rate), self._pair
         times = frame_times(open_mp4(path), path)
+        require_turned(path)
         rows = np.arange(int((times[-1] + LATE) * rate) + 1)
         if len(rows) <= pair.steps:
             raise ValueError(f"video {path} has {len(times)} frames in {times[-1]:.2f} s, too few for a clip: two "

@@ -60,6 +60,15 @@ def join() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
+def require_alone(stage: str) -> None:
+    """Raise ValueError where several processes were started for `stage`, which is the work of one."""
+    from_slurm()
+    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(f"{stage} is the work of one process, and torchrun or srun has started {count}, all of which "
+                         f"would write to one folder; start it alone (of all training only finetune can be shared)"
+                         )  # fmt: skip
+
+
 def wait() -> None:
     """Until all processes are here."""
     if dist.is_initialized():

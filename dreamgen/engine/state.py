@@ -5,7 +5,6 @@ processes, or with another way of sharing the model, than it began with.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dreamgen.core.manifest import read_json, replacing, write_json
+from dreamgen.core.manifest import read_json, replacing, settle, write_json
 
 STATE = "training"
 BEST = "best.safetensors"
@@ -80,16 +79,6 @@ def moments(optimiser: torch.optim.Optimizer, *, keep: bool) -> dict:
     """An optimiser's state, its tensors as `gathered`."""
     state = optimiser.state_dict()
     return {**state, "state": {number: gathered(of.items(), keep=keep) for number, of in state["state"].items()}}
-
-
-def settle(folder: Path) -> None:
-    """Have a folder and its files on the disk before what is written next."""
-    for path in (*folder.iterdir(), folder, folder.parent):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimisers: list, *, write: bool = True) -> None:

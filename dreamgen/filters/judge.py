@@ -10,7 +10,8 @@ instruction it was not trained on gets nan.
 """
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,15 @@ class VideoJudge(nn.Module):
         return np.stack([views[view.name] for view in self.robot.views], axis=1)
 
     def states(self, clip: Clip, chosen: np.ndarray | None = None) -> Float32[np.ndarray, "t d"]:
-        """What it is told at these frames, (frames d) in units; nan where the clip does not say what was done."""
+        """What it is told at these frames (in order), (frames d) in units; nan where the clip does not say what was
+        done. Of a clip without pictures `chosen` names the frames."""
         chosen = self._chosen(len(clip.video), chosen)
         if not len(clip.action) or clip.state.shape != (self.robot.state_dim,):
             return np.full((len(chosen), len(self.told)), np.nan, np.float32)
         if clip.action.shape[1] != self.robot.action_dim:
             raise ValueError(f"clip '{clip.id}' comes with actions {clip.action.shape[1]} wide, the judge's robot "
                              f"'{self.robot.name}' has {self.robot.action_dim}")  # fmt: skip
-        clock = Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=max(2, len(clip.video)))
+        clock = Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=max(2, int(chosen[-1]) + 1))
         states = follow(self.robot, clip.state, clip.action)[0]
         return states[clock.rows[chosen].clip(max=len(states) - 1)][:, self.told]
 
@@ -120,36 +122,46 @@ class VideoJudge(nn.Module):
         return np.pad(chosen, (0, self.frames - len(chosen)), mode="edge")
 
     @torch.no_grad()
-    def logits(self, clips: Sequence[Clip], batch_size: int = 16) -> np.ndarray:
-        """(b,) not calibrated, of any instruction. ValueError names a clip that is not of the robot's canvas."""
-        device, training, found = self.out.weight.device, self.training, []
+    def logits(self, clips: Iterable[Clip], batch_size: int = 16) -> np.ndarray:
+        """(b,) not calibrated, of any instruction; of a clip it keeps the frames that it looks at until the batch is
+        full. ValueError names a clip that is not of the robot's canvas."""
+        device, training, found, rest = self.out.weight.device, self.training, [], iter(clips)
         self.eval()
-        for clip in clips:
-            if clip.video.shape[1:] != (*self.robot.canvas, 3):
-                raise ValueError(
-                    f"clip '{clip.id}' has frames of {clip.video.shape[1:3]}, the judge looks at "
-                    f"{self.robot.canvas} of robot '{self.robot.name}'; give it clips of that robot"
-                )
-        for start in range(0, len(clips), batch_size):
-            part = clips[start : start + batch_size]
-            pictures = torch.from_numpy(np.stack([self.pictures(clip.video) for clip in part])).to(device)
-            words = self.encoder.words([clip.instruction for clip in part]).to(device)
-            states = None
-            if self.state is not None:
-                states = torch.from_numpy(np.stack([self.states(clip) for clip in part])).to(device)
-            found.append(self(pictures, words, states).double().cpu().numpy())
+        while part := [self._seen(clip) for clip in islice(rest, batch_size)]:
+            pictures, texts, told = zip(*part, strict=True)
+            states = None if self.state is None else torch.from_numpy(np.stack(told)).to(device)
+            shown = torch.from_numpy(np.stack(pictures)).to(device)
+            found.append(self(shown, self.encoder.words(list(texts)).to(device), states).double().cpu().numpy())
         self.train(training)
         return np.concatenate(found) if found else np.zeros(0)
+
+    def _seen(self, clip: Clip) -> tuple[np.ndarray, str, np.ndarray | None]:
+        """Pictures, instruction, and what it is told."""
+        if clip.video.shape[1:] != (*self.robot.canvas, 3):
+            raise ValueError(
+                f"clip '{clip.id}' has frames of {clip.video.shape[1:3]}, the judge looks at "
+                f"{self.robot.canvas} of robot '{self.robot.name}'; give it clips of that robot"
+            )
+        return self.pictures(clip.video), clip.instruction, None if self.state is None else self.states(clip)
 
     def calibrated(self, logits: np.ndarray) -> np.ndarray:
         """Logits to probabilities."""
         return 1 / (1 + np.exp(-np.clip(self.slope * logits + self.offset, -50, 50)))
 
-    def judge(self, clips: Sequence[Clip]) -> np.ndarray:
-        """(b,) probability of success; nan for an instruction that it was not trained on."""
-        known = np.array([clip.instruction in self.instructions for clip in clips], bool)
-        found = np.full(len(clips), np.nan)
-        found[known] = self.calibrated(self.logits([clip for clip, yes in zip(clips, known, strict=True) if yes]))
+    def judge(self, clips: Iterable[Clip]) -> np.ndarray:
+        """(b,) probability of success; nan for an instruction that it was not trained on. Clips are taken one by one,
+        so those of a generator need not fit into memory together."""
+        known: list[bool] = []
+
+        def asked() -> Iterator[Clip]:
+            for clip in clips:
+                known.append(clip.instruction in self.instructions)
+                if known[-1]:
+                    yield clip
+
+        told = self.calibrated(self.logits(asked()))
+        found = np.full(len(known), np.nan)
+        found[np.array(known, bool)] = told
         return found
 
     def save(self, path: Path) -> None:

@@ -38,9 +38,8 @@ class Referenced:
         """k signals of each clip, 0 or more; nan abstains."""
         raise NotImplementedError
 
-    def fit(self, clips: Sequence[Clip], labels: Sequence[Labels]) -> None:
-        """Take `half` from recorded clips. ValueError if they show no finite signal."""
-        signals = self.raw(clips, labels)
+    def fit(self, signals: Float[np.ndarray, "n k"]) -> None:
+        """Take `half` from the signals of recorded clips. ValueError if none is finite."""
         if not len(signals) or not np.isfinite(signals).any(0).all():
             raise ValueError(f"filter '{self.name}' finds no finite signal in {len(signals)} reference clips; give it "
                              f"recorded clips that it can score, or set its `half`")  # fmt: skip

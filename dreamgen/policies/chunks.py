@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.states import known_states
 
 PAST_END = ("mask", "hold")
 LABELS = ("own", "shuffled")
@@ -42,15 +43,19 @@ def others(dataset: Dataset) -> np.ndarray:
 class Chunks:
     """Addressed by (episode, row), and as windows of a mixture: `len` and `at`.
 
-    body: number of the embodiment in the policy. state: "recorded" (of a dream: its pseudo-state), where a row counts
-    as known if the column `state_known` says so for all entries; "masked" hides it; "zero" puts 0 for every entry and
-    calls that known, as published dreams do. labels: "shuffled" gives each episode another's actions: a control.
-    future_steps: how far ahead FLARE looks, None without FLARE. spread_scale: a step whose labels spread by s (root
-    mean square over entries, each in units of `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the
-    spread. short_left_out, idle_left_out: how many episodes shorter than the horizon, and how many idle observations
-    beyond `keep_idle` of each episode, are not here; many idle ones are warned of.
+    body: number of the embodiment in the policy. state: "recorded" (of a dream: its pseudo-state), whose entries are
+    known if the column `state_known` says so, and a row if all of them are; "masked" hides it; "zero" puts 0 for every
+    entry and calls that known, as published dreams do. relative_to: entries of the state without which a chunk cannot
+    be told (see `dreamgen.policies.space`); observations that have actions and lack one are left out. labels:
+    "shuffled" gives each episode another's actions: a control. future_steps: how far ahead FLARE looks, None without
+    FLARE. spread_scale: a step whose labels spread by s (root mean square over entries, each in units of
+    `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the spread. short_left_out, unknown_left_out,
+    idle_left_out: how many episodes shorter than the horizon, how many observations that lack an entry of `relative_to`
+    and how many idle ones beyond `keep_idle` of each episode are not here; many idle ones, and any of the others, are
+    warned of.
 
-    Raises ValueError for a horizon longer than all episodes, and for shuffled labels of one episode.
+    Raises ValueError for a horizon longer than all episodes, for shuffled labels of one episode, and where
+    `relative_to` leaves nothing.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Chunks:
         body: int = 0,
         past_end: str = "mask",
         state: str = "recorded",
+        relative_to: Sequence[int] = (),
         labels: str = "own",
         future_steps: int | None = None,
         spread_scale: float | None = None,
@@ -84,8 +90,10 @@ class Chunks:
                 rows = np.arange(length) if rows is None else np.asarray(rows, np.int64)
                 self._frames[i] = rows[rows < length]
         self.short_left_out = len(dataset) - len(self._frames)
-        self._places = self._chosen(keep_idle)
-        self.idle_left_out = sum(map(len, self._frames.values())) - len(self._places)
+        told = {i: rows[self._tellable(i, rows, relative_to)] for i, rows in self._frames.items()}
+        self.unknown_left_out = sum(map(len, self._frames.values())) - sum(map(len, told.values()))
+        self._places = self._chosen(told, keep_idle)
+        self.idle_left_out = sum(map(len, told.values())) - len(self._places)
         self._tell()
         view = dataset.robot.views[0]
         size = sum(len(rows) for rows in self._frames.values()) * len(self.views) * view.height * view.width * 3
@@ -103,7 +111,7 @@ class Chunks:
 
     def _tell(self) -> None:
         """Say what is left out; ValueError where nothing is left."""
-        root, seen = self.dataset.root, len(self) + self.idle_left_out
+        root, told = self.dataset.root, len(self) + self.idle_left_out
         if not self._frames:
             longest = max((self.dataset.length(i) for i in range(len(self.dataset))), default=0)
             raise ValueError(f"no episode of {root} is as long as the policy's horizon, {self.horizon} rows; the "
@@ -111,15 +119,28 @@ class Chunks:
         if self.short_left_out:
             log.warning("%s: %d of %d episodes are shorter than the policy's horizon, %d rows, and left out", root,
                         self.short_left_out, len(self.dataset), self.horizon)  # fmt: skip
-        if self.idle_left_out > MANY * seen:
+        if self.unknown_left_out:
+            why = (f"{root}: {self.unknown_left_out} of {told + self.unknown_left_out} observations are left out "
+                   f"because the policy tells chunks relative to the state at their start, which is not known there; "
+                   f"policy.frame=recorded takes all, as do labels whose states are read from the frames")  # fmt: skip
+            if not told:
+                raise ValueError(why)
+            log.warning(why)
+        if self.idle_left_out > MANY * told:
             log.warning("%s: %d of %d observations are left out because nothing moves in their chunks; keep_idle=null "
-                        "takes all", root, self.idle_left_out, seen)  # fmt: skip
+                        "takes all", root, self.idle_left_out, told)  # fmt: skip
 
-    def _chosen(self, keep_idle: int | None) -> list[tuple[int, int]]:
-        """All observations, but for the idle ones of an episode after the first `keep_idle`."""
+    def _tellable(self, episode: int, rows: np.ndarray, relative_to: Sequence[int]) -> np.ndarray:
+        """Which observation rows have the state that their chunk is told relative to, or no actions to tell."""
+        if not relative_to or self.dataset.episode(episode).meta.get("action_known") is False:
+            return np.ones(len(rows), bool)
+        return np.isfinite(self._state(episode, rows)[:, list(relative_to)]).all(1)
+
+    def _chosen(self, told: dict[int, np.ndarray], keep_idle: int | None) -> list[tuple[int, int]]:
+        """All observations `told`, but for the idle ones of an episode after the first `keep_idle`."""
         places = []
         measures = None if keep_idle is None else self._measures()
-        for i, rows in self._frames.items():
+        for i, rows in told.items():
             idle = np.array([measures is not None and self._idle(i, row, measures) for row in rows.tolist()], bool)
             spare = idle & (np.cumsum(idle) > (keep_idle or 0))
             places += [(i, row) for row in rows[~spare].tolist()]
@@ -158,13 +179,19 @@ class Chunks:
         """The states (n d) at which the chunks of `whole` start, NaN where unknown."""
         wanted = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
         kept = [self.at(int(k)) for k in wanted if self.actions(*self.at(int(k)))[1].all()]
-        states = [np.where(self._known(i, row), self.dataset.episode(i).state[row], np.nan) for i, row in kept]
+        states = [self._state(i, row) for i, row in kept]
         return np.array(states, np.float32).reshape(len(kept), self.dataset.robot.state_dim)
 
-    def _known(self, episode: int, row: int) -> bool:
-        """Whether the state of a row may be used."""
-        known = self.dataset.episode(episode).extra.get("state_known")
-        return self.state == "zero" or (self.state == "recorded" and (known is None or bool(known[row].all())))
+    def states(self) -> np.ndarray:
+        """The states of all episodes (n d), NaN where unknown, for statistics."""
+        return np.concatenate([known_states(self.dataset.episode(i)) for i in range(len(self.dataset))])
+
+    def _state(self, episode: int, row: int | np.ndarray) -> np.ndarray:
+        """The state of a row (d,), or of several (n d), NaN in entries that may not be used."""
+        source = self.dataset.episode(episode)
+        if self.state == "recorded":
+            return known_states(source, row)
+        return np.full_like(source.state[row], 0 if self.state == "zero" else np.nan)
 
     def futures(self) -> Iterator[tuple[int, int]]:
         """The places that FLARE looks at after the observations."""
@@ -175,7 +202,7 @@ class Chunks:
         """Pictures at an observation row, or their features where `features` gives them."""
         return self.pictures(episode, row) if self.features is None else self.features(episode, row)
 
-    def sample(self, most: int = 2000) -> np.ndarray:
+    def sample(self, most: int) -> np.ndarray:
         """Pictures (n v h w 3) of evenly spread observations, for an encoder that is fitted to some."""
         wanted = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
         return np.stack([self.pictures(*self.at(int(k))) for k in wanted])
@@ -216,14 +243,14 @@ class Chunks:
         """Rows of a batch: arrays as in `FlowPolicy`, and the instructions."""
         episodes = [self.dataset.episode(i) for i, _ in places]
         chunks = [self.actions(i, row) for i, row in places]
-        states = np.stack([e.state[row] for e, (_, row) in zip(episodes, places, strict=True)]).astype(np.float32)
-        states = np.zeros_like(states) if self.state == "zero" else states
-        known = [self._known(i, row) for i, row in places]
+        states = np.stack([self._state(i, row) for i, row in places]).astype(np.float32)
+        known = np.isfinite(states)
         batch = {
             "pictures": np.stack([self.look(i, row) for i, row in places]),
             "instruction": [e.instruction for e in episodes],
             "state": np.nan_to_num(states),
-            "state_known": np.array(known) & np.isfinite(states).all(1),
+            "state_known": known.all(1) & (self.state != "masked"),
+            "entries_known": known,
             "body": np.full(len(places), self.body, np.int64),
             "action": np.stack([chunk[0] for chunk in chunks]),
             "valid": np.stack([chunk[1] for chunk in chunks]),
@@ -245,7 +272,7 @@ class Chunks:
 def collate(parts: Sequence[dict], words: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:
     """One batch of tensors from the parts of several datasets, narrower states and actions padded with 0; `words` is
     the encoder's."""
-    for key in ("state", "action"):
+    for key in ("state", "entries_known", "action"):
         widest = max(part[key].shape[-1] for part in parts)
         for part in parts:
             lacking = [(0, 0)] * (part[key].ndim - 1) + [(0, widest - part[key].shape[-1])]

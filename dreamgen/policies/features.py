@@ -1,11 +1,15 @@
 """What a frozen encoder makes of the pictures of a dataset, computed once.
 
 The features of every observation (and, for FLARE, of the pictures after it) lie in one file of half-precision numbers
-in the run's folder, addressed by episode and row; a run that is continued finds them there.
+in the run's folder, addressed by episode and row; a run that is continued finds them there. They pay where training
+takes an observation more than once (`worthwhile`).
 """
 
 import json
-from collections.abc import Sequence
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +21,75 @@ from dreamgen.core.manifest import digest, replacing
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.progress import progress
 
+ROWS = 128  # of an episode whose pictures are decoded at a time
+log = logging.getLogger(__name__)
+
 
 def cacheable(model: Any) -> bool:
     """Whether the pictures' features never change: the encoder is frozen, and pictures are taken as they are."""
     frozen = hasattr(model.encoder, "features") and not model.encoder.tune
     return frozen and not model.shift and not model.jitter
+
+
+def worthwhile(model: Any, datasets: Sequence[Any], folder: Path, *, draws: int) -> bool:
+    """Whether the features of `datasets` (their `Chunks`) are to be computed in `folder`: they never change, and
+    training, which takes `draws` observations, takes at least as many as there are; where not, it is said.
+
+    Raises ValueError where `folder`, whose parent is there, has no room for them.
+    """
+    if not cacheable(model):
+        return False
+    if (count := sum(map(len, datasets))) > draws:
+        log.info("pictures pass the frozen encoder when they are drawn: training takes %d observations, and there are "
+                 "%d", draws, count)  # fmt: skip
+        return False
+    encoder = model.encoder.to(best_device()).eval()
+    needed = sum(lacking(chunks, encoder, folder) for chunks in datasets)
+    if needed > (free := shutil.disk_usage(folder.parent).free):
+        raise ValueError(f"the features of {count} observations take {needed / 1e9:.3g} GB in {folder}, and "
+                         f"{free / 1e9:.3g} GB are free; choose an `out` with more room, or stage.cache_features=false:"
+                         f" pictures then pass the encoder at every step")  # fmt: skip
+    return True
+
+
+def lacking(chunks: Any, encoder: nn.Module, folder: Path) -> int:
+    """Bytes of the features that `folder` does not hold yet."""
+    places = looked_at(chunks)
+    if named(chunks, encoder, folder, places).is_file():
+        return 0
+    first = computed(chunks, encoder, places[:1], pictures(chunks, places[:1]))
+    return len(places) * first.nbytes
+
+
+def looked_at(chunks: Any) -> list[tuple[int, int]]:
+    """Episode and row of all pictures that training may take, in order."""
+    return sorted({place for place in chunks} | set(chunks.futures()))
+
+
+def named(chunks: Any, encoder: nn.Module, folder: Path, places: Sequence[tuple[int, int]]) -> Path:
+    """The file of the features: by the dataset's root, the rows and the encoder."""
+    return Path(folder) / f"{digest([str(chunks.dataset.root), places, *encoder.identity()])}.f16"
+
+
+def pictures(chunks: Any, places: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """All views (v h w 3) at `places`, which are in order: the rows of an episode are decoded together, since one by
+    one each would be decoded from the key frame before it."""
+    for episode, group in groupby(places, lambda place: place[0]):
+        rows = [row for _, row in group]
+        for k in range(0, len(rows), ROWS):
+            views = chunks.dataset.views(episode, rows[k : k + ROWS])
+            yield from np.stack([views[name] for name in chunks.views], 1)
+
+
+def computed(
+    chunks: Any, encoder: nn.Module, group: Sequence[tuple[int, int]], seen: Iterator[np.ndarray]
+) -> np.ndarray:
+    """Features (b n d) float16 of the places `group`, whose pictures come next in `seen`."""
+    device = next(encoder.parameters()).device
+    with torch.no_grad():
+        views = torch.from_numpy(np.stack(list(islice(seen, len(group))))).to(device)
+        words = encoder.words([chunks.dataset.episode(i).instruction for i, _ in group]).to(device)
+        return encoder.features(views, words).cpu().numpy().astype(np.float16)
 
 
 class Features:
@@ -32,24 +100,21 @@ class Features:
     """
 
     def __init__(self, chunks: Any, encoder: nn.Module, folder: Path, *, batch_size: int = 32) -> None:
-        places = sorted({place for place in chunks} | set(chunks.futures()))
+        places = looked_at(chunks)
         self.number = {place: k for k, place in enumerate(places)}
-        name = digest([str(chunks.dataset.root), places, *encoder.identity()])
-        self.path = Path(folder) / f"{name}.f16"
+        self.path = named(chunks, encoder, folder, places)
         shape = self.path.with_suffix(".json")
         if not (self.path.is_file() and shape.is_file()):
             self._make(chunks, encoder, places, batch_size)
         self.values = np.memmap(self.path, np.float16, "r", shape=tuple(json.loads(shape.read_text())))
 
     def _make(self, chunks: Any, encoder: nn.Module, places: Sequence[tuple[int, int]], batch_size: int) -> None:
-        device = best_device()
-        encoder = encoder.to(device).eval()
+        encoder = encoder.to(best_device()).eval()
         groups = [places[k : k + batch_size] for k in range(0, len(places), batch_size)]
-        with replacing(self.path) as temporary, temporary.open("wb") as file, torch.no_grad():
+        seen = pictures(chunks, places)
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
             for group in progress(groups, len(groups), "features", unit="batch"):
-                pictures = torch.from_numpy(np.stack([chunks.pictures(*place) for place in group])).to(device)
-                words = encoder.words([chunks.dataset.episode(i).instruction for i, _ in group]).to(device)
-                found = encoder.features(pictures, words).cpu().numpy().astype(np.float16)
+                found = computed(chunks, encoder, group, seen)
                 file.write(found.tobytes())
         with replacing(self.path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps([len(places), *found.shape[1:]]))

@@ -15,6 +15,8 @@ from dreamgen.data.mixture import Mixture
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import Features, cacheable
 
+PICTURES = 2000  # that an encoder is fitted to
+
 
 def several(real: Dataset | Sequence[Dataset] | None) -> list[Dataset]:
     """Recordings as a list: of one dataset, of several, of none."""
@@ -31,7 +33,8 @@ class Feed:
     deviation of the fitted actions.
 
     Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than all its episodes,
-    and where no dataset trains the body that the policy acts for.
+    where no dataset trains the body that the policy acts for, and where the state that chunks are told relative to is
+    hidden, made up or known of no observation.
     """
 
     def __init__(
@@ -65,11 +68,15 @@ class Feed:
                              f"or make a policy that speaks for a body that is trained (speaks=...)")  # fmt: skip
         for dataset, body in zip(self.datasets, bodies, strict=True):
             model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        self._require_states(bodies[count:], dream_options.get("state"))
         options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
         self.chunks = []
         for k, (dataset, body) in enumerate(zip(self.datasets, bodies, strict=True)):
-            trust = {} if k < count else dict(spread_scale=spread_scale, action_scale=self._scale(k, bodies, count))
-            self.chunks.append(Chunks(dataset, body=body, **options, **trust, **({} if k < count else dream_options)))
+            dreamt: dict[str, Any] = {} if k < count else dict(dream_options)
+            if k >= count and spread_scale is not None:
+                dreamt |= dict(spread_scale=spread_scale, action_scale=self._scale(k, bodies, count))
+            needed = model.spaces.of(body).relative_to
+            self.chunks.append(Chunks(dataset, body=body, relative_to=needed, **options, **dreamt))
         own = [k for k, body in enumerate(bodies) if model.spaces.of(body) is model.space]
         if fit:
             self._fit(own[:count] or own, 0)
@@ -78,6 +85,14 @@ class Feed:
         self._watch(videos, options)
         self.mixture = Mixture(real=self.chunks[:count], dreams=self.chunks[count:], batch_size=batch_size,
                                ratio=ratio if count else "0:1", seed=seed)  # fmt: skip
+
+    def _require_states(self, bodies: Sequence[int], state: str | None) -> None:
+        """ValueError where the chunks of these bodies, of dreams, are told relative to states that are not theirs."""
+        if state in ("masked", "zero") and any(self.model.spaces.of(body).needs_state for body in bodies):
+            frame = self.model.config["frame"]
+            raise ValueError(f"dream_state is '{state}', and policy.frame is '{frame}', which tells chunks relative to "
+                             f"the state at their start; take dream_state=recorded with dreams whose states are known, "
+                             f"or policy.frame=recorded")  # fmt: skip
 
     def _watch(self, videos: Sequence[Dataset], options: dict[str, Any]) -> None:
         """Take in videos without actions, by which nothing is fitted."""
@@ -104,10 +119,11 @@ class Feed:
         if not numbers:
             return
         chosen = [self.chunks[k] for k in numbers]
-        needs = self.model.spaces.of(body).needs_state
-        self.model.fit(np.concatenate([self.datasets[k].states() for k in numbers]),
-                       np.concatenate([chunks.whole() for chunks in chosen]),
-                       np.concatenate([chunks.sample() for chunks in chosen]) if body == 0 else None, body=body,
+        needs, pictures = self.model.spaces.of(body).needs_state, None
+        if body == 0 and hasattr(self.model.encoder, "fit"):
+            pictures = np.concatenate([chunks.sample(-(-PICTURES // len(chosen))) for chunks in chosen])
+        self.model.fit(np.concatenate([chunks.states() for chunks in chosen]),
+                       np.concatenate([chunks.whole() for chunks in chosen]), pictures, body=body,
                        start=np.concatenate([chunks.starts() for chunks in chosen]) if needs else None)  # fmt: skip
 
     def cache(self, folder: Path) -> bool:

@@ -35,7 +35,7 @@ class FlowPolicy(nn.Module):
     """A batch, made by `dreamgen.policies.chunks`, holds
 
     pictures (b v h w 3) uint8, or their features by a frozen encoder (b n c), words (b l) int64, state (b d) float32 in
-    units, state_known (b) bool, body (b) int64,
+    units, state_known (b) bool, entries_known (b d) bool, body (b) int64,
     action (b H a) float32 in units, valid (b H) bool: steps that exist, weight (b H) float32;
     with FLARE also future (b v h w 3) uint8, or features, and future_known (b) bool; a part also knows of its `whole`.
 
@@ -217,8 +217,8 @@ class FlowPolicy(nn.Module):
         return tokens, state, torch.where(valid[..., None], action, torch.zeros_like(action)), valid
 
     def steps(self, batch: Batch) -> Bool[Tensor, "b h"]:
-        """The steps of chunks that can be learned from."""
-        return batch["valid"] & batch["state_known"][:, None] if self.space.needs_state else batch["valid"]
+        """The steps of chunks that can be learned from: those that exist, of chunks that can be told."""
+        return batch["valid"] & self.spaces.tellable(batch["entries_known"], batch["body"])[:, None]
 
     def whole(self, batch: Batch) -> Batch:
         """The batch of a step with what a row of it weighs on average (see `mean_error`), which its parts keep."""
@@ -260,7 +260,7 @@ class FlowPolicy(nn.Module):
         device = self.position.device
         pictures, states = (x.to(device) for x in tensors(self.robot, observations))
         known, body = states.isfinite().all(1), torch.full((len(states),), self.speaks, device=device)
-        if self.space.needs_state and not known.all():
+        if not self.space.tellable(states.isfinite()).all():
             raise ValueError("the state of an observation is unknown (NaN), and this policy's chunks are told relative "
                              "to it; give the state, or train with frame=recorded")  # fmt: skip
         words = self.encoder.words([o.instruction for o in observations]).to(device)

@@ -87,6 +87,9 @@ def proceed(
     """Chunks of a flow policy that go on from `rests`; see `dreamgen.core.protocols.Continuing`. Not compiled, whatever
     the policy's `compile` says: a pull needs the velocity's gradient, and given steps have a time of their own."""
     require_delay(policy, delay, mode, beta)
+    if short := [len(rest) for rest in rests if 0 < len(rest) < delay]:
+        raise ValueError(f"a rest of {short[0]} steps is left of a chunk, and delay is {delay}: it runs out before the "
+                         f"answer comes; ask while at least {delay} are left, or give none to begin anew")  # fmt: skip
     shape = (len(observations), policy.horizon, policy.robot.action_dim)
     before, weight = np.zeros(shape, np.float32), np.zeros(shape[:2], np.float32)
     for i, rest in enumerate(rests):
@@ -119,13 +122,21 @@ def proceed(
 class RealTime:
     """A policy asked `delay` robot steps before its chunk is needed. delay: how long an answer takes, in steps.
 
-    The policy is a flow policy of ours, or a client of a server that serves one. Errors: see `require_delay`.
+    The policy is a flow policy of ours, or a client of a server that serves one. It is asked again once the last chunk
+    has come, `delay` steps after it was asked for, and while `delay` steps of it are left.
+
+    Raises ValueError where chunks are too short for that, and where it is asked sooner or later; other errors: see
+    `require_delay`.
     """
 
     remembers = True
 
     def __init__(self, policy: Continuing, *, delay: int, mode: str = "guided", beta: float = 5.0) -> None:
         require_delay(policy, delay, mode, beta)
+        if 2 * delay > policy.horizon:
+            raise ValueError(f"delay is {delay}, and the policy's chunks have {policy.horizon} steps: the next one is "
+                             f"asked for when one comes, {delay} steps into it, and {delay} must be left; expected at "
+                             f"most {policy.horizon // 2}")  # fmt: skip
         self.policy, self.how = policy, dict(delay=delay, mode=mode, beta=beta)
         self.robot, self.horizon, self.path = policy.robot, policy.horizon, getattr(policy, "path", None)
 
@@ -138,12 +149,23 @@ class RealTime:
     ) -> Float32[np.ndarray, "b h a"]:
         """Action chunks in units from step `now` on; memories: one dictionary an episode, empty at its begin."""
         memories = [{} for _ in observations] if memories is None else memories
-        nothing = np.zeros((0, self.robot.action_dim), np.float32)
-        rests = [memory["chunk"][now - memory["start"] :] if memory else nothing for memory in memories]
+        rests = [self._rest(memory, now) for memory in memories]
         chunks = self.policy.proceed(observations, seeds, rests, **self.how)
         for memory, chunk in zip(memories, chunks, strict=True):
             memory.update(start=now, chunk=chunk)
         return chunks
+
+    def _rest(self, memory: dict, now: int) -> Float32[np.ndarray, "p a"]:
+        """What is left at step `now` of the last chunk, nothing where there is none."""
+        if not memory:
+            return np.zeros((0, self.robot.action_dim), np.float32)
+        after, delay = now - memory["start"], self.how["delay"]
+        if not delay <= after <= self.horizon - delay:
+            raise ValueError(f"the policy is asked again after {after} steps; with delay={delay} and chunks of "
+                             f"{self.horizon} steps expected {delay} to {self.horizon - delay}: sooner the last chunk "
+                             f"has not come, later it runs out before the next one comes. Set execute, or take a "
+                             f"smaller delay")  # fmt: skip
+        return memory["chunk"][after:]
 
 
 class Ensembled:

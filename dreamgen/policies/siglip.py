@@ -7,15 +7,17 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamgen.engine.precision import autocast
 from dreamgen.policies.pretrained import Pretrained
 
-KEPT = 4096  # instructions whose embedding by a frozen model is remembered, those asked for last
+KEPT = 2**16  # instructions whose embedding (3 KB) by a frozen model is remembered, those asked for last
 
 
 class SiglipEncoder(Pretrained):
     """tokens: a side of each view, averaged from the model's patches. Reads checkpoints of a fixed size (not NaFlex).
 
-    An instruction passes the text model once per batch, and once for all where the model is frozen.
+    An instruction passes the text model once per batch. Where the model is frozen it does so once for all, alone and in
+    fp32: the same bits in training and in acting, whatever was asked for before.
     """
 
     kinds = ("siglip", "siglip2")
@@ -61,8 +63,9 @@ class SiglipEncoder(Pretrained):
             return self.model.text_model(input_ids=self.ids(each)).pooler_output[row]
         names = [tuple(line) for line in each.tolist()]
         if fresh := [k for k, name in enumerate(names) if name not in self._known]:
-            with torch.no_grad():
-                found = self.model.text_model(input_ids=self.ids(each[fresh])).pooler_output
+            kind = words.device.type
+            with torch.no_grad(), torch.autocast(kind, enabled=False), autocast("fp32", kind):
+                found = [self.model.text_model(input_ids=self.ids(each[k : k + 1])).pooler_output[0] for k in fresh]
             self._known |= {names[k]: value.cpu() for k, value in zip(fresh, found, strict=True)}
         self._known |= {name: self._known.pop(name) for name in names}  # the last are those asked for last
         values = torch.stack([self._known[name] for name in names])

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -53,11 +53,16 @@ class Space:
         places = {part.name: part.slice for part in robot.state}
         self.shifts = [(part, places[str(part.moves)], sign) for parts, sign in ((added, 1.0), (taken, -1.0))
                        for part in parts]  # fmt: skip
+        self.relative_to = [k for _, place, _ in self.shifts for k in range(place.start, place.stop)]
 
     @property
     def needs_state(self) -> bool:
         """Whether chunks cannot be told without the state at their start."""
         return bool(self.shifts)
+
+    def tellable(self, known: Bool[Tensor, "b d"]) -> Bool[Tensor, " b"]:
+        """Which chunks can be told, by the entries that are known of the state at their start."""
+        return known[:, self.relative_to].all(1)
 
     def fit(
         self,
@@ -66,13 +71,15 @@ class Space:
         start: Float32[np.ndarray, "m d"] | None = None,
     ) -> None:
         """Take statistics from recorded rows and whole chunks, in units, with the states at which these start. Each
-        step of a chunk has its own. Rows that hold NaN are left out."""
-        if self.robot.state_dim:
-            self._set(self.state, state[np.isfinite(state).all(1)], self.robot.state)
+        step of a chunk has its own. Rows that hold NaN are left out, chunks where it stands in what they need; where no
+        state is known its numbers, which are never read, stay as they are."""
+        state = state[np.isfinite(state).all(1)]
+        if self.robot.state_dim and len(state):
+            self._set(self.state, state, self.robot.state)
         if self.needs_state:
             if start is None:
                 raise ValueError("chunks in this frame need the states at which they start: fit(state, action, start)")
-            known = np.isfinite(start).all(1)
+            known = np.isfinite(start[:, self.relative_to]).all(1)
             action, start = action[known], start[known]
         moved = self._told(torch.from_numpy(action), None if start is None else torch.from_numpy(start))
         parts = [replace(part, start=part.start + k * self.robot.action_dim, stop=part.stop + k * self.robot.action_dim)
@@ -148,6 +155,15 @@ class Spaces:
             a, d = space.robot.action_dim, space.robot.state_dim
             x[rows, :, :a] = space.chunk(action[rows, :, :a], state[rows, :d])
         return x
+
+    def tellable(self, known: Bool[Tensor, "b d"], body: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
+        """Which chunks can be told, row by row in the space of its body; see `Space.tellable`."""
+        if not self.others:
+            return self.own.tellable(known)
+        found = torch.ones_like(body, dtype=torch.bool)
+        for space, rows in self._each(body):
+            found[rows] = space.tellable(known[rows])
+        return found
 
     def states(self, state: Float[Tensor, "b d"], body: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
         """States in units to numbers of unit size."""

@@ -65,7 +65,8 @@ def from_message(
     if missing := [key for key, value in {**arrays, prompt: text}.items() if value is None]:
         raise ValueError(f"the observation lacks {missing}; expected {[*arrays, prompt]}")
     for key, value in arrays.items():
-        if not isinstance(value, np.ndarray | np.number) or value.dtype.kind not in "biuf":
+        number = isinstance(value, int | float) and not isinstance(value, bool)  # np.float64 is sent as a plain number
+        if not (number or isinstance(value, np.ndarray | np.number)) or np.asarray(value).dtype.kind not in "biuf":
             raise ValueError(f"'{key}' of the observation is no array of numbers but {type(value).__name__}")
     pictures = {view.name: _upright(np.asarray(arrays[views[view.name]]), view) for view in robot.views}
     return Observation(views=pictures, state=_state(arrays, robot, state),

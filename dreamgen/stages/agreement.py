@@ -15,7 +15,7 @@ def auroc_interval(score: np.ndarray, positive: np.ndarray, *, groups: Sequence[
 
     groups: of each score; those of one group (one first state) share their luck, so whole groups are drawn. Without
     them scores are drawn, within each outcome. {auroc, low, high, n, positives}; None where there are not both
-    outcomes.
+    outcomes, low and high also where there is one group alone.
     """
     told = np.isfinite(score)
     score, positive = score[told], np.asarray(positive, bool)[told]
@@ -23,21 +23,25 @@ def auroc_interval(score: np.ndarray, positive: np.ndarray, *, groups: Sequence[
     found = {"auroc": None, "low": None, "high": None, "n": len(score), "positives": len(good)}
     if not len(good) or not len(bad):
         return found
-    rng, drawn = rng_for(seed, "bootstrap"), np.empty(draws)
-    wins = (good[:, None] > bad) + 0.5 * (good[:, None] == bad)  # a draw only picks rows and columns
+    rng, drawn, often = rng_for(seed, "bootstrap"), np.empty(draws), np.empty(len(score), np.int64)
+    place = np.unique(score, return_inverse=True)[1]  # sorted once: a draw only says how often each score counts
     if groups is not None:
         number = np.unique(np.asarray(groups)[told], return_inverse=True)[1]
         count = number.max() + 1
     for k in range(draws):
         if groups is None:
-            drawn[k] = wins[rng.integers(len(good), size=len(good))][:, rng.integers(len(bad), size=len(bad))].mean()
-            continue
-        often = np.bincount(rng.integers(count, size=count), minlength=count)[number]
-        of_good, of_bad = often[positive], often[~positive]
+            for side, n in ((positive, len(good)), (~positive, len(bad))):
+                often[side] = np.bincount(rng.integers(n, size=n), minlength=n)
+        else:
+            often = np.bincount(rng.integers(count, size=count), minlength=count)[number]
+        of_good, of_bad = (np.bincount(place[side], often[side], len(score)) for side in (positive, ~positive))
         pairs = of_good.sum() * of_bad.sum()
-        drawn[k] = of_good @ wins @ of_bad / pairs if pairs else np.nan  # a draw of one outcome alone says nothing
-    low, high = np.nanquantile(drawn, (0.025, 0.975)) if np.isfinite(drawn).any() else (np.nan, np.nan)
-    return found | {"auroc": auroc(score, positive), "low": float(low), "high": float(high)}
+        won = of_good @ (of_bad.cumsum() - of_bad / 2)  # pairs of a good score above a bad one, ties counting half
+        drawn[k] = won / pairs if pairs else np.nan  # a draw of one outcome alone says nothing
+    found["auroc"] = auroc(score, positive)
+    if np.isfinite(drawn).any() and (groups is None or count > 1):  # one group alone says nothing of others
+        found["low"], found["high"] = np.nanquantile(drawn, (0.025, 0.975)).tolist()
+    return found
 
 
 def auroc_within(score: np.ndarray, positive: np.ndarray, groups: Sequence[str]) -> float | None:

@@ -1,5 +1,6 @@
 """What curation chooses from: labelled dreams (a dataset, with the clips that it labels or not), or clips."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import numpy as np
 from dreamgen.core.clip import Clip, Episode, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import require_complete
+from dreamgen.core.protocols import Labeler
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.recordings import recorded_clip
+from dreamgen.stages.recorded_video import batches_of, long_enough
 from dreamgen.video.tiling import untile
 
 
@@ -73,7 +75,7 @@ class Candidates:
             rows = rows[rows < self.dataset.length(i)]
         scores = {name: score for name, score in (meta.get("scores") or {}).items() if score is not None}
         return Clip(id=self.ids[i], video=self.dataset.canvas(i, rows), video_hz=hz, instruction=episode.instruction,
-                    seed=int(meta.get("seed") or 0), pair=meta.get("pair", ""), state=episode.state[0],
+                    seed=int(meta.get("seed") or 0), pair=meta.get("pair", ""), state=self.dataset.first_state(i),
                     origin=meta.get("origin") or {}, scores=scores)  # fmt: skip
 
     def labels(self, i: int) -> Labels | None:
@@ -97,12 +99,14 @@ class Candidates:
         views = self.dataset.views(i) if views is None else views
         meta = {**episode.meta, "scores": {**(episode.meta.get("scores") or {}), **scores}}
         return Episode(instruction=episode.instruction, state=episode.state, action=episode.action, video=views,
-                       extra=episode.extra, meta=meta)  # fmt: skip
+                       extra=self.dataset.extra(i), meta=meta)  # fmt: skip
 
 
-def recorded(dataset: Dataset, video_hz: str, count: int, seed: int) -> tuple[list[Clip], list[np.ndarray]]:
-    """`count` recorded episodes, drawn from the seed, as clips at the dreams' rate, and their actions."""
+def recorded(dataset: Dataset, video_hz: str, count: int, seed: int, labeler: Labeler | None,
+             size: int) -> Iterator[tuple[list[Clip], list[np.ndarray]]]:  # fmt: skip
+    """`count` recorded episodes, drawn from the seed among those that are long enough for `labeler`, as clips at the
+    dreams' rate, and their actions; `size` at a time, decoded when asked for."""
     clock = Clock(robot_hz=dataset.robot.robot_hz, video_hz=video_hz, frames=2)
-    chosen = sorted(rng_for(seed, "reference").permutation(len(dataset))[:count].tolist())
-    pairs = [recorded_clip(dataset, i, clock) for i in chosen]
-    return [clip for clip, _ in pairs], [action for _, action in pairs]
+    usable, _ = long_enough(dataset, range(len(dataset)), [] if labeler is None else [labeler], clock=clock)
+    chosen = sorted(rng_for(seed, "reference").permutation(usable)[:count].tolist())
+    return batches_of(dataset, chosen, clock, size)

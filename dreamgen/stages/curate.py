@@ -63,8 +63,8 @@ def curate(
 
     dataset, clips: see `Candidates`; without a dataset the kept clips are written as dreams, ready to be labelled (best
     of n before labelling). reference: recorded episodes, of which `reference_clips` say what is normal; they are
-    labelled by `labeler`, or count with their recorded actions and no spread. scored: a finished run on the same
-    dataset, whose scores are used besides those of `filters`.
+    labelled by `labeler`, which leaves out those shorter than its window, or count with their recorded actions and no
+    spread. scored: a finished run on the same dataset, whose scores are used besides those of `filters`.
 
     A clip is kept if it is not among the worst `drop` (a share; of every filter or by name) and reaches `least` (by
     name); then of each `best_per` ("prompt": one first frame and instruction; "pair": one first frame; "instruction",
@@ -74,8 +74,8 @@ def curate(
     "oracle" prefers what succeeded when replayed (`truth`, of `evaluate stage=filters`): a ceiling for experiments.
 
     Writes `scores.json` (all clips), `sheets/<filter>.png` (best and worst). Results: yields by filter, kept, clips.
-    Raises ValueError for clips that a filter cannot score, unknown names, thresholds that keep nothing, a `scored` of
-    another dataset. A shard that is not the last returns {"complete": False}.
+    Raises ValueError for clips that a filter cannot score, unknown names, thresholds that keep nothing, a `scored` or
+    a `truth` of another dataset. A shard that is not the last returns {"complete": False}.
     """
     if not 0 <= shard < num_shards:
         raise ValueError(f"shard is {shard} of {num_shards}; expected 0 <= shard < num_shards")
@@ -96,6 +96,10 @@ def curate(
             return run.manifest()
         if not len(candidates):
             raise ValueError(f"{clips} holds no dreams; give its stage at least one prompt")
+        if scored:
+            require_scored(scored, candidates.ids, run.spec["parents"])
+        if truth:
+            require_same(truth, "truth", run.spec["parents"])
         for name, filter in filters.items():
             if dataset is None and getattr(filter, "needs_labels", True):
                 raise ValueError(f"filter '{name}' scores labels and there is no dataset; label the dreams first, or "
@@ -104,7 +108,7 @@ def curate(
         work = Work(out, candidates, filters, groups)
         if any(work.missing(name, group) for name in filters for group in groups[shard::num_shards]):
             place(*(part for filter in filters.values() for part in vars(filter).values()))
-            work.refer(reference, reference_clips, labeler, video_hz, seed)
+            work.refer(reference, reference_clips, labeler, batch_size, seed)
         name = "curate" if num_shards == 1 else f"curate {shard} of {num_shards}"
         for group in progress(groups[shard::num_shards], len(groups[shard::num_shards]), name, out, unit="batch"):
             work.score(group)
@@ -115,7 +119,7 @@ def curate(
             names, scores = work.table()
             known = [candidates.describe(i) for i in range(len(candidates))]
             if scored:
-                names, scores = with_scored(scored, known, names, scores)
+                names, scores = with_scored(scored, names, scores)
             total = totals(scores, names, rank_by)
             limits = quantile_thresholds(scores, names, drop)
             limits |= {name: max(value, limits.get(name, value)) for name, value in (least or {}).items()}
@@ -153,16 +157,21 @@ class Work:
     def missing(self, name: str, group: range) -> bool:
         return not self._path(name, group).is_file()
 
-    def refer(self, dataset: Dataset | None, count: int, labeler: Labeler | None, video_hz: str, seed: int) -> None:
-        """Fit the filters that need it to recorded clips; the result is stored, the same for all shards."""
+    def refer(self, dataset: Dataset | None, count: int, labeler: Labeler | None, size: int, seed: int) -> None:
+        """Fit the filters that need it to recorded clips, labelled `size` at a time; the result is stored, the same for
+        all shards."""
         path = self.out / "reference.json"
         waiting = {name: one for name, one in self.filters.items() if hasattr(one, "fit") and one.half is None}
         if not path.is_file() and waiting and dataset is not None:
-            clips, actions = recorded(dataset, self.candidates.clip(0).video_hz, count, seed)
-            labels = labeler.label(clips) if labeler is not None else [
-                Labels(value=action, spread=np.full_like(action, np.nan)) for action in actions]  # fmt: skip
-            for one in waiting.values():
-                one.fit(clips, labels)
+            place(labeler)
+            signals: dict[str, list[np.ndarray]] = {name: [] for name in waiting}
+            for clips, actions in recorded(dataset, self.candidates.clip(0).video_hz, count, seed, labeler, size):
+                labels = labeler.label(clips) if labeler is not None else [
+                    Labels(value=action, spread=np.full_like(action, np.nan)) for action in actions]  # fmt: skip
+                for name, one in waiting.items():
+                    signals[name].append(one.raw(clips, labels))
+            for name, one in waiting.items():
+                one.fit(np.concatenate(signals[name]))
             write_json(path, {name: list(map(float, one.half)) for name, one in waiting.items()})
         stored = read_json(path) if path.is_file() else {}
         for name, one in waiting.items():
@@ -189,13 +198,30 @@ class Work:
         return list(self.filters), table
 
 
-def with_scored(scored: Path, known: list[dict], names: list[str], scores: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The scores of an earlier run beside these; a filter's new score counts. ValueError if its clips are others."""
+def require_scored(scored: Path, ids: list[str], parents: Mapping[str, str]) -> None:
+    """Raise ValueError if a finished curation is of other clips than `ids`, or of other `parents` (by fingerprint)."""
     require_complete(scored, "the scores")
     rows = read_json(Path(scored) / SCORES)
-    if [row["id"] for row in rows] != [one["id"] for one in known]:
-        raise ValueError(f"{scored} has scores of {len(rows)} other clips than these {len(known)}; curate this "
+    if [row["id"] for row in rows] != ids:
+        raise ValueError(f"{scored} has scores of {len(rows)} other clips than these {len(ids)}; curate this "
                          f"dataset, or leave out `scored`")  # fmt: skip
+    require_same(scored, "scored", parents)
+
+
+def require_same(path: Path, setting: str, parents: Mapping[str, str]) -> None:
+    """Raise ValueError if the finished stage that is given as `setting` read another dataset than one with these
+    parents, or other dreams where one of the two has no dataset."""
+    theirs = require_complete(path, f"the stage that `{setting}` names,")["parents"]
+    key = "dataset" if "dataset" in theirs and "dataset" in parents else "dreams"
+    if key not in parents or theirs.get(key) != parents[key]:
+        found, wanted = (f"{key} {of[key]}" if key in of else f"no {key}" for of in (theirs, parents))
+        raise ValueError(f"`{setting}` is {path}, which read {found}, but this run reads {wanted}; clips of one name "
+                         f"may differ. Make it of these clips, or leave out `{setting}`")  # fmt: skip
+
+
+def with_scored(scored: Path, names: list[str], scores: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The scores of an earlier run on the same clips beside these; a filter's new score counts."""
+    rows = read_json(Path(scored) / SCORES)
     old = [name for name in rows[0]["scores"] if name not in names]
     more = np.array([[row["scores"][name] for name in old] for row in rows], np.float64).reshape(len(rows), len(old))
     return old + names, np.concatenate([more, scores], axis=1)
@@ -205,7 +231,6 @@ def controlled(control: str, known: list[dict], truth: Path | None, total: np.nd
     """What the control goes by instead of scores: chance, or replayed success (ties by the scores)."""
     if control == "random":
         return np.array([rng_for(seed, "random", one["id"]).random() for one in known])
-    require_complete(truth, "the truth")
     success = {row["id"]: row["success"] for row in read_json(Path(truth) / "truth.json")}
     return np.array([bool(success.get(one["id"])) for one in known]) + total / 2
 

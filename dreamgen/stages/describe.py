@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from dreamgen.core.manifest import Stage, read_json
 from dreamgen.data.columns import read_column
 from dreamgen.data.fit import MODALITY
-from dreamgen.data.layout import CONTRACT, Layout, cameras, locate, read_layout
+from dreamgen.data.layout import CONTRACT, Layout, cameras, locate, pictures, read_layout
 
 STATE, ACTION = "observation.state", "action"
 FILES = 20  # tables that are looked into
@@ -25,7 +25,7 @@ FOLLOWS = 0.5  # correlation of a command with the state from which on it is cal
 def describe(root: str, *, out: Path, name: str | None = None, revision: str | None = None, record: dict) -> dict:
     """Write `out/embodiment.yaml`, which opens the dataset at `root` (a folder, or a hub id); `text` of the results.
 
-    Views are its videos, all at the size of the smallest; parts are those of its contract, of GR00T's modality.json,
+    Views are its cameras, all at the size of the smallest; parts are those of its contract, of GR00T's modality.json,
     or as the entries are named (`joint_0`, `joint_1` are one part). An action part of two values is called binary, any
     other absolute. name: of the robot; None: what the dataset calls it.
 
@@ -87,9 +87,10 @@ def _drafted(layout: Layout, name: str) -> Iterator[str]:
 
 
 def _seen(layout: Layout) -> list[str]:
-    """Cameras of which a video is on disk; more may be listed."""
-    return [key for key in cameras(layout.info)
-            if any(key in entry.videos and entry.videos[key][0].is_file() for entry in layout.entries)]  # fmt: skip
+    """Cameras of which a video is on disk, more may be listed, and those whose pictures lie in the tables."""
+    videos = [key for key in cameras(layout.info)
+              if any(key in entry.videos and entry.videos[key][0].is_file() for entry in layout.entries)]  # fmt: skip
+    return videos + pictures(layout.info)
 
 
 def _views(layout: Layout) -> Iterator[str]:
@@ -181,7 +182,7 @@ def _size(feature: dict) -> tuple[int, int]:
     return (shape[1], shape[2]) if shape[0] in (1, 3) else (shape[0], shape[1])
 
 
-def _rate(feature: dict) -> float | None:
+def _rate(feature: dict) -> float | int | None:
     """Frames a second, where the feature tells."""
     return next((found["video.fps"] for found in (feature.get("info"), feature.get("video_info"))
                  if found and "video.fps" in found), None)  # fmt: skip

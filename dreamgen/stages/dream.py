@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from dreamgen.core.clip import Prompt
+from dreamgen.core.clip import Draft, Prompt, read_prompts
 from dreamgen.core.manifest import Stage, digest
 from dreamgen.core.protocols import Filter, Labeler, WorldModel
 from dreamgen.data.clips import ClipFolder, require_name
@@ -21,7 +21,7 @@ from dreamgen.stages.sharing import Shard, grouped, sweep
 
 def dream(
     world_model: WorldModel,
-    prompts: Callable[[], Sequence[Prompt]],
+    prompts: Callable[[], Sequence[Prompt | Draft]],
     *,
     out: Path,
     batch_size: int = 16,
@@ -38,10 +38,11 @@ def dream(
 ) -> dict:
     """Dream one clip per prompt into `out/clips`; returns the manifest once the clips of all shards are there.
 
-    prompts: makes the list (see `dreamgen.data.prompts`). A forward pass takes `batch_size` clips, or as many as hold
-    `token_budget` latent tokens. best_of: seeds for each prompt, of which `filter` keeps the best (a filter of labels
-    needs a `labeler`); with a filter the scores stand with the clips. overlap: decode and write while the next batch
-    is denoised (None: where it pays). parent: the checkpoint's folder, for the manifest.
+    prompts: makes the list (see `dreamgen.data.prompts`); first frames of drafts are read with their group. A forward
+    pass takes `batch_size` clips, or as many as hold `token_budget` latent tokens. best_of: seeds for each prompt, of
+    which `filter` keeps the best (a filter of labels needs a `labeler`); with a filter the scores stand with the clips.
+    overlap: decode and write while the next batch is denoised (None: where it pays). parent: the checkpoint's folder,
+    for the manifest.
 
     Raises ValueError for a shard out of range, no prompts, ids that two prompts share or that are not fit for file
     names, a budget smaller than a clip, and best_of without a filter.
@@ -63,7 +64,7 @@ def dream(
             place(world_model, labeler, *judging)
         with Dreamer(world_model, folder.write, size=size, best=best, overlap=overlap) as dreamer:
             for group in progress(left, len(left), mine.title("dream"), out, unit="batch"):
-                dreamer(group)
+                dreamer(read_prompts(group))
         missing = set(ids) - set(folder.ids())
         if missing:
             return {"complete": False, "clips": len(ids) - len(missing), "left": len(missing)}
@@ -74,11 +75,11 @@ def dream(
                           **noted(getattr(prompts, "dataset", None)))  # fmt: skip
 
 
-def _ids(prompts: Sequence[Prompt]) -> list[str]:
+def _ids(prompts: Sequence[Prompt | Draft]) -> list[str]:
     """The ids of all prompts, fit for file names and each its own. ValueError names those that are not."""
     if not prompts:
         raise ValueError("there are no prompts; expected at least one")
-    known: dict[str, Prompt] = {}
+    known: dict[str, Prompt | Draft] = {}
     for prompt in prompts:
         require_name(prompt.id, _picture(prompt, "; rename the picture "))
         if prompt.id in known:
@@ -89,7 +90,7 @@ def _ids(prompts: Sequence[Prompt]) -> list[str]:
     return list(known)
 
 
-def _picture(prompt: Prompt, before: str) -> str:
+def _picture(prompt: Prompt | Draft, before: str) -> str:
     """The picture that a prompt's first frame was read from, "" where it was not."""
     return f"{before}{prompt.origin['picture']}" if "picture" in prompt.origin else ""
 
@@ -102,6 +103,6 @@ def parents(world_model: Path | None, prompts: object, labeler: object) -> dict[
 
 
 @lru_cache(maxsize=1)
-def _listed(prompts: Callable[[], Sequence[Prompt]]) -> tuple[Prompt, ...]:
+def _listed(prompts: Callable[[], Sequence[Prompt | Draft]]) -> tuple[Prompt | Draft, ...]:
     """The list, made once by a worker that dreams one shard after another."""
     return tuple(prompts())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamgen.core.clip import Prompt
+from dreamgen.core.clip import Draft, Prompt, read_prompts
 from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import Stage, differences, read_json, require_complete, write_json
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy
@@ -34,7 +34,7 @@ def evaluate_dreamt(
     world_model: ActionWorldModel,
     judge: Judge,
     policy: Policy,
-    prompts: Callable[[], Sequence[Prompt]],
+    prompts: Callable[[], Sequence[Prompt | Draft]],
     *,
     out: Path,
     steps: int = 48,
@@ -88,7 +88,7 @@ def evaluate_dreamt(
         for number, batch in enumerate(progress(batches, len(batches), "evaluate_dreamt", run.out, unit="batch")):
             part = run.out / "parts" / f"{number:05d}.json"
             if not part.is_file():
-                write_json(part, dreamt_rows(env, acting, batch, filmed, run.out / "films", seed))
+                write_json(part, dreamt_rows(env, acting, read_prompts(batch), filmed, run.out / "films", seed))
             rows += read_json(part)
         write_json(run.out / "episodes.json", rows)
         texts = list(dict.fromkeys(row["instruction"] for row in rows))

@@ -36,7 +36,7 @@ def evaluate_filters(
     """Replay the labels of every scored dream whose first frame came from the simulator, and compare.
 
     scored: a finished `curate`; dataset: the one it scored. settle: steps of holding still after the labels. share: of
-    clips that a filter would keep, for its gain. draws: of the bootstrap.
+    clips that a filter would keep, for its gain. draws: of the bootstrap, of first states with all their dreams.
 
     Writes `truth.json` ({id, episode, instruction, success}). Results: success (all replayed), filters {name: auroc,
     low, high, n, positives, within (one instruction only), chosen (success rate of the best `share`), gain (share of
@@ -66,20 +66,25 @@ def evaluate_filters(
         scores = np.array([[row["scores"][name] for name in names] for row in rows], np.float64)
         positive = np.array([success[row["id"]] for row in rows])
         columns = dict(zip(names, scores.T, strict=True)) | {"mean": totals(scores, names)}
-        texts = [row["instruction"] for row in rows]
-        found = {name: worth(column, positive, texts, share=share, draws=draws, seed=seed)
+        texts, pairs = [row["instruction"] for row in rows], [row["pair"] for row in rows]
+        found = {name: worth(column, positive, texts, pairs, share=share, draws=draws, seed=seed)
                  for name, column in columns.items()}  # fmt: skip
         return run.finish(success=success_interval(int(positive.sum()), len(positive)), filters=found,
                           yields=made["results"]["yields"], clips=len(rows), **noted(dataset))  # fmt: skip
 
 
-def worth(score: np.ndarray, positive: np.ndarray, texts: list[str], *, share: float, draws: int, seed: int) -> dict:
-    """AUROC with its interval, within one instruction, and what choosing the best `share` gains."""
+def worth(score: np.ndarray, positive: np.ndarray, texts: list[str], pairs: list[str], *, share: float, draws: int,
+          seed: int) -> dict:  # fmt: skip
+    """AUROC with its interval, within one instruction, and what choosing the best `share` gains.
+
+    texts, pairs: instruction and first state of each of (n,) scores.
+    """
     count = max(1, round(share * len(positive)))
     chance, best, mine = positive.mean(), min(1.0, positive.sum() / count), chosen_rate(score, positive, share)
     gain = float((mine - chance) / (best - chance)) if best > chance else None
-    return {**auroc_interval(score, positive, draws=draws, seed=seed), "within": auroc_within(score, positive, texts),
-            "abstained": int(np.isnan(score).sum()), "chosen": mine, "oracle": float(best), "gain": gain}  # fmt: skip
+    return {**auroc_interval(score, positive, groups=pairs, draws=draws, seed=seed),
+            "within": auroc_within(score, positive, texts), "abstained": int(np.isnan(score).sum()), "chosen": mine,
+            "oracle": float(best), "gain": gain}  # fmt: skip
 
 
 def replayed(rows: list[dict], dataset: Dataset, sim: Callable[[], Sim], settle: int, out: Path) -> list[dict]:

@@ -40,10 +40,13 @@ def pixel_differences(clip: Clip, cells: int = 16) -> np.ndarray:
     return small[1:] - small[:-1]
 
 
-def feature_differences(clip: Clip, world_model: Any) -> np.ndarray:
-    """(k d) differences of a world model's frozen latents of each frame by itself."""
-    found = world_model.encode(torch.from_numpy(clip.video)[:, None]).float().flatten(1).cpu().numpy()
-    return found[1:] - found[:-1]
+def feature_differences(clip: Clip, world_model: Any, cells: int = 8) -> np.ndarray:
+    """(k d) differences of a world model's frozen latents of each frame by itself, averaged over a grid of at most
+    `cells` a side: at 480 x 832 whole latents would be 74,880 entries of each gap."""
+    found = world_model.encode(torch.from_numpy(clip.video)[:, None]).float().flatten(1, 2)
+    sides = [min(side, cells) for side in found.shape[-2:]]
+    small = torch.nn.functional.adaptive_avg_pool2d(found, sides).flatten(1).cpu().numpy()
+    return small[1:] - small[:-1]
 
 
 def swaps(labeler: Any, idm: Labeler, clips: Sequence[Clip], latents: Sequence[np.ndarray],

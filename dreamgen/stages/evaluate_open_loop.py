@@ -16,6 +16,7 @@ from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
+from dreamgen.data.states import known_states
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 
@@ -62,7 +63,7 @@ def evaluate_open_loop(
 def _observation(dataset: Dataset, episode: int, row: int) -> Observation:
     source = dataset.episode(episode)
     views = {name: frames[0] for name, frames in dataset.views(episode, [row]).items()}
-    return Observation(views=views, state=source.state[row], instruction=source.instruction)
+    return Observation(views=views, state=known_states(source, row), instruction=source.instruction)
 
 
 def _following(action: np.ndarray, row: int, horizon: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.recordings import noted
 from dreamgen.data.windows import Windows
 from dreamgen.engine.compiling import compile_blocks, wanted
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.progress import progress
 from dreamgen.engine.train import clear_state, train
 from dreamgen.video.metrics import psnr
@@ -71,6 +72,7 @@ def finetune_actions(
     Raises ValueError for another method, shares, lengths or a `rest` that do not fit, datasets of another robot, no
     windows.
     """
+    require_alone("finetune_actions")
     world = world_model
     chosen = check(world, datasets, shares, lengths, method)
     if not 0 < rest <= 1:

@@ -1,7 +1,8 @@
 """How much of the true actions do features of a frame gap hold? Probes, and what beats them without learning.
 
 Features and targets are per gap: (k d) and (k a) for each clip. A probe sees a gap and its two neighbours, since a
-command shows in the frames after it; controls get the same. Episodes are split, never gaps.
+command shows in the frames after it; controls get the same. Episodes are split, never gaps. No score depends on the
+unit or the zero of a target: a linear probe has a penalty for each entry, a perceptron sees them at mean 0 and size 1.
 """
 
 from collections.abc import Sequence
@@ -58,61 +59,68 @@ def ridge(x: np.ndarray, y: np.ndarray, penalty: float) -> tuple[np.ndarray, np.
     return w, my - mx @ w
 
 
+def units(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and size of each entry (d) of rows (n d); the size is 1 where it does not change."""
+    size = rows.std(0)
+    return rows.mean(0), np.where(size > 1e-6, size, 1.0)
+
+
 def standard(x: Split) -> Split:
-    """Features of unit size on the training rows."""
-    mean, size = x.train.mean(0), x.train.std(0)
-    return Split(*((rows - mean) / np.where(size > 1e-6, size, 1.0) for rows in x))
+    """Rows whose entries have mean 0 and size 1 on the training rows."""
+    mean, size = units(x.train)
+    return Split(*((rows - mean) / size for rows in x))
 
 
 def linear_probe(x: Split, y: Split) -> np.ndarray:
-    """Predictions for the test rows by ridge regression, the penalty chosen on `choose`."""
+    """Predictions for the test rows by ridge regression, the penalty of each entry chosen on `choose`."""
     x = standard(x)
     fits = [ridge(x.train, y.train, penalty) for penalty in PENALTIES]
-    errors = [((x.choose @ w + o - y.choose) ** 2).sum() for w, o in fits]
-    w, o = fits[int(np.argmin(errors))]
-    return x.test @ w + o
+    errors = [((x.choose @ w + o - y.choose) ** 2).sum(0) for w, o in fits]
+    predicted = np.stack([x.test @ w + o for w, o in fits])
+    return np.take_along_axis(predicted, np.argmin(errors, axis=0)[None, None], axis=0)[0]
 
 
 def few_probe(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Predictions (m a) for `test` (m d) by ridge regression on x (n d), y (n a) alone: the penalty is the one under
-    which each row is best foretold by the others, in closed form.
+    """Predictions (m a) for `test` (m d) by ridge regression on x (n d), y (n a) alone: the penalty of each entry is
+    the one under which each row is best foretold by the others, in closed form.
     """
     x, _, test = standard(Split(x, x, test))
-    u, size, _ = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    u, size, v = np.linalg.svd(x - x.mean(0), full_matrices=False)
     yc = y - y.mean(0)
-    errors = []
+    along, errors = u.T @ yc, []
     for penalty in PENALTIES:
         kept = size**2 / (size**2 + penalty)
         apart = 1 - 1 / len(x) - (u**2) @ kept  # how little a row tells of itself
-        errors.append((((yc - (u * kept) @ (u.T @ yc)) / apart[:, None]) ** 2).sum())
-    w, o = ridge(x, y, PENALTIES[int(np.argmin(errors))])
-    return test @ w + o
+        errors.append((((yc - (u * kept) @ along) / apart[:, None]) ** 2).sum(0))
+    penalty = PENALTIES[np.argmin(errors, axis=0)]
+    w = v.T @ (size[:, None] / (size[:, None] ** 2 + penalty) * along)
+    return (test - x.mean(0)) @ w + y.mean(0)
 
 
 def mlp_probe(x: Split, y: Split, seed: int, *, width: int = 128, steps: int = 300) -> np.ndarray:
     """Predictions for the test rows by a perceptron of one hidden layer, stopped where `choose` is best."""
-    x, size = standard(x), y.train.std(0) + 1e-6
+    mean, size = units(y.train)
+    x, y = standard(x), standard(y)
     xs, ys = ([torch.from_numpy(rows).float() for rows in side] for side in (x, y))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "mlp probe"))
         net = torch.nn.Sequential(torch.nn.Linear(xs[0].shape[1], width), torch.nn.GELU(), torch.nn.Dropout(0.1),
                                   torch.nn.Linear(width, ys[0].shape[1]))  # fmt: skip
         optimiser = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.05)
-        scale = torch.from_numpy(size).float()
         best, kept = np.inf, None
         for step in range(steps):
             rows = torch.randint(len(xs[0]), (min(256, len(xs[0])),))
             net.train()
-            ((net(xs[0][rows]) - ys[0][rows] / scale) ** 2).mean().backward()
+            ((net(xs[0][rows]) - ys[0][rows]) ** 2).mean().backward()
             optimiser.step()
             optimiser.zero_grad()
             if step % 10 == 9:
                 net.eval()
                 with torch.no_grad():
-                    error = float(((net(xs[1]) - ys[1] / scale) ** 2).mean())
+                    error = float(((net(xs[1]) - ys[1]) ** 2).mean())
                     if error < best:
-                        best, kept = error, net(xs[2]) * scale
-    return kept.numpy().astype(np.float64)
+                        best, kept = error, net(xs[2])
+    return mean + size * kept.numpy().astype(np.float64)
 
 
 def r2_by_part(predicted: np.ndarray, true: np.ndarray, robot: Embodiment) -> dict[str, float | None]:

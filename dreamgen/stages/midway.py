@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from dreamgen.core.intervals import success_interval
-from dreamgen.core.manifest import read_json, write_json
+from dreamgen.core.manifest import read_json, settle, write_json
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.engine.precision import place
@@ -70,6 +70,7 @@ class Midway:
         if not snapshot.is_dir() and not snapshot.with_suffix(".json").is_file():
             partial = snapshot.with_suffix(".partial")  # a kill leaves no snapshot that is half there
             model.save(partial)
+            settle(partial)
             partial.rename(snapshot)
         self._catch_up()
 

@@ -6,6 +6,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.states import known_states
 
 
 def open_loop_error(policy: Policy, dataset: Dataset, *, every: int = 4, batch_size: int = 32, seed: int = 0) -> float:
@@ -21,7 +22,7 @@ def open_loop_error(policy: Policy, dataset: Dataset, *, every: int = 4, batch_s
         for i, row in group:
             source, views = dataset.episode(i), dataset.views(i, [row])
             seen.append(Observation(views={name: frames[0] for name, frames in views.items()},
-                                    state=source.state[row], instruction=source.instruction))  # fmt: skip
+                                    state=known_states(source, row), instruction=source.instruction))  # fmt: skip
         chunks = policy.act(seen, [seed_for(seed, "open_loop", i, row) for i, row in group])
         for (i, row), chunk in zip(group, chunks, strict=True):
             true = dataset.episode(i).action[row : row + policy.horizon]

@@ -23,6 +23,7 @@ from dreamgen.data.recordings import noted
 from dreamgen.data.windows import Windows
 from dreamgen.engine.compiling import compile_blocks, wanted
 from dreamgen.engine.precision import autocast
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.progress import progress
 from dreamgen.engine.train import clear_state, train
 from dreamgen.video.metrics import psnr
@@ -101,6 +102,7 @@ def pretrain(
     hop: rows between the clips that the transformer learns from; few clips are learned by heart.
     out: a world model (`PrefixWorld.load`), bf16. Returns the manifest: PSNR of the VAE and validation losses.
     """
+    require_alone("pretrain")
     parents = {f"dataset_{i}": d.root for i, d in enumerate(datasets)} | {"heldout": heldout.root}
     with Stage(out, "pretrain", config=record, parents=parents, seed=seed) as run:
         if run.complete:

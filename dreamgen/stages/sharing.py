@@ -8,6 +8,9 @@ shard is called until it returns, anywhere and as often as it takes, and the res
 
 import contextlib
 import fcntl
+import os
+import struct
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,3 +85,17 @@ class Parts:
         """The arrays of a group."""
         with np.load(self._path(number), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
+
+    def mapped(self, number: int) -> dict[str, np.ndarray]:
+        """The arrays of a group, read from disk where they are looked at, as long as the file is there."""
+        path, found = self._path(number), {}
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            for member in archive.infolist():  # stored as they are, each behind a header of the zip and one of numpy
+                file.seek(member.header_offset + 26)
+                file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+                assert np.lib.format.read_magic(file) == (1, 0), f"{path} was not written by Parts"
+                shape, columns, kind = np.lib.format.read_array_header_1_0(file)
+                found[member.filename.removesuffix(".npy")] = np.memmap(
+                    path, kind, "r", file.tell(), shape, "F" if columns else "C"
+                )
+        return found

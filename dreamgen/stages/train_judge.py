@@ -7,7 +7,7 @@ which correct success rates later, are counted on; a world model that shows the 
 
 import csv
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import place
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
 from dreamgen.filters.rates import Rates, threshold_for
 from dreamgen.stages.agreement import auroc_interval, calibration
@@ -84,6 +85,7 @@ def train_judge(
     Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels,
     dreams without a simulator to replay them.
     """
+    require_alone("train_judge")
     if dreams is not None and sim is None:
         raise ValueError(f"the judge's rates on {dreams.root} come from replaying these dreams and the recipe has no "
                          "simulator; choose sim=..., or leave out stage.dreams")  # fmt: skip
@@ -108,7 +110,7 @@ def train_judge(
             order = rng_for(seed, "degrade").permutation(training).tolist()
             clips.degrade(shown, order[:degraded_clips])
         if model.state is not None:
-            model.fit(np.concatenate([model.states(clips[k]) for k in clips.some(training, seed)]))
+            model.fit(clips.states(model, clips.some(training, seed)))
         if hasattr(model.encoder, "fit"):
             model.encoder.fit(torch.from_numpy(clips.sample(model, clips.some(training, seed))))
         batches = Batches(model, clips, training, batch_size=batch_size, swapped=swapped, shift=shift,
@@ -118,19 +120,18 @@ def train_judge(
                      replicas=replicas, seed=seed, checkpoint_every=checkpoint_every, log_every=log_every,
                      name="train_judge")  # fmt: skip
         known = clips.some(fitting, seed) if imagines else fitting
-        fitted = clips.again(shown, known) if imagines else [clips[k] for k in known]
-        model.slope, model.offset = platt(model.logits(fitted), clips.success[known])
-        model.threshold, reached = threshold_for(least_precision, model.judge(fitted), clips.success[known])
-        scores = {"held_out": measured(model, "real", model.judge([clips[k] for k in apart]), clips.success[apart],
+        logits = model.logits(clips.again(shown, known) if imagines else (clips[k] for k in known))
+        model.slope, model.offset = platt(logits, clips.success[known])
+        model.threshold, reached = threshold_for(least_precision, model.calibrated(logits), clips.success[known])
+        scores = {"held_out": measured(model, "real", model.judge(clips[k] for k in apart), clips.success[apart],
                                        [clips.groups[k] for k in apart], seed)}  # fmt: skip
         if world_model is not None:
             some, name = clips.some(apart, seed), "imagined" if imagines else "decoded"
             scores[name] = measured(model, name, model.judge(clips.again(shown, some)), clips.success[some],
                                     [clips.groups[k] for k in some], seed)  # fmt: skip
         if dreams is not None:
-            known, success = dreamt(dreams, dream_clips, sim, settle, out)
-            scores["dreamt"] = measured(model, "dreamt", model.judge(known), success, [clip.pair for clip in known],
-                                        seed)  # fmt: skip
+            asked, success, pairs = dreamt(dreams, dream_clips, sim, settle, out)
+            scores["dreamt"] = measured(model, "dreamt", model.judge(asked), success, pairs, seed)
         model.save(out)
         write_json(Path(out) / "scores.json", scores)
         manifest = run.finish(episodes=[len(training), len(fitting), len(apart)], successes=int(clips.success.sum()),
@@ -244,13 +245,15 @@ def measured(model: Any, name: str, probability: np.ndarray, success: np.ndarray
 
 
 def dreamt(dreams: Dataset, clips: Path | None, sim: Callable[[], Sim], settle: int,
-           out: Path) -> tuple[list[Clip], np.ndarray]:  # fmt: skip
-    """Dreams and whether their labels succeed when replayed. ValueError if none began in the simulator."""
+           out: Path) -> tuple[Iterator[Clip], np.ndarray, list[str]]:  # fmt: skip
+    """Dreams, read one by one, whether their labels succeed when replayed, and their first states. ValueError if none
+    began in the simulator."""
     candidates = Candidates(dreams, clips)
     truth = replayed([candidates.describe(i) for i in range(len(candidates))], dreams, sim, settle, out)
     if not truth:
         raise ValueError(f"no dream of {dreams.root} has an origin in the simulator; leave out stage.dreams")
     success = {row["id"]: row["success"] for row in truth}
     known = [i for i, id in enumerate(candidates.ids) if id in success]
-    shown = [replace(candidates.clip(i), action=candidates.labels(i).value) for i in known]
-    return shown, np.array([success[candidates.ids[i]] for i in known])
+    shown = (replace(candidates.clip(i), action=candidates.labels(i).value) for i in known)
+    pairs = [candidates.describe(i)["pair"] for i in known]
+    return shown, np.array([success[candidates.ids[i]] for i in known]), pairs

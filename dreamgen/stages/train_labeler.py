@@ -11,6 +11,7 @@ from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import place
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.drawn import DRAWN, drawn_by, frames_through
 from dreamgen.stages.label_scores import score_labels
@@ -70,6 +71,7 @@ def train_labeler(
     episodes were left out.
     Raises ValueError for a dataset of another robot, too few or too short episodes, a loss that is not finite.
     """
+    require_alone("train_labeler")
     world = getattr(world_model, "folder", None)
     parents = {"dataset": dataset.root} | ({"world_model": world} if world is not None else {})
     parents |= {f"more_{k}": other.root for k, other in enumerate(more)}

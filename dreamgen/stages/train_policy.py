@@ -16,10 +16,12 @@ from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import best_device
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.shares import parts_of
 from dreamgen.engine.state import begin_with
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
+from dreamgen.policies.features import worthwhile
 from dreamgen.policies.feed import Feed, several
 from dreamgen.policies.regression import Regression
 from dreamgen.stages.midway import Midway
@@ -90,16 +92,18 @@ def train_policy(
     the end of an episode; keep_idle: idle observations taken of each episode (null: all); see `Chunks`. spread_scale:
     trust in labels falls with their spread; null trusts all alike.
     validation: held-out episodes; their loss is logged every `validate_every` steps. cache_features: pictures pass a
-    frozen encoder once, not at every step. sim, evaluate_every: closed-loop success in a process beside training, a
-    multiple of `validate_every` where both are set (results: midway).
+    frozen encoder once, not at every step, where training takes as many observations as there are. sim,
+    evaluate_every: closed-loop success in a process beside training, a multiple of `validate_every` where both are set
+    (results: midway).
 
     Normalisers are fitted to the real data, to the dreams where there are none. The manifest counts, for each dataset,
-    episodes shorter than the horizon and idle observations that were left out.
+    episodes shorter than the horizon, idle observations, and those without a state that they need, all left out.
     Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than all episodes, no data, none
-    for the body that the policy acts for, a `start` of another policy, and a loss or gradient that is not finite (names
-    the episodes; the last good state stays). An evaluation on the way that fails costs itself: `midway` then tells its
-    error.
+    for the body that the policy acts for, a `start` of another policy, features that do not fit on the disk, several
+    processes, and a loss or gradient that is not finite (names the episodes; the last good state stays). An evaluation
+    on the way that fails costs itself: `midway` then tells its error.
     """
+    require_alone("train_policy")
     given = {"real": several(real), "dream": dreams, "latent": latent, "video": videos}
     numbered = [(kind, dataset) for kind, group in given.items() for dataset in group]
     parents = {f"{kind}_{i}": dataset.root for i, (kind, dataset) in enumerate(numbered)}
@@ -124,8 +128,9 @@ def train_policy(
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, batch_size=batch_size, ratio=ratio,
                     dream_body=dream_body, latent_body=latent_body, spread_scale=spread_scale, fit=start is None,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
-        if cache_features:
-            feed.cache(run.out / "features")
+        features, draws = run.out / "features", (regression_steps + steps) * batch_size
+        if cache_features and worthwhile(model, feed.chunks, features, draws=draws):
+            feed.cache(features)
         midway = None
         if evaluate_every:
             midway = Midway(run.out, sim, type(model), episodes=evaluate_episodes, steps=evaluate_steps,
@@ -162,10 +167,11 @@ def train_policy(
         manifest = run.finish(**result, **begun, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],
                               observations=[len(c) for c in feed.chunks],
                               idle_left_out=[c.idle_left_out for c in feed.chunks],
+                              unknown_left_out=[c.unknown_left_out for c in feed.chunks],
                               short_left_out=[c.short_left_out for c in feed.chunks],
                               **noted(*feed.datasets, validation))  # fmt: skip
         clear_state(run.out, run.out / "regression")
-        shutil.rmtree(run.out / "features", ignore_errors=True)
+        shutil.rmtree(features, ignore_errors=True)
         return manifest
 
 

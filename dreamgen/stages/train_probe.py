@@ -13,6 +13,7 @@ from dreamgen.core.manifest import Stage, write_json
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import place
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.progress import progress
 from dreamgen.filters.positions import PositionJudge
 from dreamgen.filters.rates import threshold_for
@@ -41,6 +42,7 @@ def train_probe(
     the instructions of which the fitting part does not hold both outcomes. Raises ValueError for episodes without
     success, too few of one outcome, bad labels, frames that the tracker does not read.
     """
+    require_alone("train_probe")
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
     parents |= {"labels": labels} if labels else {}
     with Stage(out, "train_probe", config=record, parents=parents, seed=seed) as run:

@@ -11,6 +11,7 @@ from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.normaliser import Normaliser
 from dreamgen.data.recordings import noted
+from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
 from dreamgen.worlds.tracker import KeypointTracker
 
@@ -54,6 +55,7 @@ def train_tracker(
 
     Results: error {name: median distance in m on the held-out frames}. Raises ValueError for datasets without truth.
     """
+    require_alone("train_tracker")
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
     with Stage(out, "train_tracker", config=record, parents=parents, seed=seed) as run:
         if run.complete:

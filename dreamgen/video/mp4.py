@@ -6,6 +6,7 @@ bytes. decord, ffmpeg and torchcodec read 4:4:4; many browsers do not: for a pag
 `pix_fmt="yuv420p"`, which keeps one colour per original pixel.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -183,6 +184,27 @@ def frame_times(reader: "decord.VideoReader", path: Path) -> np.ndarray:
     return times - times[:1]
 
 
+def require_turned(path: Path) -> None:
+    """ValueError for a video that players mirror or turn by less than a quarter; quarters, by which phones write their
+    videos sideways, are applied by whatever reads here. One that cannot be decoded is left to its reader."""
+    import av
+
+    with contextlib.suppress(IndexError, StopIteration, av.FFmpegError), av.open(str(path)) as container:
+        _turns(next(container.decode(video=0)), path)
+
+
+def _turns(frame: Any, path: Path) -> int:
+    """Quarter turns against the clock by which an av frame is shown, as its display matrix says."""
+    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    if matrix is None:
+        return 0
+    a, b, _, c, d = np.frombuffer(matrix, "<i4")[:5].tolist()
+    if frame.rotation % 90 or a * d <= b * c:
+        raise ValueError(f"video {path} is to be shown mirrored, or turned by {frame.rotation} degrees; write it anew "
+                         f"as it is to be seen (ffmpeg -i {path.name} upright.mp4)")  # fmt: skip
+    return frame.rotation // 90 % 4
+
+
 def read_frames(reader: "decord.VideoReader", rows: Sequence[int] | np.ndarray, path: Path) -> np.ndarray:
     """Frames `rows` (t h w 3) uint8 of an open reader, in any order; `path` is for the error."""
     import decord
@@ -257,7 +279,8 @@ def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
                     raise ValueError(f"video {path} cannot be decoded: it ends before frame {row}")
                 at = round(((frame.pts or 0) - start) / period)
                 if at in wanted:
-                    found[at] = frame.to_ndarray(format="rgb24")
+                    # decord turns what is to be shown turned, PyAV does not
+                    found[at] = np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame, path))
     return np.stack([found[row] for row in rows.tolist()])
 
 

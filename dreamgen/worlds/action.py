@@ -7,7 +7,6 @@ are rolled out in chunks, batched over episodes.
 """
 
 from collections.abc import Sequence
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from dreamgen.core.seeding import seed_for, torch_rng_for
 from dreamgen.worlds.action_frames import latent_actions, pose_maps
 from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks
 from dreamgen.worlds.rollout import follow_prompts, frame_rows, rollout
+from dreamgen.worlds.stored import name_of, named
 
 FILE, WEIGHTS = "action_world.json", "actions.safetensors"
-ROOM = "dreamgen.worlds."
 
 
 class ActionWorld(nn.Module):
@@ -241,8 +240,7 @@ class ActionWorld(nn.Module):
         """What the world model saves, the extension's weights, and `action_world.json` last."""
         self.world.save(out)
         save_file({k: v.contiguous() for k, v in self.extension.state_dict().items()}, Path(out) / WEIGHTS)
-        kind = type(self.world)
-        write_json(Path(out) / FILE, {"spec": self.spec(), "world": f"{kind.__module__}.{kind.__qualname__}",
+        write_json(Path(out) / FILE, {"spec": self.spec(), "world": name_of(self.world),
                                       "contract": self.robot.contract()})  # fmt: skip
 
     @classmethod
@@ -250,13 +248,11 @@ class ActionWorld(nn.Module):
         """What `save` wrote; `changed` overrides its own settings and the world model's, None as it was saved."""
         path, changed = Path(path), {key: value for key, value in changed.items() if value is not None}
         saved = read_json(path / FILE)
-        module, _, name = saved["world"].rpartition(".")
-        if not module.startswith(ROOM):
-            raise ValueError(f"{path / FILE} names the class '{saved['world']}'; only classes of {ROOM}* are opened")
+        kind = named(saved["world"], path / FILE)
         robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
         robot.require(saved["contract"], str(path))
         mine = {key: changed.pop(key) for key in list(changed) if key in signature(cls).parameters}
-        world = getattr(import_module(module), name).load(path, robot=robot, **changed)
+        world = kind.load(path, robot=robot, **changed)
         self = cls(world=world, **{**saved["spec"], **mine})
         self.extension.load_state_dict(load_file(path / WEIGHTS))
         return self

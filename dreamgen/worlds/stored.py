@@ -1,5 +1,6 @@
 """A world model as a folder: what it is saved as, and how it is opened again."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from dreamgen.worlds.adapters import save_adapters
 from dreamgen.worlds.layout import Layout, content
 
 FILE = "world.json"
+ROOM = "dreamgen.worlds."  # a class that a file names is code: only these are opened
+PREFIX = "dreamgen.worlds.prefix.PrefixWorld"
 World = TypeVar("World", bound="Stored")
 
 
@@ -31,14 +34,15 @@ class Stored(nn.Module):
         raise NotImplementedError
 
     def save(self, out: Path, *, dtype: torch.dtype | None = None) -> None:
-        """A diffusers pipeline folder `out/model`, or an adapter in `out/adapter`, and `world.json` last."""
+        """A diffusers pipeline folder `out/model`, or an adapter in `out/adapter`, and `world.json` last, which names
+        the class."""
         lora = save_adapters(self.pipe, self.layout.experts, out / "adapter")
         if not lora:
             if dtype is not None:
                 self.pipe.to(dtype=dtype)
             self.layout.save(out / "model")
         base = {"base": self.path if lora else None, "revision": self.revision if lora else None, "experts": lora}
-        write_json(out / FILE, {"spec": self.spec(), "contract": self.robot.contract(), **base})
+        write_json(out / FILE, {"world": name_of(self), "spec": self.spec(), "contract": self.robot.contract(), **base})
 
     @classmethod
     def load(cls: type[World], path: Path | str, **changed: Any) -> World:
@@ -60,3 +64,32 @@ class Stored(nn.Module):
         given = [(self.path, self.revision), *((entry["path"], entry.get("revision")) for entry in self.adapters)]
         names = [content(*source) for source in dict.fromkeys(given)]
         return names[0] if len(names) == 1 else digest(names)
+
+
+def name_of(world: object) -> str:
+    """The class of a world model, as a file of its folder names it."""
+    return f"{type(world).__module__}.{type(world).__qualname__}"
+
+
+def named(kind: str, file: Path) -> Any:
+    """The class that `file` names as `name_of` does. ValueError for one that is none of ours."""
+    module, _, name = kind.rpartition(".")
+    if not module.startswith(ROOM):
+        raise ValueError(f"{file} names the class '{kind}'; only classes of {ROOM}* are opened")
+    return getattr(import_module(module), name)
+
+
+def open_saved(path: Path | str) -> Any:
+    """A world model that `save` wrote, by the class that its folder names; one that names none is a `PrefixWorld`.
+
+    Raises ValueError where it is not.
+    """
+    file = Path(path) / FILE
+    kind = read_json(file).get("world")
+    try:
+        return named(kind or PREFIX, file).load(path)
+    except (ValueError, TypeError) as error:  # the latter for settings that are another class's
+        if kind:
+            raise
+        raise ValueError(f"{file} does not name the class that saved it, and could not be opened as {PREFIX} ({error});"
+                         f' add it, e.g. "world": "dreamgen.worlds.ltx.LtxWorld"') from error  # fmt: skip

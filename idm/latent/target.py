@@ -26,8 +26,9 @@ class Pixels:
 class Features:
     """Frozen features of single frames on the patch grid of stride 8: (n 3 h w) -> (n width h/8 w/8).
 
-    world: a folder of a world model, whose autoencoder encodes; path: a vision tower of transformers (SigLIP2, DINO),
-    a local folder or a hub id; config: build the tower from this configuration instead (tests).
+    world: a folder that a world model was saved in, of any class, whose autoencoder encodes; path: a vision tower of
+    transformers (SigLIP2, DINO), a local folder or a hub id; config: build the tower from this configuration instead
+    (tests).
     """
 
     def __init__(self, *, world: str | None = None, path: str | None = None, config: dict | None = None) -> None:
@@ -36,13 +37,13 @@ class Features:
                              f"folder, or a vision tower's folder or hub id")  # fmt: skip
         self.vae = self.tower = None
         if world is not None:
-            from dreamgen.worlds.prefix import PrefixWorld
+            from dreamgen.worlds.stored import open_saved
 
-            self.vae = PrefixWorld.load(Path(world)).place() if Path(world).exists() else None
-            if self.vae is None:
-                raise ValueError(f"the world model {world} of the feature target does not exist; finetune one, or "
-                                 f"train on pixels (labeler.target=null)")  # fmt: skip
-            self.width = int(self.vae.encode(torch.zeros(1, 1, 16, 16, 3, dtype=torch.uint8)).shape[1])
+            if not Path(world).exists():
+                raise ValueError(f"the world model {world} of the feature target does not exist; finetune one, name "
+                                 f"where it lies, or train on pixels (labeler.target=null)")  # fmt: skip
+            self.vae = open_saved(world).place(experts=False)
+            self.width = self.vae.layout.channels
         else:
             self.tower = open_tower(path, config).requires_grad_(False).eval()
             self.width = self.tower.config.hidden_size

@@ -1,8 +1,11 @@
 """Writing in one piece, whoever else writes."""
 
+import os
+from pathlib import Path
+
 import pytest
 
-from dreamgen.core.manifest import replacing
+from dreamgen.core.manifest import Stage, replacing
 from dreamgen.stages.sharing import sweep
 
 
@@ -26,3 +29,37 @@ def test_what_a_kill_leaves_is_swept(tmp_path):
     name.touch()  # of a process that was killed
     sweep(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.npy"]
+
+
+@pytest.fixture
+def done(monkeypatch) -> list[tuple[str, str]]:
+    """What is synced and named, in order."""
+    told, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        told.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        fsync(handle)
+
+    def named(old: Path, new: Path) -> None:
+        told.append(("name", Path(new).name))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", named)
+    return told
+
+
+def test_what_has_its_name_is_on_the_disk(tmp_path, done):
+    with replacing(tmp_path / "a.npy") as name:
+        name.write_text("whole")
+    assert done == [("sync", name.name), ("name", "a.npy"), ("sync", tmp_path.name)]
+
+
+def test_a_manifest_is_written_when_all_of_its_folder_is_on_the_disk(tmp_path, done):
+    with Stage(tmp_path / "out", "made", config={}) as run:
+        (run.out / "model").mkdir()
+        (run.out / "model/weights.bin").write_bytes(b"weights")
+        (run.out / "gone").symlink_to(tmp_path / "nowhere")
+        run.finish()
+    before = done[: done.index(("name", "manifest.json"))]
+    assert {("sync", name) for name in ("weights.bin", "model", "out", tmp_path.name)} <= set(before)

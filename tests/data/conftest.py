@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part, View
+from tests.data.v2_files import write_v2
 
 H, W = 40, 56
 
@@ -59,6 +61,14 @@ def make_episode() -> Callable[..., Episode]:
         return Episode(**values | change)
 
     return make
+
+
+@pytest.fixture
+def v2(tmp_path, robot, make_episode) -> tuple[Path, list[Episode]]:
+    """A clean v2.1 dataset of three episodes, and these."""
+    root, episodes = tmp_path / "v2", [make_episode(i) for i in range(3)]
+    write_v2(root, robot, episodes)
+    return root, episodes
 
 
 @pytest.fixture

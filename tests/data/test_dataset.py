@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,20 @@ from dreamgen.video.mp4 import read_mp4
 from dreamgen.video.remux import Joined
 
 N = 5
+
+
+def test_a_dataset_is_finished_when_its_files_are_on_the_disk(tmp_path, robot, make_episodes, monkeypatch):
+    seen, fsync = set(), os.fsync
+
+    def synced(handle: int) -> None:
+        if not (tmp_path / "d/meta/info.json").exists():
+            seen.add(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    write_dataset(tmp_path / "d", make_episodes(2), robot)
+    files = {str(path) for path in (tmp_path / "d").rglob("*") if path.name != "info.json"}
+    assert len(files) > 12 and files <= seen
 
 
 def test_what_is_written_comes_back(tmp_path, robot, make_episodes):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 
 import av
@@ -12,6 +13,7 @@ import pytest
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.data.export import export_dataset
 from dreamgen.data.groot import relative_stats
+from dreamgen.data.inspection import inspect
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.video.mp4 import encode, read_mp4
@@ -183,6 +185,30 @@ def test_a_part_within_a_group_is_encoded_again(source, tmp_path, monkeypatch):
     assert result["encoded"] == 2 * N
     frames = Dataset(tmp_path / "again", source.robot).views(1)["side"]
     assert np.abs(frames.astype(int) - source.views(1)["side"]).max() <= 3
+
+
+@pytest.mark.parametrize("format", ["v3.0", "groot"])
+def test_what_is_told_of_a_camera_comes_along(source, robot, tmp_path, monkeypatch, format):
+    side, told = "observation.images.side", {"video.is_depth_map": True, "depth_scale": 0.001, "video.channels": 1}
+    shutil.copytree(source.root, tmp_path / "d")
+    (tmp_path / "d/meta/dreamgen.json").unlink()
+    info = json.loads((tmp_path / "d/meta/info.json").read_text())
+    info["features"][side]["info"] |= told | {"has_audio": True, "audio.codec": "aac", "video.codec": "other"}
+    info["features"][side]["shape"][2] = 1
+    (tmp_path / "d/meta/info.json").write_text(json.dumps(info))
+    eye = replace(robot, views=robot.views[:1], grid=())
+    data = Dataset(tmp_path / "d", eye)
+    assert export_dataset(data, tmp_path / "e", format=format)["left_out"] == []
+    made = json.loads((tmp_path / "e/meta/info.json").read_text())["features"]
+    assert made[side]["shape"] == [40, 56, 1] and made[side]["info"].items() >= told.items()
+    assert (made[side]["info"]["video.codec"], made[side]["info"]["has_audio"]) == ("h264", False)
+    assert (
+        "audio.codec" not in made[side]["info"] and not made["observation.images.front"]["info"]["video.is_depth_map"]
+    )
+    assert not [f for f in inspect(tmp_path / "e", eye, pictures=False)[0] if f.check == "video"]
+    monkeypatch.setattr("dreamgen.data.export.cut", lambda *_: None)  # colours are encoded again, depths are not
+    again = export_dataset(data, tmp_path / "again", format=format)
+    assert again == {"episodes": N, "frames": 7 + 9 + 11, "encoded": N, "left_out": [side]}
 
 
 def test_other_encodings_begin_a_file(tmp_path):

@@ -1,5 +1,6 @@
 """One camera, one geometry: a recording, a video file and a photo show the same part of the scene at the same place."""
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import FolderPrompts
 from dreamgen.data.video_folder import VideoFolder
 from dreamgen.data.writer import write_dataset
-from dreamgen.video.mp4 import write_mp4
+from dreamgen.video.mp4 import encode, read_mp4, read_once, write_mp4
 from dreamgen.video.tiling import fit
 
 CAMERA = View(name="front", key="observation.images.front", height=48, width=80)
@@ -49,6 +50,37 @@ def test_recordings_videos_and_photos_are_fitted_alike(tmp_path: Path, scene: np
     assert np.array_equal(photo, wanted)
     for data in (Dataset(tmp_path / "recorded", robot), VideoFolder(tmp_path / "videos", robot)):
         assert np.abs(data.canvas(0, [2])[0].astype(int) - wanted).max() <= 12  # encoded
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_what_a_phone_wrote_sideways_enters_upright(tmp_path: Path, scene: np.ndarray, turns: int) -> None:
+    """A photo tells it by its EXIF orientation, a video by its display matrix."""
+    robot, stored = seen_as("crop", "front"), np.rot90(scene, -turns)  # turned back `turns` times, it is the scene
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = {1: 8, 2: 3, 3: 6}[turns]
+    Image.fromarray(stored).save(tmp_path / "photos" / "a.png", exif=exif)
+    photo = FolderPrompts(folder=tmp_path / "photos", robot=robot, instructions=["go"])()[0].image
+    assert np.array_equal(photo, fit(scene, 32, 32, "crop"))
+    cos, sin = (round(65536 * f(np.pi / 2 * turns)) for f in (np.cos, np.sin))
+    path = tmp_path / "videos" / "a.mp4"
+
+    def shown(*matrix: int) -> VideoFolder:
+        data = bytearray(encode(np.repeat(stored[None], 4, 0), 20))
+        at = data.index(b"tkhd") + 44
+        data[at : at + 20] = struct.pack(">5i", *matrix)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
+        return VideoFolder(path.parent, robot)
+
+    for other, size in ((scene, (48, 80)), (np.pad(scene, ((0, 8), (0, 8), (0, 0)), "edge"), (56, 88))):
+        stored = np.rot90(other, -turns)  # decord reads the second one, PyAV those of the first size, and `read_once`
+        data = shown(cos, -sin, 0, sin, cos)
+        assert np.abs(data.canvas(0, [2])[0].astype(int) - fit(other, 32, 32, "crop")).max() <= 12  # encoded
+        assert read_once(path, [2]).shape[1:3] == size
+        assert np.abs(read_once(path, [2])[0].astype(int) - read_mp4(path, [2])[0]).max() <= 3
+    with pytest.raises(ValueError, match="a.mp4 is to be shown mirrored.*ffmpeg -i a.mp4 upright.mp4"):
+        shown(-cos, sin, 0, sin, cos)
 
 
 def test_several_views_take_a_photo_each(tmp_path: Path, scene: np.ndarray) -> None:

@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 
+from dreamgen.core.clip import read_prompts
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, View
 from dreamgen.core.manifest import write_json
@@ -102,7 +103,7 @@ def test_videos_stand_in_order_with_their_instructions(tmp_path):
     assert shown(pool.frames(1)) == [1, 4, 7, 10, 13] and pool.instruction(1) == "open the drawer"
     clip = Recordings(data, Clock(robot_hz="20", video_hz="10", frames=2)).read("episode_000002")
     assert clip.origin == {"video": "b/last.webm"} and shown(clip.video) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
-    prompts = DatasetPrompts(dataset=data, instructions=["push", "pull"])()
+    prompts = read_prompts(DatasetPrompts(dataset=data, instructions=["push", "pull"])())
     assert [p.instruction for p in prompts] == ["push", "pull", "push"]  # none has one of these
     assert prompts[1].origin == {"video": "b/first.mkv", "episode": 1, "row": 0} and shown(prompts[1].image[None]) == [
         0

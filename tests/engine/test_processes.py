@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreamgen.engine.precision import autocast
-from dreamgen.engine.processes import PATIENCE, first_node, from_slurm, join
+from dreamgen.engine.processes import PATIENCE, first_node, from_slurm, join, wait
 from dreamgen.engine.shares import Rows
 from dreamgen.engine.state import read_losses
 from dreamgen.engine.train import train
@@ -176,6 +176,7 @@ def test_processes_wait_for_hours_for_one_another(tmp_path):
 
         torch.distributed.init_process_group = spied
         join()
+        wait()  # the first keeps the store in which the other looks for it
 
     forked(2, work)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == [str(PATIENCE)] * 2

@@ -43,7 +43,7 @@ def test_the_map_is_monotone_and_a_half_at_the_reference():
     one = Given(quantile=0.8, sharpness=3.0)
     with pytest.raises(ValueError, match="has no reference"):
         one.score(clips, [])
-    one.fit(clips, [])
+    one.fit(one.raw(clips, []))
     np.testing.assert_allclose(one.half, [8.0, 1.0])
     scores = one.score(clips, [])
     np.testing.assert_allclose(scores[80:], 1 / (1 + (np.arange(80, 101) / 80) ** 3))  # the worse signal speaks
@@ -58,7 +58,7 @@ def test_the_map_is_monotone_and_a_half_at_the_reference():
 
 def test_a_reference_without_a_signal_is_refused():
     with pytest.raises(ValueError, match="finds no finite signal in 0"):
-        Given().fit([], [])
+        Given().fit(np.zeros((0, 2)))
     with pytest.raises(ValueError, match="expected 0 < quantile"):
         Given(quantile=1.0)
 
@@ -103,8 +103,8 @@ def test_frozen_and_cut_videos_are_found():
     still = replace(real[0], video=np.repeat(video[:1], 9, axis=0))
     jump = replace(real[0], video=np.concatenate([video[:4], 255 - video[4:]]))
     frozen, cut = Frozen(), Cut()
-    frozen.fit(real, none)
-    cut.fit(real, none)
+    frozen.fit(frozen.raw(real, none))
+    cut.fit(cut.raw(real, none))
     assert frozen.score([still], none[:1])[0] == 0.0 and cut.score([jump], none[:1])[0] < 0.2
     assert np.median(frozen.score(real, none)) > 0.5 and np.median(cut.score(real, none)) > 0.5
     assert cut.score([still], none[:1])[0] == 1.0

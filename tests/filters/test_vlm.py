@@ -132,6 +132,35 @@ def test_a_refused_request_is_not_repeated(serve, monkeypatch):
         assert len(server.asked) == 1
 
 
+@pytest.mark.parametrize("key", ["sk-SE\nCRET", "sk-SE\rCRET", "sk-SE\x7fCRET", "sk-SE\u2026CRET"])
+def test_a_key_that_no_header_can_carry_is_not_told(serve, monkeypatch, key):
+    server = serve(lambda body, number: said('{"score": 10}'))
+    monkeypatch.setenv("MY_KEY", key)
+    with pytest.raises(ValueError, match="environment variable MY_KEY holds a character") as caught:
+        asks(server, key_variable="MY_KEY").score(CLIPS[:1], [])
+    links = [caught.value, caught.value.__cause__, caught.value.__context__]
+    assert not any("SE" in str(link) or "CRET" in str(link) for link in links) and not server.asked
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " "])
+def test_a_key_from_a_file_may_end_its_line(serve, monkeypatch, end):
+    server = serve(lambda body, number: said('{"score": 10}'))
+    monkeypatch.setenv("MY_KEY", "sk-secret" + end)
+    asks(server, key_variable="MY_KEY").score(CLIPS[:1], [])
+    assert server.headers[0][1]["Authorization"] == "Bearer sk-secret"
+
+
+def test_settings_that_a_model_does_not_take_are_left_out(serve):
+    server = serve(lambda body, number: said("what?") if number == 1 else said('{"score": 10}'))
+    wanted = {"max_completion_tokens": 4096}
+    asks(server, max_tokens=None, temperature=None, extra=wanted).score(CLIPS[:1], [])
+    assert all(not {"max_tokens", "temperature"} & set(body) for body in server.asked) and len(server.asked) == 2
+    assert server.asked[0]["max_completion_tokens"] == 4096
+    server = serve(lambda body, number: (400, "Unsupported parameter: 'max_tokens'"))
+    with pytest.raises(ValueError, match=r"'max_tokens'.*max_tokens=null, temperature=null.*`extra`"):
+        asks(server).score(CLIPS[:1], [])
+
+
 def test_malformed_answers_are_asked_again_and_then_abstain(serve, caplog):
     bad = ["", None, "I would say 7", '{"score": 11}', '{"score": "high"}', '{"score": true}', "[]"]
     for text in bad:

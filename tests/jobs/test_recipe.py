@@ -2,11 +2,12 @@
 
 import pytest
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from dreamgen.core.manifest import Stage, write_json
 from jobs.errors import explain
 from jobs.recipe import load
-from jobs.running import check, record, run_stage
+from jobs.running import check, parts, record, run_stage
 
 
 def refused(job: str, *overrides: str) -> str:
@@ -90,6 +91,22 @@ def test_a_record_holds_what_inputs_hold(tmp_path) -> None:
     assert of("stage.judge.path=team/judge")["judge"]["path"] == "team/judge"  # of a hub
 
 
+def test_a_record_holds_what_the_world_of_a_feature_target_holds(tmp_path) -> None:
+    world, over = tmp_path / "run" / "world", ["labeler=latent_continuous", f"out={tmp_path}/run"]
+
+    def of(path: object) -> dict:
+        cfg, _ = load("train_labeler", [*over, f"labeler.target={{world: {path}}}"])
+        return record(cfg.stage)["labeler"]["target"]
+
+    world.mkdir(parents=True)
+    with pytest.raises(ValueError, match="run/world is unfinished"):
+        run_stage(load("train_labeler", [*over, f"labeler.target={{world: {world}}}"])[0])
+    write_json(world / "manifest.json", {"id": "first"})
+    assert of(world) == {"world": "first"}
+    write_json(world / "manifest.json", {"id": "tuned again"})
+    assert of(world.rename(tmp_path / "elsewhere")) == {"world": "tuned again"}
+
+
 def test_a_question_of_ones_own_is_remembered_by_its_text(tmp_path) -> None:
     mine = tmp_path / "mine.md"
 
@@ -105,6 +122,25 @@ def test_a_question_of_ones_own_is_remembered_by_its_text(tmp_path) -> None:
     first = asked(mine)
     mine.write_text("did it really {instruction}?")
     assert asked(mine) != first and asked("physics") == "physics"
+
+
+def test_a_server_may_be_moved_and_waited_for_longer() -> None:
+    """What the error of a server that does not answer advises; the scores so far are kept."""
+
+    def asked(*changes: str) -> dict:
+        over = [f"filter.vlm_instruction.{change}" for change in ("model=x", *changes)]
+        return record(load("curate", ["filter=[vlm_instruction]", *over])[0].stage)
+
+    moved = ["url=http://elsewhere:1/v1", "timeout=300", "retries=9", "pause=5", "parallel=1", "key_variable=MINE"]
+    assert asked() == asked(*moved)
+    assert asked() != asked("model=y") and asked() != asked("frames=6") and asked() != asked("max_tokens=null")
+
+
+def test_no_manifest_holds_what_a_server_is_shown() -> None:
+    policy = "{_target_: dreamgen.serve.clients.OpenpiPolicy, address: 'ws://a:1', key: secret}"
+    told = record(OmegaConf.create(f"{{out: runs/x, policy: {policy}, sim: {{views: [{{name: front, key: a.b}}]}}}}"))
+    assert "secret" not in str(told) and told["policy"]["address"] == "ws://a:1"
+    assert told["sim"]["views"][0]["key"] == "a.b"
 
 
 @pytest.mark.parametrize(("job", "key"), [("train_policy", "policy"), ("collect", "sim"), ("train_judge", "judge")])
@@ -142,3 +178,14 @@ def test_a_path_may_begin_at_home(monkeypatch) -> None:
     cfg, every = load("validate", ["data=folder", "data.root=~/recordings/a", "out=~/runs"])
     assert cfg.stage.root == "/somewhere/recordings/a" and cfg.stage.out == "/somewhere/runs/validate"
     assert load("validate", every)[0] == cfg  # what the command is called again with
+
+
+def test_the_revision_of_a_dataset_is_that_of_every_reader() -> None:
+    def asked(job: str, *overrides: str) -> list:
+        hub = ["experiment=robot", "embodiment=tabletop", "data.root=org/name", "data.revision=v7"]
+        stage = OmegaConf.to_container(load(job, [*hub, *overrides])[0].stage, resolve=True)
+        return [part["revision"] for _, part in parts(stage) if "revision" in part]
+
+    assert asked("validate") == asked("describe") == asked("export") == asked("evaluate", "stage=labels") == ["v7"]
+    assert asked("train_policy", "stage.validation=${heldout}") == ["v7", "v7"]
+    assert load("validate", ["data=video_folder", "data.root=path"])[0].stage.revision is None

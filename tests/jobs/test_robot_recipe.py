@@ -3,9 +3,12 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hydra.utils import instantiate
 from transformers import SiglipConfig
@@ -13,6 +16,7 @@ from transformers import SiglipConfig
 from dreamgen.core.clip import Episode
 from dreamgen.data.writer import write_dataset
 from jobs.recipe import lines, load
+from jobs.running import run_check, run_stage
 from jobs.steps import run_steps
 from tests.policies.test_pretrained import WORDS, twin
 from tests.worlds import zoo
@@ -76,3 +80,24 @@ def test_it_runs_from_a_dataset_to_the_report(recorded: Path, models: list[str],
     trained = json.loads((tmp_path / "world" / "manifest.json").read_text())
     assert trained["config"]["method"] == "lora" and trained["config"]["dataset"]["leave_out"] == [0, 1]
     assert len(list((tmp_path / "dreams").rglob("*.mp4"))) == 30  # three episodes, ten times each
+
+
+def test_a_bad_episode_is_left_out_and_counted(recorded: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(recorded, tmp_path / "mine")
+    path = data / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    action = table["action"].to_pylist()
+    action[30 + 31 + 4][1] = float("nan")  # in episode 2
+    at = table.column_names.index("action")
+    pq.write_table(table.set_column(at, "action", pa.array(action, table["action"].type)), path)
+    given = ["experiment=robot", "embodiment=tabletop", f"data.root={data}", f"out={tmp_path}/run",
+             "step=check_recorded", "heldout.episodes=[0]"]  # fmt: skip
+    cfg = load("validate", given)[0]
+    assert run_stage(cfg)["results"]["errors"] == 1
+    cfg.skip_bad = True
+    run_check(cfg)  # ends with status 0: the steps after it start
+    results = json.loads((tmp_path / "run/check_recorded/manifest.json").read_text())["results"]
+    assert [one["episode"] for one in results["skipped"]] == [2] and (results["errors"], results["episodes"]) == (0, 5)
+    cfg.skip_bad, cfg.data.episodes = False, [0, 1, 3, 4]
+    few = run_stage(cfg)["results"]
+    assert (few["errors"], few["episodes"], few["skipped"]) == (0, 4, [])

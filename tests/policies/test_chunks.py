@@ -144,6 +144,42 @@ def test_states_may_be_unknown_and_actions_missing():
     assert not Chunks(data, horizon=STEPS, state="masked").batch(places)["state_known"].any()
 
 
+def partly(entry: int) -> Recorded:
+    """Dreams of which one entry of the state is known at the first row alone; 0 stands where none is."""
+    made = []
+    for k, n in enumerate(LENGTHS):
+        known = np.ones((n, D), np.float32)
+        known[1:, entry] = 0
+        dream = episode(n, k, extra={"state_known": known})
+        made.append(replace(dream, state=np.where(known == 1, dream.state + 5, 0).astype(np.float32)))
+    return Recorded(*made)
+
+
+def test_observations_whose_chunks_cannot_be_told_are_left_out_and_counted(caplog):
+    chunks = Chunks(partly(2), horizon=STEPS, relative_to=[2])
+    assert list(chunks) == [(0, 0), (1, 0), (2, 0)] and chunks.unknown_left_out == sum(LENGTHS) - 3
+    assert chunks.idle_left_out == 0 and "recorded: 26 of 29 observations are left out because the policy tells" in (
+        caplog.text
+    )
+    caplog.clear()
+    whole = Chunks(partly(2), horizon=STEPS, relative_to=[0, 1])  # those it needs are known
+    assert len(whole) == sum(LENGTHS) and whole.unknown_left_out == 0 and not caplog.text
+    batch = whole.batch([(0, 0), (0, 1)])
+    assert batch["entries_known"].tolist() == [[True] * 3, [True, True, False]]
+    assert batch["state_known"].tolist() == [True, False]
+    assert np.isnan(whole.starts()).sum() == len(whole.whole()) - 3 and np.isfinite(whole.starts()[:, :2]).all()
+    silent = Recorded(replace(partly(2).episode(0), meta={"action_known": False}))  # nothing is told of it
+    assert len(Chunks(silent, horizon=STEPS, relative_to=[2])) == LENGTHS[0]
+    with pytest.raises(ValueError, match="29 of 29 observations .* state at their start, .*policy.frame=recorded"):
+        Chunks(recorded(extra={}), horizon=STEPS, relative_to=[1], state="masked")
+
+
+def test_placeholders_are_no_states():
+    found = Chunks(partly(0), horizon=STEPS).states()
+    assert found.shape == (29, D) and np.isfinite(found[[0, 9, 16]]).all() and np.isnan(found[:, 0]).sum() == 26
+    assert found[1:9, 1:].min() > 1 and found.dtype == np.float32
+
+
 def test_parts_of_several_datasets_become_one_batch():
     parts = [Chunks(recorded(), horizon=STEPS, body=k).batch([(k, 1), (2, k)]) for k in range(2)]
     batch = collate(parts, encoder().words)

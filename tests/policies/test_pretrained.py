@@ -1,6 +1,7 @@
 """Encoders of transformers as tiny random twins: what they read, what is trained and kept, what a checkpoint holds."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -9,13 +10,19 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast, SiglipConfig, SmolVLMConfig
 
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
+from dreamgen.engine.precision import autocast
 from dreamgen.engine.train import train
+from dreamgen.policies import features
 from dreamgen.policies.chunks import Chunks, collate
-from dreamgen.policies.features import Features, cacheable
+from dreamgen.policies.features import Features, cacheable, worthwhile
+from dreamgen.policies.feed import Feed
 from dreamgen.policies.policy import FlowPolicy
 from dreamgen.policies.siglip import SiglipEncoder
 from dreamgen.policies.vlm import SmolVlmEncoder
-from tests.policies.test_chunks import recorded
+from dreamgen.stages.train_policy import train_policy
+from tests.policies.test_chunks import episode, recorded
 from tests.policies.toy import STEPS, B, batch, loss, observations, robot
 
 WORDS = ["<pad>", "<unk>", "do", "push", "block", "lift", "open", "the", "red", "0", "1", "2", "3", "4"]
@@ -87,7 +94,21 @@ def test_the_texts_of_a_frozen_model_are_kept_up_to_a_bound(folders, monkeypatch
     for asked in (["lift"], ["push"], ["lift"]):  # "open" was asked for longest ago
         found = it._text(it.words(asked))
         torch.testing.assert_close(found, want[[["push", "open", "lift"].index(text) for text in asked]])
-    assert calls == [3, 1] and len(it._known) == 2
+    assert calls == [1] * 4 and len(it._known) == 2
+
+
+def test_a_text_has_one_embedding_whatever_was_asked_before(folders, monkeypatch):
+    """With others or alone, in training or in acting, to the bit."""
+    monkeypatch.setattr("dreamgen.engine.onednn.SMALL", 0)
+    texts = ["push", "open the red block", "lift", "do 0 1 2 3 4"]
+    alone, together = (encoder(folders, "siglip").eval() for _ in range(2))
+    want = torch.cat([alone._text(alone.words([text])) for text in texts])
+    assert want.dtype == torch.float32 and torch.equal(together._text(together.words(texts)), want)
+    for precision in ("bf16", "fp32"):
+        trained = encoder(folders, "siglip")
+        with autocast(precision):
+            assert torch.equal(trained._text(trained.words(texts[::-1])).flip(0), want)
+        assert torch.equal(trained._text(trained.words(texts)), want)
 
 
 def test_weights_and_layers_are_those_of_the_hub(folders):
@@ -179,3 +200,54 @@ def test_features_are_computed_once(folders, name, tmp_path):
     tuned = made(folders, name, tune=True)
     assert not cacheable(tuned)
     assert dataclasses.is_dataclass(model.robot)
+
+
+def test_an_episode_is_decoded_once_for_its_features(folders, tmp_path, monkeypatch):
+    """A part of it at a time, and each row gets the features of its own pictures."""
+    monkeypatch.setattr(features, "ROWS", 5)
+    model, data, asked = made(folders, "siglip").eval(), recorded(), []
+    chunks = Chunks(data, horizon=STEPS, memory_gb=0.0)
+    views = data.views
+    monkeypatch.setattr(data, "views", lambda i, rows: asked.append((i, list(rows))) or views(i, rows))
+    found = Features(chunks, model.encoder, tmp_path, batch_size=7)
+    parts = {0: [5, 4], 1: [5, 2], 2: [5, 5, 3]}
+    assert [(i, len(rows)) for i, rows in asked] == [(i, n) for i, sizes in parts.items() for n in sizes]
+    assert [(i, row) for i, rows in asked for row in rows] == list(chunks)
+    places = list(chunks)
+    for group in [places[k : k + 7] for k in range(0, len(places), 7)]:
+        seen = torch.from_numpy(np.stack([chunks.pictures(*place) for place in group]))
+        want = model.encoder.features(seen, model.encoder.words(["push"] * len(group))).half().float()
+        assert np.array_equal(np.stack([found(*place) for place in group]), want)
+
+
+def test_features_are_computed_where_they_pay_and_fit(folders, tmp_path, monkeypatch, caplog):
+    """An observation that is drawn once at most, on average, gains nothing; a disk that is too small is told first."""
+    caplog.set_level("INFO")
+    model, chunks = made(folders, "siglip").eval(), [Chunks(recorded(), horizon=STEPS)]
+    count, needed = len(chunks[0]), len(chunks[0]) * 8 * 12 * 2
+    assert not worthwhile(model, chunks, tmp_path / "f", draws=count - 1)
+    assert f"training takes {count - 1} observations, and there are {count}" in caplog.text
+    usage, free = shutil.disk_usage(tmp_path), [needed - 1]
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    with pytest.raises(ValueError, match=r"features of 29 observations take 5.57e-06 GB in .*cache_features=false"):
+        worthwhile(model, chunks, tmp_path / "f", draws=count)
+    assert not (tmp_path / "f").exists()
+    free[0] = needed
+    assert worthwhile(model, chunks, tmp_path / "f", draws=count)
+    Features(chunks[0], model.encoder, tmp_path / "f")
+    free[0] = 0
+    assert worthwhile(model, chunks, tmp_path / "f", draws=count)  # they are there: a run that goes on
+    assert not worthwhile(made(folders, "siglip", tune=True), chunks, tmp_path / "f", draws=count)
+
+
+@pytest.mark.parametrize(("batch_size", "cached"), [(4, False), (5, True)])
+def test_a_training_shorter_than_its_data_computes_no_features_first(
+    folders, tmp_path, monkeypatch, batch_size, cached
+):
+    rng, made_in = np.random.default_rng(0), []
+    video = {name: rng.integers(0, 256, (9, 24, 16, 3), dtype=np.uint8) for name in ("front", "wrist")}
+    write_dataset(tmp_path / "real", [episode(9, video=video)], robot())
+    monkeypatch.setattr(Feed, "cache", lambda feed, folder: made_in.append(folder))
+    train_policy(made(folders, "siglip"), Dataset(tmp_path / "real", robot()), out=tmp_path / "p", steps=2,
+                 batch_size=batch_size, record={})  # fmt: skip
+    assert made_in == [tmp_path / "p/features"] * cached

@@ -61,8 +61,21 @@ def test_a_chunk_goes_on_from_the_last(mode):
         arm = slice(0, 6)
         assert np.abs(later[:, 2, arm] - first[:, 5, arm]).mean() < np.abs(free[:, 2, arm] - first[:, 5, arm]).mean()
     assert not np.allclose(later, free) and later.dtype == np.float32
-    again = RealTime(model, delay=2, mode=mode).act(observations()[::-1], range(9, 9 + B), memories, 3 + STEPS)
-    np.testing.assert_allclose(again, free, atol=1e-4)  # the last chunk has run out
+    again = model.proceed(observations()[::-1], range(9, 9 + B), [first[i, :0] for i in range(B)], delay=2, mode=mode)
+    np.testing.assert_allclose(again, free, atol=1e-4)  # nothing is left
+
+
+@pytest.mark.parametrize("after, fits", [(1, False), (2, True), (4, True), (5, False), (STEPS, False)])
+def test_a_robot_that_would_stand_still_is_not_simulated(after, fits):
+    """A chunk must have come before the next is asked for, and last until that one comes."""
+    model, memories = policy().eval(), [{} for _ in range(B)]
+    real = RealTime(model, delay=2)
+    real.act(observations(), range(B), memories, 7)
+    if fits:
+        real.act(observations(), range(B), memories, 7 + after)
+        return
+    with pytest.raises(ValueError, match=f"asked again after {after} steps; with delay=2 .* expected 2 to 4"):
+        real.act(observations(), range(B), memories, 7 + after)
 
 
 @pytest.mark.parametrize("mode", ["guided", "trained"])
@@ -88,6 +101,11 @@ def test_real_time_says_what_cannot_be():
         RealTime(policy(), delay=2, mode="trained")
     with pytest.raises(ValueError, match="delay is 6"):
         RealTime(policy(), delay=STEPS)
+    with pytest.raises(ValueError, match="delay is 4, and the policy's chunks have 6 steps: .* expected at most 3"):
+        RealTime(policy(), delay=4)
+    rests = [np.zeros((n, A), np.float32) for n in (0, 2, 1, 3, 6)]
+    with pytest.raises(ValueError, match="a rest of 1 steps is left of a chunk, and delay is 2"):
+        policy().proceed(observations(), range(B), rests, delay=2)
     with pytest.raises(ValueError, match="prefix is 6"):
         policy(prefix=STEPS)
 

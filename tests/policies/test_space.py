@@ -62,6 +62,35 @@ def test_a_frame_that_needs_the_state_asks_for_it(tmp_path):
     np.testing.assert_array_equal(FlowPolicy.load(tmp_path).act(seen, range(B)), model.act(seen, range(B)))
 
 
+def test_only_the_entries_that_chunks_are_told_relative_to_must_be_known():
+    model, data, seen = framed("relative"), batch(), observations()  # to the grip alone
+    data["entries_known"] = torch.tensor([[0, 0, 1], [1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1]]).bool()
+    data["state_known"] = data["entries_known"].all(1)
+    assert model.steps(data).any(1).tolist() == [True, False, True, False, True]
+    assert torch.equal(framed("recorded").steps(data), data["valid"])
+    half = [dataclasses.replace(o, state=np.array([np.nan, 0, 1], np.float32)) for o in seen]
+    assert np.isfinite(model.eval().act(half, range(B))).all()
+    with pytest.raises(ValueError, match="state of an observation is unknown"):
+        framed("absolute").eval().act(half, range(B))
+    rng = np.random.default_rng(2)
+    action = rng.normal(size=(40, STEPS, 7)).astype(np.float32)
+    start = np.full((40, 3), np.nan, np.float32)
+    start[:30, 2] = 9.0
+    model.fit(np.full((5, 3), np.nan, np.float32), action, start=start)  # no state is known: its numbers stay
+    squeeze = model.normalise_action.offset.view(STEPS, 7)[:, 4]
+    np.testing.assert_allclose(squeeze, action[:30, :, 4].mean(0) - 9, rtol=1e-4)
+
+
+def test_a_body_whose_chunks_need_no_state_learns_without_it():
+    latent = dataclasses.replace(ROBOT, name="toy_latent", action=(Part(name="latent", start=0, stop=9),))
+    made = FlowPolicy(robot=ROBOT, encoder=encoder(), horizon=STEPS, layers=2, heads=2, head_width=8, frame="absolute",
+                      bodies=["real", "latent"], robots={"latent": latent})  # fmt: skip
+    data = batch()
+    data["body"], data["entries_known"] = torch.tensor([0, 1, 1, 0, 1]), torch.zeros(B, 3).bool()
+    data["entries_known"][0], data["state_known"] = True, torch.tensor([True] + [False] * 4)
+    assert made.steps(data).any(1).tolist() == [True, True, True, False, True]
+
+
 LATENT = dataclasses.replace(robot(), name="toy_latent", action=(Part(name="latent", start=0, stop=9),))
 NARROW = dataclasses.replace(robot(), name="toy_narrow", state=(), action=(Part(name="arm", start=0, stop=4),))
 

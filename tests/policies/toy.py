@@ -44,9 +44,11 @@ def batch(seed: int = 1) -> dict[str, torch.Tensor]:
     valid[1, 4:] = False
     words = encoder().words(["lift the red block", "open it", "lift the blue block", "a", "push the red block now"])
     pictures = torch.randint(0, 256, (2, B, V, H, W, 3), generator=g, dtype=torch.uint8)
+    known = torch.tensor([1, 1, 1, 0, 1]).bool()
     return dict(pictures=pictures[0], future=pictures[1], future_known=torch.tensor([1, 1, 0, 1, 1]).bool(),
-                words=words, state=torch.randn(B, D, generator=g), state_known=torch.tensor([1, 1, 1, 0, 1]).bool(),
-                body=torch.tensor([0, 0, 1, 1, 0]), action=torch.rand(B, STEPS, A, generator=g) * 2 - 1, valid=valid,
+                words=words, state=torch.randn(B, D, generator=g), state_known=known,
+                entries_known=known[:, None].repeat(1, D), body=torch.tensor([0, 0, 1, 1, 0]),
+                action=torch.rand(B, STEPS, A, generator=g) * 2 - 1, valid=valid,
                 weight=torch.ones(B, STEPS))  # fmt: skip
 
 

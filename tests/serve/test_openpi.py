@@ -105,8 +105,11 @@ def test_a_robot_keeps_its_keys():
                        "observation/joint_position": seen.state[:2],
                        "observation/gripper_position": seen.state[2], "seed": 5,
                        "prompt": seen.instruction}  # fmt: skip
-            link.send(pack_openpi(message))
-            np.testing.assert_allclose(unpack_openpi(link.recv(5))["actions"], Mean().act([seen], [5])[0])
+            for grip in (seen.state[2], np.float64(seen.state[2])):  # the latter arrives as a plain number
+                link.send(pack_openpi({**message, "observation/gripper_position": grip}))
+                np.testing.assert_allclose(unpack_openpi(link.recv(5))["actions"], Mean().act([seen], [5])[0])
+            link.send(pack_openpi({**message, "observation/gripper_position": True}))
+            assert "'observation/gripper_position' of the observation is no array of numbers but bool" in link.recv(5)
             link.send(pack_openpi({**message, "observation/joint_position": seen.state}))
             assert "'observation/joint_position' of the observation is (3,); expected (2,)" in link.recv(5)
             link.send(pack_openpi(GOOD))

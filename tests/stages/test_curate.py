@@ -6,16 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreamgen.core.clip import Clip, Labels
+from dreamgen.core.clip import Clip, Episode, Labels
 from dreamgen.core.manifest import Stage, is_complete, read_json, write_json
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import recorded_clip
 from dreamgen.data.writer import write_dataset
 from dreamgen.filters.frozen import Frozen
 from dreamgen.filters.limits import Limits
 from dreamgen.filters.spread import Spread
-from dreamgen.stages.curate import curate
+from dreamgen.stages.candidates import Candidates
+from dreamgen.stages.curate import Work, curate
 from dreamgen.stages.evaluate_filters import evaluate_filters
 from dreamgen.stages.label import label
 
@@ -107,6 +109,55 @@ def test_the_world_model_of_a_filter_is_placed(made, tmp_path):
     for _ in range(2):  # what is complete needs none
         scored(made, tmp_path, filters={"mute": one}, least={"mute": 0.5})
     assert model.placed == 1
+
+
+def test_the_reference_is_labelled_in_batches_by_a_placed_labeler(made, tmp_path):
+    """Recordings that are shorter than the labeler's window are left out, as they are elsewhere."""
+    episodes = [made["squares"].episode(k) for k in range(5)]
+    write_dataset(tmp_path / "real", [Episode(instruction="move", state=e.state[:n], action=e.action[:n],
+                                              video={"top": e.video["top"][:n]})
+                                      for e, n in zip(episodes, (19, 5, 19, 1, 19), strict=True)], ROBOT)  # fmt: skip
+
+    class Placed(Told):
+        window, placed, seen = 4, False, []
+
+        def place(self) -> None:
+            self.placed = True
+
+        def label(self, clips: list[Clip]) -> list[Labels]:
+            assert self.placed
+            self.seen.append([clip.id for clip in clips])
+            return super().label(clips)
+
+    candidates, wanted = Candidates(made["labels"], None), {"spread": Spread(robot=ROBOT), "frozen": Frozen()}
+    real, labeler = Dataset(tmp_path / "real", ROBOT), Placed(made["squares"])
+    Work(tmp_path, candidates, wanted, []).refer(real, 64, labeler, 2, 0)
+    assert labeler.seen == [["episode_000000", "episode_000002"], ["episode_000004"]]
+    signals = Frozen().raw([recorded_clip(made["real"], k, CLOCK)[0] for k in (0, 2, 4)], [])
+    np.testing.assert_allclose(wanted["spread"].half, np.quantile([0.02, 0.022, 0.024], 0.95), rtol=1e-6)
+    np.testing.assert_allclose(wanted["frozen"].half, np.quantile(signals[:, 0], 0.05), rtol=0.05)
+    Work(tmp_path / "alone", candidates, {"frozen": Frozen()}, []).refer(real, 64, None, 2, 0)  # of two frames and more
+    assert read_json(tmp_path / "alone" / "reference.json")["frozen"]
+    with pytest.raises(ValueError, match="of 5 episodes of .* 0 have the .* a window of the labeler"):
+        labeler.window = 30
+        Work(tmp_path / "long", candidates, {"frozen": Frozen()}, []).refer(real, 64, labeler, 2, 0)
+
+
+def test_scores_and_truth_of_other_content_are_refused(made, tmp_path):
+    """Two datasets of dreams have the same ids; the scores of one say nothing of the other."""
+    mine = read_json(made["labels"].root / "manifest.json")["id"]
+    known = [{"id": f"dream_{k}", "scores": {"mute": 0.5}, "success": True} for k in range(N)]
+    for name, parents in (("same", {"dataset": mine}), ("other", {"dataset": "0"}), ("dreams", {"dreams": "0"})):
+        write_json(tmp_path / name / "manifest.json", {"id": name, "parents": parents, "results": {}})
+        write_json(tmp_path / name / "scores.json", known)
+        write_json(tmp_path / name / "truth.json", known)
+    options = dict(filters={"mute": Mute()}, least={}, reference=None, keep=2)
+    for name, found in (("other", "dataset 0"), ("dreams", "dreams 0")):
+        with pytest.raises(ValueError, match=f"`scored` is .*{name}, which read {found}, but this run reads"):
+            scored(made, tmp_path / "s" / name, scored=tmp_path / name, **options)
+    with pytest.raises(ValueError, match="`truth` is .*other, which read dataset 0, but this run reads dataset"):
+        scored(made, tmp_path / "t", control="oracle", truth=tmp_path / "other", **options)
+    assert not (tmp_path / "s" / "other" / "scores").exists()  # said before anything is scored
 
 
 def test_the_good_are_kept_with_their_scores(made, kept):

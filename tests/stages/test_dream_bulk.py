@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreamgen.core.clip import Clip, Labels
+from dreamgen.core.clip import Clip, Draft, Labels
 from dreamgen.core.manifest import tree_digest
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.prompts import FolderPrompts
@@ -135,6 +135,28 @@ def test_what_chooses_is_placed_beside_the_world_model(tmp_path):
     (tmp_path / "manifest.json").unlink()
     run(world, lambda: prompts(2), out=tmp_path, best_of=2, filter=judging, labeler=labeler)
     assert len(placed) == 3  # nothing was left to dream
+
+
+def test_a_first_frame_is_read_when_its_group_is_dreamed(tmp_path):
+    """Each once a group, of its own shard, and of what is left."""
+    whole, reads = prompts(7), []
+
+    def listed() -> list[Draft]:
+        def first(k: int) -> tuple:
+            reads.append(k)
+            return whole[k].image, whole[k].state
+
+        shared = [partial(first, k) for k in range(7)]
+        return [Draft(id=p.id, first=shared[k // 2 * 2], instruction=p.instruction, seed=p.seed, pair=p.pair)
+                for k, p in enumerate(whole)]  # fmt: skip
+
+    world, at = DrawnWorld(), []
+    world.denoise = lambda group, inner=world.denoise: at.append(len(reads)) or inner(group)
+    run(world, listed, out=tmp_path / "two", batch_size=3, shard=1, num_shards=2)
+    assert reads == [2, 4] and at == [2]
+    run(world, listed, out=tmp_path / "two", batch_size=3, shard=0, num_shards=2)
+    assert reads == [2, 4, 0, 2, 6] and at == [2, 4, 5]
+    assert len(ClipFolder(tmp_path / "two/clips")) == 7
 
 
 def test_texts_are_read_before_the_transformer_takes_its_place(tmp_path):

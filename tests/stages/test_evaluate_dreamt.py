@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dreamgen.core.clip import read_prompts
 from dreamgen.core.manifest import read_json
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import DatasetPrompts, SimPrompts
@@ -107,10 +108,42 @@ def test_what_cannot_be_tried_is_said(tmp_path) -> None:
         evaluate_dreamt(oracle(), Column(), Steady(0.3), lambda: prompts(2)() * 2, out=tmp_path / "c", **OPTIONS)
 
 
+def test_a_list_of_first_frames_draws_none(tmp_path) -> None:
+    """A scene is placed and an episode is decoded when it is dreamed, in whatever order; then the simulator closes."""
+    sims: list[Point] = []
+
+    class Counted(Point):
+        def __init__(self) -> None:
+            sims.append(self)
+            self.resets, self.closed = [], False
+
+        def reset(self, instruction: str, seed: int) -> None:
+            self.resets.append(seed)
+            super().reset(instruction, seed)
+
+    made = SimPrompts(sim=Counted, first_frames=5, repeats=2, seed=2)()
+    assert sims[0].resets == [] and len(made) == 10
+    late, early = read_prompts(made[6:8]), read_prompts(made[:2])
+    for p in [*late, *early]:
+        alone = Point()
+        alone.reset(p.origin["instruction"], p.origin["seed"])
+        assert np.array_equal(p.image, alone.observe().views["eye"]) and p.state == alone.state()
+    assert len(sims[0].resets) == 2 and not sims[0].closed
+    del made
+    assert sims[0].closed
+
+    collect(Point, out=tmp_path, episodes=3, instructions=["home"], source="play", rows=9, seed=8, record={})
+    data = Dataset(tmp_path, ROBOT)
+    decoded, canvas = [], data.canvas
+    data.canvas = lambda i, rows: decoded.append(i) or canvas(i, rows)
+    made = DatasetPrompts(dataset=data, repeats=2)()
+    assert decoded == [] and len(read_prompts(made)) == 6 and decoded == [0, 1, 2]
+
+
 def test_first_frames_in_the_middle_of_recordings(tmp_path) -> None:
     collect(Point, out=tmp_path, episodes=3, instructions=["home"], source="play", rows=9, seed=8, record={})
     data = Dataset(tmp_path, ROBOT)
-    made = DatasetPrompts(dataset=data, keyframes=[0, 0.5, 0.51])()  # the last is the same row
+    made = read_prompts(DatasetPrompts(dataset=data, keyframes=[0, 0.5, 0.51])())  # the last is the same row
     assert [p.pair for p in made] == [f"e00000{i}{at}" for i in range(3) for at in ("", "_r4")]
     for k, p in enumerate(made):
         i, row = divmod(k, 2)

@@ -16,12 +16,14 @@ from dreamgen.stages.evaluate_latents import evaluate_latents, feature_differenc
 from dreamgen.stages.label import label
 from dreamgen.stages.latent_scores import (
     PENALTIES,
+    Split,
     by_gap,
     codebook_usage,
     few_probe,
     in_context,
     label_efficiency,
     linear_probe,
+    mlp_probe,
     probe,
     ridge,
     shuffled,
@@ -66,10 +68,41 @@ def test_a_probe_of_few_rows_chooses_its_penalty_by_leaving_each_out():
             left = []
             for i in range(n):
                 w, o = ridge(np.delete(x, i, 0) / size, np.delete(y, i, 0), penalty)
-                left.append(((x[i] / size @ w + o - y[i]) ** 2).sum())
+                left.append((x[i] / size @ w + o - y[i]) ** 2)
             errors.append(sum(left))
-        w, o = ridge(x / size, y, PENALTIES[int(np.argmin(errors))])
-        np.testing.assert_allclose(few_probe(x, y, test), test / size @ w + o, atol=1e-8)
+        best = np.argmin(errors, axis=0)  # for each entry its own
+        assert best[0] != best[1]
+        for entry, penalty in enumerate(PENALTIES[best]):
+            w, o = ridge(x / size, y[:, entry : entry + 1], penalty)
+            np.testing.assert_allclose(few_probe(x, y, test)[:, entry], (test / size @ w + o)[:, 0], atol=1e-8)
+
+
+def test_probes_do_not_depend_on_the_units_of_what_they_foretell():
+    """A part in other units, from another zero: the same R2 of it and of the part beside it."""
+    rng = np.random.default_rng(1)
+    features = [rng.normal(size=(n, 5)) for n in (40, 31, 37, 25, 50, 22, 49, 28)]
+    mix = rng.normal(size=(5, 3))
+    actions = [np.concatenate([f @ mix[:, :2] + 0.1 * rng.normal(size=(len(f), 2)), f @ mix[:, 2:] > 0], 1)
+               for f in features]  # fmt: skip
+    found = []
+    for scale, zero in ((1, 0), (0.01, 0.3), (100, -40)):
+        turned = [a * (scale, scale, 1) + (zero, zero, 0) for a in actions]
+        kinds = {kind: scores for kind, scores in probe(features, turned, ROBOT, 0).items() if kind != "width"}
+        few = label_efficiency(features, turned, ROBOT, 0, pairs=(20, 150), draws=2)
+        kinds |= {count: {name: score["mean"] for name, score in parts.items()} for count, parts in few.items()}
+        found.append([kinds[kind][name] for kind in sorted(kinds) for name in ("move", "light")])
+    assert min(found[0][::2]) > 0.9  # of `move`
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=1e-3)
+
+
+def test_a_target_that_never_changes_in_training_is_its_mean():
+    rng = np.random.default_rng(3)
+    x = Split(*(rng.normal(size=(n, 4)) for n in (30, 8, 9)))
+    y = Split(*(np.full((len(rows), 2), (7.0, -3.0)) for rows in x))
+    np.testing.assert_allclose(linear_probe(x, y), y.test, atol=1e-6)
+    np.testing.assert_allclose(mlp_probe(x, y, 0), y.test, atol=0.5)
+    np.testing.assert_allclose(few_probe(x.train, y.train, x.test), y.test, atol=1e-6)
 
 
 def test_probes_find_what_is_there_and_nothing_elsewhere():
@@ -142,6 +175,23 @@ def test_differences_of_features_are_of_neighbouring_frames():
     video = np.random.default_rng(0).integers(0, 255, (5, 4, 6, 3)).astype(np.uint8)
     found = feature_differences(Clip(id="c", video=video, video_hz="10", instruction="move"), Light())
     np.testing.assert_allclose(found, np.diff(video.reshape(5, -1, 3).mean(1), axis=0), atol=1e-4)
+
+
+class Fine:
+    """Latents of 2 channels on a grid of 30 x 52, as of pictures of 480 x 832."""
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        return torch.arange(30 * 52.0).view(30, 52) * video[:, None, :, :1, :1, 0].float() * torch.ones(1, 2, 1, 1, 1)
+
+
+def test_fine_grids_of_features_are_averaged_to_eight_cells_a_side():
+    video = np.array([3, 5, 4], np.uint8)[:, None, None, None].repeat(3, 3)
+    found = feature_differences(Clip(id="c", video=video, video_hz="10", instruction="move"), Fine())
+    assert found.shape == (2, 2 * 8 * 8)
+    rows = np.arange(30 * 52.0).reshape(30, 52)
+    corner = rows[:4, :7].mean()  # 30 / 8 and 52 / 8, rounded up
+    np.testing.assert_allclose(found[:, 0], [2 * corner, -corner])
+    np.testing.assert_allclose(found[0].reshape(2, 64).mean(1), 2 * rows.mean(), rtol=1e-2)
 
 
 @pytest.fixture(scope="module")

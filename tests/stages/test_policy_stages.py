@@ -20,6 +20,7 @@ from dreamgen.policies.encoder import TinyEncoder
 from dreamgen.policies.policy import FlowPolicy
 from dreamgen.stages.evaluate import evaluate
 from dreamgen.stages.evaluate_open_loop import evaluate_open_loop
+from dreamgen.stages.open_loop import open_loop_error
 from dreamgen.stages.train_policy import train_policy
 
 ROBOT = Embodiment(
@@ -178,6 +179,26 @@ def test_open_loop_of_a_known_policy(folder: Path, tmp_path: Path):
     recorded = np.stack([data.episode(i).action[:, 1] for i in range(10)])
     wrong = [1 - recorded[i, row + k] for k in range(HORIZON) for i in range(10) for row in (0, 3, 6) if row + k < ROWS]
     assert lamp["mae"] == pytest.approx(np.mean(wrong), abs=1e-6)
+
+
+def test_a_placeholder_is_shown_to_no_policy_as_a_state(tmp_path: Path):
+    class Shown(Oracle):
+        def __init__(self) -> None:
+            self.states: list[float] = []
+
+        def act(self, observations, seeds) -> np.ndarray:
+            self.states += [float(o.state[0]) for o in observations]
+            return super().act(observations, seeds)
+
+    known = np.ones((ROWS, 1), np.float32)
+    known[3:] = 0
+    dreams = (dataclasses.replace(e, state=e.state * known, extra={"state_known": known}) for e in episodes(2, 3))
+    write_dataset(tmp_path / "dreams", dreams, ROBOT)
+    data, shown = Dataset(tmp_path / "dreams", ROBOT), [Shown(), Shown()]
+    evaluate_open_loop(shown[0], data, out=tmp_path / "o", every=3, record={})
+    open_loop_error(shown[1], data, every=3)
+    for policy in shown:
+        assert np.isnan(policy.states).tolist() == [False, True, True] * 2
 
 
 def test_errors_are_clear(folder: Path, tmp_path: Path):

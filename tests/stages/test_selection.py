@@ -1,9 +1,13 @@
 """Which clips are kept, by hand and by a slower way."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
+from dreamgen.core.seeding import rng_for
 from dreamgen.stages.agreement import auroc_interval, auroc_within, calibration, chosen_rate
+from dreamgen.stages.evaluate_filters import worth
 from dreamgen.stages.selection import best, best_of, passing, quantile_thresholds, totals
 
 NAMES = ["spread", "judge"]
@@ -89,6 +93,43 @@ def test_areas_and_their_intervals():
             if positive[i] and not positive[j] and groups[i] == groups[j]]  # fmt: skip
     assert auroc_within(score, positive, groups) == pytest.approx(np.mean(same))
     assert auroc_within(np.arange(4.0), np.array([1, 1, 0, 0], bool), ["a", "a", "b", "b"]) is None
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_an_interval_is_that_of_all_pairs_without_storing_them(grouped):
+    rng = np.random.default_rng(4)
+    positive, score = rng.random(90) < 0.4, rng.integers(0, 9, 90) / 8  # with ties
+    groups = rng.integers(0, 12, 90)
+    names = [chr(97 + k) for k in groups] if grouped else None
+    found = auroc_interval(score, positive, groups=names, draws=40, seed=5)
+    wins = (score[positive][:, None] > score[~positive]) + 0.5 * (score[positive][:, None] == score[~positive])
+    drawn, again = [], rng_for(5, "bootstrap")
+    for _ in range(40):
+        if grouped:
+            often = np.bincount(again.integers(12, size=12), minlength=12)[groups]
+            drawn.append(np.average(wins, weights=np.outer(often[positive], often[~positive])))
+        else:
+            drawn.append(wins[np.ix_(*(again.integers(n, size=n) for n in wins.shape))].mean())
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(drawn, (0.025, 0.975)), abs=1e-12)
+    many, names = rng.random(4000), [str(k // 3) for k in range(4000)] if grouped else None
+    tracemalloc.start()
+    auroc_interval(many, np.arange(4000) % 2 == 0, groups=names, draws=3)
+    assert tracemalloc.get_traced_memory()[1] < 2e6  # of pairs there are four million
+    tracemalloc.stop()
+
+
+def test_a_filters_interval_counts_first_states_and_not_their_repeats():
+    rng, covered = np.random.default_rng(6), {"pairs": 0, "alone": 0}
+    for _ in range(30):  # a useless filter that, like success, goes with the first state
+        state = np.repeat(np.arange(20), 10)
+        positive = rng.random(200) < rng.beta(0.5, 0.5, 20)[state]
+        score = rng.normal(size=20)[state] + 0.3 * rng.normal(size=200)
+        for key, pairs in (("pairs", state), ("alone", np.arange(200))):
+            found = worth(score, positive, ["go"] * 200, list(map(str, pairs)), share=0.5, draws=60, seed=0)
+            covered[key] += found["low"] <= 0.5 <= found["high"]
+    assert covered["pairs"] >= 25 and covered["alone"] < 20
+    one = worth(score, positive, ["go"] * 200, ["a"] * 200, share=0.5, draws=5, seed=0)
+    assert one["auroc"] is not None and one["low"] is None is one["high"]
 
 
 def test_choosing_and_calibration():

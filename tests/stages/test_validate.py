@@ -218,13 +218,13 @@ def test_units_that_look_wrong(words: str) -> None:
     import re
 
     from dreamgen.data.findings import Findings
-    from dreamgen.data.number_checks import check_units
+    from dreamgen.data.unit_checks import Units
 
     made, change = UNITS[words]
-    found = Findings()
-    check_units(
-        robot(**change), *({i: getattr(e, kind) for i, e in enumerate(made)} for kind in ("state", "action")), found
-    )
+    found, units = Findings(), Units(robot(**change))
+    for episode in made:
+        units.add(episode.state, episode.action)
+    units.check(found)
     assert any(re.search(words, f.what) for f in found.list()), found.list()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dreamgen.core.clip import Episode, Prompt
+from dreamgen.core.clip import Episode, Prompt, read_prompts
 from dreamgen.core.manifest import tree_digest
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
@@ -52,7 +52,7 @@ def test_finetune_writes_a_world_model_that_differs_from_its_base(make, dataset,
     results = done["results"]
     assert (results["episodes"], results["episodes_too_short"], results["windows"]) == (5, 1, 4 * 3)
     assert not (tmp_path / "training").exists() and list((tmp_path / "samples").glob("*.mp4"))
-    prompts = DatasetPrompts(dataset=dataset, episodes=2)()
+    prompts = read_prompts(DatasetPrompts(dataset=dataset, episodes=2)())
     base, tuned = make().dream(prompts), PrefixWorld.load(tmp_path).dream(prompts)
     assert any((a.video != b.video).any() for a, b in zip(base, tuned, strict=True))
     again = finetune(make(), dataset, out=tmp_path, method=method, rank=2, alpha=4, lr=1e-2, **OPTIONS)

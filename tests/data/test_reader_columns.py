@@ -1,0 +1,90 @@
+"""What a reader takes of a table and of the episode list: columns that stay on disk, unknown states, plain texts."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dreamgen.core.clip import Episode, read_prompts
+from dreamgen.core.clock import Clock
+from dreamgen.data.export import export_dataset
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.prompts import DatasetPrompts
+from dreamgen.data.recordings import recorded_clip
+from dreamgen.data.writer import write_dataset
+from dreamgen.stages.candidates import Candidates
+from tests.data.v2_files import change_info, change_table, write_lines
+
+
+def test_a_plain_text_is_one_task(v2, robot):
+    root, _ = v2
+    listed = [{"episode_index": i, "tasks": f"do {i}", "length": 7 + 2 * i} for i in range(3)]
+    write_lines(root / "meta/episodes.jsonl", listed)
+    for i in range(3):
+        change_table(root, i, lambda t: {k: v for k, v in t.items() if k != "task_index"})
+    assert [Dataset(root, robot).instruction(i) for i in range(3)] == ["do 0", "do 1", "do 2"]
+    episodes = root / "meta/episodes/chunk-000/file-000.parquet"
+    episodes.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"task_index": [0], "task": ["do 1"]}), root / "meta/tasks.parquet")
+    change_info(root, codebase_version="v3.0", data_path="data/chunk-000/episode_{file_index:06d}.parquet",
+                video_path="videos/chunk-000/{video_key}/episode_{file_index:06d}.mp4")  # fmt: skip
+    place = {"chunk_index": [0], "file_index": [1], "from_timestamp": [0.0], "to_timestamp": [9 / 20]}
+    pq.write_table(pa.table({
+        "episode_index": [1], "tasks": ["do 1"], "dataset_from_index": [0], "dataset_to_index": [9],
+        "data/chunk_index": [0], "data/file_index": [1],
+        **{f"videos/observation.images.{view}/{k}": v for view in ("front", "side") for k, v in place.items()},
+    }), episodes)  # fmt: skip
+    assert Dataset(root, robot).instruction(0) == "do 1"
+
+
+def test_what_is_not_used_stays_on_disk(v2, robot, tmp_path, monkeypatch):
+    """Columns of other programs: ragged ones, lerobot's `language`, pictures of a camera that nobody looks through."""
+    root, episodes = v2
+    features = json.loads((root / "meta/info.json").read_text())["features"] | {
+        "force": {"dtype": "float64", "shape": [2]}, "label_spread": {"dtype": "float32", "shape": [4]},
+        "grid": {"dtype": "float32", "shape": [2, 3]}, "points": {"dtype": "float32", "shape": [1]},
+        "language_events": {"dtype": "language", "shape": [1]}, "wrist": {"dtype": "image", "shape": [8, 9, 3]},
+    }  # fmt: skip
+    change_info(root, features=features)
+    more = {
+        "force": [[0.5, k] for k in range(11)], "label_spread": [[0.1, 0.2, 0.3, 0.4]] * 11,
+        "grid": [[[1.0, 2, 3], [4, 5, 6]]] * 11, "points": [[0.0] * (k % 3) for k in range(11)],
+        "language_events": [[{"role": "user", "at": 0.5}] * (k % 2) for k in range(11)],
+        "wrist": [{"bytes": b"png", "path": None}] * 11,
+    }  # fmt: skip
+    for i in range(3):
+        change_table(root, i, lambda t: t | {name: rows[: len(t["action"])] for name, rows in more.items()})
+    asked, read = [], pq.read_table
+    monkeypatch.setattr(pq, "read_table", lambda path, columns: asked.append(columns) or read(path, columns=columns))
+    data = Dataset(root, robot)
+    assert len(asked) == 3 and not {name for names in asked for name in names} & (more.keys() - {"label_spread"})
+    assert np.array_equal(data.actions()[7:16], episodes[1].action) and data.mended == []
+    assert data.episode(1).extra.keys() == {"label_spread"} and "points" in data.columns(1)
+    assert data.others == ["force"] and list(data.extra(1)) == ["force", "label_spread"]
+    assert np.array_equal(data.extra(1)["force"], [[0.5, k] for k in range(9)])
+    done = export_dataset(data, tmp_path / "out", format="v2.1")
+    assert done["left_out"] == ["grid", "points", "language_events", "wrist"]
+    assert np.array_equal(Dataset(tmp_path / "out", robot).extra(2)["force"], data.extra(2)["force"])
+    assert np.array_equal(Candidates(data, None).episode(2, {}).extra["force"], data.extra(2)["force"])
+
+
+def test_states_that_nobody_knows_are_not_where_an_episode_begins(tmp_path, robot, make_episode):
+    """`label` writes zeros and `state_known` 0 where a clip brings no proprioception."""
+
+    def told(i: int) -> Episode:
+        known = np.zeros((7, 5), np.float32)
+        known[i:] = 1
+        known[4, 2] = 0
+        return make_episode(i, rows=7, extra={"state_known": known})
+
+    write_dataset(tmp_path, (told(i) for i in range(3)), robot)
+    data = Dataset(tmp_path, robot)
+    assert [data.first_state(i).size for i in range(3)] == [5, 0, 0] and data.first_state(2).shape == (0,)
+    assert [[data.state(i, row).size for row in (1, 2, 4)] for i in range(3)] == [[5, 5, 0], [5, 5, 0], [0, 5, 0]]
+    prompts = read_prompts(DatasetPrompts(dataset=data, keyframes=[0, 0.3])())  # rows 0 and 2
+    assert [p.state.size for p in prompts] == [5, 5, 0, 5, 0, 5]
+    assert np.array_equal(prompts[3].state, told(1).state[2])
+    assert [Candidates(data, None).clip(i).state.size for i in range(3)] == [5, 0, 0]
+    clock = Clock(robot_hz="20", video_hz="10", frames=2)
+    assert [recorded_clip(data, i, clock)[0].state.size for i in range(3)] == [5, 0, 0]
