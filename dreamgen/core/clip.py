@@ -46,7 +46,8 @@ class Draft:
     """A prompt whose first frame is still to be read, so that a list of any length takes no room.
 
     first: gives the image and the state of a `Prompt`, the same whenever it is called; drafts of one first frame share
-    it. id, instruction, seed, pair, origin: see `Prompt`.
+    it. finish: makes that prompt whole where this takes long, such as a search for its action. id, instruction, seed,
+    pair, origin: see `Prompt`.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Draft:
     seed: int
     pair: str = ""
     origin: dict = field(default_factory=dict)
+    finish: Callable[[Prompt], Prompt] | None = None
 
 
 def read_prompts(prompts: "Sequence[Prompt | Draft]") -> list[Prompt]:
@@ -64,8 +66,9 @@ def read_prompts(prompts: "Sequence[Prompt | Draft]") -> list[Prompt]:
     for prompt in prompts:
         if isinstance(prompt, Draft):
             image, state = seen[prompt.first] = seen.get(prompt.first) or prompt.first()
-            prompt = Prompt(id=prompt.id, image=image, instruction=prompt.instruction, seed=prompt.seed,
-                            pair=prompt.pair, state=state, origin=prompt.origin)  # fmt: skip
+            draft, prompt = prompt, Prompt(id=prompt.id, image=image, instruction=prompt.instruction, seed=prompt.seed,
+                                           pair=prompt.pair, state=state, origin=prompt.origin)  # fmt: skip
+            prompt = prompt if draft.finish is None else draft.finish(prompt)
         made.append(prompt)
     return made
 

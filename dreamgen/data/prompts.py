@@ -16,6 +16,7 @@ import numpy as np
 
 from dreamgen.core.clip import Draft, Prompt, read_prompts
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import fingerprint
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
@@ -73,7 +74,7 @@ class DatasetPrompts:
         chosen = rng_for(self.seed, "prompts").permutation(len(data))[: self.episodes]
         if wrong := [share for share in self.keyframes if not 0 <= share < 1] or not self.keyframes:
             raise ValueError(f"prompts.keyframes holds {wrong}; expected shares of an episode's rows, 0 <= share < 1")
-        frames = []
+        frames, held = [], fingerprint(data.root)
         for i in sorted(chosen.tolist()):
             text = own[i] if own[i] in texts else texts[i % len(texts)]
             meta = data.episode(i).meta
@@ -82,7 +83,8 @@ class DatasetPrompts:
                 frames.append({
                     "first": partial(_recorded, data, i, row), "instruction": text,
                     "pair": f"e{data.index(i):06d}" + (f"_r{row}" if row else ""),
-                    "origin": {k: v for k, v in meta.items() if k in begun} | {"episode": data.index(i), "row": row},
+                    "origin": {k: v for k, v in meta.items() if k in begun}
+                              | {"dataset": held, "episode": data.index(i), "row": row},
                 })  # fmt: skip
         return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
 

@@ -2,16 +2,19 @@
 
 The first stream of a pair is the expert's (from a simulator) or the recorded one (from a dataset); the others are
 changed ones, another episode's, a policy's, or found by searching for failure. Prompts of one first frame share `pair`;
-origin holds `stream`, its name, and `actions`, so that the simulator can execute exactly what was dreamt.
+origin holds `stream`, its name, and `actions`, so that the simulator can execute exactly what was dreamt. What a policy
+does and what a search finds is dreamt when the clip's turn has come: a share of the list pays for its own alone.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.clip import Draft, Past, Prompt
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.manifest import fingerprint
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
@@ -50,7 +53,7 @@ class ActionPrompts:
     search: AdversarialSearch | None = None
     seed: int = 0
 
-    def __call__(self) -> list[Prompt]:
+    def __call__(self) -> list[Prompt | Draft]:
         if unknown := [name for name in self.streams if name not in STREAMS]:
             raise ValueError(f"there are no streams {unknown}; expected some of {', '.join(STREAMS)}")
         if (self.sim is None) == (self.dataset is None):
@@ -67,15 +70,13 @@ class ActionPrompts:
             raise ValueError("streams that would only repeat the first frame's own actions: "
                              + ", ".join(f"{name} ({same[name]})" for name in lost)
                              + ". Leave them out of prompts.streams.")  # fmt: skip
-        place(self.world, self.policy, self.search)
         first = self._simulated() if self.sim is not None else self._recorded()
         made = []
         for k, prompt in enumerate(first):
             made.append(self._named(prompt, "own", prompt.action))
             for name in self.streams:
-                if name == "adversarial":
-                    action, least = self.search(prompt, prompt.action, seed_for(self.seed, prompt.pair))
-                    made.append(self._named(prompt, name, action, probability=least))
+                if name in ("adversarial", "policy"):
+                    made.append(self._draft(prompt, name))
                     continue
                 rng = rng_for(self.seed, "stream", prompt.pair, name)
                 action = {
@@ -86,7 +87,6 @@ class ActionPrompts:
                     "late": lambda a: late(robot, a, len(a) // 4),
                     "still": lambda a: still(robot, a),
                     "other": lambda a, k=k: first[(k + 1) % len(first)].action,
-                    "policy": lambda a, p=prompt: self._acted(p),
                 }[name](prompt.action)
                 made.append(self._named(prompt, name, action))
         return made
@@ -101,6 +101,20 @@ class ActionPrompts:
         origin = {**prompt.origin, "stream": name, "actions": np.asarray(action, float).round(6).tolist(), **found}
         return replace(prompt, id=id, action=np.asarray(action, np.float32), origin=origin,
                        seed=seed_for(self.seed, "dream", id))  # fmt: skip
+
+    def _draft(self, first: Prompt, name: str) -> Draft:
+        """Of a stream that is itself dreamt."""
+
+        def finish(prompt: Prompt) -> Prompt:
+            place(self.world, self.policy, self.search)
+            if name == "policy":
+                return self._named(first, name, self._acted(first))
+            action, least = self.search(first, first.action, seed_for(self.seed, first.pair))
+            return self._named(first, name, action, probability=least)
+
+        id = f"{first.pair}_{name}"
+        return Draft(id=id, first=partial(_held, first), instruction=first.instruction, pair=first.pair,
+                     seed=seed_for(self.seed, "dream", id), origin=first.origin, finish=finish)  # fmt: skip
 
     def _simulated(self) -> list[Prompt]:
         sim, made = self.sim(), []
@@ -129,13 +143,14 @@ class ActionPrompts:
         if len(fit) < self.first_frames:
             raise ValueError(f"{data.root} has {len(fit)} episodes of {self.rows} rows or more; {self.first_frames} "
                              "first frames were asked for")  # fmt: skip
+        held = fingerprint(data.root)
         for i in sorted(rng_for(self.seed, "first frames").permutation(fit)[: self.first_frames].tolist()):
             episode = data.episode(i)
             origin = {k: v for k, v in episode.meta.items() if k in ("sim", "seed", "instruction")}
             name = f"e{data.index(i):06d}"
             made.append(Prompt(id=name, pair=name, image=data.canvas(i, [0])[0], instruction=data.instruction(i),
-                               seed=i, state=episode.state[0], action=episode.action[: self.rows],
-                               origin=origin | {"episode": data.index(i), "row": 0}))  # fmt: skip
+                               seed=i, state=data.first_state(i), action=episode.action[: self.rows],
+                               origin=origin | {"dataset": held, "episode": data.index(i), "row": 0}))  # fmt: skip
         return made
 
     def _acted(self, prompt: Prompt) -> np.ndarray:
@@ -146,6 +161,11 @@ class ActionPrompts:
             chunk = ask(self.policy, [seen_of(robot, past)], [seed_for(self.seed, prompt.pair, now)], [memory], now)[0]
             (past,) = extend(self.world, [past], [clipped(robot, chunk[: min(self.execute, self.rows - now)])])
         return past.action
+
+
+def _held(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and state of a first frame that is there."""
+    return prompt.image, prompt.state
 
 
 def repeating(robot: Embodiment, first_frames: int, rows: int) -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 from dreamgen.core.clip import read_prompts
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, View
-from dreamgen.core.manifest import write_json
+from dreamgen.core.manifest import fingerprint, write_json
 from dreamgen.data.buckets import ClipPool
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import DatasetPrompts
@@ -105,9 +105,8 @@ def test_videos_stand_in_order_with_their_instructions(tmp_path):
     assert clip.origin == {"video": "b/last.webm"} and shown(clip.video) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
     prompts = read_prompts(DatasetPrompts(dataset=data, instructions=["push", "pull"])())
     assert [p.instruction for p in prompts] == ["push", "pull", "push"]  # none has one of these
-    assert prompts[1].origin == {"video": "b/first.mkv", "episode": 1, "row": 0} and shown(prompts[1].image[None]) == [
-        0
-    ]
+    origin = {"video": "b/first.mkv", "dataset": fingerprint(data.root), "episode": 1, "row": 0}
+    assert prompts[1].origin == origin and shown(prompts[1].image[None]) == [0]
 
 
 def bad(root: Path, name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreamgen.core.clip import Prompt
+from dreamgen.core.clip import Prompt, read_prompts
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import read_json
@@ -142,6 +142,7 @@ def test_an_optimist_is_told_so(tmp_path) -> None:
 def test_streams_of_recordings_and_policies(recordings) -> None:
     made = ActionPrompts(dataset=recordings, first_frames=2, rows=6, streams=("policy", "other"), policy=Walker(),
                          world=oracle(), execute=3)()  # fmt: skip
+    made = read_prompts(made)
     assert [p.origin["stream"] for p in made] == ["own", "policy", "other"] * 2
     acted = made[1].action
     assert acted.shape == (6, 1) and (acted[:3] == acted[0]).all() and 0.2 <= acted[0, 0] <= 0.6
@@ -187,7 +188,30 @@ def test_a_policy_acts_within_the_limits_and_its_world_is_placed(recordings) -> 
     search = AdversarialSearch(world=world, judge=Column(), population=3, rounds=1)
     made = ActionPrompts(dataset=recordings, first_frames=1, rows=6, streams=("policy", "adversarial"), policy=Wild(),
                          world=world, search=search, execute=3)()  # fmt: skip
-    assert (made[1].action == 1).all() and Placed.placed == 2
+    assert Placed.placed == 0  # nothing is dreamt before its turn
+    acted, sought = read_prompts(made[1:])
+    assert (acted.action == 1).all() and Placed.placed == 4 and sought.origin["probability"] <= 1
+    assert [(p.id, p.seed) for p in made[1:]] == [(p.id, p.seed) for p in (acted, sought)]
+
+
+def test_a_stream_that_is_sought_is_sought_once(recordings, tmp_path) -> None:
+    """Whoever shares the work, and however often it is killed."""
+    sought = []
+
+    class Counting(AdversarialSearch):
+        def __call__(self, prompt, action, seed):
+            sought.append(prompt.pair)
+            return super().__call__(prompt, action, seed)
+
+    world = oracle()
+    search = Counting(world=world, judge=Column(), population=3, rounds=1)
+    prompts = ActionPrompts(dataset=recordings, first_frames=2, rows=6, streams=("adversarial",), search=search)
+    for shard in (0, 1, 0):
+        dream(world, prompts, out=tmp_path, batch_size=2, shard=shard, num_shards=2, record={})
+    assert len(sought) == 2 and len(set(sought)) == 2
+    alone = read_prompts(prompts())
+    folder = ClipFolder(tmp_path / "clips")
+    assert all(np.allclose(folder.info(p.id)["origin"]["actions"], p.action, atol=1e-5) for p in alone)
 
 
 def test_rest_leaves_a_state_as_it_is() -> None:

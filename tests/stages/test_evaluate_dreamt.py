@@ -67,7 +67,7 @@ def test_only_the_same_first_frames_in_the_same_dream_are_compared(tmp_path) -> 
     first = prompts(4)
 
     def other() -> list:  # as of another dataset: neither ids nor seeds tell them apart
-        return [replace(prompt, image=np.roll(prompt.image, 1, 1)) for prompt in first()]
+        return [replace(prompt, image=np.roll(prompt.image, 1, 1)) for prompt in read_prompts(first())]
 
     options = OPTIONS | {"record": {"steps": 6, "world_model": {"path": "one"}}}
     evaluate_dreamt(oracle(), Column(), Steady(0.1), first, out=tmp_path / "one", **options)
