@@ -17,7 +17,7 @@ from dreamgen.worlds.action import ActionWorld
 from dreamgen.worlds.action_frames import latent_actions, pose_maps
 from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks
 from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
-from dreamgen.worlds.rollout import extend, frame_rows
+from dreamgen.worlds.rollout import extend, frame_rows, rollout
 from tests.worlds import zoo
 from tests.worlds.conftest import pipeline_folder  # noqa: F401
 
@@ -242,6 +242,45 @@ def test_a_rollout_joins_its_chunks(make):
     with pytest.raises(ValueError, match="actions of 'p0': action part 'move' is 3"):
         world.imagine(pasts, [3 + 0 * p.action[:8] for p in given])
     world.world.dream = plain
+
+
+def test_a_chunk_is_one_window(make):
+    world = make().world
+    world.windows = 2
+    with pytest.raises(ValueError, match="windows is 2.*leave windows at 1"):
+        ActionWorld(world=world)
+    world.windows = 1
+    late = [Past.begin(p, 4) for p in prompts(steps=8)]
+    with pytest.raises(AssertionError, match="one frame for each"):
+        rollout(lambda pasts, _: [np.zeros((5, 32, 48, 3), np.uint8) for _ in pasts], robot(), world.clock, late,
+                [p.prompt.action for p in late])  # fmt: skip
+
+
+def test_memory_is_not_saved_by_windows(make, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    world = make()
+    monkeypatch.setattr(world.world, "predict", full)
+    with pytest.raises(ValueError, match="out of memory.*stage.world_model.frames=5, or stage.world_model.weights"):
+        world.dream(prompts(count=1))
+
+
+def test_without_actions_a_trained_transformer_dreams_as_it_was_trained(make):
+    """With actions dropped: flags and memory say so, and no state is needed for the maps."""
+    world, (a, _) = disturbed(make(instructions=False, action_guidance=2.0)), prompts()
+    silent = Prompt(**{**vars(a), "action": np.zeros((0, 0), np.float32), "state": np.zeros(0, np.float32)})
+    plain = world.world.dream([silent])[0].video
+    assert np.array_equal(world.dream([silent])[0].video, plain)
+    world.moved = True  # as `train_full` and `train_lora` say
+    seen = []
+    hooks = world.hooks[0]
+    hooks.extension.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    found = world.dream([silent])[0]
+    assert found.video.shape == plain.shape and (found.video[1:] != plain[1:]).any()
+    assert np.array_equal(found.video[0], a.image) and found.video_hz == world.clock.video_hz
+    assert not any(given.present.any() for given in seen) and len(seen) == world.world.steps * 1
+    assert seen[0].memory.shape[2] == 2
 
 
 def test_frames_of_a_rate_that_does_not_divide():
