@@ -145,7 +145,7 @@ def dreamt(
     for k, index in enumerate(chosen):
         episode = dataset.episode(index)
         prompts.append(Prompt(id=f"w{k:05d}", image=real[k][0], instruction=episode.instruction,
-                              seed=seed_for(seed, "world", index), state=episode.state[0], action=actions[k],
+                              seed=seed_for(seed, "world", index), state=dataset.first_state(index), action=actions[k],
                               origin=dict(episode.meta)))  # fmt: skip
     return np.stack([past.video for past in follow_prompts(world, prompts, batch_size=batch_size)])
 

@@ -41,7 +41,7 @@ class Latents:
         given = world.cache_key()
         transform = transform | {key: given.pop(key) for key in ("clock", "canvas", "precision") if key in given}
         about = {"vae": digest(given), "data": [fingerprint(d.root) for d in pool.datasets], "transform": transform,
-                 "episodes": [_numbers(d) for d in pool.datasets], "views": [_views(d) for d in pool.datasets],
+                 "episodes": [taken(d) for d in pool.datasets], "views": [seen(d) for d in pool.datasets],
                  "clips": sorted(f"{k} {n}" for k, n in pool.counts().items())}  # fmt: skip
         keys = {shape: {**about, "shape": list(shape)} for shape in self.members}
         require_known(root, list(keys.values()))
@@ -101,14 +101,14 @@ def shard_size(shape: Shape) -> int:
     return min(64, 4 * clips_at_once(*shape))
 
 
-def _numbers(dataset: Dataset) -> str:
+def taken(dataset: Dataset) -> str:
     """Names the episodes that are taken, by the dataset's own numbers."""
-    taken = [dataset.index(i) for i in range(len(dataset))]
-    return f"{len(taken)} ({digest(taken)})"
+    numbers = [dataset.index(i) for i in range(len(dataset))]
+    return f"{len(numbers)} ({digest(numbers)})"
 
 
-def _views(dataset: Dataset) -> list[list[str | None]]:
+def seen(dataset: Dataset) -> list[list[str | None]]:
     """The cameras on the canvas, row by row, by their keys in the dataset, and how their pictures are fitted."""
     robot = dataset.robot
-    seen = {view.name: f"{view.key} ({view.fit})" for view in robot.views}
-    return [[name and seen[name] for name in row] for row in robot.grid]
+    views = {view.name: f"{view.key} ({view.fit})" for view in robot.views}
+    return [[name and views[name] for name in row] for row in robot.grid]

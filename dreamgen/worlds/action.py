@@ -1,12 +1,13 @@
 """A world model that actions move: any of the image-conditioned families, extended from outside.
 
-The same checkpoint dreams as before where no actions are given; with them, each latent frame knows the robot steps that
-it shows (`action_frames`), and the frames of an episode's past: its first one (anchor) and a sparse history, with noise
-whose level is an input (arXiv:2408.14837, arXiv:2407.01392). `imagine` goes on from any past, so episodes of any length
-are rolled out in chunks, batched over episodes.
+Where no actions are given, a world model whose own weights the training left alone dreams as before. With them, each
+latent frame knows the robot steps that it shows (`action_frames`), and the frames of an episode's past: its first one
+(anchor) and a sparse history, with noise whose level is an input (arXiv:2408.14837, arXiv:2407.01392). `imagine` goes
+on from any past, so episodes of any length are rolled out in chunks, batched over episodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class ActionWorld(nn.Module):
     is not lost in the background. Actions alone say where that is, so the model's mean stays what it was.
 
     Raises ValueError: a transformer that cannot be hooked; maps for an embodiment without cameras or tools; a
-    tool_weight without maps.
+    tool_weight without maps; a world model of several windows, since a chunk is one.
     """
 
     def __init__(
@@ -61,6 +62,10 @@ class ActionWorld(nn.Module):
         tool_weight: float = 0.0,
     ) -> None:
         super().__init__()
+        if world.windows != 1:
+            raise ValueError(f"windows is {world.windows}; an action-conditioned world model dreams one window a chunk "
+                             "and goes on from it, as long as there are actions: leave windows at 1")  # fmt: skip
+        world.chunked = True
         self.world, self.width, self.maps, self.anchor = world, width, maps, anchor
         self.history = tuple(sorted((float(age) for age in history), reverse=True))
         self.level, self.context_noise = level, context_noise
@@ -81,6 +86,7 @@ class ActionWorld(nn.Module):
         )  # fmt: skip
         experts = [m for m in world.modules() if type(m) is type(world.transformer)]  # A14B has two
         self.hooks = [Hooks(expert, self.extension, latents=world.latent_shape[0]) for expert in experts]
+        self.moved = False  # whether the world model's own weights were trained under actions
         self.requires_grad_(False).eval()
 
     @property
@@ -120,6 +126,9 @@ class ActionWorld(nn.Module):
         per_second = float(self.robot.rate / self.clock.stride)
         return [0] * self.anchor + [max(0, now - round(age * per_second)) for age in self.history]
 
+    def cut(self, latents: Tensor, frames: int) -> Tensor:
+        return self.world.cut(latents, frames)
+
     def features(self, rows: np.ndarray, action: np.ndarray, state: np.ndarray | None = None) -> np.ndarray:
         """(lt - 1, f) in units, of the actions of frames at `rows`."""
         return latent_actions(self.robot, rows, action, gaps=self.gaps, state=state)
@@ -131,24 +140,34 @@ class ActionWorld(nn.Module):
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The world's own loss under actions. batch: what it needs, and features (b lt-1 f), and where they are used
         maps (b c lt lh lw), memory (b c m lh lw) and ages (b m). Actions are dropped, and context is noised, at random
-        while training."""
+        while training; optional present (b,) says which rows have actions. Rows of two experts are taken apart."""
         x = batch["latents"]
         b, live = len(x), self.training
-        present = torch.rand(b, device=x.device) >= (self.action_dropout if live else 0.0)
+        high = batch["sigma"] >= self.world.boundary if "sigma" in batch else torch.ones(b)
+        if 0 < high.sum() < b:  # what a transformer is called with are all rows that `Given` has
+            parts = [{key: value[rows] for key, value in batch.items()} for rows in (high, ~high)]
+            return torch.stack([len(part["sigma"]) / b * self.loss(part)[0] for part in parts]).sum(), {}
+        present = batch.get("present")
+        if present is None:
+            present = torch.rand(b, device=x.device) >= (self.action_dropout if live else 0.0)
         level = torch.rand(b, device=x.device) * (self.context_noise if live else 0.0)
-        m = self.remembered
-        noise = torch.randn(b, x.shape[1], m + 1, *x.shape[3:], device=x.device) if live else None
+        m, c = self.remembered, self.world.latent_shape[0]  # further channels are what a family is conditioned on
+        noise = torch.randn(b, c, m + 1, *x.shape[3:], device=x.device) if live else None
         given = Given(features=batch["features"], present=present, level=level, maps=batch.get("maps"),
                       memory=batch.get("memory"), ages=batch.get("ages"), noise=noise)  # fmt: skip
-        own = {k: v for k, v in batch.items() if k not in ("features", "maps", "memory", "ages")}
+        own = {k: v for k, v in batch.items() if k not in ("features", "maps", "memory", "ages", "present")}
         if live and self.tool_weight:
             weight = 1 + self.tool_weight * batch["maps"][:, ::2].amax(1, keepdim=True)  # spots, and their openings
             own["weight"] = weight / weight.mean()
         with self._given(given):
             return self.world.loss(own)
 
-    def _given(self, given: Given, guidance: float = 1.0) -> "_All":
-        return _All(self.hooks, given, guidance)
+    @contextmanager
+    def _given(self, given: Given, guidance: float = 1.0) -> Iterator[None]:
+        with ExitStack() as stack:
+            for hooks in self.hooks:
+                stack.enter_context(hooks(given, guidance=guidance))
+            yield
 
     def _context(self, pasts: Sequence[Past]) -> tuple[Tensor | None, Tensor | None]:
         """Latents (b c m lh lw) and ages (b m) of what is remembered."""
@@ -171,14 +190,18 @@ class ActionWorld(nn.Module):
         """At most one chunk of frames (n h w 3) per past."""
         now = len(pasts[0].video) - 1
         rows = frame_rows(self.clock, now, len(actions[0]), self.gaps)
-        known = [past.state if len(past.state) == self.robot.state_dim else None for past in pasts]
         for past, action in zip(pasts, actions, strict=True):
             within(self.robot, action, f"actions of '{past.prompt.id}'")
-        features = np.stack([self.features(rows, a, s) for a, s in zip(actions, known, strict=True)])
+        features = np.stack([self.features(rows, a, p.state) for a, p in zip(actions, pasts, strict=True)])
         maps = None
         if self.maps:
-            drawn = [self.drawn(rows, a, p.state) for a, p in zip(actions, pasts, strict=True)]
-            maps = torch.from_numpy(np.stack(drawn)).to(self.device)
+            maps = np.stack([self.drawn(rows, a, p.state) for a, p in zip(actions, pasts, strict=True)])
+        return self._window(pasts, rows, features, maps, present=True)
+
+    def _window(self, pasts: Sequence[Past], rows: np.ndarray, features: np.ndarray, maps: np.ndarray | None, *,
+                present: bool) -> list[np.ndarray]:  # fmt: skip
+        """The frames (n h w 3) of each past at `rows` but the first, under what `Given` says."""
+        now = len(pasts[0].video) - 1
         memory, ages = self._context(pasts)
         prompts = [Prompt(id=p.prompt.id, image=np.ascontiguousarray(p.video[-1]),
                           instruction=p.prompt.instruction if self.instructions else "",
@@ -187,41 +210,57 @@ class ActionWorld(nn.Module):
         shape = (self.world.latent_shape[0], self.remembered + 1, *self.latent_size)
         noise = [torch.randn(shape, generator=torch_rng_for(p.seed, "context")) for p in prompts]
         given = Given(
-            features=torch.from_numpy(features).to(self.device), maps=maps, memory=memory, ages=ages,
-            present=torch.ones(len(pasts), dtype=torch.bool, device=self.device),
+            features=torch.from_numpy(features).to(self.device), memory=memory, ages=ages,
+            maps=None if maps is None else torch.from_numpy(maps).to(self.device),
+            present=torch.full((len(pasts),), present, device=self.device),
             level=torch.full((len(pasts),), self.level, device=self.device),
             noise=torch.stack(noise).to(self.device),
         )  # fmt: skip
         chunk = self.world.clock
         self.world.clock = chunk.with_frames(len(rows))
         try:
-            with self._given(given, self.action_guidance):
+            with self._given(given, self.action_guidance if present else 1.0):
                 clips = self.world.dream(prompts)
         finally:
             self.world.clock = chunk
         return [clip.video[1:] for clip in clips]
 
     def dream(self, prompts: Sequence[Prompt]) -> list[Clip]:
-        """One clip per prompt, in order: under its actions where it has some (as long as they last), else as the world
-        model would without this extension."""
+        """One clip per prompt, in order: under its actions where it has some, as long as they last. Else one window, as
+        the world model would without this extension or, once its own weights were trained with it, with actions
+        dropped as in that training."""
         found: dict[int, Clip] = {}
         plain = [i for i, prompt in enumerate(prompts) if not prompt.action.size]
         if plain:
-            found |= dict(zip(plain, self.world.dream([prompts[i] for i in plain]), strict=True))
+            dream = self._undirected if self.moved else self.world.dream
+            found |= dict(zip(plain, dream([prompts[i] for i in plain]), strict=True))
         acting = [i for i, prompt in enumerate(prompts) if prompt.action.size]
         for i, past in zip(acting, follow_prompts(self, [prompts[i] for i in acting]), strict=True):
-            p = past.prompt
-            found[i] = Clip(id=p.id, video=past.video, video_hz=self.clock.video_hz, instruction=p.instruction,
-                            seed=p.seed, pair=p.pair, state=p.state, origin=p.origin)  # fmt: skip
+            found[i] = self._clip(past.prompt, past.video)
         return [found[i] for i in range(len(prompts))]
+
+    def _undirected(self, prompts: Sequence[Prompt]) -> list[Clip]:
+        """One window of each prompt with actions dropped."""
+        pasts = [Past.begin(prompt, self.robot.action_dim) for prompt in prompts]
+        features = np.zeros((len(pasts), self.world.latent_shape[1] - 1, self.gaps * self.robot.action_dim), np.float32)
+        with torch.no_grad():
+            videos = self._window(pasts, self.clock.rows, features, None, present=False)
+        return [self._clip(past.prompt, np.concatenate([past.video, video]))
+                for past, video in zip(pasts, videos, strict=True)]  # fmt: skip
+
+    def _clip(self, p: Prompt, video: np.ndarray) -> Clip:
+        return Clip(id=p.id, video=video, video_hz=self.clock.video_hz, instruction=p.instruction, seed=p.seed,
+                    pair=p.pair, state=p.state, origin=p.origin)  # fmt: skip
 
     def train_full(self) -> None:
         """Make the transformer and the extension trainable."""
+        self.moved = True
         self.world.train_full()
         self.extension.requires_grad_(True)
 
     def train_lora(self, *, rank: int, alpha: int) -> None:
         """Train an adapter of the transformer, and the extension."""
+        self.moved = True
         self.world.train_lora(rank=rank, alpha=alpha)
         self.extension.requires_grad_(True)
 
@@ -240,7 +279,7 @@ class ActionWorld(nn.Module):
         """What the world model saves, the extension's weights, and `action_world.json` last."""
         self.world.save(out)
         save_file({k: v.contiguous() for k, v in self.extension.state_dict().items()}, Path(out) / WEIGHTS)
-        write_json(Path(out) / FILE, {"spec": self.spec(), "world": name_of(self.world),
+        write_json(Path(out) / FILE, {"spec": self.spec(), "world": name_of(self.world), "moved": self.moved,
                                       "contract": self.robot.contract()})  # fmt: skip
 
     @classmethod
@@ -254,6 +293,7 @@ class ActionWorld(nn.Module):
         mine = {key: changed.pop(key) for key in list(changed) if key in signature(cls).parameters}
         world = kind.load(path, robot=robot, **changed)
         self = cls(world=world, **{**saved["spec"], **mine})
+        self.moved = saved.get("moved", False)
         self.extension.load_state_dict(load_file(path / WEIGHTS))
         return self
 
@@ -272,18 +312,3 @@ class ActionWorld(nn.Module):
 
     def embed(self, instructions: Sequence[str]) -> Tensor:
         return self.world.embed(instructions)
-
-
-class _All:
-    """All hooks of a world model, entered together."""
-
-    def __init__(self, hooks: Sequence[Hooks], given: Given, guidance: float) -> None:
-        self.blocks = [hook(given, guidance=guidance) for hook in hooks]
-
-    def __enter__(self) -> None:
-        for block in self.blocks:
-            block.__enter__()
-
-    def __exit__(self, *error: object) -> None:
-        for block in reversed(self.blocks):
-            block.__exit__(*error)

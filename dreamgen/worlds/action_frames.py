@@ -49,6 +49,13 @@ def latent_actions(
     return out.reshape(len(spans) // gaps, gaps * robot.action_dim)
 
 
+def entries_read(robot: Embodiment, *, maps: bool) -> list[int]:
+    """Entries of the first state that `latent_actions` and, with `maps`, `pose_maps` look at."""
+    names = {part.moves for part in robot.action if part.kind == "absolute"}
+    names |= {name for tool in robot.tools if maps for name in (tool.position, tool.opening)}
+    return [entry for part in robot.state if part.name in names for entry in range(part.start, part.stop)]
+
+
 def drawable(robot: Embodiment) -> bool:
     """Whether pose maps can be drawn: the embodiment has a tool and a view with a camera."""
     return bool(robot.tools) and any(view.camera is not None for view in robot.views)

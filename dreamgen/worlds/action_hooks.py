@@ -150,6 +150,8 @@ class Hooks:
             if time.ndim == 2:
                 old = (1000 * given.level).to(time.dtype)[:, None].expand(-1, tokens * past.shape[2])
                 time = torch.cat([old, time], 1)
+        if time.ndim == 1 and module.gradient_checkpointing and torch.is_grad_enabled():
+            time = time[:, None].expand(-1, tokens * x.shape[2])  # what blocks are given is all that is computed again
         kwargs |= {"hidden_states": x, "timestep": time}
         self._prepare(module, x.shape)
         return args, kwargs

@@ -83,6 +83,19 @@ def _load(pipe: Any, module: nn.Module, path: str, name: str, options: dict[str,
         raise ValueError(f"adapter {path} matches no module of {type(module).__name__}; it was made for another model")
 
 
+def loaded_adapters(experts: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the adapters that `load_adapters` put on the transformers."""
+    return sorted({name for module in experts.values() for name in getattr(module, "peft_config", {})} - {TASK})
+
+
+def fuse(experts: Mapping[str, nn.Module]) -> None:
+    """Make the active adapters, with their weights, part of the weights that they are on."""
+    for module in experts.values():
+        if getattr(module, "peft_config", None):
+            module.fuse_lora()
+            module.unload_lora()
+
+
 def save_adapters(pipe: Any, experts: Mapping[str, nn.Module], out: Path) -> list[str]:
     """Write what `add_lora` added as stock diffusers loads it; returns the transformers that have one.
 

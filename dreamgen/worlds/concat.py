@@ -66,7 +66,6 @@ class ConcatWorld(VideoWorld):
 
     @property
     def boundary(self) -> float:
-        """The sigma at and above which the first expert predicts; 0 where there is one."""
         return self.pipe.config.boundary_ratio or 0.0 if len(self.layout.experts) > 1 else 0.0
 
     def trained(self) -> dict[str, nn.Module]:
@@ -145,6 +144,15 @@ class ConcatWorld(VideoWorld):
                 out = out.index_put((mine,), found)
         assert out is not None, "each row has an expert"
         return out
+
+    def cut(self, latents: Tensor, frames: int) -> Tensor:
+        """The condition, too, is of its first frames: the VAE is causal. CLIP's tokens stay whole."""
+        x, given = self.split(latents)
+        short, tokens = super().cut(x, frames), self.layout.image_shape
+        shapes = [(x.shape[1], self.layout.given(x.shape[2]), *x.shape[3:]), *([tokens] if tokens else [])]
+        z, *image = unpack(given, shapes)
+        z = z[:, :, : self.layout.given(short.shape[2])]
+        return torch.cat([short, pack([z, *image], short)], 1)
 
     def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         return latents[:, : self.layout.channels], latents[:, self.layout.channels :]

@@ -53,8 +53,10 @@ def rollout(chunk: Chunk, robot: Embodiment, clock: Clock, pasts: Sequence[Past]
     for start in range(0, len(rows) - 1, most):
         stop = min(start + most, len(rows) - 1)
         taken = [action[rows[start] : rows[stop]] for action in actions]
+        made = chunk(state, taken)
+        assert all(len(frames) == stop - start for frames in made), "one frame for each that the clock shows"
         state = [joined(robot, past, frames, action)
-                 for past, frames, action in zip(state, chunk(state, taken), taken, strict=True)]  # fmt: skip
+                 for past, frames, action in zip(state, made, taken, strict=True)]  # fmt: skip
     return [past.video[len(before.video) :] for past, before in zip(state, first, strict=True)]
 
 

@@ -154,7 +154,8 @@ def fitting(world: Any, rows: int) -> Iterator[None]:
         advice, key = [f"stage.batch_size={max(1, fits)}"] if rows > 1 else [], "stage.world_model"
         advice += [f"{key}.guidance_mode=two_pass"] if guided and world.sampler.mode != "two_pass" else []
         if rows == 1 and fewer:
-            advice += [f"{key}.frames={fewer * world.layout.grain + 1} with {key}.windows={2 * world.windows}"]
+            more = "" if world.chunked else f" with {key}.windows={2 * world.windows}"
+            advice += [f"{key}.frames={fewer * world.layout.grain + 1}{more}"]
         advice += [f"{key}.weights=bf16"] if world.weights == "fp32" else []
         raise ValueError(
             f"out of memory with {rows} clips of {world.clock.frames} frames at {h * world.layout.scale[1]}x"

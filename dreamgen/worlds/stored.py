@@ -1,5 +1,6 @@
 """A world model as a folder: what it is saved as, and how it is opened again."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from torch import nn
 
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import digest, read_json, write_json
-from dreamgen.worlds.adapters import save_adapters
+from dreamgen.worlds.adapters import fuse, loaded_adapters, save_adapters
 from dreamgen.worlds.layout import Layout, content
 
 FILE = "world.json"
@@ -27,15 +28,27 @@ class Stored(nn.Module):
     path: str
     revision: str | None
     adapters: list[dict[str, Any]]
+    fused: Sequence[dict[str, Any]] = ()  # adapters that are part of the weights
     folder: Path
 
     def spec(self) -> dict[str, Any]:
         """Constructor arguments as plain JSON, without the weights' place."""
         raise NotImplementedError
 
+    def fuse_adapters(self) -> None:
+        """Make the adapters part of the weights, so that these can be trained; `save` then writes all of them."""
+        fuse(self.layout.experts)
+        self.fused, self.adapters = [*self.fused, *self.adapters], []
+
     def save(self, out: Path, *, dtype: torch.dtype | None = None) -> None:
         """A diffusers pipeline folder `out/model`, or an adapter in `out/adapter`, and `world.json` last, which names
-        the class."""
+        the class. With fused adapters one that was trained is fused, too. Raises ValueError for adapters that were
+        loaded for dreaming."""
+        if loaded := loaded_adapters(self.layout.experts):
+            raise ValueError(f"{self.path} has {len(loaded)} adapters on it ({', '.join(loaded)}), which are not saved "
+                             "with it: call fuse_adapters() first, or open it without them")  # fmt: skip
+        if self.fused:
+            fuse(self.layout.experts)
         lora = save_adapters(self.pipe, self.layout.experts, out / "adapter")
         if not lora:
             if dtype is not None:
@@ -61,7 +74,8 @@ class Stored(nn.Module):
 
     def fingerprint(self) -> str:
         """Names the weights that this world model was opened with."""
-        given = [(self.path, self.revision), *((entry["path"], entry.get("revision")) for entry in self.adapters)]
+        adapters = [(entry["path"], entry.get("revision")) for entry in [*self.fused, *self.adapters]]
+        given = [(self.path, self.revision), *adapters]
         names = [content(*source) for source in dict.fromkeys(given)]
         return names[0] if len(names) == 1 else digest(names)
 

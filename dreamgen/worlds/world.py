@@ -47,6 +47,7 @@ class VideoWorld(Stored):
 
     kind: ClassVar[type[Layout]]
     start: ClassVar[int] = 0  # the first latent frame that is predicted
+    chunked: bool = False  # whether an `ActionWorld` goes on from window to window
 
     def __init__(
         self,
@@ -196,6 +197,15 @@ class VideoWorld(Stored):
     def split(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Latents of a training batch, and what `predict` is given of their first picture."""
         raise NotImplementedError
+
+    def cut(self, latents: Tensor, frames: int) -> Tensor:
+        """Of what `encode` makes of clips, what it makes of their first `frames` pictures."""
+        return latents[:, :, : (frames - 1) // self.layout.scale[0] + 1]
+
+    @property
+    def boundary(self) -> float:
+        """The sigma at and above which the first of two experts predicts; 0 where there is one."""
+        return 0.0
 
     @property
     def times(self) -> tuple[float, float]:

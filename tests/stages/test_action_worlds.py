@@ -13,8 +13,9 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.train import read_losses
+from dreamgen.stages.action_windows import Source
 from dreamgen.stages.evaluate_world import evaluate_world
-from dreamgen.stages.finetune_actions import Source, finetune_actions
+from dreamgen.stages.finetune_actions import finetune_actions
 from dreamgen.stages.train_tracker import train_tracker
 from dreamgen.worlds.action import ActionWorld
 from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
@@ -104,7 +105,7 @@ def test_it_trains_saves_and_dreams_on(make, dataset, tmp_path):
     done = finetune_actions(make(), [dataset, dataset], out=tmp_path, shares=[1, 2], **options)
     assert done["results"]["lengths"] == [5, 9] and done["results"]["validation"] == 2
     last = read_losses(tmp_path)[-1]
-    assert last["val_loss"] > 0 and last["val_loss_shuffled"] > 0
+    assert last["val_loss"] > 0 and last["val_loss_shuffled"] > 0 and last["val_loss_without"] > 0
     assert (tmp_path / "samples" / "step_000004.mp4").is_file()
     world = ActionWorld.load(tmp_path)
     assert not torch.equal(world.extension.normaliser.scale, torch.ones(16))

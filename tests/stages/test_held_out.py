@@ -7,7 +7,7 @@ import pytest
 
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
-from dreamgen.stages.finetune_actions import held_out
+from dreamgen.stages.action_windows import held_out
 from dreamgen.stages.judge_clips import Recorded
 from dreamgen.stages.train_judge import three_ways
 from tests.stages.test_train_judge import ROBOT, episodes

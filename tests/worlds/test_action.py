@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from dreamgen.core.camera import Camera, Tool
-from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.clip import Prompt
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.kinematics import follow, within
@@ -17,7 +17,6 @@ from dreamgen.worlds.action import ActionWorld
 from dreamgen.worlds.action_frames import latent_actions, pose_maps
 from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks
 from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
-from dreamgen.worlds.rollout import extend, frame_rows
 from tests.worlds import zoo
 from tests.worlds.conftest import pipeline_folder  # noqa: F401
 
@@ -215,41 +214,6 @@ def test_states_follow_the_commands():
     assert np.allclose(state[:, 3], [1, 0.5, 0, 0.5])  # 0.1 s for the whole way at 20 Hz
     with pytest.raises(ValueError, match="part 'move' is 1.5; embodiment 'gripper' allows -1 to 1"):
         within(robot(), np.array([[1.5, 0, 0, 0]]), "here")
-
-
-def test_a_rollout_joins_its_chunks(make):
-    world = disturbed(make(guidance=1.0))
-    given = prompts(steps=24)
-    seen = []
-    plain = world.world.dream
-
-    def spied(asked):
-        seen.append([(p.image.copy(), p.seed, world.world.clock.frames) for p in asked])
-        return plain(asked)
-
-    world.world.dream = spied
-    pasts = extend(world, [Past.begin(p, 4) for p in given], [p.action for p in given])
-    assert [row[0][2] for row in seen] == [9, 5] and world.clock.frames == 9
-    for i, (prompt, past) in enumerate(zip(given, pasts, strict=True)):
-        assert past.video.shape == (13, 32, 48, 3) and past.action.shape == (24, 4)
-        assert np.array_equal(past.video[0], prompt.image) and np.array_equal(seen[1][i][0], past.video[8])
-        assert np.allclose(past.state, follow(robot(), prompt.state, prompt.action)[0][-1], atol=1e-5)
-    half = extend(world, [Past.begin(p, 4) for p in given], [p.action[:16] for p in given])
-    whole = extend(world, half, [p.action[16:] for p in given])
-    assert all(np.array_equal(a.video, b.video) for a, b in zip(whole, pasts, strict=True))
-    with pytest.raises(ValueError, match="takes 8, 16, 24, 32, ... steps"):
-        world.imagine(pasts, [p.action[:6] for p in given])
-    with pytest.raises(ValueError, match="actions of 'p0': action part 'move' is 3"):
-        world.imagine(pasts, [3 + 0 * p.action[:8] for p in given])
-    world.world.dream = plain
-
-
-def test_frames_of_a_rate_that_does_not_divide():
-    clock = Clock(robot_hz="50/3", video_hz=10, frames=5)
-    rows = clock.with_frames(40).rows
-    for now in (0, 4, 8):
-        steps = int(rows[now + 4] - rows[now])
-        assert np.array_equal(frame_rows(clock, now, steps, 4), rows[now : now + 5] - rows[now])
 
 
 def test_noise_on_the_context_is_the_models_input(make):
