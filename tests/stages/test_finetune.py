@@ -74,9 +74,11 @@ def test_an_adapter_under_checkpointing_is_the_adapter(make, dataset, tmp_path):
     assert any(value.abs().max() > 1e-3 for key, value in found[0].items() if "lora_B" in key)  # it was 0
 
 
-def test_two_processes_write_what_one_writes(make, dataset, tmp_path):
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_two_processes_write_what_one_writes(make, dataset, tmp_path, sharding):
     finetune(make(), dataset, out=tmp_path / "one", **OPTIONS)
-    forked(2, lambda rank: finetune(make(), dataset, out=tmp_path / "two", tracker="tensorboard", **OPTIONS))
+    forked(2, lambda rank: finetune(make(), dataset, out=tmp_path / "two", tracker="tensorboard", sharding=sharding,
+                                    **OPTIONS))  # fmt: skip
     assert list((tmp_path / "two" / "finetune").glob("events*")) and (tmp_path / "two" / "world.json").is_file()
     one, two = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two"))
     assert one["id"] == two["id"] and (one["results"]["final_processes"], two["results"]["final_processes"]) == (1, 2)
