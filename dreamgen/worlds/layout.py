@@ -71,9 +71,10 @@ class Layout:
 
     @classmethod
     def open(cls, path: str, *, revision: str | None = None, weights: torch.dtype | None = None, **parts: Any) -> Any:
-        """The pipeline in a folder, on the hub, or "tiny". weights: of transformers and encoders; the VAE stays fp32.
+        """The pipeline in a folder, on the hub, or "tiny". weights: of transformers and encoders.
 
-        parts: components that are given, not loaded.
+        The VAE is held in fp32, and computes in the precision of its world model. parts: components that are given, not
+        loaded.
 
         Raises ValueError where there is no pipeline, or another one.
         """

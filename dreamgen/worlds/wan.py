@@ -35,7 +35,7 @@ class WanLayout(Layout):
         return super().count(prompt_clean(text))
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids and mask (b, text_length) of texts, cleaned as in the stock pipeline. ValueError for a longer one."""
+        """Token ids and mask (b, text_length) of texts, cleaned as in stock Wan. Raises as `require_read`."""
         self.require_read(texts)
         found = self.pipe.tokenizer([prompt_clean(text) for text in texts], padding="max_length", return_tensors="pt",
                                     max_length=self.text_length, return_attention_mask=True)  # fmt: skip
