@@ -75,8 +75,8 @@ class Ours:
         places = Windows(data, int(spans[-1]) + 1)
 
         class Items(torch.utils.data.Dataset):
-            def __getitem__(self, k: int) -> tuple:
-                episode, row = places.at(k)
+            def __getitem__(self, index: int) -> tuple:
+                episode, row = places.at(index)
                 actions = data.episode(episode).action[row : row + spans[-1]]
                 return torch.from_numpy(data.canvas(episode, row + spans)), torch.from_numpy(actions)
 
@@ -121,8 +121,8 @@ class Peer:
         length = ROWS - (FRAMES - 1) * STRIDE
 
         class Items(torch.utils.data.Dataset):
-            def __getitem__(self, k: int) -> tuple:
-                item = data[k // length * ROWS + k % length]
+            def __getitem__(self, index: int) -> tuple:
+                item = data[index // length * ROWS + index % length]
                 return item[KEY], item["action"]
 
             def __len__(self) -> int:

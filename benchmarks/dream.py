@@ -43,6 +43,7 @@ from dreamgen.engine.devices import device  # noqa: E402
 from dreamgen.engine.precision import best_device  # noqa: E402
 from dreamgen.worlds.layout import locate  # noqa: E402
 from dreamgen.worlds.prefix import PrefixWorld  # noqa: E402
+from dreamgen.worlds.texts import Texts  # noqa: E402
 from dreamgen.worlds.tiny import TinyLayout, build, tokenizer  # noqa: E402
 
 TEXTS = ["put the red block on the plate", "open the drawer", "close the drawer", "press the button"]
@@ -139,7 +140,7 @@ def stock(pipe: WanImageToVideoPipeline, world: PrefixWorld, size: Size, listed:
 
 def ours(world: PrefixWorld, batch: int, listed: list[Prompt]) -> list[np.ndarray]:
     """Batches of distinct prompts."""
-    world._texts.clear()  # encoded anew in every round, as elsewhere
+    world.texts = Texts(world.layout)  # encoded anew in every round, as elsewhere
     return [clip.video for i in range(0, len(listed), batch) for clip in world.dream(listed[i : i + batch])]
 
 

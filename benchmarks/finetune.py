@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from dreamgen.core.embodiment import Embodiment, Part, View  # noqa: E402
 from dreamgen.core.seeding import rng_for  # noqa: E402
-from dreamgen.data.cache import Cache, embeddings  # noqa: E402
+from dreamgen.data.cache import Cache, Embeddings  # noqa: E402
 from dreamgen.engine.ahead import Ahead  # noqa: E402
 from dreamgen.engine.compiling import compile_blocks  # noqa: E402
 from dreamgen.engine.cost import Transformer  # noqa: E402
@@ -168,15 +168,16 @@ def main() -> None:
         encode = lambda items: world.encode(torch.from_numpy(clips[items.start : items.stop])).cpu().numpy()  # noqa: E731
         begun = clock(place)
         list(cache.build(encode))
-        embedded = embeddings(Path(folder), "benchmark", TEXTS, world.embed)
+        embedded = Embeddings(Path(folder), "benchmark", TEXTS, lambda listed: world.texts.read(listed, place))
         spent = clock(place) - begun
+        world.pipe.text_encoder.to(place)  # the stock trainer reads at every step
         which = np.array([TEXTS.index(text) for text in texts])
 
         def chosen(step: int) -> np.ndarray:
             return (np.arange(count) + step) % len(clips)
 
         def ours_at(step: int) -> dict[str, Tensor]:
-            return {"latents": torch.from_numpy(cache.take(chosen(step))), "text": embedded[which[chosen(step)]]}
+            return {"latents": torch.from_numpy(cache.take(chosen(step))), "text": embedded.take(which[chosen(step)])}
 
         def stock_at(step: int) -> dict:
             return {"video": torch.from_numpy(clips[chosen(step)]), "texts": [texts[k] for k in chosen(step)]}

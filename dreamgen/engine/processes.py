@@ -125,7 +125,9 @@ class Processes:
 
             # every weight of a diffusers model is used at each step; of others, and of two experts, some may not be
             trained = [part for part in outermost(model) if any(p.requires_grad for p in part.parameters())]
-            options = DistributedDataParallelKwargs(find_unused_parameters=len(trained) != 1)
+            # gradients lie in the buffers that are exchanged; else each would be held twice
+            options = DistributedDataParallelKwargs(find_unused_parameters=len(trained) != 1,
+                                                    gradient_as_bucket_view=True)  # fmt: skip
             accelerator = Accelerator(cpu=best_device().type == "cpu", kwargs_handlers=[options])
             self.step = accelerator.prepare_model(Step(model))
 
@@ -141,7 +143,8 @@ class Processes:
             for block in [m for m in part.modules() if type(m).__name__ in blocks]:
                 fully_shard(block)
                 self.sharded.append(block)
-            fully_shard(part)
+            # also the outermost, which FSDP would else leave whole after a forward pass without a backward one
+            fully_shard(part, reshard_after_forward=True)
             self.sharded.append(part)
         left = [k for k, p in model.named_parameters() if p.requires_grad and whole(p) is p]
         if left:
@@ -152,9 +155,10 @@ class Processes:
         return self.model.loss(batch) if self.step is None else self.step(batch)
 
     def alone(self, last: bool) -> AbstractContextManager:
-        """Leave gradients of all but the last part of a step where they are, unaveraged."""
-        for part in self.sharded:
-            part.set_requires_gradient_sync(last)
+        """Leave gradients of all but the last part of a step where they are, unaveraged.
+
+        A model that is cut averages those of every part: a GPU has no room for more than its share of them.
+        """
         return contextlib.nullcontext() if last or self.step is None else self.step.no_sync()
 
     def total(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -169,7 +173,11 @@ class Processes:
         """Give back a plain model: weights that were cut are gathered, on the CPU."""
         for part in reversed(self.sharded):
             state = part._get_fsdp_state()
-            for handle in (state._pre_forward_hook_handle, state._post_forward_hook_handle):
+            handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
+            if group := state._fsdp_param_group:  # without these, `state_dict` would put the shares back
+                handles += group._module_to_pre_save_state_dict_hook_handle.values()
+                handles += group._module_to_pre_load_state_dict_hook_handle.values()
+            for handle in handles:
                 handle.remove()
             part.__class__ = part.__class__.__bases__[1]
         replace(self.model, lambda p: whole(p.detach()).cpu() if self.sharded else p)

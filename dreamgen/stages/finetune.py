@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dreamgen.core.manifest import Stage
-from dreamgen.core.seeding import rng_for
+from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.buckets import Buckets, ClipPool, Shape
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
@@ -88,7 +88,8 @@ def finetune(
     pass. compile: the blocks (see `dreamgen.engine.compiling`).
 
     Raises ValueError for another method, sharding or tracker, for a batch of fewer clips than parts, if no episode is
-    as long as a clip, for a cache of another VAE, dataset or transform, and on a GPU where the first step cannot fit.
+    as long as a clip, for an instruction of more tokens than are read, for a cache of another VAE, dataset or
+    transform, and on a GPU where the first step cannot fit.
     The manifest counts clips by shape, episodes too short, clips padded, and bad episodes left out.
     """
     if method not in ("full", "lora"):
@@ -131,6 +132,7 @@ def finetune(
             _train_decoder(world, latents, rows, out / "decoder", steps=decoder_steps, lr=decoder_lr,
                            replicas=replicas, seed=seed)  # fmt: skip
         if lora:
+            torch.manual_seed(seed_for(seed, "adapter"))  # whatever was drawn before, here or before a kill
             world.train_lora(rank=rank, alpha=alpha)
         else:
             world.train_full()

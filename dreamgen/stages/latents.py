@@ -24,7 +24,7 @@ class Latents:
     """Normalised latents of all clips of `pool`, one cache for each shape, under `root`.
 
     transform: what the pool made of the datasets. Raises ValueError if `root` is a cache of another VAE, dataset,
-    choice of episodes or cameras, or transform, and for a video that has no instruction.
+    choice of episodes or cameras, or transform, and for a video that has no instruction or too long a one.
     """
 
     def __init__(self, world: VideoWorld, pool: ClipPool, root: Path, *, transform: dict) -> None:
@@ -38,6 +38,7 @@ class Latents:
             self.number[self.members[shape]] = np.arange(len(self.members[shape]))
         # before anything is encoded: a dataset may lack one
         self.instructions = sorted({d.instruction(i) for d in pool.datasets for i in range(len(d))})
+        world.layout.require_read([world.prompt(text) for text in self.instructions])
         given = world.cache_key()
         transform = transform | {key: given.pop(key) for key in ("clock", "canvas", "precision") if key in given}
         about = {"vae": digest(given), "data": [fingerprint(d.root) for d in pool.datasets], "transform": transform,

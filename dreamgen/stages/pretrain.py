@@ -115,8 +115,10 @@ def pretrain(
         words = sorted({d.instruction(i) for d in datasets for i in range(len(d))})
         world = PrefixWorld(robot=robot, video_hz=video_hz, frames=frames, text_length=text_length,
                             precision=precision, pipeline=_begin(start, layout, words, seed))  # fmt: skip
+        world.layout.require_read([*words, *(heldout.instruction(i) for i in range(len(heldout)))])
         if start is None:
             _fit_encoder(world, datasets, clock.with_frames(5), seed)
+        world.place()
         options = {"lr": vae_lr, "muon_lr": vae_muon_lr, "precision": precision, "replicas": replicas, "seed": seed}
         still = _train_vae(world, datasets, heldout, out / "frames", 1, frame_batch, steps=frame_steps, **options)
         vae = _train_vae(world, datasets, heldout, out / "vae", clock.with_frames(vae_frames), vae_batch,
@@ -129,7 +131,7 @@ def pretrain(
             pass
         mean, std = _moments(cache)
         world.pipe.vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-        world.mean, world.std = mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+        world.mean, world.std = (value.view(-1, 1, 1, 1).to(world.device) for value in (mean, std))
         losses = _train_transformer(world, pool, cache, heldout, out / "transformer", batch_size, text_dropout,
                                     steps=steps, compile=compile, lr=lr, muon_lr=muon_lr, precision=precision,
                                     replicas=replicas, seed=seed)  # fmt: skip
@@ -172,7 +174,7 @@ def _train_vae(world: PrefixWorld, datasets: Sequence[Dataset], heldout: Dataset
         return {"video": pool.batch(rng_for(seed, out.name, step).integers(0, len(pool), batch))}
 
     def validate(model: Autoencoding, step: int) -> dict[str, float]:
-        again = torch.cat([model.reconstruct(part) for part in fixed.split(8)])
+        again = torch.cat([model.reconstruct(part).cpu() for part in fixed.split(8)])
         _write_pair(out / "heldout.png", fixed[:6, ::4], again[:6, ::4])
         return {"psnr": float(np.mean([psnr(a.numpy(), b.numpy()) for a, b in zip(fixed, again, strict=True)]))}
 
@@ -207,7 +209,7 @@ def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Da
     which = np.array([number[pool.instruction(k)] for k in range(len(pool))])
     tokens = world.tokens([*texts, ""])
     latents = torch.from_numpy(cache.take(np.arange(len(cache))))
-    latents = (latents - world.mean) / world.std
+    latents = (latents - world.mean.cpu()) / world.std.cpu()
     world.train_full()
     if wanted(compile, steps=steps):
         compile_blocks(world.transformer)
@@ -215,12 +217,13 @@ def _train_transformer(world: PrefixWorld, pool: Pool, cache: Cache, heldout: Da
     world.text_encoder = world.pipe.text_encoder  # as a submodule, so that the loop sees its weights
     held = Pool([heldout], world.clock, hop=world.clock.steps)
     chosen = np.linspace(0, len(held) - 1, min(64, len(held))).astype(int)
-    with autocast(world.precision):
-        fixed = {"latents": world.encode(held.batch(chosen)), "noise": None, "sigma": None}
+    with autocast(world.precision, world.device):
+        fixed = {"latents": world.encode(held.batch(chosen))}
     words = world.tokens([held.instruction(int(k)) for k in chosen])
     generator = torch.Generator().manual_seed(seed)
     fixed |= {"noise": torch.randn(fixed["latents"].shape, generator=generator), **words,
               "sigma": torch.linspace(0.05, 0.95, len(chosen))}  # fmt: skip
+    fixed = {key: value.to(world.device) for key, value in fixed.items()}
 
     def batch_at(step: int) -> dict[str, Tensor]:
         rng = rng_for(seed, "transformer", step)

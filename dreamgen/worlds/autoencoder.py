@@ -142,5 +142,6 @@ class Autoencoding(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, frames: Tensor) -> Tensor:
-        """(b t h w 3) uint8 through the latent's mean and back."""
-        return to_frames(self.vae.decode(self.vae.encode(to_video(frames)).latent_dist.mode()).sample)
+        """(b t h w 3) uint8 through the latent's mean and back, on the device of the VAE."""
+        video = to_video(frames.to(self.vae.device))
+        return to_frames(self.vae.decode(self.vae.encode(video).latent_dist.mode()).sample)

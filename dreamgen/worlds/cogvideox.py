@@ -46,6 +46,7 @@ class CogVideoXLayout(Layout):
 
     def forward(self, transformer: nn.Module, x: Float[Tensor, "b c t h w"], times: Tensor, text: Tensor,
                 image: Tensor | None = None) -> Float[Tensor, "b k t h w"]:  # fmt: skip
+        text = text.to(transformer.dtype)
         config = transformer.config
         rotary = None
         if config.use_rotary_positional_embeddings:

@@ -21,6 +21,8 @@ from dreamgen.worlds.flow import Flow
 from dreamgen.worlds.layout import Layout
 from dreamgen.worlds.prefix import PrefixWorld
 
+SYSTEM = "You are a helpful assistant who will provide prompts to an image generator."  # the stock pipeline's
+
 
 class Unguarded:
     """Takes the guardrail's place in a pipeline and lets everything pass."""
@@ -68,8 +70,15 @@ class CosmosLayout(Layout):
         finally:
             config(concat_padding_mask=False)
 
+    def count(self, text: str) -> int:
+        """With the words of the chat that the stock pipeline puts around it."""
+        said = [{"role": role, "content": [{"type": "text", "text": words}]}
+                for role, words in (("system", SYSTEM), ("user", text))]  # fmt: skip
+        return len(self.pipe.tokenizer.apply_chat_template(said, tokenize=True, return_dict=False))
+
     def forward(self, transformer: nn.Module, x: Float[Tensor, "b c t h w"], times: Tensor, text: Tensor,
                 image: Tensor | None = None) -> Float[Tensor, "b k t h w"]:  # fmt: skip
+        text = text.to(transformer.dtype)
         given = torch.zeros_like(x[:, : 2 if self.padded else 1])
         given[:, 0, 0] = 1
         return transformer(
@@ -110,6 +119,7 @@ class CosmosLayout(Layout):
 class Cosmos2Layout(CosmosLayout):
     pipeline = Cosmos2VideoToWorldPipeline
     opens = ("Cosmos2VideoToWorldPipeline",)
+    count = Layout.count
 
     @property
     def rate(self) -> dict[str, Any]:

@@ -71,9 +71,10 @@ class Layout:
 
     @classmethod
     def open(cls, path: str, *, revision: str | None = None, weights: torch.dtype | None = None, **parts: Any) -> Any:
-        """The pipeline in a folder, on the hub, or "tiny". weights: of transformers and encoders; the VAE stays fp32.
+        """The pipeline in a folder, on the hub, or "tiny". weights: of transformers and encoders.
 
-        parts: components that are given, not loaded.
+        The VAE is held in fp32, and computes in the precision of its world model. parts: components that are given, not
+        loaded.
 
         Raises ValueError where there is no pipeline, or another one.
         """
@@ -147,15 +148,34 @@ class Layout:
         # a shallow copy: causal VAEs keep frames of the clip in themselves, and a thread may decode while others encode
         return copy(self.pipe.vae).decode(z).sample
 
+    def count(self, text: str) -> int:
+        """Tokens of a finished prompt, however many."""
+        return len(self.pipe.tokenizer(text).input_ids)
+
+    def require_read(self, texts: Sequence[str]) -> None:
+        """Raise ValueError for a finished prompt that has more tokens than are read."""
+        for text in dict.fromkeys(texts):
+            if (count := self.count(text)) > self.text_length:
+                raise ValueError(
+                    f"a prompt has {count} tokens, and the end of it would not be read: text_length is "
+                    f"{self.text_length}. Shorten the instruction or the template around it, or raise text_length "
+                    "(world_model.text_length; stage.text_length of pretrain) where the model was trained on texts so "
+                    f"long. It is '{text}'"
+                )
+
     def embed(self, texts: Sequence[str], device: torch.device) -> Float[Tensor, "b l d"]:
-        """Embeddings of finished prompts, as the stock pipeline makes them."""
+        """Embeddings of finished prompts, as the stock pipeline makes them. Raises ValueError as `require_read`."""
+        self.require_read(texts)
         found = self.pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, device=device,
                                         max_sequence_length=self.text_length)  # fmt: skip
         return found[0].to(self.pipe.transformer.dtype)
 
     def forward(self, transformer: nn.Module, x: Float[Tensor, "b c t h w"], times: Tensor, text: Tensor,
                 image: Tensor | None = None) -> Float[Tensor, "b k t h w"]:  # fmt: skip
-        """The transformer's prediction; times (b,), or (b t) one for each latent frame."""
+        """The transformer's prediction; times (b,), or (b t) one for each latent frame.
+
+        Text may come in another dtype: one that is trained is fp32, whatever it was when its texts were embedded.
+        """
         raise NotImplementedError
 
     def process(self, shape: Sequence[int]) -> Flow | Diffusion:

@@ -47,12 +47,14 @@ class LtxLayout(Layout):
 
     def embed(self, texts: Sequence[str], device: torch.device) -> Float[Tensor, "b l d"]:
         """Zero past the end of each prompt, where the transformer's mask leaves no weight: so they carry the mask."""
+        self.require_read(texts)
         hidden, mask, *_ = self.pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, device=device,
                                                    max_sequence_length=self.text_length)  # fmt: skip
         return (hidden * mask.unsqueeze(-1)).to(self.pipe.transformer.dtype)
 
     def forward(self, transformer: nn.Module, x: Float[Tensor, "b c t h w"], times: Tensor, text: Tensor,
                 image: Tensor | None = None) -> Float[Tensor, "b k t h w"]:  # fmt: skip
+        text = text.to(transformer.dtype)
         b, _, t, h, w = x.shape
         sizes = (self.patch, self.pipe.transformer_temporal_patch_size)
         times = times.view(b, -1).expand(b, t).repeat_interleave(h // self.patch * (w // self.patch), 1)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import WanImageToVideoPipeline
+from diffusers.pipelines.wan.pipeline_wan_i2v import prompt_clean
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
@@ -30,10 +31,14 @@ class WanLayout(Layout):
         """`AutoencoderKLWan` reads four frames at a time, whatever its scale, and silently drops what is left."""
         return max(4, self.scale[0])
 
+    def count(self, text: str) -> int:
+        return super().count(prompt_clean(text))
+
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token ids and mask (b, text_length)."""
-        found = self.pipe.tokenizer(list(texts), padding="max_length", max_length=self.text_length, truncation=True,
-                                    return_attention_mask=True, return_tensors="pt")  # fmt: skip
+        """Token ids and mask (b, text_length) of texts, cleaned as in stock Wan. Raises as `require_read`."""
+        self.require_read(texts)
+        found = self.pipe.tokenizer([prompt_clean(text) for text in texts], padding="max_length", return_tensors="pt",
+                                    max_length=self.text_length, return_attention_mask=True)  # fmt: skip
         return {"ids": found.input_ids, "mask": found.attention_mask}
 
     def embed_tokens(self, ids: Tensor, mask: Tensor) -> Float[Tensor, "b l d"]:
@@ -47,6 +52,7 @@ class WanLayout(Layout):
 
     def forward(self, transformer: nn.Module, x: Float[Tensor, "b c t h w"], times: Tensor, text: Tensor,
                 image: Tensor | None = None) -> Float[Tensor, "b k t h w"]:  # fmt: skip
+        text = text.to(transformer.dtype)
         if times.ndim == 2:  # one for each token
             times = times.repeat_interleave(x.shape[3] // self.patch * (x.shape[4] // self.patch), 1)
         given = {} if image is None else {"encoder_hidden_states_image": image.to(text.dtype)}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dreamgen.engine.precision import autocast
-from dreamgen.engine.processes import PATIENCE, first_node, from_slurm, join, wait
+from dreamgen.engine.processes import PATIENCE, Processes, first_node, from_slurm, join, wait
 from dreamgen.engine.shares import Rows
 from dreamgen.engine.state import read_losses
 from dreamgen.engine.train import train
@@ -106,6 +106,15 @@ def test_two_processes_give_the_result_of_one(single, tmp_path, count, accumulat
     assert [row["loss"] for row in read_losses(tmp_path)] == pytest.approx(single[1], rel=1e-5)
 
 
+def test_gradients_lie_where_processes_exchange_them():
+    def work(rank: int) -> None:
+        team = Processes(model := Noisy())
+        team.loss({"x": torch.ones(2, 7)})[0].backward()
+        assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) == 1  # one bucket, not copied
+
+    forked(2, work)
+
+
 def test_accumulation_gives_the_result_of_the_whole_batch(single, tmp_path):
     require_near(single[0], run(tmp_path, accumulate=3).state_dict())
 
@@ -164,6 +173,43 @@ def test_a_model_cut_over_two_processes_learns_the_same_and_comes_back_whole(tmp
     assert all(torch.allclose(value, whole[name], atol=2e-6) for name, value in weights.items())
     kept = run(tmp_path / "cut", steps=3, make=blocks)  # one process reads the state that two have cut
     require_near(kept, weights, 0.0)
+
+
+@pytest.mark.slow
+def test_a_model_that_is_cut_stays_cut_through_validation_and_accumulation(tmp_path):
+    """Five rows in parts of two, one and one, one; the loss of the averaged weights after every step."""
+    options = {"steps": 2, "make": blocks, "accumulate": 2, "validate_every": 1}
+    fixed, told = {"x": torch.randn(3, 7, generator=torch.Generator().manual_seed(9))}, []
+
+    def validate(model: nn.Module, step: int) -> dict[str, float]:
+        torch.manual_seed(0)
+        return {"loss": float(model.loss(fixed)[0])}
+
+    def work(rank: int) -> None:
+        model = blocks()
+        plain, weight = model.loss, "transformer.blocks.0.attn1.to_q.weight"
+
+        def loss(batch):
+            if torch.is_grad_enabled():
+                of = dict(model.named_parameters())[weight]
+                told.append((hasattr(of, "full_tensor"), of.grad is not None and tuple(of.grad.to_local().shape)))
+            return plain(batch)
+
+        model.loss = loss
+        run(tmp_path / "cut", **{**options, "make": lambda: model}, validate=validate, sharding="fsdp2")
+        del model.loss
+        assert told == [(True, False), (True, (12, 24))] * 2  # half of the gradient lies here between the parts
+        weights = model.state_dict()  # plain, whole, and the same when it is asked for again
+        assert all(type(value) is torch.Tensor for value in weights.values()) and weights[weight].shape == (24, 24)
+        save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / f"rank_{rank}.safetensors")
+
+    forked(2, work)
+    whole = on_processes(2, tmp_path / "whole", **options, validate=validate)
+    for rank in range(2):
+        found = load_file(tmp_path / f"rank_{rank}.safetensors")
+        assert all(torch.allclose(value, whole[name], atol=2e-6) for name, value in found.items())
+    one, two = ([row["val_loss"] for row in read_losses(tmp_path / name)] for name in ("whole", "cut"))
+    assert len(one) == 2 and one == pytest.approx(two, rel=1e-5)
 
 
 def test_processes_wait_for_hours_for_one_another(tmp_path):

@@ -62,7 +62,7 @@ def pipe(pipeline_folder):  # noqa: F811
 def make(pipeline_folder, pipe):  # noqa: F811
     def built(**changed) -> ActionWorld:
         torch.manual_seed(0)
-        world = PrefixWorld(robot=robot(), path=str(pipeline_folder), frames=9, steps=2, guidance=1.0, text_length=12,
+        world = PrefixWorld(robot=robot(), path=str(pipeline_folder), frames=9, steps=2, guidance=1.0, text_length=15,
                             precision="fp32", pipeline=pipe)  # fmt: skip
         return ActionWorld(world=world, width=20, **{"maps": True, "history": [0.2], **changed})
 
@@ -122,7 +122,7 @@ def test_it_trains_saves_and_dreams_on(make, dataset, tmp_path):
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_transformer_trains_too(pipeline_folder, dataset, tmp_path, method):  # noqa: F811
     torch.manual_seed(0)
-    base = PrefixWorld(robot=robot(), path=str(pipeline_folder), frames=9, steps=2, guidance=1.0, text_length=12,
+    base = PrefixWorld(robot=robot(), path=str(pipeline_folder), frames=9, steps=2, guidance=1.0, text_length=15,
                        precision="fp32")  # fmt: skip
     before = {name: value.clone() for name, value in base.transformer.state_dict().items()}
     world = ActionWorld(world=base, width=20, history=[0.2])

@@ -43,7 +43,7 @@ def dataset(tmp_path_factory) -> Dataset:
 
 @pytest.fixture
 def make(pipeline_folder):  # noqa: F811
-    return partial(PrefixWorld, robot=tiny_robot(), path=str(pipeline_folder), frames=9, steps=2, text_length=12,
+    return partial(PrefixWorld, robot=tiny_robot(), path=str(pipeline_folder), frames=9, steps=2, text_length=15,
                    precision="fp32")  # fmt: skip
 
 
@@ -66,7 +66,6 @@ def test_parts_checkpointing_and_compute_change_nothing_but_rounding(make, datas
 def test_an_adapter_under_checkpointing_is_the_adapter(make, dataset, tmp_path):
     found = []
     for out, options in (("plain", {}), ("less", {"accumulate": 2, "checkpointing": True})):
-        torch.manual_seed(0)  # an adapter starts at random
         finetune(make(), dataset, out=tmp_path / out, method="lora", rank=2, lr=1e-2, cache=tmp_path / "cache",
                  **OPTIONS, **options)  # fmt: skip
         found.append(load_file(next((tmp_path / out / "adapter").glob("*.safetensors"))))
@@ -74,9 +73,23 @@ def test_an_adapter_under_checkpointing_is_the_adapter(make, dataset, tmp_path):
     assert any(value.abs().max() > 1e-3 for key, value in found[0].items() if "lora_B" in key)  # it was 0
 
 
-def test_two_processes_write_what_one_writes(make, dataset, tmp_path):
+def test_an_adapter_is_the_same_after_a_kill_behind_the_decoder(make, dataset, tmp_path, monkeypatch):
+    options = dict(OPTIONS, steps=1, method="lora", rank=2, decoder_steps=1, cache=tmp_path / "cache")
+    finetune(make(), dataset, out=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "Validation", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(make(), dataset, out=tmp_path / "killed", **options)
+    finetune(make(), dataset, out=tmp_path / "killed", **options)
+    found = [load_file(next((tmp_path / out / "adapter").glob("*.safetensors"))) for out in ("whole", "killed")]
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+@pytest.mark.parametrize("sharding", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_two_processes_write_what_one_writes(make, dataset, tmp_path, sharding):
     finetune(make(), dataset, out=tmp_path / "one", **OPTIONS)
-    forked(2, lambda rank: finetune(make(), dataset, out=tmp_path / "two", tracker="tensorboard", **OPTIONS))
+    forked(2, lambda rank: finetune(make(), dataset, out=tmp_path / "two", tracker="tensorboard", sharding=sharding,
+                                    **OPTIONS))  # fmt: skip
     assert list((tmp_path / "two" / "finetune").glob("events*")) and (tmp_path / "two" / "world.json").is_file()
     one, two = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "two"))
     assert one["id"] == two["id"] and (one["results"]["final_processes"], two["results"]["final_processes"]) == (1, 2)
@@ -168,6 +181,9 @@ def test_what_is_known_before_is_said_before_anything_is_encoded(make, dataset, 
         with pytest.raises(ValueError, match=words):
             finetune(make(), dataset, out=tmp_path, **OPTIONS, **options)
         assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="a prompt has 14 tokens, .* text_length is 9.*'put the red block"):
+        finetune(make(text_length=9), dataset, out=tmp_path, **OPTIONS)
+    assert not (tmp_path / "cache").exists()
 
 
 def full(*_, **__):

@@ -78,3 +78,18 @@ def test_a_killed_one_goes_on_to_the_same_weights(data, tmp_path, monkeypatch):
     for part in ("vae", "transformer", "text_encoder"):
         whole, again = weights(tmp_path / "whole", part), weights(tmp_path / "killed", part)
         assert all(torch.equal(whole[name], again[name]) for name in whole), part
+
+
+def test_texts_are_counted_and_the_model_is_placed_before_anything_is_trained(data, tmp_path, monkeypatch):
+    class Placed(Exception):
+        pass
+
+    def place(world):
+        raise Placed
+
+    monkeypatch.setattr(PrefixWorld, "place", place)
+    monkeypatch.setattr("dreamgen.stages.pretrain.train", lambda *_, **__: pytest.fail("it is trained"))
+    with pytest.raises(Placed):
+        pretrain(data[0], data[1], out=tmp_path / "placed", **OPTIONS)
+    with pytest.raises(ValueError, match="a prompt has .* tokens, .*text_length is 2"):
+        pretrain(data[0], data[1], out=tmp_path / "short", **{**OPTIONS, "text_length": 2})

@@ -39,7 +39,7 @@ def dataset(tmp_path_factory) -> Dataset:
 
 @pytest.fixture
 def make(pipeline_folder):  # noqa: F811
-    return partial(PrefixWorld, robot=tiny_robot(), path=str(pipeline_folder), frames=9, steps=2, text_length=12,
+    return partial(PrefixWorld, robot=tiny_robot(), path=str(pipeline_folder), frames=9, steps=2, text_length=15,
                    precision="fp32")  # fmt: skip
 
 

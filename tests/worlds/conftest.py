@@ -33,5 +33,5 @@ def pipeline_folder(tmp_path_factory):
 @pytest.fixture
 def world(pipeline_folder):
     torch.manual_seed(0)
-    return PrefixWorld(robot=tiny_robot(), path=str(pipeline_folder), frames=9, steps=4, guidance=2.5, text_length=12,
+    return PrefixWorld(robot=tiny_robot(), path=str(pipeline_folder), frames=9, steps=4, guidance=2.5, text_length=15,
                        precision="fp32")  # fmt: skip

@@ -44,7 +44,7 @@ def make(pipeline_folder):  # noqa: F811
         torch.manual_seed(0)
         guidance, own = changed.pop("guidance", 2.0), {} if changed.pop("own", False) else {"pipeline": pipe}
         world = PrefixWorld(robot=robot(), path=str(pipeline_folder), frames=9, steps=2, guidance=guidance,
-                            text_length=12, precision="fp32", **own)  # fmt: skip
+                            text_length=15, precision="fp32", **own)  # fmt: skip
         return ActionWorld(world=world, width=20, **{"maps": True, **changed})
 
     return built

@@ -87,3 +87,8 @@ def test_training_leaves_the_autoencoder_as_diffusers_made_it():
         after = model.release().encode(to_video(frames)).latent_dist.mode()
     assert torch.allclose(before, after, atol=1e-5) and not any(p.requires_grad for p in vae.parameters())
     assert not any("forward" in module.__dict__ for module in vae.modules())
+
+
+def test_pictures_are_reconstructed_where_the_autoencoder_is():
+    model = Autoencoding(build(LAYOUT, ["open"]).vae.to("meta"))
+    assert model.reconstruct(torch.zeros(2, 5, 16, 24, 3, dtype=torch.uint8)).device.type == "meta"

@@ -93,7 +93,7 @@ def require_same(name: str, pipe, world: VideoWorld, prompt: Prompt) -> None:
         given |= {"latents": noise.transpose(1, 2)}
     kind = "latent" if name.startswith("cosmos") else "np"
     found = pipe(prompt=prompt.instruction, negative_prompt="", height=height, width=width, num_frames=zoo.FRAMES,
-                 num_inference_steps=world.steps, guidance_scale=world.guidance, max_sequence_length=zoo.LENGTH,
+                 num_inference_steps=world.steps, guidance_scale=world.guidance, max_sequence_length=zoo.length(name),
                  output_type=kind, **given).frames[0]  # fmt: skip
     if kind == "latent":
         assert torch.allclose(found[:, 1:], world.denoise([prompt])[0, :, 1:], atol=2e-3)
@@ -121,6 +121,24 @@ def test_one_clip_equals_the_stock_pipeline_and_a_batch_equals_its_singles(name,
     assert together[0].shape == (zoo.FRAMES, *zoo.sizes(name), 3) and apart(together[0], together[1]) > 2
     assert apart(world.dream(several[1:2])[0].video, together[1]) <= 1
     require_same(name, stock(world, folders[name]), world, several[0])
+
+
+def test_wan_cleans_a_prompt_as_the_stock_pipeline_does(worlds, folders):
+    world, texts = worlds["wan22_ti2v_5b"], ["put John\u2019s  cup &amp;amp; plate", "open the drawer\n"]
+    wanted = stock(world, folders["wan22_ti2v_5b"]).encode_prompt(texts, False, max_sequence_length=zoo.LENGTH)[0]
+    assert torch.allclose(world.embed(texts), wanted, atol=1e-5)
+    plain = world.embed(["put John's cup & plate", "open the drawer"])
+    assert torch.equal(world.embed(texts), plain)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_that_would_be_cut_is_named(name, worlds):
+    world, least = worlds[name], 76 - 8 if name == "cosmos_predict25_2b" else 0
+    assert world.layout.count("close the drawer") == least + 8
+    long = "close the drawer " * 3
+    count, limit = least + 22, zoo.length(name)
+    with pytest.raises(ValueError, match=f"a prompt has {count} tokens, .*text_length is {limit}.* '{long.strip()}'"):
+        world.embed(["open the drawer", long])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,6 +196,19 @@ def test_loss_is_zero_at_the_true_prediction_and_sampling_it_returns_the_clip(na
     if world.start:
         first = world.encode(torch.from_numpy(np.stack([p.image for p in several]))[:, None])
         assert torch.allclose(found[:, :, :1], first, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_held_in_bf16_is_trained_in_fp32_on_texts_read_before(name, folders):
+    experts = {"expert": "low"} if name == "wan22_i2v_a14b" else {}  # the other one stays in bf16
+    world, (prompt,) = zoo.world(name, folders[name], weights="bf16", **experts), prompts(name, 1)
+    text, picture = world.embed([prompt.instruction]), torch.from_numpy(prompt.image)[None, None]
+    world.train_full()
+    assert text.dtype == torch.bfloat16 and all(part.dtype == torch.float32 for part in world.trained().values())
+    clip = picture.repeat(1, zoo.FRAMES, 1, 1, 1)
+    world.loss({"latents": world.encode(clip), "text": text})[0].backward()
+    assert all(p.grad.isfinite().all() for p in world.parameters() if p.grad is not None)
+    assert world.dream([prompt])[0].video.shape == (zoo.FRAMES, *zoo.sizes(name), 3)  # as validation does
 
 
 def test_an_adapter_of_one_expert_goes_to_that_expert(folders, tmp_path):

@@ -28,7 +28,7 @@ def test_one_clip_equals_the_stock_pipeline(world, pipeline_folder):
     stock.set_progress_bar_config(disable=True)
     frames = stock(
         image=Image.fromarray(prompt.image), prompt=prompt.instruction, height=32, width=48, num_frames=9,
-        num_inference_steps=4, guidance_scale=2.5, latents=world.noise([prompt]), max_sequence_length=12,
+        num_inference_steps=4, guidance_scale=2.5, latents=world.noise([prompt]), max_sequence_length=15,
         output_type="np",
     ).frames[0]  # fmt: skip
     ours = world.dream([prompt])[0].video
@@ -84,13 +84,15 @@ def test_the_prefix_is_clean_and_has_time_zero(world):
     seen = {}
 
     class Spy(torch.nn.Module):
+        dtype = torch.float32
+
         def forward(self, **inputs):
             seen.update(inputs)
             return (inputs["hidden_states"],)
 
     world.transformer = Spy()
     x, first = torch.randn(2, 6, 3, 4, 6), torch.randn(2, 6, 1, 4, 6)
-    world.predict(x, first, torch.tensor([400.0, 900.0]), torch.zeros(2, 12, 16))
+    world.predict(x, first, torch.tensor([400.0, 900.0]), torch.zeros(2, 15, 16))
     assert torch.equal(seen["hidden_states"][:, :, :1], first)
     times = seen["timestep"].view(2, 3, 6)
     assert (times[:, 0] == 0).all() and (times[0, 1:] == 400).all() and (times[1, 1:] == 900).all()
@@ -104,7 +106,7 @@ def test_first_latent_frame_depends_on_the_first_picture_alone(world):
 
 def test_text_is_padded_with_zeros_and_encoded_once(world):
     found = world.embed(["open the drawer", "", "open the drawer"])
-    assert found.shape == (3, 12, 16)
+    assert found.shape == (3, 15, 16)
     mask = world.tokens(["open the drawer"])["mask"][0].bool()
     assert (found[0, ~mask] == 0).all() and (found[0, mask] != 0).any()
     assert torch.equal(found[0], found[2]) and len(world.texts) == 2
@@ -161,7 +163,7 @@ def test_an_adapter_changes_the_output_and_loads_in_stock_diffusers(world, pipel
 def test_full_checkpoints_load_with_their_settings(world, tmp_path):
     world.save(tmp_path)
     again = PrefixWorld.load(tmp_path, steps=9)
-    assert (again.steps, again.guidance, again.text_length) == (9, 2.5, 12) and again.robot == tiny_robot()
+    assert (again.steps, again.guidance, again.text_length) == (9, 2.5, 15) and again.robot == tiny_robot()
     for key, value in world.transformer.state_dict().items():
         assert torch.equal(value, again.transformer.state_dict()[key]), key
 

@@ -59,6 +59,11 @@ def robot(height: int = 16, width: int = 32, views: tuple[str, ...] = ("front",)
     )  # fmt: skip
 
 
+def length(name: str) -> int:
+    """Tokens of a prompt; Predict2.5 reads it in a chat."""
+    return 85 if name == "cosmos_predict25_2b" else LENGTH
+
+
 def sizes(name: str) -> tuple[int, int]:
     return (32, 64) if name == "ltx_video" else (16, 32)
 
@@ -176,6 +181,6 @@ def save(name: str, folder: Path) -> Path:
 def world(name: str, folder: Path | str, **settings: Any) -> VideoWorld:
     """The tiny pipeline as a world model."""
     extra = {"guardrail": False} if name.startswith("cosmos") else {}
-    defaults = {"robot": robot(*sizes(name)), "frames": FRAMES, "steps": 3, "guidance": 2.5, "text_length": LENGTH,
-                "precision": "fp32"}  # fmt: skip
+    defaults = {"robot": robot(*sizes(name)), "frames": FRAMES, "steps": 3, "guidance": 2.5, "precision": "fp32",
+                "text_length": length(name)}  # fmt: skip
     return WORLDS[name](**{"path": str(folder), **defaults, **extra, **settings})
