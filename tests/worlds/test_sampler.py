@@ -159,7 +159,7 @@ def test_windows_go_on_from_the_last_frame(make, plain):
 def test_views_are_named_and_come_back(make):
     robot = zoo.robot(16, 64, ("front", "wrist"))
     assert describe(zoo.robot()) == ""
-    world = make(robot=robot, template="{views} {instruction}")
+    world = make(robot=robot, template="{views} {instruction}", text_length=80)
     assert world.prompt("go") == ("The video shows 2 views of one robot: left is the view 'front', right is the view "
                                   "'wrist'. go")  # fmt: skip
     assert make(template="{views} {instruction}").prompt("go") == "go" and world.prompt("") == ""
