@@ -104,6 +104,7 @@ def finetune_actions(
         part = np.array(shares if shares is not None else [len(s.train) for s in sources], np.float64)
         part = part / part.sum()
         if method == "lora":
+            torch.manual_seed(seed_for(seed, "adapter"))  # whatever was drawn before, here or before a kill
             world.train_lora(rank=rank, alpha=alpha)
         else:
             world.train_full() if method == "full" else world.train_actions()
