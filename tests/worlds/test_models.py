@@ -11,6 +11,7 @@ from diffusers.models.transformers import transformer_cosmos
 from PIL import Image
 
 from dreamgen.core.clip import Prompt
+from dreamgen.core.manifest import read_json
 from dreamgen.engine.train import train
 from dreamgen.worlds.cosmos import Unguarded
 from dreamgen.worlds.flow import Flow
