@@ -129,7 +129,7 @@ class _Scenes:
 
     def __init__(self, sim: Sim) -> None:
         self.sim = sim
-        weakref.finalize(self, sim.close)
+        weakref.finalize(self, sim.close).atexit = False  # then its renderers close by themselves
 
     def first(self, scene: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Picture and state of a scene whose objects the seed places."""

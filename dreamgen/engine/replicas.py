@@ -6,6 +6,7 @@ write their gradients into a shared buffer, and never outlive their parent.
 """
 
 import ctypes
+import gc
 import multiprocessing
 import signal
 import sys
@@ -33,11 +34,20 @@ def portable(error: Exception) -> Exception:
 
 
 def begin(target: Callable[[Connection, int], None], rank: int) -> tuple[BaseProcess, Connection]:
-    """A fork that runs `target(pipe, rank)`, and this end of the pipe."""
+    """A fork that runs `target(pipe, rank)`, and this end of the pipe.
+
+    It leaves what its parent has made alone: to free an object whose threads stayed behind, such as a decoder's, would
+    wait for them for ever.
+    """
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     fork = context.Process(target=target, args=(theirs, rank), daemon=True)
-    fork.start()
+    gc.collect()
+    gc.freeze()
+    try:
+        fork.start()
+    finally:
+        gc.unfreeze()
     theirs.close()
     return fork, mine
 

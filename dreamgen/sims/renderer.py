@@ -3,6 +3,7 @@
 The default picture path (4096-pixel shadow maps, mirrors, 4x multisampling) costs 15 times as much in software.
 """
 
+import atexit
 import os
 import weakref
 
@@ -35,8 +36,11 @@ class Renderer:
             renderer = self._renderer = mujoco.Renderer(model, big_height, big_width)
         except (RuntimeError, ImportError, AttributeError) as error:
             raise ValueError(MISSING.format(gl=gl, why=f": {error}")) from error
-        # also before the interpreter ends: EGL is gone by the time that it clears its modules
+        # also before the interpreter ends: EGL is gone by the time that it clears its modules. What is registered last
+        # runs first, so before mujoco's own end of EGL, as `finalize` would only where nothing else has used it before
         self.close = weakref.finalize(self, renderer.close)
+        self.close.atexit = False
+        atexit.register(self.close)
 
     def draw(self, data: mujoco.MjData, camera: mujoco.MjvCamera | str) -> np.ndarray:
         """One picture (height width 3) uint8."""

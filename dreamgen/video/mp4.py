@@ -262,8 +262,9 @@ def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
     """Frames `rows` (ascending) by PyAV; also for widths (16, 24, 32, 48, 96, 144) at which decord takes the padding of
     a line for a fourth channel (dmlc/decord issues 93 and 336)."""
     import av
+    from av.video.reformatter import VideoReformatter
 
-    wanted, found = set(rows.tolist()), dict[int, np.ndarray]()
+    wanted, found, convert = set(rows.tolist()), dict[int, np.ndarray](), VideoReformatter()
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
@@ -280,7 +281,8 @@ def _decode(path: Path, rows: np.ndarray) -> np.ndarray:
                 at = round(((frame.pts or 0) - start) / period)
                 if at in wanted:
                     # decord turns what is to be shown turned, PyAV does not
-                    found[at] = np.rot90(frame.to_ndarray(format="rgb24"), _turns(frame, path))
+                    shown = convert.reformat(frame, format="rgb24", threads=1).to_ndarray()
+                    found[at] = np.rot90(shown, _turns(frame, path))
     return np.stack([found[row] for row in rows.tolist()])
 
 

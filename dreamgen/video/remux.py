@@ -133,7 +133,9 @@ def cut(path: Path, first: int, frames: int) -> bytes | None:
 def decoded(data: bytes) -> Iterator[np.ndarray]:
     """The frames (h w 3) uint8 of an mp4 file in memory, one by one."""
     import av
+    from av.video.reformatter import VideoReformatter
 
+    convert = VideoReformatter()
     with av.open(io.BytesIO(data)) as container:
         for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+            yield convert.reformat(frame, format="rgb24", threads=1).to_ndarray()

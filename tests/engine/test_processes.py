@@ -1,5 +1,6 @@
 """Several processes: the result of one, on the same global batch, however the batch and the model are shared."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -66,8 +67,11 @@ def forked(count: int, work: Callable[[int], None]) -> None:
         work(rank)
 
     forks = [multiprocessing.get_context("fork").Process(target=one, args=(rank,)) for rank in range(count)]
+    gc.collect()
+    gc.freeze()  # as `dreamgen.engine.replicas.begin`: what has threads here has none there
     for fork in forks:
         fork.start()
+    gc.unfreeze()
     for fork in forks:
         fork.join(240)
     assert [fork.exitcode for fork in forks] == [0] * count

@@ -8,8 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FAILED = """
+import weakref
 from dreamgen.sims.renderer import Renderer, mujoco
 class Scene: pass
+earlier = Scene()
+weakref.finalize(earlier, int)
 scene = Scene()
 scene.renderer, scene.itself = Renderer(mujoco.MjModel.from_xml_string("<mujoco/>"), 8, 8), scene
 raise SystemExit(2)
