@@ -48,14 +48,14 @@ def apart(one: ActionWorld, other: ActionWorld, asked: Prompt) -> int:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_family_trains_on_all_lengths_and_is_validated(name, dataset, tmp_path):
     """Two windows are held out, under noise above and below the boundary of two experts."""
-    base = zoo.world(name, "", pipeline=zoo.build(name), steps=2, guidance=1.0)
+    base = zoo.world(name, zoo.save(name, tmp_path / "base"), steps=2, guidance=1.0)
     world = ActionWorld(world=base, width=8)
-    done = finetune_actions(world, [dataset], out=tmp_path, **OPTIONS)["results"]
+    done = finetune_actions(world, [dataset], out=tmp_path / "out", **OPTIONS)["results"]
     assert done["lengths"] == [5, 9] and done["validation"] >= 2
-    last = read_losses(tmp_path)[-1]
+    last = read_losses(tmp_path / "out")[-1]
     assert all(np.isfinite(last[f"val_{key}"]) for key in ("loss", "loss_shuffled", "loss_without"))
     assert len({last["val_loss"], last["val_loss_without"]}) == 2
-    again = ActionWorld.load(tmp_path, steps=2, guidance=1.0)
+    again = ActionWorld.load(tmp_path / "out", steps=2, guidance=1.0)
     assert again.moved and apart(world, again, prompt()) <= 1
 
 
@@ -81,10 +81,10 @@ def test_the_loss_of_two_experts_is_the_mean_of_each_ones_rows():
 
 @pytest.mark.parametrize("name", ["wan22_ti2v_5b", "wan21_i2v_14b"])
 def test_parts_and_checkpointing_change_nothing_but_rounding(name, dataset, tmp_path):
-    found = {}
+    found, base = {}, zoo.save(name, tmp_path / "base")
     for out, options in (("plain", {}), ("less", {"accumulate": 2, "checkpointing": True})):
         torch.manual_seed(0)
-        world = disturbed(ActionWorld(world=zoo.world(name, "", pipeline=zoo.build(name)), width=8))
+        world = disturbed(ActionWorld(world=zoo.world(name, base), width=8))
         finetune_actions(world, [dataset], out=tmp_path / out, lr=1e-3, **OPTIONS, **options)
         found[out] = {**world.state_dict()}
         assert not world.world.transformer.is_gradient_checkpointing
