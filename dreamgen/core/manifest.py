@@ -6,6 +6,7 @@ directory is an error, never a mixture.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -54,11 +55,15 @@ def settle(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk; others may have removed it meanwhile."""
+    """Wait until a file, or the names in a folder, are on the disk, as far as its file system can tell; others may have
+    removed it meanwhile."""
     with contextlib.suppress(FileNotFoundError):
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of a folder, on some network file systems
+                raise
         finally:
             os.close(handle)
 

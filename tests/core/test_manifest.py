@@ -1,11 +1,13 @@
 """Writing in one piece, whoever else writes."""
 
+import errno
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from dreamgen.core.manifest import Stage, replacing
+from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.stages.sharing import sweep
 
 
@@ -63,3 +65,14 @@ def test_a_manifest_is_written_when_all_of_its_folder_is_on_the_disk(tmp_path, d
         run.finish()
     before = done[: done.index(("name", "manifest.json"))]
     assert {("sync", name) for name in ("weights.bin", "model", "out", tmp_path.name)} <= set(before)
+
+
+@pytest.mark.parametrize(("number", "raised"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_that_cannot_tell_is_believed_and_a_broken_one_is_not(number, raised, tmp_path, monkeypatch):
+    def fails(handle: int) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="no") if raised else nullcontext():
+        write_json(tmp_path / "a.json", {"a": 1})
+    assert (tmp_path / "a.json").exists() != raised
