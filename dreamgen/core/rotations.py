@@ -256,6 +256,13 @@ def apart(part: Part, a: Any, b: Any) -> Any:
     return angle(read(part, a), read(part, b)) / part.radians
 
 
+def vectors(part: Part, values: Any, origin: Any = None) -> Any:
+    """Rotation vectors (... 3) from the rotation `origin` (4,), that of no turn by default, to those that entries
+    (... width) tell, in the part's unit (else rad)."""
+    q = read(part, values)
+    return log(q if origin is None else product(inverse(origin), q)) / part.radians
+
+
 def along(part: Part, at: Sequence[int] | np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Entries (n width) at the times `wanted` (n,), by constant turns between those (k width) at the times `at` (k,),
     held before the first and after the last."""
