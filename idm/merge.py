@@ -100,8 +100,8 @@ def merge(chunks: np.ndarray, windows: Windows, robot: Embodiment, rule: str = "
     """Merge predictions of all windows and samples.
 
     chunks (n k h a): n samples of each window's chunk, in the units of the robot; slots outside a window are ignored.
-    Returns Labels (s a). spread: weighted standard deviation over windows and samples; of the votes for binary parts; of
-    a rotation that of its turn about an axis, in every entry, in rad where the entries are no angles.
+    Returns Labels (s a). spread: weighted standard deviation over windows and samples; of the votes for binary parts;
+    of a rotation that of its turn about an axis, in every entry, in rad where the entries are no angles.
     """
     n, k, h, a = chunks.shape
     if (k, h) != windows.mask.shape or a != robot.action_dim:

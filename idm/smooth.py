@@ -9,8 +9,8 @@ where `G` integrates them through the robot's measured response (a command moves
 Linear least squares in closed form, in time and memory proportional to the length of the clip. The initial position p_0
 is a free unknown.
 
-Rotations are corrected by the same squares of what is still wrong: the turns from where the predicted ones lead to those
-seen, in the axes in which errors of the single turns add up (those of the hand for turns D R, of the base for R D).
+Rotations are corrected by the same squares of what is still wrong: the turns from where the predicted ones lead to
+those seen, in the axes in which errors of single turns add up (those of the hand for turns D R, of the base for R D).
 """
 
 from dataclasses import replace

@@ -94,8 +94,9 @@ class Space:
         for part in self.turns:
             first[part.slice] = rotations.middle(part, moved[:, 0, part.slice].numpy())
         moved = self._straight(moved, torch.from_numpy(first))
-        parts = [replace(part, rotation="", start=part.start + k * self.robot.action_dim, stop=part.stop + k * self.robot.action_dim)
-                 for k in range(self.horizon) for part in self.robot.action]  # fmt: skip
+        parts, width = [replace(part, rotation="") for part in self.robot.action], self.robot.action_dim
+        parts = [replace(part, start=part.start + k * width, stop=part.stop + k * width)
+                 for k in range(self.horizon) for part in parts]  # fmt: skip
         self._set(self.action, moved.flatten(1).numpy(), parts)
 
     @staticmethod

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_explained():
         (Part(**turn, rotation="axis_angle", kind="delta", frame="ee", moves="wrist"), wrist,
          "delta rotation in the frame 'ee'; expected 'tool' .R D., or 'base', that of 'wrist' .D R."),
         (Part(**turn, rotation="axis_angle", unit="rad", scale=0.1, moves="wrist"), wrist, "0.1 to 'wrist' in 1; e"),
-        (Part(**turn, rotation="axis_angle", scale=2.0, moves="wrist"), replace(wrist, unit="deg"), "give it the unit r"),
+        (Part(**turn, rotation="axis_angle", scale=2.0, moves="wrist"), replace(wrist, unit="deg"), "give it the"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             Embodiment(name="arm", robot_hz=10, views=(VIEW,), state=(state,), action=(moves,))
