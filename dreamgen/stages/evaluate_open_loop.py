@@ -31,8 +31,9 @@ def evaluate_open_loop(
     seed: int = 0,
     record: dict,
 ) -> dict:
-    """Errors in the units of each part, of rotations the angle (rad where the entries are no angles). Results: open_loop {mae, mse, control_mae, control_mse, by_part {part: the
-    same and by_horizon {mae: (H,), mse: (H,)}}}; the overall figures are means over all entries.
+    """Errors in the units of each part, of rotations the angle (rad where the entries are no angles). Results:
+    open_loop {mae, mse, control_mae, control_mse, by_part {part: the same and by_horizon {mae: (H,), mse: (H,)}}}; the
+    overall figures are means over all entries, of a rotation over its angle.
 
     Raises ValueError for a dataset of another robot.
     """
