@@ -116,8 +116,8 @@ def resting(robot: Embodiment, state: np.ndarray, steps: int) -> np.ndarray:
             made[:, part.slice] = high if closer else low
         elif part.rotation:
             held = part.kind == "absolute" and moved is not None
-            told = rotations.tell(part, rotations.read(moved, now)) if held else np.array(part.rest)
-            made[:, part.slice] = np.clip(told, low, high)
+            kept = rotations.tell(part, rotations.read(moved, now)) if held else np.array(part.rest)
+            made[:, part.slice] = np.clip(kept, low, high)
         else:
             held = now / part.scale if part.kind == "absolute" and now is not None else 0
             made[:, part.slice] = np.clip(held, low, high)

@@ -45,14 +45,13 @@ class Space:
         horizon: int,
         cumulative: bool,
         frame: str,
-        state: nn.Module,
-        action: nn.Module,
+        state: Normaliser,
+        action: Normaliser,
     ) -> None:
         if frame not in FRAMES:
             raise ValueError(f"frame is '{frame}'; expected one of {', '.join(FRAMES)}")
         self.robot, self.horizon, self.state, self.action = robot, horizon, state, action
-        if isinstance(state, Normaliser):
-            state.know(robot.state)
+        state.know(robot.state)
         told = {part.name: frame if part.moves is not None else "recorded" for part in robot.action}
         self.summed = [p for p in robot.action if p.kind == "delta" and (cumulative or told[p.name] != "recorded")]
         added = [p for p in robot.action if (p.kind, told[p.name]) == ("delta", "absolute")]

@@ -118,7 +118,7 @@ def _guessed(part: dict, values: np.ndarray, moved: dict[str, dict], states: np.
     if target is not None and "rotation" in target:
         return _flow(
             part
-        ), f"{_range(values)}; no rotation by its names, as the state part of that name is: say it of both"
+        ), f"{_range(values)}; no rotation by its names, as '{part['name']}' of the state: say it of both"
     if len(levels) == 2:
         made = {**part, "kind": "binary", "limits": [float(level) for level in levels]}
         return _flow(made), f"two values: say what the high one does (positive), and {_target(target)}"
@@ -206,16 +206,12 @@ def _parts(layout: Layout, kind: str, key: str) -> list[dict[str, Any]]:
 
 def _rotation(layout: Layout, key: str, rotation: str, ask: str, start: int, stop: int) -> dict[str, str]:
     """What a part of these entries has more if they tell a rotation, and what to check; {} if they are none."""
-    values = _values(layout, key)[:, start:stop]
-    sizes = np.linalg.norm(values, axis=1)
-    if (
-        not rotation
-        or not len(values)
-        or stop - start != ROTATIONS[rotation]
-        or (stop - start == 4 and np.abs(sizes - 1).max() > 0.05)
-    ):
+    values, wide = _values(layout, key)[:, start:stop], stop - start
+    if ROTATIONS.get(rotation) != wide or not len(values):
         return {}
-    unit = {"unit": "deg" if np.abs(values).max() > 2 * np.pi + 0.1 else "rad"} if stop - start == 3 else {}
+    if wide == 4 and np.abs(np.linalg.norm(values, axis=1) - 1).max() > 0.05:
+        return {}
+    unit = {"unit": "deg" if np.abs(values).max() > 2 * np.pi + 0.1 else "rad"} if wide == 3 else {}
     return {"rotation": rotation, **unit, "ask": ask}
 
 
