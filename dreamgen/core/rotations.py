@@ -224,11 +224,12 @@ def composed(part: Part, turns: Any) -> Any:
 
 @_either
 def _composed(turns: Tensor, tool: bool) -> Tensor:
-    found = list(turns.unbind(-2))
-    for step in range(1, len(found)):
-        one, before = found[step], found[step - 1]
-        found[step] = _unit(_product(before, one) if tool else _product(one, before))
-    return torch.stack(found, -2) if found else turns
+    by = 1
+    while by < turns.shape[-2]:  # each takes in what those `by` steps before have taken in (Hillis and Steele 1986)
+        early, late = turns[..., :-by, :], turns[..., by:, :]
+        both = _product(early, late) if tool else _product(late, early)
+        turns, by = torch.cat([turns[..., :by, :], both], -2), 2 * by
+    return _unit(turns)
 
 
 @_either
@@ -245,10 +246,17 @@ def entries(part: Part, q: Tensor, like: Tensor) -> Tensor:
 def continued(part: Part, values: Tensor, near: Tensor) -> Tensor:
     """Entries (... s width) of the same rotations, the first nearest to `near` (... width), each other to the one
     before it: without wraps and changes of sign."""
+    values = _exact(values)
+    if part.width == 4:
+        before = torch.cat([_exact(near).expand_as(values[..., :1, :]), values[..., :-1, :]], -2)
+        turns = torch.where((values * before).sum(-1, keepdim=True) < 0, -1.0, 1.0).to(values)
+        return values * turns.cumprod(-2)
+    if part.width == 6:
+        return values
     found = [near]
     for step in range(values.shape[-2]):
         found.append(_nearest(part, values[..., step, :], found[-1]))
-    return torch.stack(found[1:], -2) if len(found) > 1 else _exact(values)
+    return torch.stack(found[1:], -2) if len(found) > 1 else values
 
 
 def apart(part: Part, a: Any, b: Any) -> Any:
