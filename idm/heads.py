@@ -1,14 +1,17 @@
 """What belongs to one robot: action encoder and decoder, state reader, statistics, response; saved with the weights."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data.normaliser import Normaliser
-from idm.smooth import correct, fit_response
+from idm.smooth import correct, correct_turns, fit_response, turned_by
 
 TAPS = 4
 
@@ -22,7 +25,8 @@ class Heads(nn.Module):
         self.encoder = nn.Linear(robot.action_dim, width)
         self.decoder = nn.Linear(width, robot.action_dim)
         self.reader = nn.Linear(width, robot.state_dim)
-        self.action, self.state = Normaliser(robot.action_dim), Normaliser(robot.state_dim)
+        self.action = Normaliser(robot.action_dim, robot.action)
+        self.state = Normaliser(robot.state_dim, robot.state)
         # calibrated: a command's effect over the next steps, and the errors on episodes held out
         self.register_buffer("response", torch.zeros(len(robot.action), TAPS, dtype=torch.float64))
         self.register_buffer("sigma_action", torch.ones(len(robot.action), dtype=torch.float64))
@@ -51,22 +55,24 @@ class Heads(nn.Module):
         for index, part in enumerate(self.robot.action):
             if part.kind == "delta" and part.moves:
                 moved = self._moved(part)
-                found = fit_response([a[:, part.slice] for a in actions], [s[:, moved.slice] for s in states],
-                                     part.scale, TAPS)  # fmt: skip
+                pairs = [(a[:, part.slice], s[:, moved.slice]) for a, s in zip(actions, states, strict=True)]
+                if part.rotation:
+                    pairs = [(rotations.vectors(part, a), turned_by(part, moved, s)) for a, s in pairs]
+                scale = 1.0 if part.rotation else part.scale
+                found = fit_response([a for a, _ in pairs], [s for _, s in pairs], scale, TAPS)
                 self.response[index] = torch.from_numpy(found)
 
     def calibrate(self, labels: list[np.ndarray], actions: list[np.ndarray], read: list[np.ndarray],
                   states: list[np.ndarray]) -> dict[str, float]:  # fmt: skip
-        """Root mean square errors of labels (s a) against actions and of read states (f d), if any, against states."""
+        """Root mean square errors of labels (s a) against actions and of read states (f d), if any, against states; of
+        rotations about an axis, in the part's unit."""
         found = {}
-        wrong = np.concatenate(labels) - np.concatenate(actions)
-        astray = np.concatenate(read) - np.concatenate(states) if read else None
         for index, part in enumerate(self.robot.action):
-            found[f"sigma_{part.name}"] = sigma = float(np.sqrt((wrong[:, part.slice] ** 2).mean())) + 1e-6
+            found[f"sigma_{part.name}"] = sigma = _error(part, labels, actions)
             self.sigma_action[index] = sigma
-            if part.moves and astray is not None:
+            if part.moves and read:
                 moved = self._moved(part)
-                found[f"sigma_{moved.name}"] = sigma = float(np.sqrt((astray[:, moved.slice] ** 2).mean())) + 1e-6
+                found[f"sigma_{moved.name}"] = sigma = _error(moved, read, states)
                 self.sigma_state[index] = sigma
         return found
 
@@ -78,11 +84,31 @@ class Heads(nn.Module):
         value = labels.value.copy()
         for index, part in enumerate(self.robot.action):
             if part.kind == "delta" and part.moves and strength and self.response[index].abs().sum() > 0:
-                value[:, part.slice] = correct(
-                    value[:, part.slice], states[:, self._moved(part).slice], clock.rows,
-                    self.response[index].cpu().numpy(), part.scale,
-                    sigma_action=float(self.sigma_action[index]),
-                    sigma_position=float(self.sigma_state[index]) / strength**0.5)  # fmt: skip
+                moved, response = self._moved(part), self.response[index].cpu().numpy()
+                sigma, sigma_state = float(self.sigma_action[index]), float(self.sigma_state[index]) / strength**0.5
+                given = value[:, part.slice], states[:, moved.slice], clock.rows, response
+                if part.rotation:
+                    value[:, part.slice] = correct_turns(part, moved, *given, sigma_action=sigma * part.radians,
+                                                         sigma_position=sigma_state * moved.radians)  # fmt: skip
+                else:
+                    value[:, part.slice] = correct(*given, part.scale, sigma_action=sigma, sigma_position=sigma_state)
             if part.limits and part.kind != "binary":
                 value[:, part.slice] = value[:, part.slice].clip(*part.limits)
         return Labels(value=value, spread=labels.spread)
+
+
+def _error(part: Part, found: list[np.ndarray], true: list[np.ndarray]) -> float:
+    """Root mean square error of a part of rows (s k), of a rotation about an axis."""
+    a, b = np.concatenate(found)[:, part.slice], np.concatenate(true)[:, part.slice]
+    square = rotations.apart(part, a, b) ** 2 / 3 if part.rotation else (a - b) ** 2
+    return float(np.sqrt(square.mean())) + 1e-6
+
+
+def between_frames(parts: Sequence[Part], clock: Clock, seen: np.ndarray) -> np.ndarray:
+    """States (s + 1, d) at the robot steps between frames from those (c d) at the frames: even motion, even turns."""
+    steps = np.arange(clock.steps + 1)
+    found = np.stack([np.interp(steps, clock.rows, column) for column in seen.T], axis=1)
+    for part in parts:
+        if part.rotation:
+            found[:, part.slice] = rotations.along(part, clock.rows, seen[:, part.slice], steps)
+    return found.astype(np.float32)

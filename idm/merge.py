@@ -8,16 +8,18 @@ centre  windows weighted by how far the step lies from their ends (an action sho
 median  the middle of all predictions
 first   only the first gap of each window, the last window to its end (what a receding horizon would execute)
 
-Deltas are displacements per robot step, so they merge as they are; binary parts are voted and leave as commands.
+Deltas are displacements per robot step, so they merge as they are; binary parts are voted and leave as commands. Of
+rotations the mean is the one whose matrix is nearest to theirs, the median that of the turns which lead there from it.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Labels
 from dreamgen.core.clock import Clock
-from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.core.kinematics import commands
 
 RULES = ("mean", "centre", "median", "first")
@@ -79,11 +81,27 @@ def _median(value: np.ndarray, at: np.ndarray, count: np.ndarray) -> np.ndarray:
     return (table[(count - 1) // 2, steps] + table[count // 2, steps]) / 2
 
 
+def _rotation(part: Part, value: np.ndarray, at: np.ndarray, share: np.ndarray, median: bool,
+              total: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Entries (s w) of the mean or median rotation of each step, and the variance (s 1) about an axis, from the entries
+    (n w) of its predictions; one that is told as predicted is left as it was told."""
+    q, moments = rotations.read(part, value), np.zeros((total, 4, 4))
+    np.add.at(moments, at, share[:, :, None] * q[:, :, None] * q[:, None])
+    middle = rotations.principal(moments)
+    off = rotations.log(rotations.product(rotations.inverse(middle[at]), q))
+    variance = np.bincount(at, share[:, 0] * (off**2).mean(1), total)[:, None] / part.radians**2
+    if median:
+        turn = rotations.exp(_median(off, at, np.bincount(at, minlength=total)))
+        middle = rotations.product(middle, turn)
+    return rotations.entries(part, middle, value[np.unique(at, return_index=True)[1]]), variance
+
+
 def merge(chunks: np.ndarray, windows: Windows, robot: Embodiment, rule: str = "centre") -> Labels:
     """Merge predictions of all windows and samples.
 
     chunks (n k h a): n samples of each window's chunk, in the units of the robot; slots outside a window are ignored.
-    Returns Labels (s a). spread: weighted standard deviation over windows and samples; of the votes for binary parts.
+    Returns Labels (s a). spread: weighted standard deviation over windows and samples; of the votes for binary parts;
+    of a rotation that of its turn about an axis, in every entry, in rad where the entries are no angles.
     """
     n, k, h, a = chunks.shape
     if (k, h) != windows.mask.shape or a != robot.action_dim:
@@ -107,4 +125,7 @@ def merge(chunks: np.ndarray, windows: Windows, robot: Embodiment, rule: str = "
         if part.kind == "binary":
             low, high = commands(part)
             merged[:, part.slice] = np.where(mean[:, part.slice] > (low + high) / 2, high, low)
+        elif part.rotation:
+            merged[:, part.slice], variance[:, part.slice] = _rotation(part, value[:, part.slice], at, share,
+                                                                       rule == "median", windows.total)  # fmt: skip
     return Labels(value=merged.astype(np.float32), spread=np.sqrt(variance).astype(np.float32))

@@ -25,7 +25,7 @@ from idm.augment import Augment
 from idm.batches import Batches, Recorded
 from idm.clips import alike, clock_of, kind, pictures, require_readable, spacings_of, stacked
 from idm.flow import Denoiser
-from idm.heads import Heads
+from idm.heads import Heads, between_frames
 from idm.merge import RULES, Windows, horizon, merge
 from idm.tower import PretrainedVision
 from idm.vision import ConvVision, with_motion
@@ -235,9 +235,7 @@ class FlowIDM(nn.Module):
             strength = self.correct if self.reads_state else 0.0
             labels.append(self.head.corrected(found, seen, clock, strength))
             if self.reads_state:
-                steps = np.arange(clock.steps + 1)
-                columns = [np.interp(steps, clock.rows, column) for column in seen.T]
-                states.append(np.stack(columns, axis=1).astype(np.float32))
+                states.append(between_frames(self.robot.state, clock, seen))
         return labels, states if self.reads_state else None
 
     def fit(self, dataset: Recorded, episodes: Sequence[int]) -> None:

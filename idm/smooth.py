@@ -8,9 +8,19 @@ not drift. The corrected deltas `a` minimise
 where `G` integrates them through the robot's measured response (a command moves the hand over the next few steps).
 Linear least squares in closed form, in time and memory proportional to the length of the clip. The initial position p_0
 is a free unknown.
+
+Rotations are corrected by the same squares of what is still wrong: the turns from where the predicted ones lead to
+those seen, in the axes in which errors of single turns add up (those of the hand for turns D R, of the base for R D).
 """
 
+from dataclasses import replace
+
 import numpy as np
+
+from dreamgen.core import rotations
+from dreamgen.core.embodiment import Part
+
+ROUNDS = 3
 
 
 def fit_response(action: list[np.ndarray], state: list[np.ndarray], scale: float, taps: int = 4) -> np.ndarray:
@@ -67,3 +77,48 @@ def correct(action: np.ndarray, position: np.ndarray, rows: np.ndarray, response
     first = (position.sum(0) / sigma_position**2 - border @ solved[:, 1:]) / corner
     total = solved[:, 1:] - solved[:, :1] * first
     return np.diff(total, axis=0, prepend=np.zeros_like(total[:1])).astype(kind)
+
+
+def turned_by(part: Part, moved: Part, state: np.ndarray) -> np.ndarray:
+    """Turns from row to row of a rotation's entries (s d), in the frame and unit of the part that moves it, summed up
+    (s 3): what is to rotations as positions are to displacements."""
+    q = rotations.read(moved, state)
+    turns = rotations.log(rotations.between(part, q[:-1], q[1:])) / part.radians
+    return np.concatenate([np.zeros((1, 3)), turns.cumsum(0)])
+
+
+def correct_turns(part: Part, moved: Part, action: np.ndarray, read: np.ndarray, rows: np.ndarray, response: np.ndarray,
+                  *, sigma_action: float, sigma_position: float) -> np.ndarray:  # fmt: skip
+    """Corrected delta rotations (s k), as `correct` does it, with both sigmas in rad.
+
+    action (s k): entries of `part`; read (f d): entries of the state part `moved`, seen at `rows` (f,).
+    """
+    seen, turns = rotations.read(moved, read), rotations.vectors(part, action) * part.radians
+    mend = np.zeros_like(turns)
+    for _ in range(ROUNDS):  # Gauss and Newton's: the squares are those of turns near the ones found before
+        mended = rotations.turned(part, rotations.exp(turns), rotations.exp(mend))
+        led = rotations.composed(part, rotations.exp(_shown(rotations.log(mended), response)))
+        led = rotations.turned(part, np.broadcast_to(seen[0], led.shape), led)
+        axes = rotations.inverse(led[1:]) if part.frame == "tool" else led[1:]
+        done = _shown(_seen_from(rotations.inverse(axes), mend), response).cumsum(0)[rows]
+        wrong = rotations.log(rotations.between(_other(part), led[rows], seen))
+        add = correct(np.zeros_like(turns), wrong + done, rows, response, 1.0, sigma_action=sigma_action,
+                      sigma_position=sigma_position)  # fmt: skip
+        mend = _seen_from(axes, add)
+    return rotations.entries(part, rotations.turned(part, rotations.exp(turns), rotations.exp(mend)), action)
+
+
+def _shown(turns: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """What of turns (s 3) shows from row to row, from nothing on (s + 1, 3)."""
+    late = [share * np.pad(turns, ((i + 1, 0), (0, 0)))[: len(turns) + 1] for i, share in enumerate(response)]
+    return np.sum(late, axis=0)
+
+
+def _seen_from(axes: np.ndarray, turns: np.ndarray) -> np.ndarray:
+    """Rotation vectors (s 3), turned by `axes` (s 4)."""
+    return rotations.log(rotations.product(rotations.product(axes, rotations.exp(turns)), rotations.inverse(axes)))
+
+
+def _other(part: Part) -> Part:
+    """The part as if its turns were told in the other frame."""
+    return replace(part, frame="base" if part.frame == "tool" else "tool")

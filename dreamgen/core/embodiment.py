@@ -7,17 +7,16 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 from dreamgen.core.camera import Camera, Tool
+from dreamgen.core.part import Part
 
-Kind = Literal["absolute", "delta", "binary"]
-KINDS = ("absolute", "delta", "binary")
 ORIENTATIONS = ("", "upright", "rotated", "mirrored", "flipped")
 FITS = ("squeeze", "crop", "pad")
 UNSAID = {"fit": "squeeze"}  # what a contract does not spell out
 # what a saved contract may lack: data need not know of it
-OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools")
+OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools", "rotation")
 log = logging.getLogger(__name__)
 
 
@@ -49,56 +48,6 @@ class View:
         if self.height <= 0 or self.width <= 0:
             raise ValueError(f"view '{self.name}' is {self.height}x{self.width} pixels; both must be positive")
         object.__setattr__(self, "camera", _made(Camera, self.camera))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A named slice of the state or action vector.
-
-    kind: `absolute` (a position; interpolated in time), `delta` (a displacement for one robot step; composed in
-        time), `binary` (an open / close command; voted in time).
-    unit: of one entry, e.g. "m", "rad", "1"; `scale` converts an action entry into the unit of the state part that
-        it moves.
-    moves: for an action part, the state part that it changes (delta: adds to; absolute, binary: sets); None if none.
-        Deltas add up entry by entry: give none to deltas of a rotation, or of another frame than the state's.
-    limits: lowest and highest value of any entry, if known; of a binary action part the two values of its command.
-    positive: what high values do, in a word, where the sign is a convention: a gripper `closes` or `opens`.
-    sets: for a binary action part, what its low and its high command make of the state part that it moves, and
-        `travel`, the seconds that the whole way takes.
-    """
-
-    name: str
-    start: int
-    stop: int
-    kind: Kind = "absolute"
-    unit: str = "1"
-    frame: str = "base"
-    moves: str | None = None
-    scale: float = 1.0
-    limits: Sequence[float | int] | None = None
-    positive: str = ""
-    sets: Sequence[float | int] | None = None
-    travel: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"part '{self.name}' has kind '{self.kind}'; expected one of {', '.join(KINDS)}")
-        if not 0 <= self.start < self.stop:
-            raise ValueError(f"part '{self.name}' covers [{self.start}, {self.stop}); expected 0 <= start < stop")
-        if self.limits is not None:
-            object.__setattr__(self, "limits", (float(self.limits[0]), float(self.limits[1])))
-        if self.sets is not None:
-            object.__setattr__(self, "sets", (float(self.sets[0]), float(self.sets[1])))
-
-    @property
-    def width(self) -> int:
-        """Number of entries."""
-        return self.stop - self.start
-
-    @property
-    def slice(self) -> slice:
-        """Where the part lies in its vector."""
-        return slice(self.start, self.stop)
 
 
 MEMBERS = {"views": View, "state": Part, "action": Part, "tools": Tool}
@@ -188,9 +137,8 @@ class Embodiment:
             if part.moves is not None and part.moves not in names:
                 raise ValueError(f"action part '{part.name}' moves '{part.moves}', which is no state part of "
                                  f"'{self.name}'; it has {sorted(names)}")  # fmt: skip
-            if part.moves is not None and names[part.moves].width != part.width:
-                raise ValueError(f"action part '{part.name}' is {part.width} wide and moves '{part.moves}', which is "
-                                 f"{names[part.moves].width} wide; they must agree")  # fmt: skip
+            if part.moves is not None:
+                part.require_moves(names[part.moves])
             if part.kind == "binary" and part.limits is None:
                 raise ValueError(f"binary action part '{part.name}' of embodiment '{self.name}' has no limits; give it "
                                  f"the two values of its command, e.g. limits: [-1, 1]")  # fmt: skip
@@ -261,22 +209,25 @@ class Embodiment:
         return found
 
     def untold(self, contract: dict) -> list[str]:
-        """Orientations and signs in which this robot is not compared with a saved `contract`: one does not tell."""
+        """Orientations, rotations and signs in which this robot is not compared with a saved `contract`: one does not
+        tell."""
         mine, found = self.contract(), []
-        for key in ("views", "action"):
+        for key in ("views", "state", "action"):
             saved = {each["name"]: each for each in contract.get(key) or ()}
             for here, there in ((each, saved[each["name"]]) for each in mine[key] if each["name"] in saved):
                 both = {name for name in OPTIONAL if here.get(name) and there.get(name)}
                 if key == "views" and "orientation" not in both:
                     found.append(f"the orientation of view '{here['name']}'")
                 signed = here.get("kind") == "binary" or here.get("positive") or there.get("positive")
+                if bool(here.get("rotation")) != bool(there.get("rotation")):
+                    found.append(f"the rotation of {key} '{here['name']}'")
                 if key == "action" and signed and not both & {"positive", "sets"}:
                     found.append(f"what high values of action '{here['name']}' do (positive)")
         return found
 
     def require(self, contract: dict, where: str) -> None:
         """Raise ValueError that names each difference between this robot and the `contract` saved at `where`; warn of
-        an orientation or a sign that only one of them tells, or none."""
+        an orientation or a sign that only one of them tells, or none, and of a rotation that only one tells."""
         found = self.mismatches(contract)
         if found:
             raise ValueError(f"{where} was made for another robot than embodiment '{self.name}':\n  "

@@ -1,12 +1,14 @@
 """What a robot's state becomes when its commands are followed exactly: the embodiment's rule, no simulator.
 
-A delta adds `scale` times itself to the part it moves; an absolute part sets it; a binary part moves it towards the
-value that the embodiment's `sets` names, within `travel` seconds. Parts that no such command moves keep their value.
+A delta adds `scale` times itself to the part it moves, a delta rotation turns it (see `dreamgen.core.rotations`); an
+absolute part sets it; a binary part moves it towards the value that the embodiment's `sets` names, within `travel`
+seconds. Parts that no such command moves keep their value.
 """
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
 
+from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
 
 
@@ -21,13 +23,15 @@ def follow(
 ) -> tuple[Float32[np.ndarray, "n d"], Bool[np.ndarray, " d"]]:
     """States before each action and after the last (s + 1, d), and which entries (d,) the rule knows."""
     state, known = np.repeat(first[None], len(action) + 1, axis=0).astype(np.float32), np.zeros(robot.state_dim, bool)
-    where = {part.name: part.slice for part in robot.state}
+    parts = {part.name: part for part in robot.state}
     for part in robot.action:
         if part.moves is None or (part.kind == "binary" and part.sets is None):
             continue
-        target, entry = where[part.moves], action[:, part.slice]
+        target, entry = parts[part.moves].slice, action[:, part.slice]
         known[target] = True
-        if part.kind == "delta":
+        if part.rotation:
+            state[1:, target] = _turned(part, parts[part.moves], first[target], entry)
+        elif part.kind == "delta":
             state[1:, target] = first[target] + (part.scale * entry).cumsum(0)
         elif part.kind == "absolute":
             state[1:, target] = part.scale * entry
@@ -40,6 +44,18 @@ def follow(
                 before = state[row, target]
                 state[row + 1, target] = before + np.clip(goal[row] - before, -most, most)
     return state, known
+
+
+def _turned(part: Part, moved: Part, first: np.ndarray, entry: np.ndarray) -> np.ndarray:
+    """What commands (s k) of a rotation make of the state part that they move, (s d), from its first value (d,) on."""
+    if (part.kind, part.rotation, part.radians) == ("absolute", moved.rotation, moved.radians):
+        return entry
+    turn = rotations.read(part, entry)
+    if part.kind == "delta":
+        start = np.broadcast_to(rotations.read(moved, first), turn.shape)
+        turn = rotations.turned(part, start, rotations.composed(part, turn))
+    told = rotations.tell(moved, turn)
+    return rotations.continued(moved, told, first) if moved.width == 4 else told  # the sign goes on
 
 
 def within(robot: Embodiment, action: Float[np.ndarray, "*s a"], where: str, *, slack: float = 1e-3) -> np.ndarray:

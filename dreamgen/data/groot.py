@@ -14,6 +14,9 @@ from dreamgen.data import statistics
 
 DESCRIPTION, VALIDITY = "annotation.human.action.task_description", "annotation.human.validity"
 VALID = "valid"  # the text that NVIDIA's own files name as the validity of a good episode
+# those that GR00T turns by PyTorch3D; it has no name for the others
+ROTATION_TYPES = {"axis_angle": "axis_angle", "quaternion_wxyz": "quaternion", "rot6d": "rotation_6d",
+                  "euler_xyz_intrinsic": "euler_angles_rpy"}  # fmt: skip
 STATS = ("mean", "std", "min", "max", "q01", "q99")  # one value per entry each: GR00T slices all that it finds
 
 
@@ -31,6 +34,8 @@ def modality(robot: Embodiment, cameras: Sequence[str], annotations: Sequence[st
 def _part(part: Part, key: str) -> dict:
     found = {"start": part.start, "end": part.stop, "original_key": key, "absolute": part.kind != "delta",
              "dtype": "float32"}  # fmt: skip
+    if part.rotation in ROTATION_TYPES and part.radians == 1:
+        found["rotation_type"] = ROTATION_TYPES[part.rotation]
     return found | ({"range": list(part.limits)} if part.limits is not None else {})
 
 
@@ -44,12 +49,12 @@ def relative_stats(robot: Embodiment, states: Sequence[np.ndarray], actions: Seq
     """Per part that sets a state part by value: statistics (horizon, width) of `action[t + h] - state[t]`.
 
     states (s d) and actions (s a) of each episode; rows without `horizon` rows after them are left out, as there.
-    Empty where no part is absolute or no episode is long enough.
+    Empty where no part is absolute or no episode is long enough. Rotations are left out: they have no difference.
     """
     where, found = {part.name: part.slice for part in robot.state}, {}
     usable = [(state, action) for state, action in zip(states, actions, strict=True) if len(action) >= horizon]
     for part in robot.action:
-        if part.kind != "absolute" or part.moves is None or not usable:
+        if part.kind != "absolute" or part.moves is None or part.rotation or not usable:
             continue
         rows = []
         for h in range(horizon):

@@ -5,9 +5,12 @@
 
 Entries of binary parts, and entries that do not vary, keep their scale (1); the former also keep their offset (0).
 The two vectors are buffers, so they lie inside the checkpoint.
+
+A rotation has many tellings (angles wrap, quaternions have two signs). Networks see the one whose entries are nearest
+to the offset, which does not jump where most rotations lie; back come angles within half a turn and unit quaternions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -15,21 +18,28 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from dreamgen.core import rotations
 from dreamgen.core.embodiment import Part
 
 Values = TypeVar("Values", np.ndarray, torch.Tensor)
 
 
 class Normaliser(nn.Module):
-    """The identity on vectors of `width` entries until fitted or loaded. All arrays are (... width)."""
+    """The identity on vectors of `width` entries until fitted or loaded. All arrays are (... width). parts: of the
+    vector, as far as they are rotations."""
 
     offset: Float[torch.Tensor, " d"]
     scale: Float[torch.Tensor, " d"]
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, parts: Sequence[Part] = ()) -> None:
         super().__init__()
         self.register_buffer("offset", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
+        self.know(parts)
+
+    def know(self, parts: Sequence[Part]) -> None:
+        """What the entries are."""
+        self.rotations = tuple(part for part in parts if part.rotation)
 
     @classmethod
     def fit(
@@ -52,6 +62,7 @@ class Normaliser(nn.Module):
             raise ValueError(f"cannot normalise by values of shape {values.shape}; expected (n d), n > 0, all finite")
         if parts and parts[-1].stop != values.shape[1]:
             raise ValueError(f"values are {values.shape[1]} wide, the parts of the embodiment {parts[-1].stop}")
+        (values,) = rotations.straightened(parts, [values])
         if rule == "standard":
             offset, scale = values.mean(0), values.std(0)
         else:
@@ -63,7 +74,7 @@ class Normaliser(nn.Module):
         for part in parts:
             if part.kind == "binary":
                 offset[part.slice], scale[part.slice] = 0.0, 1.0
-        self = cls(values.shape[1])
+        self = cls(values.shape[1], parts)
         self.offset.copy_(torch.from_numpy(offset))
         self.scale.copy_(torch.from_numpy(scale))
         return self
@@ -71,12 +82,23 @@ class Normaliser(nn.Module):
     def normalise(self, values: Values) -> Values:
         """Units of the embodiment to unit size; numpy to numpy, torch to torch."""
         offset, scale = self._like(values)
+        values = self._each(values, lambda part, told: rotations.nearest(part, told, offset[part.slice]))
         return (values - offset) / scale
 
     def denormalise(self, values: Values) -> Values:
         """Unit size to units of the embodiment; numpy to numpy, torch to torch."""
         offset, scale = self._like(values)
-        return values * scale + offset
+        values = values * scale + offset
+        return self._each(values, lambda part, told: rotations.tell(part, rotations.read(part, told)))
+
+    def _each(self, values: Values, change: Callable[[Part, Values], Values]) -> Values:
+        """Values whose rotations are told otherwise."""
+        if not self.rotations:
+            return values
+        made = values.clone() if isinstance(values, torch.Tensor) else values.copy()
+        for part in self.rotations:
+            made[..., part.slice] = change(part, values[..., part.slice])
+        return made
 
     def _like(self, values: np.ndarray | torch.Tensor) -> tuple[Any, Any]:
         width = self.offset.shape[0]

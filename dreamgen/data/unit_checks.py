@@ -9,6 +9,7 @@ from jaxtyping import Float64
 
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data.findings import Findings
+from dreamgen.data.turn_checks import TurnForm, TurnMotion
 
 SPIKE = 30  # standard deviations between the lowest and the highest value
 LEVELS = 1000  # different values of a binary part that are counted
@@ -24,7 +25,7 @@ class Units:
         where = {part.name: part for part in robot.state}
         self.robot = robot
         self._states, self._actions = ([_Part(part) for part in parts] for parts in (robot.state, robot.action))
-        self._motions = [_Motion(part, where[part.moves]) for part in robot.action
+        self._motions = [(TurnMotion if part.rotation else _Motion)(part, where[part.moves]) for part in robot.action
                          if part.moves is not None and part.kind != "binary"]  # fmt: skip
 
     def add(self, state: np.ndarray | None, action: np.ndarray | None) -> None:
@@ -48,7 +49,7 @@ class Units:
                 if part.sums.count:
                     part.check(f"{kind} part '{part.part.name}'", found, kind == "action")
         for motion in self._motions:
-            if motion.sums.count:
+            if motion.count:
                 motion.check(found)
 
 
@@ -76,12 +77,15 @@ class _Part:
 
     def __init__(self, part: Part) -> None:
         self.part, self.sums, self.levels = part, _Sums(part.width), np.zeros(0)
+        self.form = TurnForm(part) if part.rotation else None
         self.low, self.high = np.full(part.width, np.inf), np.full(part.width, -np.inf)
         self.outside = self.far = self.at = 0  # values beyond the limits, far beyond them, and at them
         self.most, self.worst = 0.0, 0.0  # how far beyond the farthest value is, and the value
 
     def add(self, values: Float64[np.ndarray, "n k"]) -> None:
         self.sums.add(values)
+        if self.form is not None:
+            self.form.add(values)
         self.low, self.high = np.minimum(self.low, values.min(0)), np.maximum(self.high, values.max(0))
         if self.part.kind == "binary" and len(self.levels) < LEVELS:
             self.levels = np.union1d(self.levels, values)[:LEVELS]
@@ -100,6 +104,8 @@ class _Part:
         part, low, high, std = self.part, self.low, self.high, self.sums.std()
         mend = f"correct its unit in the embodiment ('{part.unit}'), or the recording"
         most = float(np.maximum(np.abs(low), np.abs(high)).max())
+        if self.form is not None:
+            self.form.check(name, found)
         if (high == low).all():
             found.add("note", "units", f"{name} never varies (it is {low[0]:.4g})", "nothing to learn there; leave it "
                       "out, or record it")  # fmt: skip
@@ -138,6 +144,11 @@ class _Motion:
 
     def __init__(self, part: Part, moves: Part) -> None:
         self.part, self.moves, self.sums = part, moves, _Sums(part.width + 2 * moves.width)
+
+    @property
+    def count(self) -> int:
+        """Rows that were added."""
+        return self.sums.count
 
     def add(self, state: Float64[np.ndarray, "s d"], action: Float64[np.ndarray, "s a"]) -> None:
         at = self.moves.slice

@@ -2,7 +2,8 @@
 
 Rows at the robot's rate repeat each picture until the next (`frame_fresh`), so a trainer that does not know the column
 pairs old pictures with later actions. Over the gap between two pictures, which `Clock` gives, displacements add up,
-commands are voted on, and of positions the last one counts: `kinematics.follow` arrives where it arrived.
+turns are composed, commands are voted on, and of positions the last one counts: `kinematics.follow` arrives where it
+arrived.
 """
 
 from dataclasses import replace
@@ -10,6 +11,7 @@ from math import ceil
 
 import numpy as np
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
@@ -22,7 +24,7 @@ def slowed(robot: Embodiment, video_hz: str) -> Embodiment:
     most = ceil(Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=2).stride)
     wide = []
     for part in robot.action:
-        if part.kind == "delta" and part.limits is not None:
+        if part.kind == "delta" and part.limits is not None and (part.width == 3 or not part.rotation):
             low, high = part.limits
             part = replace(part, limits=(min(low, most * low), max(high, most * high)))
         wide.append(part)
@@ -60,6 +62,9 @@ def at_video_rate(episode: Episode, robot: Embodiment) -> tuple[Episode, np.ndar
 def _composed(part: Part, action: np.ndarray, gaps: list[tuple[int, int]]) -> np.ndarray:
     """One row per gap (k w) of a part's actions."""
     pieces = [action[first:stop, part.slice] for first, stop in gaps]
+    if part.kind == "delta" and part.rotation:
+        ends = [rotations.composed(part, rotations.read(part, piece))[-1] for piece in pieces]
+        return rotations.tell(part, np.stack(ends)).astype(np.float32)
     if part.kind == "delta":
         return np.stack([piece.sum(0, dtype=np.float64) for piece in pieces]).astype(np.float32)
     return np.stack([_voted(piece) if part.kind == "binary" else piece[-1] for piece in pieces])

@@ -1,13 +1,15 @@
 """Do the labels move as a robot does? Jerk of continuous parts, switches of binary ones.
 
 Jerk is the third derivative of position: the third difference of an absolute part, the second of a delta, which is a
-velocity already; its root mean square over the clip, in the part's unit a step^3. A binary part counts its switches.
+velocity already; its root mean square over the clip, in the part's unit a step^3. The velocity of a rotation is its
+turn from step to step, about each axis (in rad where its entries are no angles). A binary part counts its switches.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.filters.reference import Referenced
@@ -18,6 +20,11 @@ def jerk(value: np.ndarray, part: Part) -> float:
     if part.kind == "binary":
         low, high = part.limits or (0.0, 1.0)
         return float((np.diff(value > (low + high) / 2, axis=0)).sum())
+    if part.rotation:
+        turn = rotations.read(part, value)
+        turn = turn if part.kind == "delta" else rotations.between(part, turn[:-1], turn[1:])
+        change = np.diff(rotations.log(turn) / part.radians, 2, axis=0)
+        return float(np.sqrt((change**2).mean())) if change.size else 0.0
     change = np.diff(value.astype(np.float64), 2 if part.kind == "delta" else 3, axis=0)
     return float(np.sqrt((change**2).mean())) if change.size else 0.0
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Clip
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
@@ -115,6 +116,8 @@ class VideoJudge(nn.Module):
                              f"'{self.robot.name}' has {self.robot.action_dim}")  # fmt: skip
         clock = Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=max(2, int(chosen[-1]) + 1))
         states = follow(self.robot, clip.state, clip.action)[0]
+        for part in (part for part in self.robot.state if part.rotation):  # told without wraps
+            states[:, part.slice] = rotations.continued(part, states[:, part.slice], states[0, part.slice])
         return states[clock.rows[chosen].clip(max=len(states) - 1)][:, self.told]
 
     def _chosen(self, count: int, chosen: np.ndarray | None) -> np.ndarray:

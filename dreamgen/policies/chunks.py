@@ -2,7 +2,7 @@
 
 An observation is a row with a fresh picture: every row of a recording, `meta["frame_rows"]` of a dream, whose video
 is slower than the robot. Where a chunk runs past the end of its episode the missing steps are masked: no action is
-made up. With `past_end="hold"` the robot is taken to stand still there (deltas 0, other parts as in the last row),
+made up. With `past_end="hold"` the robot is taken to stand still there (deltas rest, other parts as in the last row),
 which is right only for recordings that end at rest. Observations whose whole chunk is idle (nothing moves, no binary
 part changes) teach little; `keep_idle` bounds how many of them an episode gives. What counts as moving is told in the
 data's own measure, so that it does not depend on units. Pictures of small datasets stay in memory as uint8; those of
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dreamgen.core import rotations
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.states import known_states
@@ -148,14 +149,20 @@ class Chunks:
 
     def _measures(self) -> list[float | np.ndarray]:
         """What each action part is measured by: its limit where it is a delta that has one, 1 where it is binary, else
-        the standard deviation of each entry."""
+        the standard deviation of each entry, of a rotation that of its angle from their mean."""
         known = [e.action for e in map(self.dataset.episode, self._frames) if e.meta.get("action_known") is not False]
         std = np.nanstd(np.concatenate(known), 0, dtype=np.float64) if known else np.ones(self.dataset.robot.action_dim)
         std = np.maximum(std, np.finfo(np.float32).tiny)  # an entry that never changes stands still only at 0
         found: list[float | np.ndarray] = []
         for part in self.dataset.robot.action:
+            spread = std[part.slice]
+            if part.rotation and known:
+                told = np.concatenate(known)[:, part.slice]
+                told = told[np.isfinite(told).all(1)]
+                off = rotations.vectors(part, told, rotations.mean(rotations.read(part, told)))
+                spread = np.sqrt((off**2).sum(1).mean()) + 1e-9
             limited = part.kind == "delta" and part.limits is not None
-            found.append(part.limits[1] if limited else 1.0 if part.kind == "binary" else std[part.slice])
+            found.append(part.limits[1] if limited else 1.0 if part.kind == "binary" else spread)
         return found
 
     def _idle(self, episode: int, row: int, measures: Sequence[float | np.ndarray]) -> bool:
@@ -163,7 +170,11 @@ class Chunks:
         action = self.dataset.episode(episode).action[row : row + self.horizon]
         for part, measure in zip(self.dataset.robot.action, measures, strict=True):
             entry = action[:, part.slice]
-            moving = entry if part.kind == "delta" else entry - entry[:1]
+            if part.rotation:
+                first = None if part.kind == "delta" else rotations.read(part, entry[0])
+                moving = rotations.vectors(part, entry, first)
+            else:
+                moving = entry if part.kind == "delta" else entry - entry[:1]
             if not (np.abs(moving / measure) <= STILL).all():
                 return False
         return self.dataset.episode(episode).meta.get("action_known") is not False
@@ -232,7 +243,7 @@ class Chunks:
         if self.past_end == "hold":
             for part in self.dataset.robot.action:
                 if part.kind == "delta":
-                    action[~inside, part.slice] = 0
+                    action[~inside, part.slice] = part.rest
             valid[:] = True
         if source.meta.get("action_known") is False:
             valid[:] = False

@@ -22,6 +22,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 from torch.nn import functional as F
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Observation
 from dreamgen.core.protocols import Continuing, Policy
 from dreamgen.policies.flow import euler
@@ -171,7 +172,8 @@ class RealTime:
 class Ensembled:
     """Any policy, its overlapping chunks averaged with weights exp(-decay * i), i = 0 the oldest (Zhao et al. 2023).
 
-    Binary parts become the nearer of their two values. decay 0 is the plain mean.
+    Binary parts become the nearer of their two values, of rotations the mean is that of `dreamgen.core.rotations`.
+    decay 0 is the plain mean.
     """
 
     remembers = True
@@ -192,15 +194,20 @@ class Ensembled:
         """Action chunks in units from step `now` on; memories: one dictionary an episode, empty at its begin."""
         memories = [{} for _ in observations] if memories is None else memories
         fresh = self.policy.act(observations, seeds)
-        merged = np.zeros_like(fresh)
+        merged, turns = np.zeros_like(fresh), [part for part in self.robot.action if part.rotation]
         for i, memory in enumerate(memories):
             kept = [(start, c) for start, c in memory.get("chunks", []) if now - start < self.horizon]
             memory["chunks"] = kept = [*kept, (now, fresh[i])]
-            total = np.zeros((self.horizon, 1), np.float32)
+            total, moments = np.zeros((self.horizon, 1), np.float32), np.zeros((len(turns), self.horizon, 4, 4))
             for rank, (start, chunk) in enumerate(kept):
                 share = np.float32(math.exp(-self.decay * rank))
                 rest = chunk[now - start :]
                 merged[i, : len(rest)] += share * rest
                 total[: len(rest)] += share
+                for part, sums in zip(turns, moments, strict=True):
+                    q = rotations.read(part, rest[:, part.slice])
+                    sums[: len(rest)] += share * q[:, :, None] * q[:, None]
             merged[i] /= total
+            for part, sums in zip(turns, moments, strict=True):
+                merged[i, :, part.slice] = rotations.entries(part, rotations.principal(sums), fresh[i, :, part.slice])
         return command(self.robot, merged)

@@ -9,6 +9,10 @@ Parts that move a state part can be told in three frames:
 
 Binary parts, and parts that move nothing, stay as they are. A state counts in units of the action that moves it
 (`Part.scale`).
+
+Of rotations read composed for summed, and for a difference the turn from one to the other: T R0 of a rotation R0, or R0
+T where the part's frame is "tool". A chunk tells them without wraps and changes of sign, from the telling on that is
+nearest to the offset of its first step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,6 +24,7 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data.normaliser import Normaliser
 
@@ -40,20 +45,22 @@ class Space:
         horizon: int,
         cumulative: bool,
         frame: str,
-        state: nn.Module,
-        action: nn.Module,
+        state: Normaliser,
+        action: Normaliser,
     ) -> None:
         if frame not in FRAMES:
             raise ValueError(f"frame is '{frame}'; expected one of {', '.join(FRAMES)}")
         self.robot, self.horizon, self.state, self.action = robot, horizon, state, action
+        state.know(robot.state)
         told = {part.name: frame if part.moves is not None else "recorded" for part in robot.action}
         self.summed = [p for p in robot.action if p.kind == "delta" and (cumulative or told[p.name] != "recorded")]
         added = [p for p in robot.action if (p.kind, told[p.name]) == ("delta", "absolute")]
         taken = [p for p in robot.action if (p.kind, told[p.name]) == ("absolute", "relative")]
-        places = {part.name: part.slice for part in robot.state}
-        self.shifts = [(part, places[str(part.moves)], sign) for parts, sign in ((added, 1.0), (taken, -1.0))
+        moved = {part.name: part for part in robot.state}
+        self.shifts = [(part, moved[str(part.moves)], sign) for parts, sign in ((added, 1.0), (taken, -1.0))
                        for part in parts]  # fmt: skip
-        self.relative_to = [k for _, place, _ in self.shifts for k in range(place.start, place.stop)]
+        self.relative_to = [k for _, state, _ in self.shifts for k in range(state.start, state.stop)]
+        self.turns = [part for part in robot.action if part.rotation]
 
     @property
     def needs_state(self) -> bool:
@@ -82,8 +89,13 @@ class Space:
             known = np.isfinite(start[:, self.relative_to]).all(1)
             action, start = action[known], start[known]
         moved = self._told(torch.from_numpy(action), None if start is None else torch.from_numpy(start))
-        parts = [replace(part, start=part.start + k * self.robot.action_dim, stop=part.stop + k * self.robot.action_dim)
-                 for k in range(self.horizon) for part in self.robot.action]  # fmt: skip
+        first = np.zeros(self.robot.action_dim)
+        for part in self.turns:
+            first[part.slice] = rotations.middle(part, moved[:, 0, part.slice].numpy())
+        moved = self._straight(moved, torch.from_numpy(first))
+        parts, width = [replace(part, rotation="") for part in self.robot.action], self.robot.action_dim
+        parts = [replace(part, start=part.start + k * width, stop=part.stop + k * width)
+                 for k in range(self.horizon) for part in parts]  # fmt: skip
         self._set(self.action, moved.flatten(1).numpy(), parts)
 
     @staticmethod
@@ -92,12 +104,30 @@ class Space:
 
     def _told(self, action: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None) -> Float[Tensor, "b h a"]:
         """Actions in the frame, still in units."""
-        action = action.clone() if self.summed or self.shifts else action
+        action = action.clone() if self.summed or self.shifts or self.turns else action
+        for part in self.turns:
+            turn = rotations.read(part, action[..., part.slice])
+            turn = rotations.composed(part, turn) if part in self.summed else turn
+            for state, sign in self._shifts(part):
+                now = rotations.read(state, self._start(start)[:, None, state.slice]).expand_as(turn)
+                turn = rotations.turned(part, now, turn) if sign > 0 else rotations.between(part, now, turn)
+            action[..., part.slice] = rotations.tell(part, turn).to(action)
         for part in self.summed:
-            action[..., part.slice] = action[..., part.slice].cumsum(1)
-        for part, place, sign in self.shifts:
-            action[..., part.slice] += sign * self._start(start)[:, None, place] / part.scale
+            if not part.rotation:
+                action[..., part.slice] = action[..., part.slice].cumsum(1)
+        for part, state, sign in self.shifts:
+            if not part.rotation:
+                action[..., part.slice] += sign * self._start(start)[:, None, state.slice] / part.scale
         return action
+
+    def _shifts(self, part: Part) -> list[tuple[Part, float]]:
+        return [(state, sign) for shifted, state, sign in self.shifts if shifted == part]
+
+    def _straight(self, told: Float[Tensor, "b h a"], first: Float[Tensor, " a"]) -> Float[Tensor, "b h a"]:
+        """Rotations without wraps from those entries on that are nearest to `first`; changes `told`."""
+        for part in self.turns:
+            told[..., part.slice] = rotations.continued(part, told[..., part.slice], first[part.slice]).to(told)
+        return told
 
     @staticmethod
     def _start(start: Tensor | None) -> Tensor:
@@ -107,15 +137,26 @@ class Space:
 
     def chunk(self, action: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None = None) -> Tensor:
         """Actions in units to what the transformer works on; start: states in units, for frames that need them."""
-        return self.action.normalise(self._told(action, start).flatten(1)).view_as(action)
+        told = self._straight(self._told(action, start), self.action.offset[: self.robot.action_dim].to(action))
+        return self.action.normalise(told.flatten(1)).view_as(action)
 
     def unchunk(self, x: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b h a"]:
-        """The inverse of `chunk`."""
+        """The inverse of `chunk`; angles come back within half a turn, quaternions and matrices whole."""
         action = self.action.denormalise(x.flatten(1)).view_as(x)
-        for part, place, sign in self.shifts:
-            action[..., part.slice] -= sign * self._start(start)[:, None, place] / part.scale
+        for part, state, sign in self.shifts:
+            if not part.rotation:
+                action[..., part.slice] -= sign * self._start(start)[:, None, state.slice] / part.scale
         for part in self.summed:
-            action[:, 1:, part.slice] = action[:, :, part.slice].diff(dim=1)
+            if not part.rotation:
+                action[:, 1:, part.slice] = action[:, :, part.slice].diff(dim=1)
+        for part in self.turns:
+            turn = rotations.read(part, action[..., part.slice])
+            for state, sign in self._shifts(part):
+                now = rotations.read(state, self._start(start)[:, None, state.slice]).expand_as(turn)
+                turn = rotations.between(part, now, turn) if sign > 0 else rotations.turned(part, now, turn)
+            if part in self.summed:
+                turn = torch.cat([turn[:, :1], rotations.between(part, turn[:, :-1], turn[:, 1:])], 1)
+            action[..., part.slice] = rotations.tell(part, turn).to(action)
         return action
 
     def command(self, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:

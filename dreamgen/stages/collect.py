@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Episode
 from dreamgen.core.manifest import Stage, replacing
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
-from dreamgen.data.streams import bounds, noisy, still, stuck
+from dreamgen.data.streams import disturbed, noisy, still, stuck, told
 from dreamgen.data.writer import require_free, write_dataset
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import ask, one_thread
@@ -211,10 +212,10 @@ def _motion(world: Sim, instruction: str, seed: int, source: str, policy: Policy
             grip = -grip
         if kind == "random":
             smooth = 0.85 * smooth + 0.5 * rng.normal(0, 0.7, len(low))
-            return np.where(binary, grip, smooth).clip(low, high)
+            return told(world.robot, np.where(binary, grip, smooth).clip(low, high))
         action = np.asarray(next(actions))
         moved = action + bias + rng.normal(0, sigma, len(low))
-        return np.where(binary, action, moved).clip(low, high)
+        return told(world.robot, np.where(binary, action, moved).clip(low, high))
 
     return act
 
@@ -242,7 +243,8 @@ def perturbed(world: Sim, instruction: str, kind: str, seed: int, rows: int) -> 
     actions = _expert(world, *of)
     if kind in ("small noise", "large noise"):
         size = rng.uniform(0.05, 0.2) if kind == "small noise" else rng.uniform(0.4, 1.0)
-        noise = noisy(robot, np.zeros((rows, robot.action_dim), np.float32), size, rng, smooth=0.6)
+        rest = np.concatenate([part.rest for part in robot.action]).astype(np.float32)
+        noise = noisy(robot, np.tile(rest, (rows, 1)), size, rng, smooth=0.6)
     wait, high = int(rng.integers(4, 16)), bool(rng.integers(2))
     row = -1
 
@@ -255,9 +257,12 @@ def perturbed(world: Sim, instruction: str, kind: str, seed: int, rows: int) -> 
         if kind == "stuck gripper":
             return stuck(robot, action[None], high=high)[0]
         if kind.endswith("noise"):
-            low, top = np.array([bounds(part) for part in robot.action for _ in range(part.width)]).T
-            binary = [part.kind == "binary" for part in robot.action for _ in range(part.width)]
-            return np.where(binary, action, action + noise[row]).clip(low, top)
+            made = action.astype(np.float64)
+            for part in robot.action:
+                by = noise[row : row + 1, part.slice] * (part.kind != "binary")
+                by = rotations.vectors(part, by) if part.rotation else by
+                made[part.slice] = disturbed(part, action[None, part.slice], by)[0]
+            return made
         return action
 
     return act

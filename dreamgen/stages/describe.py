@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from dreamgen.core import rotations
 from dreamgen.core.manifest import Stage, read_json
+from dreamgen.core.part import ROTATIONS, Part
 from dreamgen.data.columns import read_column
 from dreamgen.data.fit import MODALITY
 from dreamgen.data.layout import CONTRACT, Layout, cameras, locate, pictures, read_layout
+from dreamgen.stages.rotation_names import GROOT, rotation_at
 
 STATE, ACTION = "observation.state", "action"
 FILES = 20  # tables that are looked into
@@ -26,8 +29,8 @@ def describe(root: str, *, out: Path, name: str | None = None, revision: str | N
     """Write `out/embodiment.yaml`, which opens the dataset at `root` (a folder, or a hub id); `text` of the results.
 
     Views are its cameras, all at the size of the smallest; parts are those of its contract, of GR00T's modality.json,
-    or as the entries are named (`joint_0`, `joint_1` are one part). An action part of two values is called binary, any
-    other absolute. name: of the robot; None: what the dataset calls it.
+    or as the entries are named (`joint_0`, `joint_1` are one part, `roll`, `pitch`, `yaw` a rotation). An action part
+    of two values is called binary, any other absolute. name: of the robot; None: what the dataset calls it.
 
     Raises ValueError if there is no such dataset, or if it has no video or no actions.
     """
@@ -76,9 +79,11 @@ def _drafted(layout: Layout, name: str) -> Iterator[str]:
     states, actions = (_values(layout, key) for key in (STATE, ACTION))
     moved = {part["name"]: part for part in _parts(layout, "state", STATE)} if STATE in features else {}
     yield "# unit: rad, deg or m, where it has one; limits: the lowest and highest value, where they are known."
+    yield f"# rotation: {', '.join(ROTATIONS)}, where the entries tell one (docs/datasets.md)."
     yield "state:" if moved else "state: []"
     for part in moved.values():
-        yield f"  - {_flow(part)} # {_range(states[:, part['start'] : part['stop']])}"
+        values = states[:, part["start"] : part["stop"]]
+        yield f"  - {_flow(_plain(part))} # {_range(values)}{_asked(part)}"
     yield "# kind: absolute (a target), delta (a step; scale turns it into the state's unit) or binary (two commands)."
     yield "# moves: the state part that it sets or steps. positive: closes or opens, what high values of a gripper do."
     yield "action:"
@@ -108,6 +113,12 @@ def _views(layout: Layout) -> Iterator[str]:
 def _guessed(part: dict, values: np.ndarray, moved: dict[str, dict], states: np.ndarray) -> tuple[str, str]:
     """An action part with what its values (n k) tell of it, and a comment."""
     levels, target = np.unique(values), moved.get(part["name"])
+    if "rotation" in part:
+        return _turning(part, values, target, states)
+    if target is not None and "rotation" in target:
+        return _flow(
+            part
+        ), f"{_range(values)}; no rotation by its names, as '{part['name']}' of the state: say it of both"
     if len(levels) == 2:
         made = {**part, "kind": "binary", "limits": [float(level) for level in levels]}
         return _flow(made), f"two values: say what the high one does (positive), and {_target(target)}"
@@ -121,6 +132,34 @@ def _guessed(part: dict, values: np.ndarray, moved: dict[str, dict], states: np.
             return _flow({**part, "moves": target["name"]}), f"{_range(values)}; follows the state ({follows:.2f})"
         return _flow(part), f"{_range(values)}; does not follow the state of that name ({follows:.2f}): a delta?"
     return _flow(part), f"{_range(values)}; no state part of that name: add moves, if it sets one"
+
+
+def _turning(part: dict, values: np.ndarray, target: dict | None, states: np.ndarray) -> tuple[str, str]:
+    """An action part that is a rotation, and a comment."""
+    comment = f"{_range(values)}{_asked(part)}"
+    if part.get("kind") == "delta" or target is None or "rotation" not in target:
+        return _flow(_plain(part)), f"{comment}; {_target(target)}"
+    told, held = (Part(**_plain(each)) for each in (part, target))
+    state = rotations.read(held, states[:, held.slice])
+    off = rotations.angle(rotations.read(told, values), state).mean()
+    spread = rotations.angle(rotations.mean(state), state).mean()
+    if off < spread * (1 - FOLLOWS):
+        scale = {} if told.width > 3 else {"scale": told.radians / held.radians}
+        made = {**_plain(part), "moves": target["name"], **(scale if scale.get("scale", 1.0) != 1 else {})}
+        return _flow(made), f"{comment}; follows the state ({off:.2g} rad apart)"
+    ask = (f"does not follow the state of that name: a delta? Then add kind: delta and moves: {target['name']}, frame: "
+           f"tool where it turns about the hand's own axes, and for entries that are no angles unit: \"1\" and scale: "
+           f"the radians of one")  # fmt: skip
+    return _flow(_plain(part)), f"{comment}; {ask}"
+
+
+def _plain(part: dict) -> dict:
+    """The part as an embodiment has it."""
+    return {key: value for key, value in part.items() if key != "ask"}
+
+
+def _asked(part: dict) -> str:
+    return f"; {part['ask']}" if part.get("ask") else ""
 
 
 def _target(target: dict | None) -> str:
@@ -144,16 +183,36 @@ def _parts(layout: Layout, kind: str, key: str) -> list[dict[str, Any]]:
     if given and edges[-1] == width and [part["start"] for _, part in given] == edges[:-1]:
         return [{"name": name, "start": part["start"], "stop": part["end"]}
                 | ({"kind": "delta"} if kind == "action" and part.get("absolute") is False else {})
+                | _rotation(layout, key, *GROOT.get(part.get("rotation_type"), ("", "")), part["start"], part["end"])
                 for name, part in given]  # fmt: skip
-    stems = [_stem(name) for name in _names(feature.get("names"))]
-    if len(stems) != width:
+    names = _names(feature.get("names"))
+    if len(names) != width:
         return [{"name": "joints", "start": 0, "stop": width}]
-    starts = [k for k in range(width) if k == 0 or stems[k] != stems[k - 1]]
-    parts = []
-    for start, stop in zip(starts, [*starts[1:], width], strict=True):
-        again = sum(re.sub(r"_\d+$", "", part["name"]) == stems[start] for part in parts)
-        parts.append({"name": f"{stems[start]}_{again + 1}" if again else stems[start], "start": start, "stop": stop})
+    parts, start = [], 0
+    while start < width:
+        name, stop, more = _stem(names[start]), start + 1, {}
+        if turn := rotation_at(names, start):
+            of, wide, rotation, ask = turn
+            more = _rotation(layout, key, rotation, ask, start, start + wide)
+        if more:
+            name, stop = f"{of}_rotation".strip("_"), start + wide
+        while not more and stop < width and _stem(names[stop]) == name and rotation_at(names, stop) is None:
+            stop += 1
+        again = sum(re.sub(r"_\d+$", "", part["name"]) == name for part in parts)
+        parts.append({"name": f"{name}_{again + 1}" if again else name, "start": start, "stop": stop} | more)
+        start = stop
     return parts
+
+
+def _rotation(layout: Layout, key: str, rotation: str, ask: str, start: int, stop: int) -> dict[str, str]:
+    """What a part of these entries has more if they tell a rotation, and what to check; {} if they are none."""
+    values, wide = _values(layout, key)[:, start:stop], stop - start
+    if ROTATIONS.get(rotation) != wide or not len(values):
+        return {}
+    if wide == 4 and np.abs(np.linalg.norm(values, axis=1) - 1).max() > 0.05:
+        return {}
+    unit = {"unit": "deg" if np.abs(values).max() > 2 * np.pi + 0.1 else "rad"} if wide == 3 else {}
+    return {"rotation": rotation, **unit, "ask": ask}
 
 
 def _names(names: Any) -> list[str]:

@@ -18,6 +18,7 @@ from dreamgen.core.intervals import success_interval
 from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import FILE, Stage, is_complete, read_json, write_json
 from dreamgen.core.protocols import Labeler, Sim
+from dreamgen.core.rotations import straightened
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.precision import place
@@ -25,7 +26,7 @@ from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay
 from dreamgen.stages.drawn import frames_through
 from dreamgen.stages.label import labels_and_states, pseudo_states
-from dreamgen.stages.label_scores import score_labels
+from dreamgen.stages.label_scores import errors, score_labels
 from dreamgen.stages.latent_scores import by_gap, probe
 from dreamgen.stages.recorded_video import batches_of, long_enough
 
@@ -35,23 +36,24 @@ def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:
     rest = np.repeat(action[-1:], steps, axis=0)
     for part in robot.action:
         if part.kind == "delta":
-            rest[:, part.slice] = 0
+            rest[:, part.slice] = part.rest
     return np.concatenate([action, rest])
 
 
 def state_errors(robot: Embodiment, true: Sequence[np.ndarray], labels: Sequence[Labels],
                  pseudo: Sequence[np.ndarray], read: Sequence[np.ndarray]) -> dict:  # fmt: skip
-    """Mean absolute error by state part against the recorded states (s d): integrated from labels, read from frames
-    (s + 1, d) where they are, and pseudo_state, which is what the stage `label` writes."""
+    """Mean absolute error by state part, of a rotation the angle in its unit (else rad), against the recorded states
+    (s d): integrated from labels, read from frames (s + 1, d) where they are, and pseudo_state, which is what the stage
+    `label` writes."""
     if not robot.state_dim:
         return {}
     found = {"integrated": [follow(robot, t[0], label.value)[0][:-1] for t, label in zip(true, labels, strict=True)],
              "pseudo_state": pseudo}  # fmt: skip
     if read:
         found["read"] = [s[: len(t)] for s, t in zip(read, true, strict=True)]
-    errors = {kind: np.abs(np.concatenate(states) - np.concatenate(true)) for kind, states in found.items()}
-    return {kind: {part.name: float(error[:, part.slice].mean()) for part in robot.state}
-            for kind, error in errors.items()}  # fmt: skip
+    rows, seen = {kind: np.concatenate(states) for kind, states in found.items()}, np.concatenate(true)
+    return {kind: {part.name: float(errors(part, states[:, part.slice], seen[:, part.slice]).mean())
+                   for part in robot.state} for kind, states in rows.items()}  # fmt: skip
 
 
 def by_part(labels: Sequence[np.ndarray], actions: Sequence[np.ndarray], robot: Embodiment, clock: Clock) -> dict:
@@ -74,6 +76,7 @@ def previous_frame(seen: Sequence[np.ndarray], actions: Sequence[np.ndarray], cl
     """Control: R2 by part of each gap's mean action from the frame before it alone, by probes on `coarse` pixels."""
     if len(seen) < 4:
         return {}
+    actions = straightened(robot.action, actions)
     true = [by_gap(a, clock.with_frames(len(s) + 1)).astype(np.float64) for a, s in zip(actions, seen, strict=True)]
     return probe(seen, true, robot, seed, context=False)
 

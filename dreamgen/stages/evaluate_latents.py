@@ -15,6 +15,7 @@ from dreamgen.core.clip import Clip
 from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.core.protocols import Labeler
+from dreamgen.core.rotations import straightened
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
@@ -134,10 +135,11 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
                 features["features"] += [feature_differences(clip, world_model) for clip in clips]
         features["latent"] = [gap["latent"] for gap in gaps]
         clocks = [labeler.clock.with_frames(len(rows) + 1) for rows in features["latent"]]
-        true = [by_gap(a, clock).astype(np.float64) for a, clock in zip(actions, clocks, strict=True)]
+        straight = straightened(robot.action, actions)
+        true = [by_gap(a, clock).astype(np.float64) for a, clock in zip(straight, clocks, strict=True)]
         if robot.state_dim:
-            features["state"] = [dataset.episode(i).state[clock.rows[:-1]]
-                                 for i, clock in zip(chosen, clocks, strict=True)]  # fmt: skip
+            states = straightened(robot.state, [dataset.episode(i).state for i in chosen])
+            features["state"] = [state[clock.rows[:-1]] for state, clock in zip(states, clocks, strict=True)]
         features["shuffled"] = shuffled(features["latent"], seed)
         results: dict = {"probe": {name: probe(rows, true, robot, seed) for name, rows in features.items()}}
         results["efficiency"] = {name: label_efficiency(features[name], true, robot, seed, pairs=pairs)
@@ -149,7 +151,8 @@ def evaluate_latents(labeler: Any, dataset: Dataset, *, out: Path, idm: Labeler 
                     for gap, clock in zip(gaps, clocks, strict=True)]  # fmt: skip
             results["head"] = r2_by_part(np.concatenate(head), np.concatenate(actions), robot)
         if idm is not None:
-            read = [by_gap(label.value, clock) for label, clock in zip(labels, clocks, strict=True)]
+            straight = straightened(robot.action, [label.value for label in labels])
+            read = [by_gap(a, clock) for a, clock in zip(straight, clocks, strict=True)]
             found = r2_by_part(split(read, seed).test, split(true, seed).test, robot)
             results["probe"]["idm"] = {"linear": found, "mlp": found}
             few = len(shown)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from dreamgen.core.clip import Observation
-from dreamgen.core.embodiment import Part
 from dreamgen.core.manifest import Stage
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
@@ -19,6 +18,7 @@ from dreamgen.data.recordings import noted
 from dreamgen.data.states import known_states
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
+from dreamgen.stages.label_scores import errors, middle
 
 
 def evaluate_open_loop(
@@ -31,8 +31,9 @@ def evaluate_open_loop(
     seed: int = 0,
     record: dict,
 ) -> dict:
-    """Errors in the units of each part. Results: open_loop {mae, mse, control_mae, control_mse, by_part {part: the
-    same and by_horizon {mae: (H,), mse: (H,)}}}; the overall figures are means over all entries.
+    """Errors in the units of each part, of rotations the angle (rad where the entries are no angles). Results:
+    open_loop {mae, mse, control_mae, control_mse, by_part {part: the same and by_horizon {mae: (H,), mse: (H,)}}}; the
+    overall figures are means over all entries, of a rotation over its angle.
 
     Raises ValueError for a dataset of another robot.
     """
@@ -52,10 +53,14 @@ def evaluate_open_loop(
             predicted.append(policy.act([_observation(dataset, i, row) for i, row in group], seeds))
             recorded += [_following(dataset.episode(i).action, row, policy.horizon) for i, row in group]
         actions = np.concatenate([dataset.episode(i).action for i in range(len(dataset))])
-        error = np.concatenate(predicted) - np.stack(recorded)
-        control = actions.mean(0) - np.stack(recorded)
-        parts = {part.name: _scores(error, control, part) for part in policy.robot.action}
-        whole = _figures(error, control)
+        said, done = np.concatenate(predicted), np.stack(recorded)
+        error, control = {}, {}
+        for part in policy.robot.action:
+            own = actions[:, part.slice]
+            error[part.name] = errors(part, said[..., part.slice], done[..., part.slice])
+            control[part.name] = errors(part, middle(part, own), done[..., part.slice])
+        parts = {name: _scores(error[name], control[name]) for name in error}
+        whole = _figures(*(np.concatenate([*found.values()], -1) for found in (error, control)))
         return run.finish(open_loop={**whole, "by_part": parts}, chunks=len(places), episodes=len(dataset),
                           **noted(dataset))  # fmt: skip
 
@@ -75,12 +80,11 @@ def _following(action: np.ndarray, row: int, horizon: int) -> np.ndarray:
 
 
 def _figures(error: np.ndarray, control: np.ndarray) -> dict[str, float]:
-    return {f"{name}{key}": float(np.nanmean(measure(values)))
+    return {f"{name}{key}": float(np.nanmean(values**power))
             for name, values in (("", error), ("control_", control))
-            for key, measure in (("mae", np.abs), ("mse", np.square))}  # fmt: skip
+            for key, power in (("mae", 1), ("mse", 2))}  # fmt: skip
 
 
-def _scores(error: np.ndarray, control: np.ndarray, part: Part) -> dict:
-    mine = error[..., part.slice]
-    steps = {"mae": np.nanmean(np.abs(mine), (0, 2)).tolist(), "mse": np.nanmean(mine**2, (0, 2)).tolist()}
-    return {**_figures(mine, control[..., part.slice]), "by_horizon": steps}
+def _scores(error: np.ndarray, control: np.ndarray) -> dict:
+    steps = {"mae": np.nanmean(error, (0, 2)).tolist(), "mse": np.nanmean(error**2, (0, 2)).tolist()}
+    return {**_figures(error, control), "by_horizon": steps}

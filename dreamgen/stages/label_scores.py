@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
@@ -12,10 +13,24 @@ from dreamgen.core.embodiment import Embodiment, Part
 REACH = 12  # robot steps by which labels are looked for before and after
 
 
-def r2(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Explained variance, pooled over the entries of (n k); nan where the truth never changes."""
-    varies = ((true - true.mean(0)) ** 2).sum()
-    return float(1 - ((predicted - true) ** 2).sum() / varies) if varies > 1e-12 else float("nan")
+def r2(predicted: np.ndarray, true: np.ndarray, part: Part | None = None) -> float:
+    """Explained variance, pooled over the entries of (n k), of the angles of a part that is a rotation; nan where the
+    truth never changes."""
+    if part is None or not part.rotation:
+        wrong, varies = ((predicted - true) ** 2).sum(), ((true - true.mean(0)) ** 2).sum()
+    else:
+        wrong, varies = ((errors(part, a, true) ** 2).sum() for a in (predicted, middle(part, true)))
+    return float(1 - wrong / varies) if varies > 1e-12 else float("nan")
+
+
+def errors(part: Part, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Absolute errors (... k) of a part's entries, of a rotation the angle (... 1), in the part's unit (else rad)."""
+    return rotations.apart(part, predicted, true)[..., None] if part.rotation else np.abs(predicted - true)
+
+
+def middle(part: Part, values: np.ndarray) -> np.ndarray:
+    """The mean (k,) of a part's rows (n k)."""
+    return rotations.middle(part, values) if part.rotation else values.mean(0)
 
 
 def auroc(score: np.ndarray, positive: np.ndarray) -> float:
@@ -53,9 +68,14 @@ def lag(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], reach: int 
 
 
 def drift(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], part: Part) -> dict[str, float]:
-    """Mean distance between the integrals of labels and actions, in units of the state, by share of the clip."""
-    gaps = [np.linalg.norm(np.cumsum(p - t, axis=0) * part.scale, axis=1)
-            for p, t in zip(predicted, true, strict=True)]  # fmt: skip
+    """Mean distance between the integrals of labels and actions, in units of the state, by share of the clip; of
+    rotations the angle between what the turns make of one, in the part's unit (else rad)."""
+    if part.rotation:
+        ends = [[rotations.composed(part, rotations.read(part, a)) for a in side] for side in (predicted, true)]
+        gaps = [rotations.angle(p, t) / part.radians for p, t in zip(*ends, strict=True)]
+    else:
+        gaps = [np.linalg.norm(np.cumsum(p - t, axis=0) * part.scale, axis=1)
+                for p, t in zip(predicted, true, strict=True)]  # fmt: skip
     at = {"quarter": 0.25, "half": 0.5, "end": 1.0}
     return {name: float(np.mean([gap[max(0, int(share * len(gap)) - 1)] for gap in gaps]))
             for name, share in at.items()}  # fmt: skip
@@ -78,8 +98,8 @@ def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot:
 
     clock: of the clips, any number of frames.
     r2, mae, control_mae (the mean action instead), lag (robot steps, looked for over two frame gaps and `REACH` at
-    least) for every part; drift for deltas that move a
-    state part; auroc and accuracy for binary parts; calibration of the spread.
+    least) for every part; drift for deltas that move a state part; auroc and accuracy for binary parts; calibration of
+    the spread. The error of a rotation is the angle, in the part's unit (else rad).
     """
     predicted, true = [label.value for label in labels], list(actions)
     found: dict[str, dict] = {key: {} for key in ("r2", "mae", "control_mae", "lag", "drift", "auroc", "accuracy",
@@ -87,19 +107,24 @@ def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot:
     for part in robot.action:
         p, t = ([a[:, part.slice] for a in side] for side in (predicted, true))
         flat_p, flat_t = np.concatenate(p), np.concatenate(t)
-        found["r2"][part.name] = r2(flat_p, flat_t)
-        found["mae"][part.name] = float(np.abs(flat_p - flat_t).mean())
-        found["control_mae"][part.name] = float(np.abs(flat_t.mean(0) - flat_t).mean())
+        error, control = errors(part, flat_p, flat_t), errors(part, middle(part, flat_t), flat_t)
+        found["r2"][part.name] = r2(flat_p, flat_t, part)
+        found["mae"][part.name] = float(error.mean())
+        found["control_mae"][part.name] = float(control.mean())
+        if part.rotation:  # about their mean, from where none of them wraps
+            centre = rotations.read(part, middle(part, flat_t))
+            p, t = ([rotations.vectors(part, a, centre) for a in side] for side in (p, t))
         found["lag"][part.name] = lag(p, t, max(REACH, math.ceil(2 * clock.stride)))
-        spread = np.concatenate([label.spread[:, part.slice] for label in labels])
-        found["calibration"][part.name] = calibration(spread.ravel(), np.abs(flat_p - flat_t).ravel())
+        spread = np.concatenate([label.spread[:, part.slice] for label in labels])[:, : error.shape[1]]
+        found["calibration"][part.name] = calibration(spread.ravel(), error.ravel())
         if part.kind == "binary":
-            middle = sum(part.limits or (0.0, 1.0)) / 2
+            half = sum(part.limits or (0.0, 1.0)) / 2
             share = np.concatenate([votes(label, part) for label in labels])
-            found["auroc"][part.name] = auroc(share.ravel(), flat_t.ravel() > middle)
-            found["accuracy"][part.name] = float(((flat_p > middle) == (flat_t > middle)).mean())
+            found["auroc"][part.name] = auroc(share.ravel(), flat_t.ravel() > half)
+            found["accuracy"][part.name] = float(((flat_p > half) == (flat_t > half)).mean())
         elif part.kind == "delta" and part.moves:
-            found["drift"][part.name] = drift(p, t, part)
+            whole = ([a[:, part.slice] for a in side] for side in (predicted, true))
+            found["drift"][part.name] = drift(*whole, part)
     return _plain(found)
 
 

@@ -125,7 +125,7 @@ def mlp_probe(x: Split, y: Split, seed: int, *, width: int = 128, steps: int = 3
 
 def r2_by_part(predicted: np.ndarray, true: np.ndarray, robot: Embodiment) -> dict[str, float | None]:
     """R2 of (n a) per action part; None where the truth never changes."""
-    found = {part.name: r2(predicted[:, part.slice], true[:, part.slice]) for part in robot.action}
+    found = {part.name: r2(predicted[:, part.slice], true[:, part.slice], part) for part in robot.action}
     return {name: None if value != value else value for name, value in found.items()}
 
 

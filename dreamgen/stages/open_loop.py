@@ -7,13 +7,20 @@ from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.states import known_states
+from dreamgen.stages.label_scores import errors, middle
 
 
 def open_loop_error(policy: Policy, dataset: Dataset, *, every: int = 4, batch_size: int = 32, seed: int = 0) -> float:
     """Mean square difference from the recorded actions that follow every `every`-th row, in units of each entry's
-    standard deviation; steps past an episode's end do not count. ValueError for a dataset of another robot."""
+    standard deviation, of rotations the angle in units of that from their mean; steps past an episode's end do not
+    count. ValueError for a dataset of another robot."""
     policy.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
-    scale = np.maximum(dataset.actions().std(0), 1e-6)
+    actions = dataset.actions()
+    scale = np.maximum(actions.std(0), 1e-6)
+    turns = [part for part in policy.robot.action if part.rotation]
+    plain = np.array([not part.rotation for part in policy.robot.action for _ in range(part.width)])
+    size = {part.name: max(np.sqrt((errors(part, middle(part, own), own) ** 2).mean()), 1e-6)
+            for part in turns for own in [actions[:, part.slice]]}  # fmt: skip
     places = [(i, row) for i in range(len(dataset)) for row in range(0, dataset.length(i), every)]
     total, count = 0.0, 0
     for start in range(0, len(places), batch_size):
@@ -26,6 +33,8 @@ def open_loop_error(policy: Policy, dataset: Dataset, *, every: int = 4, batch_s
         chunks = policy.act(seen, [seed_for(seed, "open_loop", i, row) for i, row in group])
         for (i, row), chunk in zip(group, chunks, strict=True):
             true = dataset.episode(i).action[row : row + policy.horizon]
-            gap = (chunk[: len(true)] - true) / scale
+            gap = ((chunk[: len(true)] - true) / scale)[:, plain]
+            gap = np.concatenate([gap, *(errors(part, chunk[: len(true), part.slice], true[:, part.slice])
+                                         / size[part.name] for part in turns)], 1)  # fmt: skip
             total, count = total + float((gap**2).sum()), count + gap.size
     return total / max(1, count)

@@ -2,14 +2,16 @@
 
 A latent frame after the first shows k video frames (4 for a causal VAE), thus k frame gaps. For each gap and action
 entry one number says where the robot has come by the gap's end: deltas are summed from the latent frame's start and
-scaled to units; absolute parts give the command less the one at the start (the state, where it is known); binary parts
-the share of high commands in the gap, from -1 to 1. Rates that do not divide change nothing: k gaps are k gaps.
+scaled to units; absolute parts give the command less the one at the start (the state, where it is known); rotations
+the turn since then, less no turn; binary parts the share of high commands in the gap, from -1 to 1. Rates that do not
+divide change nothing: k gaps are k gaps.
 """
 
 import numpy as np
 from jaxtyping import Float, Float32, Int64
 
-from dreamgen.core.embodiment import Embodiment
+from dreamgen.core import rotations
+from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.core.kinematics import commands, follow
 
 
@@ -31,22 +33,37 @@ def latent_actions(
     spans = list(zip(rows[:-1].tolist(), rows[1:].tolist(), strict=True))
     out = np.zeros((len(spans), robot.action_dim), np.float32)
     known = state is not None and len(state) == robot.state_dim and robot.state_dim > 0
-    where = {part.name: part.slice for part in robot.state}
+    where = {part.name: part for part in robot.state}
     for k, (a, b) in enumerate(spans):
         start = spans[k - k % gaps][0]
         for part in robot.action:
             entry = action[:, part.slice]
-            if part.kind == "delta":
+            if part.rotation:
+                now = where[part.moves] if known and not start and part.moves is not None else None
+                before = None if now is None else rotations.read(now, state[now.slice])
+                out[k, part.slice] = _turn(part, entry, start, b, before)
+            elif part.kind == "delta":
                 out[k, part.slice] = part.scale * entry[start:b].sum(0)
             elif part.kind == "absolute":
                 before = entry[start - 1] if start else entry[0]
                 if not start and known and part.moves is not None:
-                    before = state[where[part.moves]] / part.scale
+                    before = state[where[part.moves].slice] / part.scale
                 out[k, part.slice] = part.scale * (entry[b - 1] - before)
             else:
                 low, high = commands(part)
                 out[k, part.slice] = 2 * (entry[a:b] > (low + high) / 2).mean(0) - 1
     return out.reshape(len(spans) // gaps, gaps * robot.action_dim)
+
+
+def _turn(part: Part, entry: np.ndarray, start: int, stop: int, before: np.ndarray | None) -> np.ndarray:
+    """Entries (k,) of the turn over the steps from start to stop, less those of none. before: the rotation that an
+    absolute part begins at, if it is none of its commands."""
+    if part.kind == "delta":
+        turn = rotations.composed(part, rotations.read(part, entry[start:stop]))[-1]
+    else:
+        before = rotations.read(part, entry[max(0, start - 1)]) if before is None else before
+        turn = rotations.between(part, before, rotations.read(part, entry[stop - 1]))
+    return part.scale * (rotations.tell(part, turn) - np.array(part.rest))
 
 
 def entries_read(robot: Embodiment, *, maps: bool) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 from dreamgen.core.clip import Past, Prompt
 from dreamgen.core.protocols import ActionWorldModel, Judge
 from dreamgen.core.seeding import rng_for
-from dreamgen.data.streams import bounds, half_range
+from dreamgen.data.streams import axes, disturbed, half_range
 from dreamgen.engine.precision import place
 from dreamgen.worlds.env import judged
 from dreamgen.worlds.rollout import extend
@@ -39,9 +39,9 @@ class AdversarialSearch:
         for part in self.world.robot.action:
             if part.kind == "binary":
                 continue
-            for entry in range(part.start, part.stop):
-                by = np.interp(np.arange(len(action)), at, free[:, entry].clip(-1, 1))
-                made[:, entry] = (made[:, entry] + self.size * half_range(part) * by).clip(*bounds(part))
+            own = free[:, part.start : part.start + axes(part)].clip(-1, 1)
+            by = np.stack([np.interp(np.arange(len(action)), at, column) for column in own.T], 1)
+            made[:, part.slice] = disturbed(part, made[:, part.slice], self.size * half_range(part) * by)
         return made
 
     def probability(self, prompt: Prompt, actions: Sequence[np.ndarray]) -> np.ndarray:

@@ -97,7 +97,7 @@ class LatentActions(nn.Module):
         self.slots = horizon(clock, 2)
         self.head = nn.Sequential(nn.Linear(3 * latent, 2 * width), nn.GELU(),
                                   nn.Linear(2 * width, self.slots * max(1, robot.action_dim)))  # fmt: skip
-        self.action = Normaliser(robot.action_dim)
+        self.action = Normaliser(robot.action_dim, robot.action)
         torch.random.set_rng_state(generator)
 
     @property

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from dreamgen.core import rotations
 from dreamgen.core.embodiment import Part
+from dreamgen.core.part import ROTATIONS
 from dreamgen.data.normaliser import Normaliser
 
 PARTS = (
@@ -67,3 +69,23 @@ def test_errors():
         Normaliser.fit(data()[:, :4], PARTS)
     with pytest.raises(ValueError, match="4 wide.*for 5"):
         Normaliser(5).normalise(np.zeros((2, 4)))
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_rotations_are_seen_without_jumps_and_come_back(rotation):
+    """A hand that points down: its entries wrap, or change their sign, and what a network sees does not."""
+    part = Part(name="turn", start=1, stop=1 + ROTATIONS[rotation], rotation=rotation)
+    turns = rotations.exp(np.linspace(np.pi - 0.3, np.pi + 0.3, 60)[:, None] * [0.9998, 0.02, 0.0])
+    values = np.concatenate([np.linspace(0, 1, 60)[:, None], rotations.tell(part, turns)], 1).astype(np.float32)
+    made = Normaliser.fit(values, [Part(name="place", start=0, stop=1), part])
+    assert made.state_dict().keys() == {"offset", "scale"}
+    loaded = Normaliser(values.shape[1], [part])
+    loaded.load_state_dict(made.state_dict())
+    for told in (values, torch.from_numpy(values).unflatten(0, (4, 15))):
+        seen = loaded.normalise(told)
+        assert type(seen) is type(told) and seen.dtype == told.dtype
+        flat = np.asarray(seen).reshape(60, -1) * made.scale.numpy()
+        assert np.abs(np.diff(flat[:, 1:], axis=0)).max() < 0.05
+        back = loaded.denormalise(seen)
+        assert rotations.apart(part, back[..., part.slice], told[..., part.slice]).max() < 1e-5
+        np.testing.assert_allclose(back[..., 0], told[..., 0], atol=1e-6)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from scipy.spatial.transform import Rotation
 
+from dreamgen.core import rotations
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.kinematics import follow
+from dreamgen.core.part import ROTATIONS
 from dreamgen.stages.label_scores import lag
 from idm.merge import RULES, Windows, horizon, merge
 
@@ -27,17 +30,30 @@ ROBOT = Embodiment(
 
 @pytest.fixture(scope="module")
 def robots() -> list[Embodiment]:
-    found = [ROBOT]
+    found = [ROBOT, *(turning(kind, motion) for kind in ROTATIONS for motion in ("absolute", "delta"))]
     with initialize_config_module("conf", version_base="1.3"):
         for path in sorted(CONF.glob("*.yaml")):
             found.append(instantiate(compose(f"embodiment/{path.stem}").embodiment, _convert_="all"))
     return found
 
 
+def turning(rotation: str, kind: str) -> Embodiment:
+    """A robot whose wrist is turned, and a second part beside it."""
+    width = ROTATIONS[rotation]
+    wrist, turn = (Part(name=name, start=0, stop=width, rotation=rotation, kind=how, moves=moves, frame="base")
+                   for name, how, moves in (("wrist", "absolute", None), ("turn", kind, "wrist")))  # fmt: skip
+    lift = Part(name="lift", start=width, stop=width + 1, kind="delta")
+    return Embodiment(name=f"{kind}_{rotation}", robot_hz="6", views=ROBOT.views, state=(wrist,), action=(turn, lift))
+
+
 def recorded(robot: Embodiment, steps: int) -> np.ndarray:
     rng = np.random.default_rng(steps)
     action = rng.normal(size=(steps, robot.action_dim)).astype(np.float32)
     for part in robot.action:
+        if part.rotation:  # across half a turn, back and forth; the entries wrap
+            swing = np.pi + rng.normal(0, 0.4, (steps, 1)) * np.array([1.0, 0.2, 0.1]) + np.array([0, -np.pi, -np.pi])
+            swing = swing - np.array([np.pi, 0, 0]) if part.kind == "delta" else swing
+            action[:, part.slice] = rotations.tell(part, rotations.exp(swing))
         if part.kind == "binary":
             low, high = part.limits or (0, 1)
             action[:, part.slice] = np.where(action[:, part.slice] > 0, high, low)
@@ -140,3 +156,33 @@ def test_errors_say_what_was_expected():
         windows.weights("best")
     with pytest.raises(ValueError, match="chunks are"):
         merge(np.zeros((1, 2, 3, A), np.float32), windows, ROBOT)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_rotations_merge_across_half_a_turn(rule, rotation):
+    """Predictions on both sides of half a turn; means and spread by scipy, in a loop."""
+    robot, clock = turning(rotation, "absolute"), Clock(robot_hz="6", video_hz="4", frames=7)
+    windows, rng = Windows.of(clock, 3), np.random.default_rng(5)
+    swing = Rotation.from_rotvec(rng.normal(0, 0.3, (2 * windows.mask.size, 3))) * Rotation.from_rotvec([np.pi, 0, 0])
+    part = robot.action[0]
+    told = rotations.tell(part, np.roll(swing.as_quat(), 1, -1)) * np.array(1.0, np.float32)
+    if part.width == 4:
+        told = told * rng.choice([-1, 1], (len(told), 1))
+    chunks = np.concatenate([told, rng.normal(size=(len(told), 1))], 1).astype(np.float32)
+    chunks = chunks.reshape(2, *windows.mask.shape, robot.action_dim)
+    labels = merge(chunks, windows, robot, rule)
+    weights = windows.weights(rule)
+    for step in range(clock.steps):
+        seen = [(n, k, slot) for k, slot in zip(*np.nonzero(weights), strict=True) for n in range(2)
+                if windows.steps[k, slot] == step]  # fmt: skip
+        share = [weights[k, slot] for _, k, slot in seen]
+        votes = swing[[np.ravel_multi_index(place, chunks.shape[:3]) for place in seen]]
+        mean = votes.mean(share)
+        off = (mean.inv() * votes).as_rotvec()
+        spread = np.sqrt((np.array(share)[:, None] * off**2).sum() / sum(share) / 3)
+        if rule == "median":
+            mean = mean * Rotation.from_rotvec(np.median(off, axis=0))
+        q = rotations.read(part, labels.value[step, part.slice])
+        assert rotations.angle(q, np.roll(mean.as_quat(), 1)) < 1e-5
+        np.testing.assert_allclose(labels.spread[step, part.slice], spread, atol=1e-5)

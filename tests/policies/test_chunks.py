@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.part import ROTATIONS
 from dreamgen.data.lerobot import Dataset
 from dreamgen.policies.chunks import Chunks, collate
 from tests.policies.toy import STEPS, A, D, H, W, encoder, robot
@@ -122,6 +124,25 @@ def test_limits_measure_deltas_that_have_them():
     chunks = Chunks(data, horizon=2, keep_idle=3)
     assert 3 < sum(idle) < 50 and chunks.idle_left_out == sum(idle) - 3
     assert [row for _, row in chunks] == [k for k in range(60) if not idle[k] or sum(idle[: k + 1]) <= 3]
+
+
+@pytest.mark.parametrize("kind", ["absolute", "delta"])
+@pytest.mark.parametrize("rotation", ["axis_angle", "euler_xyz", "quaternion_wxyz", "rot6d"])
+def test_turns_are_idle_where_nothing_turns(kind, rotation):
+    """A hand that points down, told on both sides of half a turn, and turns in the middle of the episode alone."""
+    width = ROTATIONS[rotation]
+    part = Part(name="turn", start=0, stop=width, kind=kind, rotation=rotation)
+    turns = np.zeros((40, 3))
+    turns[18:22, 0] = 0.3
+    if kind == "absolute":
+        turns = turns.cumsum(0) + [np.pi - 0.6, 0, 0] + np.random.default_rng(0).normal(0, 1e-5, (40, 3))
+    action = rotations.tell(part, rotations.exp(turns)).astype(np.float32)
+    data = Recorded(replace(episode(40), action=action), of=robot(action=(part,)))
+    rows = [row for _, row in Chunks(data, horizon=STEPS, keep_idle=0)]
+    assert rows == list(range(18 - STEPS + 1, 22 - (kind == "absolute")))
+    action, valid, _ = Chunks(data, horizon=STEPS, past_end="hold").actions(0, 38)
+    held = part.rest if kind == "delta" else data.episode(0).action[-1]
+    np.testing.assert_allclose(action[2:], np.tile(np.array(held, np.float32), (STEPS - 2, 1)))
 
 
 def test_trust_falls_with_the_spread_of_the_labels():

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from dreamgen.core import rotations
+from dreamgen.core.embodiment import Part
 from dreamgen.policies.flow import euler
 from dreamgen.policies.inference import integrate
 from dreamgen.policies.realtime import Ensembled, RealTime, guided, weights
@@ -159,3 +161,28 @@ def test_ensembles_are_weighted_means_of_what_was_said_of_a_step():
     assert found[0][0, 6] == 1 and set(np.unique(found[3][:, 6])) <= {-1.0, 1.0}
     with pytest.raises(ValueError, match="decay is -1"):
         Ensembled(Counting(), decay=-1.0)
+
+
+class Turning:
+    """Chunk number n turns a hand about x by pi - 0.3 + n / 5, told on both sides of half a turn."""
+
+    robot, horizon = robot(action=(Part(name="turn", start=0, stop=3, rotation="axis_angle"),)), STEPS
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def act(self, observations, seeds) -> np.ndarray:
+        turn = np.zeros((len(observations), STEPS, 3))
+        turn[..., 0] = np.pi - 0.3 + self.n / 5
+        self.n += 1
+        part = self.robot.action[0]
+        return rotations.tell(part, rotations.exp(turn)).astype(np.float32)
+
+
+def test_ensembles_of_rotations_are_means_of_rotations():
+    made, memories = Ensembled(Turning(), decay=0.0), [{}]
+    found = [made.act(observations(1), [0], memories, now)[0] for now in (0, 1, 2, 3)]
+    part = made.robot.action[0]
+    for n, chunk in enumerate(found):
+        want = np.array([np.pi - 0.3 + n / 10, 0, 0], np.float32)
+        assert rotations.apart(part, chunk[: STEPS - 3], want).max() < 1e-5

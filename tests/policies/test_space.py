@@ -5,10 +5,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
+from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.part import ROTATIONS
+from dreamgen.data.normaliser import Normaliser
 from dreamgen.policies.inference import integrate
 from dreamgen.policies.policy import FlowPolicy
+from dreamgen.policies.space import Space
 from tests.policies.toy import STEPS, B, batch, encoder, loss, observations, policy, robot
 
 STATE = (Part(name="pose", start=0, stop=2, unit="m"), Part(name="grip", start=2, stop=3))
@@ -147,3 +152,79 @@ def test_bodies_say_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="another embodiment than 'toy'"):
         FlowPolicy.load(tmp_path, speaks="latent")
     assert FlowPolicy.load(tmp_path, speaks="real").speaks == 0
+
+
+def turning(kind: str, motion: str, side: str, state: str) -> Embodiment:
+    """A wrist that is turned, beside a part that is moved."""
+    wide, wider = ROTATIONS[state], ROTATIONS[kind]
+    scale = 0.5 if wider == 3 else 1.0
+    return robot(
+        state=(Part(name="wrist", start=0, stop=wide, rotation=state), Part(name="grip", start=wide, stop=wide + 1)),
+        action=(Part(name="squeeze", start=0, stop=1, moves="grip"),
+                Part(name="turn", start=1, stop=1 + wider, rotation=kind, kind=motion, frame=side, moves="wrist",
+                     scale=scale)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("frame", ["recorded", "relative", "absolute"])
+@pytest.mark.parametrize("side", ["base", "tool"])
+@pytest.mark.parametrize("motion", ["absolute", "delta"])
+@pytest.mark.parametrize("kind", ROTATIONS)
+def test_chunks_of_rotations_by_scipy(kind, motion, side, frame):
+    """A hand that points down, so that what is told lies on both sides of half a turn."""
+    state = "quaternion_xyzw" if kind.startswith("euler") else "axis_angle"
+    body, n = turning(kind, motion, side, state), 31
+    wrist, turn = body.state[0], body.action[1]
+    start = Rotation.from_rotvec(np.random.default_rng(0).normal(0, 0.1, (n, 3))) * Rotation.from_rotvec([np.pi, 0, 0])
+    step = Rotation.from_rotvec(np.random.default_rng(1).normal(0, 0.2, (n * STEPS, 3)))
+    reached, now = [], start
+    for h in range(STEPS):
+        one = step[h::STEPS]
+        now = now * one if side == "tool" else one * now
+        reached.append(now)
+    quat = np.stack([r.as_quat() for r in reached], 1).reshape(-1, 4)  # n H
+    quat = np.roll(step.as_quat() if motion == "delta" else quat, 1, -1)
+    action = rotations.tell(turn, quat).reshape(n, STEPS, -1)
+    action = np.concatenate([np.ones((n, STEPS, 1)), action], -1).astype(np.float32)
+    begun = rotations.tell(wrist, np.roll(start.as_quat(), 1, -1))
+    begun = np.concatenate([begun, np.zeros((n, 1))], 1).astype(np.float32)
+    space = Space(body, horizon=STEPS, cumulative=frame != "recorded", frame=frame,
+                  state=Normaliser(body.state_dim), action=Normaliser(STEPS * body.action_dim))  # fmt: skip
+    space.fit(begun, action, begun)
+    given = torch.from_numpy(action), torch.from_numpy(begun)
+    x = space.chunk(*given)
+    assert space.action.scale.view(STEPS, -1)[:, 1:].max() * turn.radians < 1.2  # entries that wrap would spread by pi
+    back = space.unchunk(x, given[1])
+    assert rotations.apart(turn, back[..., 1:], given[0][..., 1:]).max() * turn.radians < 1e-4
+    torch.testing.assert_close(back[..., :1], given[0][..., :1], atol=1e-5, rtol=1e-4)
+    told = space.action.denormalise(x.flatten(1)).view_as(x)[..., 1:]
+    if frame == "recorded":
+        want = quat.reshape(n, STEPS, 4)
+    else:
+        ends = np.stack([r.as_quat() for r in reached], 1)
+        want = np.stack([(ends[:, h] if frame == "absolute" else
+                          ((start.inv() * reached[h]) if side == "tool" else (reached[h] * start.inv())).as_quat())
+                         for h in range(STEPS)], 1)  # fmt: skip
+        want = np.roll(want, 1, -1)
+    assert rotations.angle(rotations.read(turn, told).numpy(), want).max() < 1e-4
+    seen = space.state.normalise(given[1])
+    assert space.state.scale[:-1].max() < 0.3
+    assert rotations.apart(wrist, space.state.denormalise(seen)[:, :-1], given[1][:, :-1]).max() < 1e-4
+
+
+def test_a_policy_of_rotations_acts_and_comes_back(tmp_path):
+    torch.manual_seed(0)
+    made = FlowPolicy(robot=turning("axis_angle", "absolute", "base", "quaternion_xyzw"), encoder=encoder(),
+                      horizon=STEPS, layers=2, heads=2, head_width=8, frame="relative")  # fmt: skip
+    data = batch()
+    swing = np.random.default_rng(0).normal(0, 0.2, (B, STEPS, 3)) + [6.0, 0, 0]  # in halves of a radian
+    data["action"] = torch.from_numpy(np.concatenate([np.ones((B, STEPS, 1)), swing], -1)).float()
+    data["state"] = torch.tensor([[1.0, 0.1, 0.0, 0.0, 0.5]]).expand(B, 5).clone()
+    data["entries_known"] = torch.ones(B, 5).bool()
+    made.fit(data["state"].numpy(), data["action"].numpy(), start=data["state"].numpy())
+    loss(made, data).backward()
+    seen = [dataclasses.replace(o, state=data["state"][0].numpy()) for o in observations()]
+    chunk = made.eval().act(seen, range(B))
+    assert chunk.shape == (B, STEPS, 4) and np.linalg.norm(chunk[..., 1:], axis=-1).max() <= 2 * np.pi + 1e-4
+    made.save(tmp_path)
+    np.testing.assert_array_equal(FlowPolicy.load(tmp_path).act(seen, range(B)), chunk)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from scipy.spatial.transform import Rotation
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part, View
+from dreamgen.core.part import ROTATIONS
 from dreamgen.data.export import export_dataset
 from dreamgen.data.layout import CONTRACT
 from dreamgen.data.lerobot import Dataset
@@ -98,6 +101,71 @@ def test_what_shows_no_robot_is_refused(recorded: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(info))
     with pytest.raises(ValueError, match="v3 has no actions to describe a robot by"):
         describe(str(recorded / "v3"), out=tmp_path / "out", record={})
+
+
+def turned(tmp_path: Path, states: list[str], actions: list[str], state: np.ndarray, action: np.ndarray) -> str:
+    """What is said of a dataset whose entries have these names."""
+    parts = [[Part(name=f"e{k}", start=k, stop=k + 1) for k in range(values.shape[1])] for values in (state, action)]
+    robot = Embodiment(name="arm", robot_hz=5, views=arm().views[:1], state=parts[0], action=parts[1])
+    video = {"front": np.zeros((len(state), 64, 96, 3), np.uint8)}
+    episode = Episode(instruction="turn", state=state.astype(np.float32), action=action.astype(np.float32), video=video)
+    write_dataset(tmp_path / "turned", [episode], robot)
+    (tmp_path / "turned" / CONTRACT).unlink()
+    path = tmp_path / "turned/meta/info.json"
+    info = json.loads(path.read_text())
+    for key, names in (("observation.state", states), ("action", actions)):
+        info["features"][key]["names"] = names
+    path.write_text(json.dumps(info))
+    return describe(str(tmp_path / "turned"), out=tmp_path / "out", record={})["results"]["text"]
+
+
+PLACE, HAND = ["x", "y", "z"], ["gripper"]
+# names of the state, of the action; how they tell the rotation; where the action's is a delta
+NAMED = {
+    "bridge": ([*PLACE, "roll", "pitch", "yaw", "pad", *HAND], [*PLACE, "roll", "pitch", "yaw", *HAND], "euler_xyz",
+               "euler_xyz", True),
+    "fractal": ([*PLACE, "rx", "ry", "rz", "rw", *HAND], [*PLACE, "roll", "pitch", "yaw", *HAND], "quaternion_xyzw",
+                "euler_xyz", True),
+    "libero": ([*PLACE, "axis_angle1", "axis_angle2", "axis_angle3", *HAND], [*PLACE, "rx", "ry", "rz", *HAND],
+               "axis_angle", "axis_angle", False),
+    "of a hand": (["ee.x", "ee.y", "ee.z", "ee.qw", "ee.qx", "ee.qy", "ee.qz"], [*PLACE, "ee.qw", "ee.qx", "ee.qy",
+                  "ee.qz"], "quaternion_wxyz", "quaternion_wxyz", False),
+    "two rows": ([*PLACE, *(f"rot6d_{k}" for k in range(6))], [*PLACE, *(f"rot6d_{k}" for k in range(6))], "rot6d",
+                 "rot6d", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_rotations_are_told_by_their_names(name: str, tmp_path: Path, untyped) -> None:  # noqa: F811
+    states, actions, of_state, of_action, delta = NAMED[name]
+    rng = np.random.default_rng(0)
+    path = Rotation.from_rotvec(rng.normal(0, 0.1, (40, 3)).cumsum(0)) * Rotation.from_rotvec([np.pi, 0, 0])
+    turns = Rotation.from_rotvec(rng.normal(0, 0.05, (40, 3))) if delta else path
+    rows = []
+    for names, kind, rotation in ((states, of_state, path), (actions, of_action, turns)):
+        part = Part(name="turn", start=0, stop=ROTATIONS[kind], rotation=kind)
+        told = rotations.tell(part, np.roll(rotation.as_quat(), 1, -1))
+        rest = rng.normal(size=(40, len(names) - part.width))
+        rows.append(np.concatenate([rest[:, :3], told, rest[:, 3:]], 1))
+    text = turned(tmp_path, states, actions, *rows)
+    robot = made(text)
+    (state,), (action,) = ([p for p in parts if p.rotation] for parts in (robot.state, robot.action))
+    assert (state.rotation, action.rotation, state.start) == (of_state, of_action, 3)
+    assert state.unit == ("rad" if state.width == 3 else "1")
+    if delta:
+        assert action.moves is None and "a delta? Then add kind: delta and moves: rotation, frame: tool" in text
+    else:
+        assert action.moves == state.name and "follows the state (" in text and "rad apart)" in text
+    assert ("about the turning axes" in text) == (of_action == "euler_xyz")
+    assert [p.name for p in robot.state][:3] == [f"ee_{axis}" if name == "of a hand" else axis for axis in "xyz"]
+    Dataset(tmp_path / "turned", robot)
+
+
+def test_joints_called_roll_and_sizes_that_are_none_are_no_rotations(tmp_path: Path, untyped) -> None:  # noqa: F811
+    wrist = ["left_wrist_roll", "left_wrist_pitch", "left_wrist_yaw"]
+    values = np.random.default_rng(0).normal(size=(9, 7))
+    text = turned(tmp_path, [*wrist, "qx", "qy", "qz", "qw"], wrist, values, values[:, :3])
+    assert not any(part.rotation for part in (*made(text).state, *made(text).action))
 
 
 @pytest.mark.skipif(not GR1.is_dir(), reason="the GR-1 recording is not here")

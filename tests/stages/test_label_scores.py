@@ -1,10 +1,17 @@
 """Label scores against closed forms."""
 
-import numpy as np
+from dataclasses import replace
 
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from dreamgen.core import rotations
 from dreamgen.core.clip import Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
+from dreamgen.core.part import ROTATIONS
+from dreamgen.stages.evaluate_labels import state_errors
 from dreamgen.stages.label_scores import auroc, calibration, drift, lag, r2, score_labels, votes
 
 ROBOT = Embodiment(
@@ -80,3 +87,48 @@ def test_score_labels_of_a_perfect_labeler():
     assert found["auroc"] == {"grip": 1.0} and found["accuracy"] == {"grip": 1.0}
     assert found["lag"] == {"move": 0, "grip": 0} and found["drift"]["move"]["end"] == 0
     assert found["control_mae"]["move"] > 0.5
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_rotations_are_scored_by_angles(rotation):
+    """A hand that points down; labels are off by a tenth of a radian about a random axis, and one step late."""
+    rng, width = np.random.default_rng(4), ROTATIONS[rotation]
+    wrist = Part(name="wrist", start=0, stop=width, rotation=rotation)
+    turn = Part(name="turn", start=0, stop=width, rotation=rotation, moves="wrist", scale=0.5 if width == 3 else 1.0)
+    step = Part(name="step", start=width, stop=width + 3, rotation="axis_angle", kind="delta", moves="wrist",
+                frame="tool")  # fmt: skip
+    robot = Embodiment(name="arm", robot_hz="10", views=ROBOT.views, state=(wrist,), action=(turn, step))
+    actions, labels = [], []
+    for n in (41, 37):
+        true = Rotation.from_rotvec(rng.normal(0, 0.3, (n, 3)).cumsum(0) / 3) * Rotation.from_rotvec([np.pi, 0, 0])
+        small = rng.normal(0, 0.2, (n, 3))
+        axis = rng.normal(size=(n, 3))
+        off = Rotation.from_rotvec(0.1 * axis / np.linalg.norm(axis, axis=1, keepdims=True))
+        rows = [np.concatenate([rotations.tell(turn, np.roll(r.as_quat(), 1, -1)), steps], 1).astype(np.float32)
+                for r, steps in ((true, small), (true * off, small + [0.02, 0, 0]))]  # fmt: skip
+        actions.append(rows[0])
+        labels.append(Labels(value=rows[1], spread=np.zeros_like(rows[1])))
+    found = score_labels(labels, actions, robot, CLOCK)
+    q = Rotation.from_quat(np.roll(rotations.read(turn, np.concatenate(actions)[:, turn.slice]), -1, -1))
+    varies = ((q.mean().inv() * q).magnitude() ** 2).mean()
+    assert found["mae"]["turn"] * turn.radians == pytest.approx(0.1, abs=1e-5)
+    assert found["r2"]["turn"] == pytest.approx(1 - 0.01 / varies, abs=1e-4)
+    assert found["control_mae"]["turn"] * turn.radians == pytest.approx((q.mean().inv() * q).magnitude().mean())
+    assert found["lag"] == {"turn": 0, "step": 0} and found["drift"].keys() == {"step"}
+    ends = []
+    for label, action in zip(labels, actions, strict=True):
+        left, right = Rotation.identity(), Rotation.identity()
+        for a, b in zip(label.value[:, step.slice], action[:, step.slice], strict=True):
+            left, right = left * Rotation.from_rotvec(a), right * Rotation.from_rotvec(b)
+        ends.append((left.inv() * right).magnitude())
+    assert found["drift"]["step"]["end"] == pytest.approx(np.mean(ends), abs=1e-5)
+    perfect = score_labels([Labels(value=a, spread=np.zeros_like(a)) for a in actions], actions, robot, CLOCK)
+    assert perfect["r2"]["turn"] == pytest.approx(1) and perfect["mae"]["turn"] < 1e-6
+    late = [Labels(value=np.roll(a, 2, axis=0), spread=np.zeros_like(a)) for a in actions]
+    assert score_labels(late, actions, robot, CLOCK)["lag"] == {"turn": 2, "step": 2}
+    states = [rotations.tell(wrist, rotations.read(turn, a[:, turn.slice])) for a in actions]
+    held = Embodiment(name="arm", robot_hz="10", views=ROBOT.views, state=(wrist,),
+                      action=(replace(turn, scale=1.0, unit="rad"),))  # fmt: skip
+    made = [Labels(value=s.astype(np.float32), spread=np.zeros(s.shape, np.float32)) for s in states]
+    after = [np.concatenate([s[:1], s[:-1]]).astype(np.float32) for s in states]
+    assert state_errors(held, after, made, after, [])["integrated"]["wrist"] < 1e-5
