@@ -147,7 +147,12 @@ class Alternating:
         sizes = [len(one) for one in self.batches.values()]
         self.shares = shares(sizes) if own_share is None else [own_share, *(1 - own_share) * shares(sizes[1:])]
 
+    def name(self, step: int) -> str:
+        """Whose batch `step` is."""
+        return list(self.batches)[
+            int(rng_for(self.seed, "labeler robot", step).choice(len(self.shares), p=self.shares))
+        ]
+
     def __call__(self, step: int) -> dict[str, torch.Tensor | np.ndarray | str]:
-        names = list(self.batches)
-        name = names[int(rng_for(self.seed, "labeler robot", step).choice(len(names), p=self.shares))]
+        name = self.name(step)
         return {**self.batches[name](step), "robot": name}

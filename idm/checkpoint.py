@@ -77,11 +77,14 @@ def settings(kind: type, path: Path) -> dict:
 
 def require_known(robot: Embodiment, contracts: Sequence[dict], where: str) -> None:
     """Raise ValueError, which tells the robots that there are, if `robot` is none of `contracts`."""
-    own = next((contract for contract in contracts if contract["name"] == robot.name), contracts[0])
+    names = ", ".join(f"'{contract['name']}'" for contract in contracts)
+    own = next((contract for contract in contracts if contract["name"] == robot.name), None)
+    if own is None and len(contracts) > 1:
+        raise ValueError(f"{where} was made for other robots than embodiment '{robot.name}': it knows {names}. Choose "
+                         f"one of these, or train a labeler of this one that begins with it (stage.start)")  # fmt: skip
     try:
-        robot.require(own, where)
+        robot.require(own or contracts[0], where)
     except ValueError as error:
-        names = ", ".join(f"'{contract['name']}'" for contract in contracts)
         raise ValueError(f"{error}\nIt knows {names}.") from error
 
 
