@@ -149,9 +149,8 @@ class Alternating:
 
     def name(self, step: int) -> str:
         """Whose batch `step` is."""
-        return list(self.batches)[
-            int(rng_for(self.seed, "labeler robot", step).choice(len(self.shares), p=self.shares))
-        ]
+        number = rng_for(self.seed, "labeler robot", step).choice(len(self.shares), p=self.shares)
+        return list(self.batches)[int(number)]
 
     def __call__(self, step: int) -> dict[str, torch.Tensor | np.ndarray | str]:
         name = self.name(step)

@@ -19,9 +19,8 @@ def whole_clock(dataset: Dataset | Joined, index: int, clock: Clock) -> Clock:
     return whole
 
 
-def recorded_clip(
-    dataset: Dataset | Joined, index: int, clock: Clock, *, unseen: bool = False
-) -> tuple[Clip, np.ndarray]:
+def recorded_clip(dataset: Dataset | Joined, index: int, clock: Clock, *,
+                  unseen: bool = False) -> tuple[Clip, np.ndarray]:  # fmt: skip
     """All of episode `index` at the video rate of `clock`, and the actions (s a) that the clip spans.
 
     unseen: without its pictures, none of which is decoded. Raises ValueError for an episode too short for two frames.
