@@ -1,6 +1,6 @@
-"""Training clips, addressed by step: batch `step` is a pure function of (seed, step)."""
+"""Training clips, addressed by step: batch `step` is a pure function of (seed, step), of one robot or several."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,6 +11,7 @@ from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.rotations import straightened
 from dreamgen.core.seeding import rng_for
+from dreamgen.data.mixture import shares
 from dreamgen.data.motion import motion_of, weights
 
 Asked = Callable[[int], tuple[np.ndarray, str]]
@@ -59,6 +60,10 @@ class Batches:
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0
         self.dreamlike = self._degrade(degrade, degraded_clips, degrade_frames) if self.degraded else []
+
+    def __len__(self) -> int:
+        """Rows at which a clip on the first of the clocks may begin."""
+        return len(self.starts[self.clocks[0]][0])
 
     def _starts(self, clock: Clock, rest: float) -> tuple[np.ndarray, np.ndarray]:
         """All (episode, first row) of clips on `clock` (n 2), and the sums (n,) of their probabilities up to each."""
@@ -124,3 +129,31 @@ class Batches:
             "rows": clock.rows,
             "spacing": torch.tensor(float(clock.stride)),
         }
+
+
+class Alternating:
+    """Batches of several robots by name, each of one of them, which is drawn anew at every step.
+
+    own_share: of the steps that are the first robot's; the others are drawn with weights n^0.43 among each other (n
+    places where clips may begin, see `dreamgen.data.mixture`). By default all are drawn so.
+    Calling gives the robot's own batch of that step, and its name as `robot`.
+
+    Raises ValueError for a share that leaves a robot out.
+    """
+
+    def __init__(self, batches: Mapping[str, Batches], *, own_share: float | None = None, seed: int) -> None:
+        if own_share is not None and not 0 < own_share < 1:
+            raise ValueError(f"own_share is {own_share}; expected a share between 0 and 1 of the steps that are the "
+                             f"robot's own, or null for one that follows from how much there is of each")  # fmt: skip
+        self.batches, self.seed = dict(batches), seed
+        sizes = [len(one) for one in self.batches.values()]
+        self.shares = shares(sizes) if own_share is None else [own_share, *(1 - own_share) * shares(sizes[1:])]
+
+    def name(self, step: int) -> str:
+        """Whose batch `step` is."""
+        number = rng_for(self.seed, "labeler robot", step).choice(len(self.shares), p=self.shares)
+        return list(self.batches)[int(number)]
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor | np.ndarray | str]:
+        name = self.name(step)
+        return {**self.batches[name](step), "robot": name}

@@ -84,6 +84,17 @@ class Denoiser(nn.Module):
         self.direct = nn.Sequential(nn.Linear(frames * width, 2 * width), nn.SiLU(),
                                     nn.Linear(2 * width, steps * width))  # fmt: skip
 
+    def reach(self, steps: int) -> None:
+        """Chunks of up to `steps` steps: weights for those that it does not reach yet are made anew."""
+        last, rows = self.direct[-1], steps * self.width
+        if rows <= last.out_features:
+            return
+        longer = nn.Linear(last.in_features, rows)
+        with torch.no_grad():
+            longer.weight[: last.out_features] = last.weight
+            longer.bias[: last.out_features] = last.bias
+        self.direct[-1] = longer
+
     def memories(self, tokens: Tensor, at: Tensor) -> tuple[list[tuple[Tensor, Tensor] | None], Tensor]:
         """Keys and values per layer, (b*k heads f*l width / heads), and what the summaries say of each step,
         (b*k s width), for all k windows of f frames at stride one.

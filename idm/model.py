@@ -7,8 +7,6 @@ positions read from the frames (`idm.smooth`).
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,23 +18,24 @@ from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import torch_rng_for
 from dreamgen.engine.precision import autocast, best_device
-from idm import checkpoint
 from idm.augment import Augment
-from idm.batches import Batches, Recorded
+from idm.batches import Recorded
 from idm.clips import alike, clock_of, kind, pictures, require_readable, spacings_of, stacked
 from idm.flow import Denoiser
 from idm.heads import Heads, between_frames
 from idm.merge import RULES, Windows, horizon, merge
+from idm.robots import Robots, Seen
 from idm.tower import PretrainedVision
 from idm.vision import ConvVision, with_motion
 
 PIXELS = 1 << 23  # that are encoded at once; what a long or large clip takes beyond the clip itself is bounded
 
 
-class FlowIDM(nn.Module):
+class FlowIDM(Robots):
     """Inverse dynamics model, a Labeler.
 
-    robot, clock: whose actions it predicts, and the rates of the videos it labels.
+    robot, clock: whose actions it predicts, and the rates of the videos it labels. Others may be added (`add`): they
+        share all but what `Heads` holds, and one is chosen to be labelled (`choose`), the first by default.
     frames: frames of a window. spacings: robot steps per frame gap that it is trained for and accepts ("2", "3/2"), the
         clock's own among them; that alone by default.
     train_frames: frames of a training clip, all of whose windows share one encoding.
@@ -73,15 +72,13 @@ class FlowIDM(nn.Module):
         seed: int = 0,
         label_batch: int = 16,
     ) -> None:
-        super().__init__()
+        super().__init__(Seen(robot, clock, spacings_of(spacings, clock)))
         if not 2 <= frames <= train_frames:
             raise ValueError(f"a window of {frames} frames in training clips of {train_frames}; expected "
                              f"2 <= frames <= train_frames")  # fmt: skip
         if rule not in RULES:
             raise ValueError(f"merge rule is '{rule}'; expected one of {', '.join(RULES)}")
-        self.robot, self.clock, self.path = robot, clock, None
-        self.frames, self.train_frames = frames, train_frames
-        self.spacings = spacings_of(spacings, clock)
+        self.path, self.frames, self.train_frames = None, frames, train_frames
         self.draws, self.time_shape, self.state_weight = draws, tuple(time_shape), state_weight
         self.flow_steps, self.samples, self.rule, self.correct = flow_steps, samples, rule, correct
         self.precision, self.seed, self.label_batch = precision, seed, label_batch
@@ -103,18 +100,6 @@ class FlowIDM(nn.Module):
         self.denoiser = Denoiser(width=width, layers=layers, heads=heads, frames=frames, steps=longest)
         self.heads = nn.ModuleDict({robot.name: Heads(robot, width)})
         torch.random.set_rng_state(generator)
-
-    @property
-    def head(self) -> Heads:
-        """Encoders, decoders and statistics of the current robot."""
-        return self.heads[self.robot.name]
-
-    @property
-    def clocks(self) -> list[Clock]:
-        """One clock of a training clip per spacing."""
-        rate = self.robot.rate
-        return [Clock(robot_hz=str(rate), video_hz=str(rate / Fraction(s)), frames=self.train_frames)
-                for s in self.spacings]  # fmt: skip
 
     @property
     def reads_state(self) -> bool:
@@ -140,8 +125,16 @@ class FlowIDM(nn.Module):
             found.append(self.vision(part.flatten(0, 1)).unflatten(0, part.shape[:2]).float())
         return torch.cat(found, 1)
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Velocity error plus state error, on a batch of `idm.batches.Batches`."""
+    def loss(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Velocity error plus state error, on a batch of `idm.batches`, whose `robot` it is of if it names one; then
+        the metrics have its name in front."""
+        if "robot" not in batch:
+            return self._errors(batch)
+        with self.reading(batch["robot"]):
+            total, metrics = self._errors(batch)
+            return total, {f"{self.robot.name}_{key}": value for key, value in metrics.items()}
+
+    def _errors(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         video = pictures(batch["video"])
         b, c = video.shape[:2]
         windows, device = self._windows(float(batch["spacing"]), c), video.device
@@ -238,16 +231,6 @@ class FlowIDM(nn.Module):
                 states.append(between_frames(self.robot.state, clock, seen))
         return labels, states if self.reads_state else None
 
-    def fit(self, dataset: Recorded, episodes: Sequence[int]) -> None:
-        """Statistics of the robot from recorded `episodes`; before training."""
-        self.robot.require(dataset.robot.contract(), f"the dataset {getattr(dataset, 'root', '')}")
-        recorded = [dataset.episode(i) for i in episodes]
-        self.head.fit([e.action for e in recorded], [e.state for e in recorded])
-
-    def batches(self, dataset: Recorded, episodes: Sequence[int], **options: Any) -> Batches:
-        """Training batches by step; options: see `Batches`."""
-        return Batches(dataset, episodes, self.clocks, **options)
-
     def calibrate(self, dataset: Recorded, episodes: Sequence[int]) -> dict[str, float]:
         """Measure the errors of deltas and of positions read from frames on episodes held out; after training.
 
@@ -279,17 +262,3 @@ class FlowIDM(nn.Module):
     def check(self, clip: Clip) -> None:
         """Raise ValueError if the clip's rate, length or size is not what the labeler was trained for."""
         require_readable(clip, self.robot, self.spacings, self.frames)
-
-    def save(self, path: Path) -> None:
-        """config.json, contract.json, model.safetensors (weights, statistics) in the directory `path`."""
-        checkpoint.save(self, self.config, self.robot, path)
-
-    @classmethod
-    def load(cls, path: Path | str, robot: Embodiment | None = None, **changes: object) -> "FlowIDM":
-        """From a directory written by `save`. changes: inference settings to replace, e.g. flow_steps, rule.
-
-        Raises ValueError if `robot` is not the one it was trained for, or a file is missing.
-        """
-        model = checkpoint.load(cls, path, robot, changes)
-        model.path = Path(path)
-        return model

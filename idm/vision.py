@@ -5,6 +5,8 @@ feature map of stride 4) give positions finer than a pixel, differences between 
 resolution. A pretrained encoder (SigLIP2, DINO) is in `idm.tower`.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ def with_motion(video: Tensor) -> Tensor:
 
 
 SHARPNESS = 5.0
+CHANNELS = (32, 64, 128, 128)
 
 
 class Residual(nn.Module):
@@ -62,10 +65,11 @@ class ConvVision(nn.Module):
     forward: (n 9 h w) in [-1, 1] -> tokens (n p + 1 width), the first a summary of where things are.
     """
 
-    def __init__(self, *, size: tuple[int, int] | list[int], width: int = 128, channels: list[int] | None = None,
-                 points: int = 32, layers: int = 0, heads: int = 4, blocks: int = 1) -> None:  # fmt: skip
+    def __init__(self, *, size: tuple[int, int] | list[int], width: int = 128,
+                 channels: Sequence[int] | None = CHANNELS, points: int = 32, layers: int = 0, heads: int = 4,
+                 blocks: int = 1) -> None:  # fmt: skip
         super().__init__()
-        channels = list(channels or (32, 64, 128, 128))
+        channels = list(channels or CHANNELS)
         if len(channels) < 2 or any(edge % 2 ** len(channels) for edge in size) or any(c % 8 for c in channels):
             raise ValueError(f"a ConvVision with channels {channels} needs at least two stages, channels divisible by "
                              f"8 and a canvas divisible by {2 ** len(channels)}, got {tuple(size)}; choose other views "

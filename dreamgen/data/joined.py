@@ -26,6 +26,15 @@ class Joined:
         dataset, k = self.places[i]
         return dataset.length(k)
 
+    def index(self, i: int) -> int:
+        """The number of episode i: here, its own dataset's may be another."""
+        return i
+
+    def first_state(self, i: int) -> np.ndarray:
+        """State at the first row of episode i, empty where it is unknown."""
+        dataset, k = self.places[i]
+        return dataset.first_state(k)
+
     def episode(self, i: int) -> Episode:
         """State, action and instruction of episode i."""
         dataset, k = self.places[i]

@@ -42,6 +42,12 @@ class Draw:
         return len(self.row)
 
 
+def shares(sizes: Sequence[int], power: float = 0.43) -> np.ndarray:
+    """Probabilities (n,) of datasets with so many places each, in proportion to size^power; none of no dataset."""
+    weights = np.array(sizes, dtype=np.float64) ** power
+    return weights / weights.sum() if len(weights) else weights
+
+
 class Mixture:
     """Batches of `batch_size` windows, real:dream in the ratio `ratio` ("1:1"); without dreams all are real.
 
@@ -73,8 +79,8 @@ class Mixture:
             raise ValueError(f"ratio is '{ratio}' and there are no real datasets; give one, or ratio '0:1'")
         self.windows = [*real, *dreams]
         self.batch_size, self.seed, self._real = batch_size, seed, len(real)
-        sizes = np.array([len(w) for w in self.windows], dtype=np.float64) ** power
-        self._weights = [w / w.sum() if len(w) else w for w in (sizes[: len(real)], sizes[len(real) :])]
+        sizes = [len(w) for w in self.windows]
+        self._weights = [shares(part, power) for part in (sizes[: len(real)], sizes[len(real) :])]
 
     def dreams_in(self, step: int) -> int:
         """How many rows of batch `step` are dreams."""

@@ -4,10 +4,11 @@ import numpy as np
 
 from dreamgen.core.clip import Clip, Episode
 from dreamgen.core.clock import Clock
+from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 
 
-def whole_clock(dataset: Dataset, index: int, clock: Clock) -> Clock:
+def whole_clock(dataset: Dataset | Joined, index: int, clock: Clock) -> Clock:
     """`clock` with as many frames as episode `index` has. Raises ValueError for one too short for two."""
     whole = clock.with_frames(max(2, clock.frames_in(dataset.length(index))))
     if whole.steps >= dataset.length(index):
@@ -18,7 +19,8 @@ def whole_clock(dataset: Dataset, index: int, clock: Clock) -> Clock:
     return whole
 
 
-def recorded_clip(dataset: Dataset, index: int, clock: Clock, *, unseen: bool = False) -> tuple[Clip, np.ndarray]:
+def recorded_clip(dataset: Dataset | Joined, index: int, clock: Clock, *,
+                  unseen: bool = False) -> tuple[Clip, np.ndarray]:  # fmt: skip
     """All of episode `index` at the video rate of `clock`, and the actions (s a) that the clip spans.
 
     unseen: without its pictures, none of which is decoded. Raises ValueError for an episode too short for two frames.
@@ -59,6 +61,6 @@ def _origin(episode: Episode) -> dict:
     return {"video": episode.meta["video"]} if "video" in episode.meta else {}
 
 
-def _id(dataset: Dataset, index: int) -> str:
+def _id(dataset: Dataset | Joined, index: int) -> str:
     """Names a clip by the dataset's own number of its episode."""
     return f"episode_{dataset.index(index):06d}"

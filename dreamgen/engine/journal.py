@@ -45,6 +45,7 @@ class Journal:
         self.log.disabled = not team.main
         self.start, self.steps, self.begun = start, steps, time.time()
         self.sums: dict[str, float] = {}
+        self.times: dict[str, int] = {}  # a metric of some steps alone is the mean of these
         self.count, self.busy, self.waited = 0, 0.0, 0.0
         self.file: TextIO | None = None
         self.accelerator: Any = None
@@ -75,13 +76,14 @@ class Journal:
         """One step: its metrics, how long it took, and how much of that it waited for data."""
         for key, value in metrics.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
+            self.times[key] = self.times.get(key, 0) + 1
         self.count += 1
         self.busy, self.waited = self.busy + seconds, self.waited + waited
         self.drawn.update()
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         """Close a row after `step`; `figures` are those of a validation, if there was one."""
-        means = {key: value / self.count for key, value in self.sums.items()}
+        means = {key: value / self.times[key] for key, value in self.sums.items()}
         row = {"step": step, "seconds": round(time.time() - self.begun, 2), **means,
                "data_wait": round(self.waited / max(self.busy, 1e-9), 4)}  # fmt: skip
         if self.flops:
@@ -90,7 +92,7 @@ class Journal:
             row |= {"of_peak": round(speed / self.peak, 4)} if self.peak else {}
         row |= {f"val_{k}": v for k, v in figures.items()}
         self.rows.append(row)
-        self.sums, self.count, self.busy, self.waited = {}, 0, 0.0, 0.0
+        self.sums, self.times, self.count, self.busy, self.waited = {}, {}, 0, 0.0, 0.0
         if self.file:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()

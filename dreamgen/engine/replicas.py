@@ -99,7 +99,8 @@ def in_forks(work: Callable[[int], None], count: int) -> None:
 class Replicas:
     """`count - 1` forks beside this process. `work(step, rank)` leaves gradients on the model and returns metrics.
 
-    Use as a context; `run(step)` works on all parts of one step and leaves the mean gradient on the model.
+    Use as a context; `run(step)` works on all parts of one step and leaves the mean gradient on the model, and none on
+    a parameter that none of them used.
     """
 
     def __init__(self, model: nn.Module, work: Half, count: int) -> None:
@@ -109,6 +110,7 @@ class Replicas:
             model.share_memory()
         size = sum(p.numel() for p in self.parameters)
         self.gradients = torch.zeros(max(count - 1, 1), size if count > 1 else 1).share_memory_()
+        self.used = torch.zeros(max(count - 1, 1), len(self.parameters), dtype=torch.bool).share_memory_()
         self.pipes: list[Connection] = []
         self.forks: list[BaseProcess] = []
 
@@ -144,11 +146,18 @@ class Replicas:
             if isinstance(said, Exception):
                 raise said
         if self.count > 1 and any(p.grad is not None for p in self.parameters):
+            used = self.used.any(0) | self._used()
             mine = torch.cat([p.grad.flatten() for p in self._whole()])
             total = mine.add_(self.gradients.sum(0)).div_(self.count)
             for p, part in zip(self.parameters, total.split([p.numel() for p in self.parameters]), strict=True):
                 p.grad.copy_(part.view_as(p))
+            for p, moves in zip(self.parameters, used.tolist(), strict=True):
+                p.grad = p.grad if moves else None
         return {key: sum(metrics[key] for metrics in found) / len(found) for key in found[0]}
+
+    def _used(self) -> torch.Tensor:
+        """Which of the parameters have a gradient."""
+        return torch.tensor([p.grad is not None for p in self.parameters])
 
     def _whole(self) -> list[nn.Parameter]:
         """The parameters, each with a gradient: 0 where a step did not use it."""
@@ -170,6 +179,7 @@ class Replicas:
                 p.grad = None
             try:
                 said = self.work(step, rank)
+                self.used[rank - 1] = self._used()
                 torch.cat([p.grad.flatten() for p in self._whole()], out=self.gradients[rank - 1])
             except Exception as error:
                 pipe.send(portable(error))

@@ -6,7 +6,7 @@ processes, or with another way of sharing the model, than it began with.
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,12 +142,18 @@ def weights_of(out: Path) -> dict[str, Tensor]:
     return {name: value for file in files if file.is_file() for name, value in load_file(file).items()}
 
 
-@torch.no_grad()
 def begin_with(model: nn.Module, out: Path) -> None:
     """Give a model the weights and buffers of `out` (see `weights_of`). ValueError where it is another model's."""
-    found = weights_of(out)
+    take_over(model, weights_of(out), out)
+
+
+@torch.no_grad()
+def take_over(model: nn.Module, found: Mapping[str, Tensor], out: Path, *, but: str | None = None) -> None:
+    """Give a model weights and buffers by name, which are those of `out`; but: how the names of those begin that stay
+    its own. ValueError where they are another model's."""
     live = dict(model.named_parameters()) | dict(model.named_buffers())
-    lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in found]
+    lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in found
+               and not (but and name.startswith(but))]  # fmt: skip
     other = [name for name, value in found.items() if name not in live or live[name].shape != value.shape]
     if lacking or other:
         raise ValueError(f"{out} is no beginning for this model: {len(lacking)} of its weights are not there, and "

@@ -8,6 +8,7 @@ import numpy as np
 
 from dreamgen.core.clip import Clip
 from dreamgen.core.clock import Clock
+from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import recorded_clip
 from dreamgen.stages.sharing import grouped
@@ -15,7 +16,7 @@ from dreamgen.stages.sharing import grouped
 log = logging.getLogger(__name__)
 
 
-def long_enough(dataset: Dataset, episodes: Iterable[int], labelers: Sequence[Any], least: int = 1,
+def long_enough(dataset: Dataset | Joined, episodes: Iterable[int], labelers: Sequence[Any], least: int = 1,
                 clock: Clock | None = None) -> tuple[list[int], int]:  # fmt: skip
     """Those of `episodes` that are as long as the shortest clips that all `labelers` read, and how many are not.
 
@@ -38,7 +39,7 @@ def long_enough(dataset: Dataset, episodes: Iterable[int], labelers: Sequence[An
     return kept, short
 
 
-def batches_of(dataset: Dataset, episodes: Sequence[int], clock: Clock,
+def batches_of(dataset: Dataset | Joined, episodes: Sequence[int], clock: Clock,
                size: int) -> Iterator[tuple[list[Clip], list[np.ndarray]]]:  # fmt: skip
     """Clips of `size` episodes at a time, and the actions (s a) that each spans; decoded when asked for."""
     for part in grouped(episodes, size):

@@ -1,7 +1,9 @@
 """Recorded episodes -> a labeler, saved in `out` itself."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,76 @@ def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     return sorted(order[apart:]), sorted(order[:apart])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Recordings of one robot: the episodes that a labeler learns on, those held out, how many are too short.
+
+    name: of a robot that was added to the labeler, None of its own; this one's training goes on beyond the end of
+    `dataset`, with those of more recordings.
+    """
+
+    dataset: Dataset | Joined
+    training: list[int]
+    apart: list[int]
+    too_short: int
+    name: str | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset | Joined, labeler: Any, share: float, seed: int, name: str | None = None) -> "Split":
+        """A share of the episodes that are long enough held out; ValueError for fewer than two."""
+        with reading(labeler, name):
+            usable, too_short = long_enough(dataset, range(len(dataset)), [labeler], least=2)
+        training, apart = ([usable[i] for i in part] for part in held_out(len(usable), share, seed))
+        return cls(dataset=dataset, training=training, apart=apart, too_short=too_short, name=name)
+
+    def measured(self, labeler: Any, most: int | None = None) -> dict[str, dict]:
+        """Scores of the labeler on episodes held out, `most` of them or all."""
+        chosen = self.apart[:: -(-len(self.apart) // most)] if most else self.apart
+        with reading(labeler, self.name):
+            batches = batches_of(self.dataset, chosen, labeler.clock, labeler.label_batch)
+            if hasattr(labeler, "measure"):
+                return labeler.measure(clips for clips, _ in batches)
+            labels, actions = [], []
+            for clips, true in batches:
+                labels += labeler.label(clips)
+                actions += true
+            return score_labels(labels, actions, labeler.robot, labeler.clock)
+
+    def results(self, labeler: Any) -> dict:
+        """What the manifest says of them: counts, the calibration, which is done here, and the scores."""
+        with reading(labeler, self.name):
+            calibration = labeler.calibrate(self.dataset, self.apart)
+        return {"episodes": len(self.training), "held_out": len(self.apart), "too_short": self.too_short,
+                "calibration": calibration, "held_out_scores": self.measured(labeler)}  # fmt: skip
+
+
+def reading(labeler: Any, name: str | None) -> AbstractContextManager:
+    """A context in which the labeler is one of the robot `name` that was added to it, or of its own for None."""
+    return nullcontext() if name is None else labeler.reading(name)
+
+
+def added(labeler: Any, others: Mapping[str, Dataset]) -> dict[str, Joined]:
+    """Recordings of other robots by the robot's name; the labeler gets a head for each.
+
+    Raises ValueError for a labeler of one robot alone, and for robots that it cannot learn beside its own.
+    """
+    if others and not hasattr(labeler, "add"):
+        raise ValueError(f"a {type(labeler).__name__} learns from one robot; set stage.others={{}}")
+    groups: dict[str, list[Dataset]] = {}
+    for key, dataset in others.items():
+        dataset.require_actions(f"stage.others.{key} of a labeler of actions")
+        groups.setdefault(dataset.robot.name, []).append(dataset)
+    for group in groups.values():
+        labeler.add(group[0].robot)
+    return {name: Joined(group) for name, group in groups.items()}
+
+
 def train_labeler(
     labeler: Any,
     dataset: Dataset,
     *,
     out: Path,
+    start: Path | None = None,
     steps: int = 1000,
     batch_size: int = 16,
     lr: float = 1.5e-3,
@@ -44,6 +111,8 @@ def train_labeler(
     held_out_share: float = 0.1,
     held_out_clips: int = 64,
     more: Sequence[Dataset] = (),
+    others: Mapping[str, Dataset] | None = None,
+    own_share: float | None = None,
     episodes: int | None = None,
     world_model: Any = None,
     degraded: float = 0.5,
@@ -67,14 +136,23 @@ def train_labeler(
     its demonstrations alone. episodes: train on so many of `dataset` only, the same ones among more (to measure what
     data brings).
 
+    others: recordings of other robots, by any name, whose videos it learns to label too, through the same network with
+    heads of their own (`idm.robots`). Every batch is of one robot: of its own in `own_share` of the steps, or as
+    `dreamgen.data.mixture` weighs datasets. Of each robot a share of the episodes is held out. start: a trained
+    labeler, of this robot or of others, with whose weights it begins, those of heads apart.
+
     Results: scores on the held-out episodes (r2, mae, ... by part), the last loss, the calibration, too_short: how many
-    episodes were left out.
-    Raises ValueError for a dataset of another robot, too few or too short episodes, a loss that is not finite.
+    episodes were left out; others: the same of each other robot, by its name.
+    Raises ValueError for a dataset of another robot, other robots that do not fit (see `Seen.beside`), too few or too
+    short episodes, a `start` with another trunk, a loss that is not finite.
     """
     require_alone("train_labeler")
+    others = others or {}
     world = getattr(world_model, "folder", None)
     parents = {"dataset": dataset.root} | ({"world_model": world} if world is not None else {})
     parents |= {f"more_{k}": other.root for k, other in enumerate(more)}
+    parents |= {f"other_{key}": other.root for key, other in others.items()}
+    parents |= {} if start is None else {"start": start}
     with Stage(out, "train_labeler", config=record, parents=parents, seed=seed) as run:
         if run.complete:
             clear_state(out)
@@ -88,46 +166,49 @@ def train_labeler(
                 one.require_actions(f"stage.{key} of a labeler of actions")
         if held_out_clips < 1:
             raise ValueError(f"held_out_clips is {held_out_clips}; expected 1 or more")
-        usable, too_short = long_enough(dataset, range(len(dataset)), [labeler], least=2)
-        training, apart = ([usable[i] for i in part] for part in held_out(len(usable), held_out_share, seed))
+        if own_share is not None and not others:
+            raise ValueError(f"own_share is {own_share}, and there are no other robots; name some in stage.others, or "
+                             f"set it to null")  # fmt: skip
+        beside = [Split.of(data, labeler, held_out_share, seed, name) for name, data in added(labeler, others).items()]
+        if start is not None:
+            if not hasattr(labeler, "begin_with"):
+                raise ValueError(f"a {type(labeler).__name__} cannot begin with another; set stage.start=null")
+            labeler.begin_with(start)
+        own = Split.of(dataset, labeler, held_out_share, seed)
+        training, known = own.training, Joined([dataset, *more])
         if episodes is not None:
             training = sorted(rng_for(seed, "labeler episodes").permutation(training)[:episodes].tolist())
-        known = Joined([dataset, *more])
-        training += range(len(dataset), len(known))
-        labeler.fit(known, training)
+        own = replace(own, training=[*training, *range(len(dataset), len(known))])
+        labeler.fit(known, own.training)
+        for other in beside:
+            with reading(labeler, other.name):
+                labeler.fit(other.dataset, other.training)
         place(world_model)
         least = max(labeler.clock.frames, getattr(labeler, "train_frames", 2))
-        batches = labeler.batches(known, training, batch_size=batch_size, seed=seed,
+        mixed: dict[str, Any] = {} if not beside else {
+            "others": [(other.dataset, other.training) for other in beside], "own_share": own_share}  # fmt: skip
+        batches = labeler.batches(known, own.training, batch_size=batch_size, seed=seed, **mixed,
                                   degrade=None if world_model is None
                                   else drawn_by(world_model, out, redream_up_to=redream_up_to, seed=seed),
                                   degraded=degraded, degraded_clips=degraded_clips,
                                   degrade_frames=frames_through(world_model, least))  # fmt: skip
 
-        def measured(model: Any, chosen: Sequence[int]) -> dict[str, dict]:
-            batches = batches_of(dataset, chosen, labeler.clock, labeler.label_batch)
-            if hasattr(model, "measure"):
-                return model.measure(clips for clips, _ in batches)
-            labels, actions = [], []
-            for clips, true in batches:
-                labels += model.label(clips)
-                actions += true
-            return score_labels(labels, actions, labeler.robot, labeler.clock)
-
         def scores(model: Any, step: int = 0) -> dict[str, float]:
-            found = measured(model, apart[:: -(-len(apart) // held_out_clips)])
-            return {f"{key}_{part}": value for key, parts in found.items() for part, value in parts.items()
+            return {f"{split.name + '_' if split.name else ''}{key}_{part}": value
+                    for split in (own, *beside)
+                    for key, parts in split.measured(model, held_out_clips).items()
+                    for part, value in parts.items()
                     if key in ("r2", "mae", "change") and value is not None}  # fmt: skip
 
         done = train(labeler, batches, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup,
                      weight_decay=weight_decay, betas=betas, clip=clip, ema=ema, precision=precision,
                      replicas=replicas, seed=seed, validate=scores, validate_every=validate_every,
                      checkpoint_every=checkpoint_every, log_every=log_every, name="train_labeler")  # fmt: skip
-        calibration = labeler.calibrate(dataset, apart)
+        found = own.results(labeler)
+        found |= {"others": {other.name: other.results(labeler) for other in beside}} if beside else {}
         labeler.save(out)
-        found = measured(labeler, apart)
-        manifest = run.finish(episodes=len(training), held_out=len(apart), too_short=too_short, steps=steps,
-                              loss=done["loss"], precision=done["precision"], calibration=calibration,
-                              held_out_scores=found, **noted(dataset, *more))  # fmt: skip
+        manifest = run.finish(**found, steps=steps, loss=done["loss"], precision=done["precision"],
+                              **noted(dataset, *more, *others.values()))  # fmt: skip
         clear_state(out)
         shutil.rmtree(out / DRAWN, ignore_errors=True)
         return manifest

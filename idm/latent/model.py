@@ -252,7 +252,7 @@ class LatentActions(nn.Module):
 
     def save(self, path: Path) -> None:
         """config.json, contract.json (of the robot whose videos it reads), model.safetensors in the directory."""
-        checkpoint.save(self, self.config, self.source, path)
+        checkpoint.save(self, self.config, [self.source], path)
 
     @classmethod
     def load(cls, path: Path | str, robot: Embodiment | None = None, **changes: object) -> "LatentActions":

@@ -31,6 +31,17 @@ def run(out, steps=6, make_batch=batch_at, **changed):
     return model, train(model, make_batch, out=out, steps=steps, **{**options, **changed})
 
 
+def test_a_metric_of_some_steps_is_their_mean(tmp_path, monkeypatch):
+    def loss(self, batch):
+        error = (self.weight * batch["x"]).square().mean()
+        return error, {"odd": torch.tensor(float(batch["step"]))} if batch["step"] % 2 else {}
+
+    monkeypatch.setattr(Slope, "loss", loss)
+    run(tmp_path, 7, lambda step: {"x": torch.ones(4, 3), "step": torch.tensor(step)}, log_every=4)
+    first, last = read_losses(tmp_path)
+    assert first["odd"] == (1 + 3) / 2 and last["odd"] == 5
+
+
 def test_waiting_for_data_is_measured_and_reading_ahead_hides_it():
     def slow(step):
         time.sleep(0.03)

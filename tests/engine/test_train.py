@@ -83,6 +83,30 @@ def test_replicas_give_the_gradient_of_the_whole_batch(tmp_path, monkeypatch, ro
     assert [r["loss"] for r in results[0][1]] == pytest.approx([r["loss"] for r in results[1][1]], rel=1e-5)
 
 
+class Two(Line):
+    """With a head that only some steps use."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Linear(17, 2)
+
+    def loss(self, batch):
+        error, metrics = super().loss(batch)
+        return error + (self.second(batch["x"]).square().mean() if "second" in batch else 0.0), metrics
+
+
+def test_replicas_leave_alone_what_a_step_did_not_use(tmp_path, monkeypatch):
+    """As one process does: neither momentum nor weight decay moves it."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    results = []
+    for count in (1, 2):
+        model = Two()
+        train(model, lambda step: batch_at(step) | ({"second": True} if step == 1 else {}), out=tmp_path / str(count),
+              steps=4, lr=1e-2, warmup=2, ema=None, precision="fp32", replicas=count, weight_decay=0.3)  # fmt: skip
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+
+
 def test_a_finished_run_only_restores(tmp_path):
     model, _ = run(tmp_path, 3)
     again = Line()
