@@ -143,9 +143,10 @@ def weights_of(out: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def begin_with(model: nn.Module, out: Path) -> None:
-    """Give a model the weights and buffers of `out` (see `weights_of`). ValueError where it is another model's."""
-    found = weights_of(out)
+def begin_with(model: nn.Module, out: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Give a model the weights and buffers of `out` (see `weights_of`), or the `weights` that were made of these.
+    ValueError where it is another model's."""
+    found = weights_of(out) if weights is None else weights
     live = dict(model.named_parameters()) | dict(model.named_buffers())
     lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in found]
     other = [name for name, value in found.items() if name not in live or live[name].shape != value.shape]
