@@ -27,8 +27,9 @@ REACH = 3.0  # measures times this are about as wide as a standard normal
 FEW = 0.25  # pixels: what a colour that is hardly there counts for, so that its centre stays put
 
 
-def choose_colours(*pictures: UInt8[Tensor, "n v h w 3"], count: int) -> Float[Tensor, "k 3"]:
-    """`count` colours in [0, 255]: k-means over the occupied cells of colour space, begun far apart.
+def choose_colours(*pictures: UInt8[Tensor, "_ _ _ _ 3"], count: int) -> Float[Tensor, "k 3"]:
+    """`count` colours in [0, 255] of pictures (n v h w 3): k-means over the occupied cells of colour space, begun far
+    apart.
 
     A cell weighs the cube root of its pixels, not their number: a block counts for something beside a table.
     """
@@ -99,9 +100,9 @@ class PaletteEncoder(nn.Module):
         return self.text.words(instructions)
 
     @torch.no_grad()
-    def fit(self, *pictures: UInt8[Tensor, "n v h w 3"]) -> None:
-        """Choose the colours and take the features' statistics, of pictures with different numbers of views where
-        several are given. Raises ValueError where the most are another number than this encoder's."""
+    def fit(self, *pictures: UInt8[Tensor, "_ _ _ _ 3"]) -> None:
+        """Choose the colours and take the features' statistics, of pictures (n v h w 3) with different numbers of views
+        where several are given. Raises ValueError where the most are another number than this encoder's."""
         most = max(some.shape[1] for some in pictures)
         if most * len(self.palette) != len(self.std):
             raise ValueError(f"pictures have {most} views; this encoder was made for {self.config['views']}: give it "

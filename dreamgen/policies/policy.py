@@ -146,8 +146,8 @@ class FlowPolicy(Acting):
         start (see `Space.fit`)."""
         self.spaces.of(body).fit(state, action, start)
 
-    def fit_encoder(self, *pictures: UInt8[np.ndarray, "p v y x 3"]) -> None:
-        """An encoder that is fitted to pictures takes what it needs from some, of robots with few views and many."""
+    def fit_encoder(self, *pictures: UInt8[np.ndarray, "_ _ _ _ 3"]) -> None:
+        """An encoder that is fitted to pictures takes what it needs from some (p v y x 3), of each number of views."""
         for encoder in [self.encoder, *([self.flare.target] if self.flare else [])]:
             encoder.fit(*map(torch.from_numpy, pictures))
 
