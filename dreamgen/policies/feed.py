@@ -44,7 +44,7 @@ class Source:
 
 
 def sources(real: Some, dreams: Some = (), latent: Some = (), videos: Some = (),
-            others: Mapping[str, Mapping[str, Some]] | None = None, *, dream_body: str = "dream",
+            others: Mapping[str, Any] | None = None, *, dream_body: str = "dream",
             latent_body: str = "latent") -> list[Source]:  # fmt: skip
     """All datasets, recordings first, then dreams and latents, then videos. others: {body: {real, dreams, videos}}.
     ValueError for data of a body that are none of these."""
@@ -84,7 +84,7 @@ class Feed:
         dreams: Sequence[Dataset],
         latent: Sequence[Dataset] = (),
         videos: Sequence[Dataset] = (),
-        others: Mapping[str, Mapping[str, Some]] | None = None,
+        others: Mapping[str, Any] | None = None,
         batch_size: int,
         ratio: str,
         dream_body: str,

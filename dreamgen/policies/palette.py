@@ -61,6 +61,7 @@ class PaletteEncoder(nn.Module):
     """
 
     tune = False  # the front, see `dreamgen.policies.features`
+    by_view = ("name", "std")  # weights that have rows of each view, see `dreamgen.policies.start`
 
     def __init__(self, *, width: int = 128, colours: int = 32, slots: int = 16, summary: int = 2, hidden: int = 192,
                  views: int = 1, noise: float = 0.02, dropout: float = 0.1, text_width: int = 64, buckets: int = 512,
@@ -90,8 +91,8 @@ class PaletteEncoder(nn.Module):
         self._table: Tensor | None = None
 
     def look_at(self, views: int) -> None:
-        """Look for every colour in so many views, or more. Where there were fewer, the colours' names begin anew."""
-        if views > self.config["views"]:
+        """Look for every colour in so many views. Where they were others, the colours' names begin anew."""
+        if views != self.config["views"]:
             self.config["views"] = views
             self.name = nn.Parameter(torch.randn(views * len(self.palette), NAME))
             self.std = torch.ones(views * len(self.palette), FEATURES)

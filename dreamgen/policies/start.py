@@ -1,6 +1,7 @@
 """Where the weights of a policy begin that goes on from another.
 
-What all bodies share, the encoder and the transformer, is taken as it is. The way in and out of a body is taken of the
+What all bodies share, the encoder and the transformer, is taken as it is; where an encoder has weights of each view and
+looks at more of them than before, the others begin as the first. The way in and out of a body is taken of the
 body of the same name, where both belong to the same robot, or of the one that is named; or it begins afresh, beside
 statistics of the new robot's data. So a policy of several robots becomes one of a single, or learns another one.
 """
@@ -44,6 +45,10 @@ def begin(model: Any, out: Path, bodies: Mapping[str, str | None] | None = None)
     for name, live in model.named_parameters():
         if name.startswith(WAYS) and name in weights:
             weights[name] = _ways(name, live.detach().cpu().clone(), weights[name], numbers)
+    for each in getattr(model.encoder, "by_view", ()):
+        rows = len(getattr(model.encoder, each))
+        for saved in {"encoder." + each, "flare.target." + each} & weights.keys():
+            weights[saved] = weights[saved].repeat(-(-rows // len(weights[saved])), 1)[:rows]
     weights, fresh = _statistics(model, weights, sources, config["robots"])
     begin_with(model, out, weights)
     return fresh

@@ -59,7 +59,7 @@ def train_policy(
     latent: Sequence[Dataset] = (),
     latent_body: str = "latent",
     videos: Sequence[Dataset] = (),
-    others: Mapping[str, Mapping[str, Some]] | None = None,
+    others: Mapping[str, Any] | None = None,
     past_end: str = "mask",
     keep_idle: int | None = None,
     spread_scale: float | None = None,

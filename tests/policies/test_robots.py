@@ -104,7 +104,7 @@ def test_acting_asks_no_tensor_which_body_acts(monkeypatch):
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("kind", ["tiny", "palette", "features", "queries", "flare", "qformer"])
 def test_rows_of_several_robots_are_learned_from_as_if_they_were_alone(monkeypatch, kind: str, views: int):
-    """A batch of both is the mean over its rows: those of each robot, with its own views and widths, in a batch apart."""
+    """A batch of both is the mean over its rows: those of each robot in a batch apart, of its own views and widths."""
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.3))
     monkeypatch.setattr("dreamgen.policies.policy.sample_time", lambda n, like: torch.full((n,), 0.4))
     seen = dict(encoder=palette()) if kind in ("palette", "features") else {}
