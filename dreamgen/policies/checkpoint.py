@@ -1,5 +1,7 @@
 """A policy as a directory: config.json, contract.json, model.safetensors; `encoder/` of a pretrained encoder.
 
+contract.json is that of the policy's own robot; `others` in it has those of the bodies of other robots (until 0.12 they
+lay in config.json), as `dreamgen.policies.spaces` describes them.
 Encoders are named in config.json by their class. Such a name can come with a downloaded checkpoint, so only classes of
 `dreamgen.policies` are ever imported.
 """
@@ -14,6 +16,7 @@ from torch import nn
 
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, replacing, write_json
+from dreamgen.policies.spaces import owner
 
 ALLOWED = "dreamgen.policies."
 ENCODER = "encoder"
@@ -29,8 +32,20 @@ def save(policy: nn.Module, path: Path) -> None:
         save_file(weights, temporary)
     if hasattr(policy.encoder, "save"):
         policy.encoder.save(path / ENCODER)
-    write_json(path / "contract.json", policy.robot.contract())
-    write_json(path / "config.json", {**policy.config, "encoder": {"_target_": target, **policy.encoder.config}})
+    config = dict(policy.config)
+    others = config.pop("robots")
+    write_json(path / "contract.json", {**policy.own.contract(), **({"others": others} if others else {})})
+    write_json(path / "config.json", {**config, "encoder": {"_target_": target, **policy.encoder.config}})
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str | None, dict]]:
+    """The configuration of a saved policy, with its `robots`, and the contract of the robot of each of its bodies; None
+    names its own robot."""
+    config, contract = read_json(path / "config.json"), read_json(path / "contract.json")
+    config["robots"] = contract.pop("others", config.get("robots") or {})
+    owners = {name: owner(name, config["robots"]) for name in config["bodies"]}
+    each = {name: contract if of is None else config["robots"][of] for name, of in owners.items()}
+    return config, {None: contract, **each}
 
 
 def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
@@ -44,20 +59,48 @@ def _encoder(config: dict[str, Any], path: Path) -> nn.Module:
     return getattr(importlib.import_module(module), name)(**arguments)
 
 
-def load(kind: type, path: Path | str, *, robot: Embodiment | None = None, **changes: Any) -> Any:
-    """A `kind` saved at `path`, on the CPU (`engine.precision.place`). changes: to its configuration; None is none.
+def _cast(path: Path, config: dict[str, Any], contracts: dict[str | None, dict], robot: Embodiment, speaks: str | None
+          ) -> str | None:  # fmt: skip
+    """The body that acts for `robot`: the one that `speaks` names, else the one that the policy was saved to speak for,
+    or else the first of this robot; None where it has no such body. ValueError names what differs."""
+    bodies = config["bodies"]
+    asked = speaks or config.get("speaks") or bodies[0]
+    if speaks is None and robot.mismatches(contracts[asked]):
+        asked = next((name for name in bodies if not robot.mismatches(contracts[name])), asked)
+    if asked not in contracts:
+        return None
+    try:
+        robot.require(contracts[asked], f"policy {path}" + (f", as the body '{asked}'," if speaks else ""))
+    except ValueError as error:
+        known = {id(contracts[name]): contracts[name] for name in bodies}
+        told = [f"'{contract['name']}' ({', '.join(name for name in bodies if contracts[name] is contract)})"
+                for contract in known.values()]  # fmt: skip
+        if len(known) == 1:
+            raise
+        raise ValueError(f"{error}\nIt knows the robots {', '.join(told)}; in brackets their bodies.") from None
+    return asked
 
-    ValueError says what is missing, broken, or made for another robot than `robot`.
+
+def load(kind: type, path: Path | str, *, robot: Embodiment | None = None, speaks: str | None = None,
+         **changes: Any) -> Any:  # fmt: skip
+    """A `kind` saved at `path`, on the CPU (`engine.precision.place`), that acts for `robot`, or through the body
+    `speaks`. changes: to its configuration; None is none.
+
+    ValueError says what is missing, broken, or made for other robots than `robot`.
     """
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"policy {path} does not exist; run train_policy first, or mend the path")
-    config, contract = read_json(path / "config.json"), read_json(path / "contract.json")
-    if robot is not None:
-        robot.require(contract, f"policy {path}")
-    changed = {name: value for name, value in changes.items() if value is not None}
+    config, contracts = read(path)
+    own = contracts[None]
+    if robot is not None and (body := _cast(path, config, contracts, robot, speaks)) is not None:
+        if (told := contracts[body]) is own:
+            own = robot
+        config["robots"] = {name: robot if other is told else other for name, other in config["robots"].items()}
+        speaks = None if speaks is None and body == (config.get("speaks") or config["bodies"][0]) else body
+    changed = {name: value for name, value in {**changes, "speaks": speaks}.items() if value is not None}
     config |= {"encoder": _encoder(config["encoder"], path), **changed}
-    policy = kind(robot=robot or Embodiment.from_contract(contract), **config)
+    policy = kind(robot=own if isinstance(own, Embodiment) else Embodiment.from_contract(own), **config)
     try:
         policy.load_state_dict(load_file(path / "model.safetensors"), strict=True)
     except (FileNotFoundError, SafetensorError, RuntimeError) as error:

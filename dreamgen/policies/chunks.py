@@ -25,6 +25,7 @@ PAST_END = ("mask", "hold")
 LABELS = ("own", "shuffled")
 STATES = ("recorded", "masked", "zero")
 STILL = 0.05  # what moves less than this of its measure stands still
+PADDED = {"state": 1, "entries_known": 1, "action": 2, "pictures": 1, "future": 1}  # the axis that bodies differ in
 MANY = 0.2  # share of observations left out as idle of which a warning is due
 log = logging.getLogger(__name__)
 
@@ -281,13 +282,16 @@ class Chunks:
 
 
 def collate(parts: Sequence[dict], words: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:
-    """One batch of tensors from the parts of several datasets, narrower states and actions padded with 0; `words` is
-    the encoder's."""
-    for key in ("state", "entries_known", "action"):
-        widest = max(part[key].shape[-1] for part in parts)
+    """One batch of tensors from the parts of several datasets, narrower states and actions, and fewer views, padded
+    with 0; `words` is the encoder's."""
+    if len({part["pictures"].shape[1] for part in parts}) > 1:
         for part in parts:
-            lacking = [(0, 0)] * (part[key].ndim - 1) + [(0, widest - part[key].shape[-1])]
-            part[key] = np.pad(part[key], lacking) if lacking[-1][1] else part[key]
+            part["seen"] = np.full(len(part["body"]), part["pictures"].shape[1], np.int64)
+    for key, axis in PADDED.items():
+        widest = max(part[key].shape[axis] for part in parts) if key in parts[0] else 0
+        for part in parts if widest else ():
+            lacking = [(0, widest - size if k == axis else 0) for k, size in enumerate(part[key].shape)]
+            part[key] = np.pad(part[key], lacking) if part[key].shape[axis] < widest else part[key]
     batch = {key: torch.from_numpy(np.concatenate([part[key] for part in parts]))
              for key in parts[0] if key != "instruction"}  # fmt: skip
     told = [text for part in parts for text in part["instruction"]]

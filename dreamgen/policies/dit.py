@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-KeyValue = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor, Tensor | None]  # and which of them are there; None: all
 
 
 class Attention(nn.Module):
@@ -34,15 +34,17 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def key_value(self, context: Float[Tensor, "b n c"]) -> KeyValue:
-        """Keys and values (b, heads, n, width / heads)."""
-        return self._split(self.to_k(context)), self._split(self.to_v(context))
+    def key_value(self, context: Float[Tensor, "b n c"], there: Bool[Tensor, "b n"] | None = None) -> KeyValue:
+        """Keys and values (b, heads, n, width / heads), and a mask (b 1 1 n) where not all of them are `there`."""
+        mask = None if there is None else there[:, None, None]
+        return self._split(self.to_k(context)), self._split(self.to_v(context)), mask
 
-    def forward(self, x: Float[Tensor, "b l d"], kv: KeyValue, mask: Tensor | None = None) -> Float[Tensor, "b l d"]:
+    def forward(self, x: Float[Tensor, "b l d"], kv: KeyValue) -> Float[Tensor, "b l d"]:
+        key, value, mask = kv
         # torch's fused attention spends on a CPU ten times a plain one's time in the backward pass
         plain = x.device.type == "cpu" and torch.is_grad_enabled()
         with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-            y = F.scaled_dot_product_attention(self._split(self.to_q(x)), *kv, attn_mask=mask)
+            y = F.scaled_dot_product_attention(self._split(self.to_q(x)), key, value, attn_mask=mask)
         return self.to_out(y.transpose(1, 2).flatten(2))
 
 
@@ -58,14 +60,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-5, elementwise_affine=False)
         self.feed_forward = FeedForward(width, activation_fn=activation)
 
-    def forward(self, x: Tensor, time: Float[Tensor, "b d"], kv: KeyValue | None, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Float[Tensor, "b d"], kv: KeyValue | None, valid: Tensor | None) -> Tensor:
         scale, shift = self.modulate(F.silu(time))[:, None].chunk(2, dim=-1)
-        return self.modulated(x, scale, shift, kv, mask)
+        return self.modulated(x, scale, shift, kv, valid)
 
-    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, kv: KeyValue | None, mask: Tensor | None) -> Tensor:
+    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor, kv: KeyValue | None, valid: Tensor | None) -> Tensor:
         """The layer with its AdaLN numbers given."""
         y = self.norm1(x) * (1 + scale) + shift
-        x = x + (self.attention(y, kv) if self.crosses else self.attention(y, self.attention.key_value(y), mask))
+        x = x + self.attention(y, kv if self.crosses else self.attention.key_value(y, valid))
         return x + self.feed_forward(self.norm2(x))
 
 
@@ -86,9 +88,12 @@ class DiT(nn.Module):
         self.modulate_out = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, out_width)
 
-    def context(self, tokens: Float[Tensor, "b n c"]) -> list[KeyValue | None]:
-        """Keys and values of each layer for an observation; None where the layer attends to the sequence itself."""
-        return [block.attention.key_value(tokens) if block.crosses else None for block in self.blocks]
+    def context(
+        self, tokens: Float[Tensor, "b n c"], there: Bool[Tensor, "b n"] | None = None
+    ) -> list[KeyValue | None]:
+        """Keys and values of each layer for an observation; None where the layer attends to the sequence itself.
+        Nothing attends to tokens that are not `there`; None: all are."""
+        return [block.attention.key_value(tokens, there) if block.crosses else None for block in self.blocks]
 
     def forward(
         self,
@@ -101,10 +106,9 @@ class DiT(nn.Module):
     ) -> tuple[Float[Tensor, "b l o"], Float[Tensor, "b l d"] | None]:
         """The output and the activations after layer `tap` (counted from 1). Nothing attends to entries not `valid`."""
         time = self.time_embedding(self.time_proj(time.float() * 1000).to(x.dtype))
-        mask = None if valid is None else valid[:, None, None, :]
         tapped = None
         for number, (block, kv) in enumerate(zip(self.blocks, context, strict=True), start=1):
-            x = block(x, time, kv, mask)
+            x = block(x, time, kv, valid)
             if number == tap:
                 tapped = x
         scale, shift = self.modulate_out(F.silu(time))[:, None].chunk(2, dim=-1)
@@ -115,7 +119,8 @@ def repeat_context(context: list[KeyValue | None], times: int) -> list[KeyValue 
     """Each row `times` in a row: several noise draws then share one encoded observation."""
     if times == 1:
         return context
-    return [kv and (kv[0].repeat_interleave(times, 0), kv[1].repeat_interleave(times, 0)) for kv in context]
+    repeated = [[None if x is None else x.repeat_interleave(times, 0) for x in kv or ()] for kv in context]
+    return [(key[0], key[1], key[2]) if key else None for key in repeated]
 
 
 def count(module: nn.Module) -> int:

@@ -1,9 +1,10 @@
-"""What a policy is fed: recordings, dreams and latent actions, each with its body, mixed batch by batch.
+"""What a policy is fed: recordings, dreams and latent actions, of one robot or several, mixed batch by batch.
 
 `at(step)` is a pure function, so the position of the sampler is the step itself: that is all that a checkpoint needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,57 @@ from dreamgen.policies.features import Features, cacheable
 PICTURES = 2000  # that an encoder is fitted to
 
 
-def several(real: Dataset | Sequence[Dataset] | None) -> list[Dataset]:
-    """Recordings as a list: of one dataset, of several, of none."""
-    return [] if real is None else [real] if isinstance(real, Dataset) else list(real)
+Some = Dataset | Sequence[Dataset] | None
+KINDS = {
+    "real": "real",
+    "dreams": "dream",
+    "videos": "video",
+}  # of the data of a body, and how each is named in results
+
+
+def several(given: Some) -> list[Dataset]:
+    """Datasets as a list: of one, of several, of none."""
+    return [] if given is None else [given] if isinstance(given, Dataset) else list(given)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """A dataset, what it counts as (real, dream, latent or video), the body that it trains, None for the one that acts,
+    and the key of the stage under which it was given."""
+
+    dataset: Dataset
+    kind: str
+    body: str | None
+    key: str
+
+
+def sources(real: Some, dreams: Some = (), latent: Some = (), videos: Some = (),
+            others: Mapping[str, Any] | None = None, *, dream_body: str = "dream",
+            latent_body: str = "latent") -> list[Source]:  # fmt: skip
+    """All datasets, recordings first, then dreams and latents, then videos. others: {body: {real, dreams, videos}}.
+    ValueError for data of a body that are none of these."""
+    given = [("real", "real", "real", real), ("dream", dream_body, "dreams", dreams),
+             ("latent", latent_body, "latent", latent), ("video", None, "videos", videos)]  # fmt: skip
+    for body, data in (others or {}).items():
+        if not isinstance(data, Mapping) or data.keys() - KINDS.keys():
+            got = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"stage.others.{body} is {got}; expected a map of {', '.join(KINDS)}, each of which is a "
+                             f"dataset or a list of them: others={{{body}: {{real: ...}}}}")  # fmt: skip
+        given += [(KINDS[key], body, f"others.{body}.{key}", some) for key, some in data.items()]
+    found = [Source(dataset=dataset, kind=kind, body=body, key=key) for kind, body, key, some in given
+             for dataset in several(some)]  # fmt: skip
+    return sorted(found, key=lambda source: ["real", "dream", "latent", "video"].index(source.kind))
 
 
 class Feed:
     """Batches for `model` of `real` (one dataset, several or none) and `dreams`, in the ratio `ratio`; latent: dreams
     or videos whose actions are those of another embodiment, the body `latent_body` of the model. videos: of the robot,
-    without actions, which train the body that acts by FLARE's alignment alone. Both count as dreams.
+    without actions, which train the body that acts by FLARE's alignment alone. Both count as dreams. others: data of
+    other bodies, such as those of other robots, {body: {real, dreams, videos}}; they count as what they are.
 
-    fit: whether statistics are taken of the data; False for a model that brings its own. options: for the chunks of all
-    datasets; dream_options: of dreams and latents (see `Chunks`). spread_scale: see `Chunks`, in units of the standard
-    deviation of the fitted actions.
+    fit: the bodies of whose robots statistics are taken of the data; None for all and for an encoder that is fitted to
+    pictures. options: for the chunks of all datasets; dream_options: of dreams and latents (see `Chunks`).
+    spread_scale: see `Chunks`, in units of the standard deviation of the fitted actions.
 
     Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than all its episodes,
     where no dataset trains the body that the policy acts for, and where the state that chunks are told relative to is
@@ -41,10 +80,11 @@ class Feed:
         self,
         model: Any,
         *,
-        real: Dataset | Sequence[Dataset] | None,
+        real: Some,
         dreams: Sequence[Dataset],
         latent: Sequence[Dataset] = (),
         videos: Sequence[Dataset] = (),
+        others: Mapping[str, Any] | None = None,
         batch_size: int,
         ratio: str,
         dream_body: str,
@@ -52,14 +92,16 @@ class Feed:
         spread_scale: float | None,
         options: dict[str, Any],
         dream_options: dict[str, Any],
-        fit: bool = True,
+        fit: Sequence[int] | None = None,
         seed: int,
     ) -> None:
-        reals = several(real)
-        self.model, self.datasets, count = model, [*reals, *dreams, *latent], len(reals)
+        every = sources(real, dreams, latent, videos, others, dream_body=dream_body, latent_body=latent_body)
+        told = [source for source in every if source.kind != "video"]
+        count = sum(source.kind == "real" for source in told)
+        self.model, self.datasets = model, [source.dataset for source in told]
         if not self.datasets:
             raise ValueError("train_policy got neither real data nor dreams; give at least one dataset")
-        names = [*["real"] * count, *[dream_body] * len(dreams), *[latent_body] * len(latent)]
+        names = [str(source.body) for source in told]
         bodies = [model.body(name) for name in names]
         if model.speaks not in bodies:
             spoken, trained = model.bodies[model.speaks], ", ".join(f"'{name}'" for name in dict.fromkeys(names))
@@ -77,12 +119,8 @@ class Feed:
                 dreamt |= dict(spread_scale=spread_scale, action_scale=self._scale(k, bodies, count))
             needed = model.spaces.of(body).relative_to
             self.chunks.append(Chunks(dataset, body=body, relative_to=needed, **options, **dreamt))
-        own = [k for k, body in enumerate(bodies) if model.spaces.of(body) is model.space]
-        if fit:
-            self._fit(own[:count] or own, 0)
-            for body in sorted(set(bodies) - {bodies[k] for k in own}):
-                self._fit([k for k, b in enumerate(bodies) if b == body], body)
-        self._watch(videos, options)
+        self._fit(bodies, count, fit, [source.kind for source in told])
+        self._watch([source for source in every if source.kind == "video"], options)
         self.mixture = Mixture(real=self.chunks[:count], dreams=self.chunks[count:], batch_size=batch_size,
                                ratio=ratio if count else "0:1", seed=seed)  # fmt: skip
 
@@ -94,36 +132,50 @@ class Feed:
                              f"the state at their start; take dream_state=recorded with dreams whose states are known, "
                              f"or policy.frame=recorded")  # fmt: skip
 
-    def _watch(self, videos: Sequence[Dataset], options: dict[str, Any]) -> None:
+    def _watch(self, videos: Sequence[Source], options: dict[str, Any]) -> None:
         """Take in videos without actions, by which nothing is fitted."""
-        if videos and self.model.flare is None:
-            raise ValueError("stage.videos are without actions, so that FLARE's alignment alone learns from them, and "
-                             "policy.align_weight is 0; set it (0.2), or leave the videos out")  # fmt: skip
-        for dataset in videos:
+        for source in videos:
+            dataset = source.dataset
+            if self.model.flare is None:
+                raise ValueError(f"stage.{source.key} are without actions, so that FLARE's alignment alone learns from "
+                                 f"them, and policy.align_weight is 0; set it (0.2), or leave them out")  # fmt: skip
             if dataset.has_actions:
-                raise ValueError(f"stage.videos holds {dataset.root}, opened with its actions; open it with "
+                raise ValueError(f"stage.{source.key} holds {dataset.root}, opened with its actions; open it with "
                                  f"actions=false, or give it as real or dreams")  # fmt: skip
-            self.model.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+            body = self.model.speaks if source.body is None else self.model.body(source.body)
+            self.model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
             self.datasets.append(dataset)
-            self.chunks.append(Chunks(dataset, body=self.model.speaks, **options))
+            self.chunks.append(Chunks(dataset, body=body, **options))
 
     def _scale(self, k: int, bodies: list[int], count: int) -> np.ndarray:
-        """Standard deviation of the recorded actions; of the dataset's own where it has another kind of action."""
-        same = count and self.model.spaces.of(bodies[k]) is self.model.space
-        chosen = self.datasets[:count] if same else [d for d, b in zip(self.datasets, bodies, strict=True)
-                                                     if b == bodies[k]]  # fmt: skip
+        """Standard deviation of the robot's recorded actions; where there are none, of those that its body learns."""
+        space = self.model.spaces.of
+        same = [d for d, b in zip(self.datasets[:count], bodies, strict=False) if space(b) is space(bodies[k])]
+        chosen = same or [d for d, b in zip(self.datasets, bodies, strict=True) if b == bodies[k]]
         scale = np.concatenate([dataset.actions() for dataset in chosen]).std(0)
         return np.where(scale < 1e-5, 1, scale)
 
-    def _fit(self, numbers: Sequence[int], body: int) -> None:
-        if not numbers:
-            return
-        chosen = [self.chunks[k] for k in numbers]
-        needs, pictures = self.model.spaces.of(body).needs_state, None
-        if body == 0 and hasattr(self.model.encoder, "fit"):
-            pictures = np.concatenate([chunks.sample(-(-PICTURES // len(chosen))) for chunks in chosen])
+    def _fit(self, bodies: Sequence[int], count: int, fit: Sequence[int] | None, kinds: Sequence[str]) -> None:
+        """Statistics of each robot from its recordings, or from its dreams where it has none; pictures of all of them,
+        not of latents, for an encoder that is fitted to some."""
+        spaces, looked = [self.model.spaces.of(body) for body in bodies], []
+        for space in dict.fromkeys(spaces):
+            members = [k for k, other in enumerate(spaces) if other is space]
+            chosen = [k for k in members if k < count] or members
+            looked += [k for k in chosen if kinds[k] != "latent"]
+            if fit is None or space in [self.model.spaces.of(body) for body in fit]:
+                self._fit_robot([self.chunks[k] for k in chosen], bodies[chosen[0]])
+        if fit is None and hasattr(self.model.encoder, "fit"):
+            pictures: dict[int, list[np.ndarray]] = {}  # by their number of views
+            for k in looked:
+                some = self.chunks[k].sample(-(-PICTURES // len(looked)))
+                pictures.setdefault(some.shape[1], []).append(some)
+            self.model.fit_encoder(*map(np.concatenate, pictures.values()))
+
+    def _fit_robot(self, chosen: Sequence[Chunks], body: int) -> None:
+        needs = self.model.spaces.of(body).needs_state
         self.model.fit(np.concatenate([chunks.states() for chunks in chosen]),
-                       np.concatenate([chunks.whole() for chunks in chosen]), pictures, body=body,
+                       np.concatenate([chunks.whole() for chunks in chosen]), body=body,
                        start=np.concatenate([chunks.starts() for chunks in chosen]) if needs else None)  # fmt: skip
 
     def cache(self, folder: Path) -> bool:

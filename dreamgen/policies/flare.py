@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dreamgen.policies.qformer import QFormer
-from dreamgen.policies.sight import look
+from dreamgen.policies.sight import by_count, joined, look
 
 TARGETS = ("ema", "frozen", "qformer")
 
@@ -81,8 +81,13 @@ class Flare(nn.Module):
                     value.lerp_(live[name].detach(), share)
 
     @torch.no_grad()
-    def embed(self, pictures: Tensor, words: Int64[Tensor, "b l"]) -> Float[Tensor, "b m c"]:
-        """M tokens of the future; pictures (b v h w 3) uint8, or their features by a frozen encoder."""
+    def embed(
+        self, pictures: Tensor, words: Int64[Tensor, "b l"], seen: Int64[Tensor, " b"] | None = None
+    ) -> Float[Tensor, "b m c"]:
+        """M tokens of the future; pictures (b v h w 3) uint8, or their features by a frozen encoder; seen: how many
+        views, or features, each row has, where some have fewer than others."""
+        if seen is not None:
+            return joined([(rows, self.embed(some, words[rows])) for rows, some in by_count(pictures, seen)])[0]
         visual, language = look(self.target, pictures, words)
         if self.target_queries is not None:
             return self.target_queries(torch.cat([visual, language], 1)).float()

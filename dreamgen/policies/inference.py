@@ -40,8 +40,7 @@ def integrate(
     head = state
     if policy.flare:
         head = torch.cat([state, policy.flare.tokens.expand(len(noise), -1, -1)], 1)
-    everywhere = torch.full((1,), body, device=noise.device)
-    entries = policy.spaces.entries(everywhere, len(policy.bodies))
+    entries = policy.spaces.entries(body, noise.device)
     x, last = noise, len(dit.blocks) - 1
     for k in range(steps):
         chunk = encode.layer3(F.silu(encode.layer1(x, body) @ inner + late[k]), body) + plan
@@ -57,7 +56,7 @@ def integrate(
 
 
 def see(policy: Any, pictures: Tensor, words: Tensor, states: Float[Tensor, "b d"], known: Tensor,
-        body: Tensor) -> tuple[list, Float[Tensor, "b h w"], Float[Tensor, "b 1 w"]]:  # fmt: skip
+        body: int) -> tuple[list, Float[Tensor, "b h w"], Float[Tensor, "b 1 w"]]:  # fmt: skip
     """What the Euler steps read of observations: keys and values, what is known of each step, the state token."""
     tokens = policy.encode(pictures, words)
     state = policy.state_token(states, known, body)
@@ -69,7 +68,7 @@ def chunk(policy: Any, noise: Float[Tensor, "b h a"], inputs: Sequence[Tensor], 
     """From the tensors of observations to a chunk: `see`, then `integrate`."""
     large = policy.dit.width >= 512  # below, a product takes less than to ask who shall do it
     with autocast("fp32", noise.device) if large else contextlib.nullcontext():
-        context, plan, state = see(policy, *inputs)
+        context, plan, state = see(policy, *inputs, body)
         return integrate(policy, noise, state, plan, context, steps, body)
 
 

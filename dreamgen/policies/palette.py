@@ -27,12 +27,13 @@ REACH = 3.0  # measures times this are about as wide as a standard normal
 FEW = 0.25  # pixels: what a colour that is hardly there counts for, so that its centre stays put
 
 
-def choose_colours(pictures: UInt8[Tensor, "n v h w 3"], count: int) -> Float[Tensor, "k 3"]:
-    """`count` colours in [0, 255]: k-means over the occupied cells of colour space, begun far apart.
+def choose_colours(*pictures: UInt8[Tensor, "_ _ _ _ 3"], count: int) -> Float[Tensor, "k 3"]:
+    """`count` colours in [0, 255] of pictures (n v h w 3): k-means over the occupied cells of colour space, begun far
+    apart.
 
     A cell weighs the cube root of its pixels, not their number: a block counts for something beside a table.
     """
-    pixels = pictures.flatten(0, -2)
+    pixels = torch.cat([some.flatten(0, -2) for some in pictures])
     pixels = pixels[:: max(1, len(pixels) // 4_000_000)].float()
     cell = (pixels / 12).round().long()
     number = (cell[:, 0] * 32 + cell[:, 1]) * 32 + cell[:, 2]
@@ -55,11 +56,12 @@ class PaletteEncoder(nn.Module):
     """See the module. `fit` takes colours and statistics from training pictures; they are saved with the weights.
 
     width: of a token. colours: looked for in each view. slots, summary: numbers of tokens. hidden: width of the MLP.
-    views: of the embodiment; a policy says how many (`look_at`). noise: added to measures in training, in standard
-    deviations. dropout: of the MLP's hidden entries.
+    views: the most that a robot has; a policy says how many (`look_at`). noise: added to measures in training, in
+    standard deviations. dropout: of the MLP's hidden entries.
     """
 
     tune = False  # the front, see `dreamgen.policies.features`
+    by_view = ("name", "std")  # weights that have rows of each view, see `dreamgen.policies.start`
 
     def __init__(self, *, width: int = 128, colours: int = 32, slots: int = 16, summary: int = 2, hidden: int = 192,
                  views: int = 1, noise: float = 0.02, dropout: float = 0.1, text_width: int = 64, buckets: int = 512,
@@ -99,15 +101,21 @@ class PaletteEncoder(nn.Module):
         return self.text.words(instructions)
 
     @torch.no_grad()
-    def fit(self, pictures: UInt8[Tensor, "n v h w 3"]) -> None:
-        """Choose the colours and take the features' statistics. Raises ValueError for another number of views."""
-        if pictures.shape[1] * len(self.palette) != len(self.std):
-            raise ValueError(f"pictures have {pictures.shape[1]} views; this encoder was made for "
-                             f"{self.config['views']}: give it views={pictures.shape[1]}")  # fmt: skip
-        self.palette.copy_(choose_colours(pictures.cpu(), len(self.palette)))
+    def fit(self, *pictures: UInt8[Tensor, "_ _ _ _ 3"]) -> None:
+        """Choose the colours and take the features' statistics, of pictures (n v h w 3) with different numbers of views
+        where several are given. Raises ValueError where the most are another number than this encoder's."""
+        most = max(some.shape[1] for some in pictures)
+        if most * len(self.palette) != len(self.std):
+            raise ValueError(f"pictures have {most} views; this encoder was made for {self.config['views']}: give it "
+                             f"views={most}")  # fmt: skip
+        self.palette.copy_(choose_colours(*(some.cpu() for some in pictures), count=len(self.palette)))
         self._table = None
-        found = torch.cat([self.measure(part) for part in pictures.split(64)])
-        self.std.copy_(found.std(0) + 0.02)
+        found = [torch.cat([self.measure(part) for part in some.split(64)]) for some in pictures]
+        start = 0
+        for stop in sorted({some.shape[1] for some in found}):  # of each view by the robots that have it
+            have = torch.cat([some[:, start:stop] for some in found if some.shape[1] >= stop])
+            self.std[start:stop] = have.std(0) + 0.02
+            start = stop
 
     def _lookup(self) -> Float[Tensor, "cells k"]:
         """How much each cell of colour space belongs to each colour; rows sum to 1 near a colour, to 0 far off."""
@@ -121,7 +129,7 @@ class PaletteEncoder(nn.Module):
 
     @torch.no_grad()
     def measure(self, pictures: UInt8[Tensor, "b v h w 3"]) -> Float[Tensor, "b k 5"]:
-        """Centre and extent (rows, columns, in half pictures) and log share of each colour in each view."""
+        """Centre and extent (rows, columns, in half pictures) and log share of each colour in each view given."""
         b, v, h, w, _ = pictures.shape
         with torch.autocast(pictures.device.type, enabled=False):
             x = pictures.flatten(0, 1).flatten(1, 2) >> 3
@@ -166,7 +174,8 @@ class PaletteEncoder(nn.Module):
         """Measures of the colours that the instruction asks for, mixed into slots."""
         asked = self.asked(text).unflatten(1, (self.slots, NAME)) + self.usual
         share = (found[..., 4].expm1() + 1e-3).log()[:, None]
-        chosen = (asked @ self.name.T / NAME**0.5 * 2 + self.size * share).softmax(-1)
+        count = found.shape[1]  # of the views that a robot has
+        chosen = (asked @ self.name[:count].T / NAME**0.5 * 2 + self.size * share).softmax(-1)
         if self.training and self.noise:
-            found = found + self.noise * self.std * torch.randn_like(found)
+            found = found + self.noise * self.std[:count] * torch.randn_like(found)
         return chosen.to(found.dtype) @ found

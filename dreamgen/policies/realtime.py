@@ -100,6 +100,8 @@ def proceed(
     device = policy.position.device
     previous = policy.space.chunk(torch.from_numpy(before).to(device), seen.states[:, : policy.robot.state_dim])
     previous = F.pad(previous, (0, policy.spaces.action_dim - shape[2]))
+    entries = policy.spaces.entries(seen.body, device)
+    entries = 1 if entries is None else entries
     frozen = torch.from_numpy(weight == 1)[..., None].to(device)
     pull = torch.from_numpy(weight)[..., None].to(device)
 
@@ -108,7 +110,7 @@ def proceed(
 
     def step(x_t: Tensor, t: Tensor) -> Tensor:
         if mode == "guided":
-            return guided(velocity, x_t, t, previous, pull, beta)
+            return guided(velocity, x_t, t, previous, pull, beta) * entries  # nothing is pulled into the padding
         clean = torch.where(frozen, previous, x_t)
         return policy.velocity(clean, t, seen.state, seen.plan, seen.context, seen.body, clean=frozen[..., 0])[0]
 

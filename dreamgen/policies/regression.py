@@ -39,8 +39,8 @@ class Regression(nn.Module):
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean of w |readout(plan) - x|^2 over the steps that exist; batch: see `FlowPolicy`."""
         policy, body, batch = self.policy, batch["body"], self.policy.whole(batch)
-        tokens, state, x, valid = policy.given(batch)
-        entries = policy.spaces.entries(body, len(policy.bodies))
+        tokens, _, state, x, valid = policy.given(batch)
+        entries = policy.spaces.entries(body, x.device)
         plan = policy.plan(tokens, state)
         error = (self.readout(plan, body).float() - x).square()
         loss = mean_error(error, batch["weight"] * valid, entries, batch["row_weight"])

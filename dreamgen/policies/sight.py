@@ -1,10 +1,11 @@
 """What a policy takes of an observation, and what it says of one that does not fit."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dreamgen.core.clip import Observation
@@ -21,7 +22,7 @@ class Seen:
     state: Tensor
     plan: Tensor
     states: Tensor
-    body: Tensor
+    body: int
 
 
 def look(encoder: nn.Module, pictures: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,14 +30,30 @@ def look(encoder: nn.Module, pictures: Tensor, words: Tensor) -> tuple[Tensor, T
     return encoder(pictures, words) if pictures.dtype == torch.uint8 else encoder.project(pictures, words)
 
 
-def require_same_views(body: str, other: Embodiment, robot: Embodiment) -> None:
-    """ValueError where a body of a policy has other cameras than its robot; an orientation that an older contract does
-    not tell is not compared."""
-    told = all(x.orientation and y.orientation for x, y in zip(other.views, robot.views, strict=False))
-    seen = [[v if told else replace(v, orientation="") for v in each.views] for each in (other, robot)]
-    if seen[0] != seen[1]:
-        raise ValueError(f"the body '{body}' is seen by {other.views}, the robot by {robot.views}; bodies of a policy "
-                         f"share their cameras")  # fmt: skip
+def by_count(pictures: Tensor, seen: Int64[Tensor, " b"]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows (b,) bool that have equally many pictures, or features, and these without padding; seen: how many."""
+    for count in seen.unique().tolist():
+        yield seen == count, pictures[seen == count, :count]
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, "b n c"], Bool[Tensor, "b n"]]:
+    """The rows of a batch from those of its parts, padded with zeros to the longest, and what of it is there."""
+    rows, first = parts[0]
+    tokens = first.new_zeros(len(rows), max(part.shape[1] for _, part in parts), first.shape[2])
+    there = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    for rows, part in parts:
+        tokens[rows, : part.shape[1]], there[rows, : part.shape[1]] = part, True
+    return tokens, there
+
+
+def tokens_of(
+    encoder: nn.Module, pictures: Tensor, words: Tensor, seen: Int64[Tensor, " b"] | None = None
+) -> tuple[Float[Tensor, "b n c"], Bool[Tensor, "b n"] | None]:
+    """Visual tokens, then language tokens, and which of them are there: all (None), or where rows have pictures of
+    `seen` views, the rest being padding, those that an encoder gives of so many."""
+    if seen is None:
+        return torch.cat(look(encoder, pictures, words), 1), None
+    return joined([(rows, torch.cat(look(encoder, some, words[rows]), 1)) for rows, some in by_count(pictures, seen)])
 
 
 def _views(robot: Embodiment, observation: Observation) -> np.ndarray:

@@ -15,14 +15,13 @@ T where the part's frame is "tool". A chunk tells them without wraps and changes
 nearest to the offset of its first step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int64
+from jaxtyping import Bool, Float, Float32
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
@@ -162,67 +161,6 @@ class Space:
     def command(self, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
         """Inside the limits; binary entries become the nearer of their two values."""
         return command(self.robot, action)
-
-
-class Spaces:
-    """The spaces of a policy's bodies: `own` of its robot, `others` by body number. Rows of other bodies are padded to
-    the widest."""
-
-    def __init__(self, own: Space, others: dict[int, Space]) -> None:
-        self.own, self.others = own, others
-        robots = [own.robot, *(space.robot for space in others.values())]
-        self.action_dim, self.state_dim = max(r.action_dim for r in robots), max(r.state_dim for r in robots)
-
-    def of(self, body: int) -> Space:
-        """The space of a body."""
-        return self.others.get(body, self.own)
-
-    def widen(self, state: Float[Tensor, "b d"], action: Float[Tensor, "b h a"]) -> tuple[Tensor, Tensor]:
-        """Both padded to the widest body."""
-        if not self.others:
-            return state, action
-        return (F.pad(state, (0, self.state_dim - state.shape[1])),
-                F.pad(action, (0, self.action_dim - action.shape[2])))  # fmt: skip
-
-    def _each(self, body: Tensor) -> Iterator[tuple[Space, Tensor]]:
-        yield from ((self.of(k), body == k) for k in body.unique().tolist())
-
-    def chunk(self, action: Float[Tensor, "b h a"], state: Float[Tensor, "b d"], body: Int64[Tensor, " b"]) -> Tensor:
-        """Actions in units to what the transformer works on, row by row in the space of its body."""
-        if not self.others:
-            return self.own.chunk(action, state)
-        x = torch.zeros_like(action)
-        for space, rows in self._each(body):
-            a, d = space.robot.action_dim, space.robot.state_dim
-            x[rows, :, :a] = space.chunk(action[rows, :, :a], state[rows, :d])
-        return x
-
-    def tellable(self, known: Bool[Tensor, "b d"], body: Int64[Tensor, " b"]) -> Bool[Tensor, " b"]:
-        """Which chunks can be told, row by row in the space of its body; see `Space.tellable`."""
-        if not self.others:
-            return self.own.tellable(known)
-        found = torch.ones_like(body, dtype=torch.bool)
-        for space, rows in self._each(body):
-            found[rows] = space.tellable(known[rows])
-        return found
-
-    def states(self, state: Float[Tensor, "b d"], body: Int64[Tensor, " b"]) -> Float[Tensor, "b d"]:
-        """States in units to numbers of unit size."""
-        if not self.others:
-            return self.own.state.normalise(state)
-        x = torch.zeros_like(state)
-        for space, rows in self._each(body):
-            d = space.robot.state_dim
-            x[rows, :d] = space.state.normalise(state[rows, :d])
-        return x
-
-    def entries(self, body: Int64[Tensor, " b"], bodies: int) -> Float[Tensor, "b 1 a"] | None:
-        """1 where an action of each row's body has an entry, 0 where it is padded; None where all are full."""
-        widths = [self.of(k).robot.action_dim for k in range(bodies)]
-        if min(widths) == self.action_dim:
-            return None
-        each = torch.tensor(widths, device=body.device)[body, None]
-        return (torch.arange(self.action_dim, device=body.device) < each).float()[:, None]
 
 
 def command(robot: Embodiment, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.shares import parts_of
-from dreamgen.engine.state import begin_with
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import worthwhile
-from dreamgen.policies.feed import Feed, several
+from dreamgen.policies.feed import Feed, Some, sources
 from dreamgen.policies.regression import Regression
+from dreamgen.policies.start import begin
 from dreamgen.stages.midway import Midway
 
 log = logging.getLogger(__name__)
@@ -31,11 +31,12 @@ log = logging.getLogger(__name__)
 
 def train_policy(
     policy: Callable[[], nn.Module] | nn.Module,
-    real: Dataset | Sequence[Dataset] | None,
+    real: Some,
     dreams: Sequence[Dataset] = (),
     *,
     out: Path,
     start: Path | None = None,
+    start_bodies: Mapping[str, str | None] | None = None,
     steps: int = 1000,
     regression_steps: int = 0,
     regression_lr: float = 5e-3,
@@ -58,6 +59,7 @@ def train_policy(
     latent: Sequence[Dataset] = (),
     latent_body: str = "latent",
     videos: Sequence[Dataset] = (),
+    others: Mapping[str, Any] | None = None,
     past_end: str = "mask",
     keep_idle: int | None = None,
     spread_scale: float | None = None,
@@ -80,33 +82,37 @@ def train_policy(
 
     policy: a policy, or a function that makes one; the function is called under the stage's seed, so that the first
     weights belong to the run. start: a policy, or the folder of a run of this stage that has not ended, with whose
-    weights and normalisers training begins. regression_steps: so many steps at `regression_lr` come first, in which
-    what leads to the plan of a chunk learns by regression (see `dreamgen.policies.regression`). encoder_rate: what the
-    rates are multiplied by for the model inside a pretrained encoder that is tuned. accumulate: see
-    `dreamgen.engine.train`.
+    weights and normalisers training begins; start_bodies: as which of its bodies those of the policy begin, null for
+    fresh weights, where names and robots do not say so already (see `dreamgen.policies.start`). regression_steps: so
+    many steps at `regression_lr` come first, in which what leads to the plan of a chunk learns by regression (see
+    `dreamgen.policies.regression`). encoder_rate: what the rates are multiplied by for the model inside a pretrained
+    encoder that is tuned. accumulate: see `dreamgen.engine.train`.
     dream_body: the embodiment that dreams train; "real" shares the robot's own.
     dream_state: "recorded" takes the dreams' (pseudo-)states, "masked" hides them, "zero" puts zeros. dream_labels:
     "shuffled" is the control of dreams with the actions of others. latent: datasets of another embodiment, such as
     latent actions, that the policy's body `latent_body` learns from; they count as dreams. videos: datasets of the
-    robot opened without actions, which train by FLARE's alignment alone; they count as dreams. past_end: what follows
-    the end of an episode; keep_idle: idle observations taken of each episode (null: all); see `Chunks`. spread_scale:
-    trust in labels falls with their spread; null trusts all alike.
-    validation: held-out episodes; their loss is logged every `validate_every` steps. cache_features: pictures pass a
-    frozen encoder once, not at every step, where training takes as many observations as there are. sim,
-    evaluate_every: closed-loop success in a process beside training, a multiple of `validate_every` where both are set
-    (results: midway).
+    robot opened without actions, which train by FLARE's alignment alone; they count as dreams. others: data of other
+    bodies of the policy, such as those of other robots: {body: {real: ..., dreams: ..., videos: ...}}, each a dataset
+    or several, which count as what they are. past_end: what follows the end of an episode; keep_idle: idle
+    observations taken of each episode (null: all); see `Chunks`. spread_scale: trust in labels falls with their spread;
+    null trusts all alike.
+    validation: held-out episodes of the robot that the policy acts for; their loss is logged every `validate_every`
+    steps. cache_features: pictures pass a frozen encoder once, not at every step, where training takes as many
+    observations as there are. sim, evaluate_every: closed-loop success in a process beside training, a multiple of
+    `validate_every` where both are set (results: midway).
 
-    Normalisers are fitted to the real data, to the dreams where there are none. The manifest counts, for each dataset,
-    episodes shorter than the horizon, idle observations, and those without a state that they need, all left out.
+    Normalisers of each robot are fitted to its real data, to its dreams where there are none. The manifest counts, for
+    each dataset, episodes shorter than the horizon, idle observations, and those without a state that they need, all
+    left out.
     Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than all episodes, no data, none
-    for the body that the policy acts for, a `start` of another policy, features that do not fit on the disk, several
-    processes, and a loss or gradient that is not finite (names the episodes; the last good state stays). An evaluation
-    on the way that fails costs itself: `midway` then tells its error.
+    for the body that the policy acts for, a `start` of another policy or without a body that is to begin, features
+    that do not fit on the disk, several processes, and a loss or gradient that is not finite (names the episodes; the
+    last good state stays). An evaluation on the way that fails costs itself: `midway` then tells its error.
     """
     require_alone("train_policy")
-    given = {"real": several(real), "dream": dreams, "latent": latent, "video": videos}
-    numbered = [(kind, dataset) for kind, group in given.items() for dataset in group]
-    parents = {f"{kind}_{i}": dataset.root for i, (kind, dataset) in enumerate(numbered)}
+    named: dict[str, Any] = dict(dream_body=dream_body, latent_body=latent_body)
+    every = sources(real, dreams, latent, videos, others, **named)
+    parents = {f"{source.kind}_{i}": source.dataset.root for i, source in enumerate(every)}
     parents |= {} if validation is None else {"validation": validation.root}
     parents |= {} if start is None else {"start": start}
     with Stage(out, "train_policy", config=record, parents=parents, seed=seed) as run:
@@ -117,16 +123,19 @@ def train_policy(
         if evaluate_every and (sim is None or evaluate_every % interval):
             raise ValueError(f"evaluate_every is {evaluate_every}; expected a multiple of validate_every "
                              f"({validate_every}) and a simulator: sim=...")  # fmt: skip
-        for kind, dataset in [*numbered, *([] if validation is None else [("validation", validation)])]:
-            if kind != "video":
-                dataset.require_actions(f"stage.{'dreams' if kind == 'dream' else kind}")
+        for source in every:
+            if source.kind != "video":
+                source.dataset.require_actions(f"stage.{source.key}")
+        if validation is not None:
+            validation.require_actions("stage.validation")
         torch.manual_seed(seed_for(seed, "init"))
         model = policy if isinstance(policy, nn.Module) else policy()
-        if start is not None:
-            begin_with(model, start)
+        if start is None and start_bodies:
+            raise ValueError(f"stage.start_bodies is {dict(start_bodies)}, and there is no stage.start to begin with")
+        fit = None if start is None else begin(model, start, start_bodies)
         common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb)
-        feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, batch_size=batch_size, ratio=ratio,
-                    dream_body=dream_body, latent_body=latent_body, spread_scale=spread_scale, fit=start is None,
+        feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, others=others, **named,
+                    batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fit=fit,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
         features, draws = run.out / "features", (regression_steps + steps) * batch_size
         if cache_features and worthwhile(model, feed.chunks, features, draws=draws):

@@ -33,7 +33,7 @@ def fitted(**options) -> tuple[PaletteEncoder, torch.Tensor]:  # noqa: ANN003
 
 
 def test_rare_colours_are_chosen():
-    found = choose_colours(scene([3, 11, 20], [30, 7, 12]), 3)
+    found = choose_colours(scene([3, 11, 20], [30, 7, 12]), count=3)
     for colour in (GREY, RED, BLUE):
         assert (found - torch.tensor(colour)).abs().amax(1).min() < 1
 

@@ -141,16 +141,17 @@ def test_bodies_of_other_widths_share_one_policy(tmp_path):
 
 
 def test_bodies_say_what_does_not_fit(tmp_path):
-    views = dataclasses.replace(LATENT, views=LATENT.views[:1], grid=())
-    with pytest.raises(ValueError, match="'latent' is seen by"):
-        policy(bodies=["real", "latent"], robots={"latent": views})
+    large = dataclasses.replace(LATENT, views=tuple(dataclasses.replace(v, height=48) for v in LATENT.views))
+    with pytest.raises(ValueError, match="'latent' is seen at 48x16 pixels, .* views of 'toy_latent' to 24 and 16"):
+        policy(bodies=["real", "latent"], robots={"latent": large})
+    for robots in ({"latent": "other"}, {"latent": "more", "more": "latent"}):
+        with pytest.raises(ValueError, match="the body 'latent' is of the robot of '(other|more)', and has no embodim"):
+            policy(bodies=["real", "latent", "more"], robots=robots)
     with pytest.raises(ValueError, match="no embodiment 'other'"):
         policy(robots={"other": LATENT})
     several().save(tmp_path)
     with pytest.raises(ValueError, match="no embodiment 'dream'; it has"):
         FlowPolicy.load(tmp_path, speaks="dream")
-    with pytest.raises(ValueError, match="another embodiment than 'toy'"):
-        FlowPolicy.load(tmp_path, speaks="latent")
     assert FlowPolicy.load(tmp_path, speaks="real").speaks == 0
 
 

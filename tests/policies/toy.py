@@ -65,3 +65,54 @@ def observations(n: int = B) -> list[Observation]:
 def loss(model: FlowPolicy, data: dict, seed: int = 5) -> torch.Tensor:
     torch.manual_seed(seed)
     return model.loss(data)[0]
+
+
+CRANE_D, CRANE_A = 5, 4
+
+
+def crane(views: int = 1) -> Embodiment:
+    """Another robot: wider state, narrower actions, another rate, cameras of other names and in another number."""
+    made = tuple(View(name=f"mast_{k}", key=f"observation.images.mast_{k}", height=H, width=W) for k in range(views))
+    state = (Part(name="joints", start=0, stop=CRANE_D, unit="rad"),)
+    action = (Part(name="hook", start=0, stop=1, kind="binary", limits=(0.0, 1.0)),
+              Part(name="joints", start=1, stop=CRANE_A, unit="rad"))  # fmt: skip
+    return Embodiment(name="crane", robot_hz="50/3", views=made, state=state, action=action)
+
+
+BODIES = ["real", "dream", "crane", "crane_dream"]
+
+
+def both(views: int = 1, **changes) -> FlowPolicy:
+    """A policy of the toy robot and of a crane with so many views, both with dreams; statistics of each its own."""
+    made = policy(**{"bodies": BODIES, "robots": {"crane": crane(views), "crane_dream": "crane"}, **changes})
+    rng = np.random.default_rng(4)
+    state, action = rng.normal(-40, 7, (50, CRANE_D)), rng.normal(5, 2, (50, made.horizon, CRANE_A))
+    made.fit(state.astype(np.float32), action.astype(np.float32), body=2)
+    return made
+
+
+def crane_rows(n: int, views: int = 1, **fields) -> dict[str, np.ndarray | list[str]]:
+    """Rows of a batch of the crane's, as `Chunks` gives them."""
+    rng = np.random.default_rng(11)
+    pictures = rng.integers(0, 256, (2, n, views, H, W, 3), dtype=np.uint8)
+    known = np.ones((n, CRANE_D), bool)
+    valid = np.ones((n, STEPS), bool)
+    valid[0, 3:] = False
+    return {"pictures": pictures[0], "instruction": [f"lift {k}" for k in range(n)], "entries_known": known,
+            "state": rng.normal(-40, 7, (n, CRANE_D)).astype(np.float32), "state_known": known.all(1),
+            "body": np.full(n, 2, np.int64), "action": rng.normal(5, 2, (n, STEPS, CRANE_A)).astype(np.float32),
+            "valid": valid, "weight": np.ones((n, STEPS), np.float32), "future": pictures[1],
+            "future_known": np.arange(n) != 1, **fields}  # fmt: skip
+
+
+def toy_rows(n: int) -> dict[str, np.ndarray | list[str]]:
+    """Rows of a batch of the toy robot's, real and dreamt."""
+    found = {key: value[:n].numpy() for key, value in batch().items() if key != "words"}
+    return {**found, "instruction": [f"open {k}" for k in range(n)]}
+
+
+def crane_observations(n: int, views: int = 1) -> list[Observation]:
+    rng = np.random.default_rng(8)
+    return [Observation(views={f"mast_{k}": rng.integers(0, 256, (H, W, 3), dtype=np.uint8) for k in range(views)},
+                        state=rng.normal(-40, 7, CRANE_D).astype(np.float32), instruction=f"lift block {i}")
+            for i in range(n)]  # fmt: skip

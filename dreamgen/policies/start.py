@@ -1,0 +1,119 @@
+"""Where the weights of a policy begin that goes on from another.
+
+What all bodies share, the encoder and the transformer, is taken as it is; where an encoder has weights of each view and
+looks at more of them than before, the others begin as the first. The way in and out of a body is taken of the
+body of the same name, where both belong to the same robot, or of the one that is named; or it begins afresh, beside
+statistics of the new robot's data. So a policy of several robots becomes one of a single, or learns another one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dreamgen.engine.state import begin_with, take_over, weights_of
+from dreamgen.policies import checkpoint
+from dreamgen.policies.spaces import owner
+
+WAYS = ("encode_state.", "encode_action.", "decode_action.")  # weights of which each body has its own
+# the axis of a body's weights along which narrower robots are padded: nothing is read of what lies there
+PADDED = {"encode_state.layer1.weight": 0, "encode_action.layer1.weight": 0, "decode_action.layer2.weight": 1,
+          "decode_action.layer2.bias": 1}  # fmt: skip
+
+
+def begin(model: Any, out: Path, bodies: Mapping[str, str | None] | None = None) -> list[int]:
+    """Give `model` the weights of the policy in `out`, or of its training that has not ended. bodies: for bodies of the
+    model, the one of that policy as which they begin, None to begin afresh; for others it is the one of their name.
+
+    Returns bodies, one of each robot, whose statistics are not there and are to be fitted. Raises ValueError for a body
+    of which is not clear how to begin, one that begins as one of other widths, and where the rest is another model's.
+    """
+    out, asked = Path(out), dict(bodies or {})
+    if not (out / "config.json").is_file():
+        if asked:
+            raise ValueError(f"stage.start_bodies is {asked}, and {out} is a training that has not ended, which does "
+                             f"not say which bodies it has; leave it out to begin with all as they are")  # fmt: skip
+        begin_with(model, out)
+        return []
+    config, contracts = checkpoint.read(out)
+    for name in asked:
+        model.body(name)
+    sources = [_source(model, out, name, config["bodies"], contracts, asked) for name in model.bodies]
+    numbers = [None if source is None else config["bodies"].index(source) for source in sources]
+    weights = weights_of(out)
+    for name, live in model.named_parameters():
+        if name.startswith(WAYS) and name in weights:
+            weights[name] = _ways(name, live.detach().cpu().clone(), weights[name], numbers)
+    for each in getattr(model.encoder, "by_view", ()):
+        rows = len(getattr(model.encoder, each))
+        for saved in {"encoder." + each, "flare.target." + each} & weights.keys():
+            weights[saved] = weights[saved].repeat(-(-rows // len(weights[saved])), 1)[:rows]
+    weights, fresh = _statistics(model, weights, sources, config["robots"])
+    take_over(model, weights, out)
+    return fresh
+
+
+def _source(model: Any, out: Path, name: str, there: list[str], contracts: Mapping[Any, dict],
+            asked: Mapping[str, str | None]) -> str | None:  # fmt: skip
+    """The body as which the body `name` of `model` begins."""
+    robot = model.spaces.of(model.body(name)).robot
+    if name in asked and asked[name] is None:
+        return None
+    source = asked.get(name, name)
+    if source in there:
+        other = contracts[source]
+        if name not in asked and not robot.mismatches(other):
+            return name
+        sizes = [robot.state_dim, robot.action_dim], [max((p["stop"] for p in other[key]), default=0)
+                                                      for key in ("state", "action")]  # fmt: skip
+        if name in asked and sizes[0] == sizes[1]:
+            return source
+        if name in asked:
+            raise ValueError(f"the body '{name}' cannot begin as '{source}' of {out}: its states and actions have "
+                             f"{sizes[0]} entries, those of '{source}' {sizes[1]}; stage.start_bodies={{{name}: null}} "
+                             f"begins afresh")  # fmt: skip
+    told = ", ".join(f"{body} of '{contracts[body]['name']}'" for body in there)
+    raise ValueError(f"{out} has no body '{source}' of the robot '{robot.name}' with which the body '{name}' could "
+                     f"begin; it has {told}. Name one of them, or null for fresh weights: "
+                     f"stage.start_bodies={{{name}: ...}}")  # fmt: skip
+
+
+def _ways(name: str, live: Tensor, saved: Tensor, numbers: list[int | None]) -> Tensor:
+    """The weights `name` of all bodies, by the number of the saved body as which each begins; as they were saved where
+    they are of another model, which `begin_with` will say."""
+    keep = [k for k in range(live.ndim - 1) if k != PADDED.get(name)]
+    if [live.shape[1 + k] for k in keep] != [saved.shape[1 + k] for k in keep]:
+        return saved
+    for own, number in zip(live, numbers, strict=True):
+        if number is not None:
+            corner = tuple(slice(min(sizes)) for sizes in zip(own.shape, saved[number].shape, strict=True))
+            own[corner] = saved[number][corner]
+    return live
+
+
+def _place(of: str | None) -> dict[str, str]:
+    """Where the statistics of a robot lie: of the policy's own (None) and of that of a body."""
+    return {kind: f"normalise_{kind}." if of is None else f"other_normalisers.{of}.{kind}."
+            for kind in ("state", "action")}  # fmt: skip
+
+
+def _statistics(model: Any, weights: dict[str, Tensor], sources: list[str | None],
+                robots: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[int]]:  # fmt: skip
+    """The weights with each robot's statistics at its place, those of the first of its bodies that does not begin
+    afresh; and one body of each robot that has none."""
+    kept = {name: value for name, value in weights.items() if not name.startswith(("normalise_", "other_normalisers."))}
+    owners = [owner(name, model.config["robots"]) for name in model.bodies]
+    fresh = []
+    for of in dict.fromkeys(owners):
+        mine = [k for k, other in enumerate(owners) if other == of]
+        source = next((sources[k] for k in mine if sources[k] is not None), None)
+        if source is None:
+            fresh.append(mine[0])
+            continue
+        for kind, there in _place(owner(source, robots)).items():
+            here = _place(of)[kind]
+            kept |= {
+                here + name.removeprefix(there): value for name, value in weights.items() if name.startswith(there)
+            }
+    return kept, fresh
