@@ -97,7 +97,7 @@ def test_a_table_of_very_many_row_groups_is_read_once(stored, robot, monkeypatch
     assert pq.read_metadata(path).num_row_groups == 27
     footers, read, opened = [], pq.read_metadata, pq.ParquetFile
     monkeypatch.setattr(pq, "read_metadata", lambda of: footers.append(of) or read(of))
-    monkeypatch.setattr(pq, "ParquetFile", lambda of, metadata: opened(of, metadata=metadata))
+    monkeypatch.setattr(pq, "ParquetFile", lambda of, metadata=None: opened(of, metadata=metadata))
     data = Dataset(root, robot, cache_mb=0)
     for i in range(3):
         assert np.array_equal(data.frames(i, FRONT, np.arange(len(front[i]))[::-1]), front[i][::-1])
