@@ -39,8 +39,9 @@ class StoredStatistics:
 
     def _forward(self, index: int) -> bool:
         """Read on until a block holds an episode; False where none of those left does."""
-        for self._block in self._rest:
-            if index in self._block:
+        for block in self._rest:
+            self._block = block
+            if index in block:
                 return True
         return False
 
