@@ -99,8 +99,8 @@ class Embeddings:
     makes of a text before it reads it; texts that are one by it share a file.
     """
 
-    def __init__(self, root: Path, key: object, texts: Sequence[str],
-                 read: Callable[[Sequence[str]], Iterator[Tensor]], name: Callable[[str], str] = str) -> None:  # fmt: skip
+    def __init__(self, root: Path, key: object, texts: Sequence[str], read: Callable[[Sequence[str]], Iterator[Tensor]],
+                 name: Callable[[str], str] = str) -> None:  # fmt: skip
         self.files = [Path(root) / digest(key) / f"{digest(name(text))}.safetensors" for text in texts]
         missing = {file: text for file, text in zip(self.files, texts, strict=True) if not file.is_file()}
         for file, rows in zip(missing, read(list(missing.values())) if missing else (), strict=True):

@@ -124,7 +124,7 @@ def train_policy(
         model = policy if isinstance(policy, nn.Module) else policy()
         if start is not None:
             begin_with(model, start)
-        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb)
+        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb, folder=run.out)
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, batch_size=batch_size, ratio=ratio,
                     dream_body=dream_body, latent_body=latent_body, spread_scale=spread_scale, fit=start is None,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip

@@ -213,7 +213,7 @@ class LatentActions(nn.Module):
         return [done[i] for i in range(len(clips))]
 
     def _foretold(self, video: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """left and change (b k) of `gaps`, for video (b k + 1 h w 3) uint8 and what passed the bottleneck (b k latent)."""
+        """left and change (b k) of `gaps`, for video (b k+1 h w 3) uint8 and what passed, z (b k latent)."""
         size, found = frames_at_once(video), []
         for begin in range(0, z.shape[1], size):
             part, told = pictures(video[:, begin : begin + size + 1]), z[:, begin : begin + size]
@@ -221,7 +221,8 @@ class LatentActions(nn.Module):
                 change = self.decode(part[:, :-1].flatten(0, 1), told.flatten(0, 1)).float()
             true = self.changes(part)
             found.append([x.square().mean((1, 2, 3)).unflatten(0, told.shape[:2]) for x in (change - true, true)])
-        return {key: torch.cat(parts, 1) for key, parts in zip(("left", "change"), zip(*found), strict=True)}
+        left, change = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return {"left": left, "change": change}
 
     def check(self, clip: Clip) -> None:
         """Raise ValueError if the clip's rate, length or size is not what the labeler was trained for."""
