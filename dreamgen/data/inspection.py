@@ -16,7 +16,7 @@ from dreamgen.data import statistics
 from dreamgen.data.file_checks import Tables, check_videos
 from dreamgen.data.findings import LEVELS, Finding, Findings
 from dreamgen.data.fit import misfits
-from dreamgen.data.layout import CONTRACT, PROVENANCE, Layout, cameras, read_jsonl, read_layout
+from dreamgen.data.layout import CONTRACT, PROVENANCE, Layout, cameras, is_depth, read_jsonl, read_layout
 from dreamgen.data.layout import pictures as stored_pictures
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.number_checks import check_statistics
@@ -173,6 +173,8 @@ def _picture_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[s
     true: dict[str, dict] = {}
     kept: tuple[Path | None, Any] = (None, None)
     for key in sorted({view.key for view in robot.views} & set(cameras(layout.info))):
+        if is_depth(layout.info["features"][key]):
+            continue
         counts, frames, whole = np.zeros((3, 256), np.int64), 0, True
         for entry in layout.entries:
             path, first, length = entry.videos.get(key, (None, 0, 0))

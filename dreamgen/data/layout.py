@@ -104,6 +104,12 @@ def cameras(info: dict) -> list[str]:
     return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
 
 
+def is_depth(feature: dict) -> bool:
+    """Whether a camera's pictures are depths: packets that no reader of colours understands."""
+    said = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    return bool(said.get("video.is_depth_map") or said.get("is_depth_map"))
+
+
 def pictures(info: dict) -> list[str]:
     """Keys of all cameras whose pictures lie in the tables, one a row."""
     return [key for key, feature in info["features"].items() if feature.get("dtype") == "image"]
