@@ -33,7 +33,7 @@ from dreamgen.core.clock import Clock  # noqa: E402
 from dreamgen.core.embodiment import Embodiment, Part, View  # noqa: E402
 from dreamgen.core.seeding import rng_for, torch_rng_for  # noqa: E402
 from dreamgen.engine.precision import best_device  # noqa: E402
-from idm.clips import stacked  # noqa: E402
+from idm.clips import pictures, stacked  # noqa: E402
 from idm.merge import Windows, merge  # noqa: E402
 from idm.model import FlowIDM  # noqa: E402
 from idm.vision import with_motion  # noqa: E402
@@ -51,7 +51,7 @@ def published(model: FlowIDM, clips: list[Clip]) -> list[Labels]:
         k, h = windows.mask.shape
         x = torch.randn((k, model.samples, h, model.robot.action_dim),
                         generator=torch_rng_for(model.seed, "label", clip.id)).to(device)  # fmt: skip
-        frames = with_motion(stacked([clip], device))[0]
+        frames = with_motion(pictures(stacked([clip], device)))[0]
         seen = torch.stack([frames[i : i + model.frames] for i in range(k)])  # the frames of every window anew
         tokens = model.vision(seen.flatten(0, 1)).unflatten(0, (k, model.frames)).float()
         spacing, mask = float(clock.stride), torch.from_numpy(windows.mask).to(device)

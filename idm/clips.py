@@ -67,11 +67,19 @@ def alike(kinds: Iterable[Hashable], size: int) -> Iterator[list[int]]:
         yield from (members[begin : begin + size] for begin in range(0, len(members), size))
 
 
+PIXELS = 1 << 23  # that are encoded at once; what a long or large clip takes beyond its bytes is bounded
+
+
 def pictures(video: Tensor) -> Tensor:
-    """(b f h w 3) uint8 -> (b f 3 h w) in [-1, 1]."""
-    return video.float().div(127.5).sub(1).permute(0, 1, 4, 2, 3)
+    """(b f h w 3) uint8 -> (b f 3 h w) in [-1, 1]; what is so already stays."""
+    return video if video.is_floating_point() else video.float().div(127.5).sub(1).permute(0, 1, 4, 2, 3)
+
+
+def frames_at_once(video: Tensor) -> int:
+    """How many frames of each clip (b f ...) are encoded at once; at least 1."""
+    return max(1, PIXELS // (video[:, 0].numel() // 3))
 
 
 def stacked(clips: Sequence[Clip], device: torch.device) -> Tensor:
-    """Clips of one shape -> (b f 3 h w) in [-1, 1]."""
-    return pictures(torch.stack([torch.from_numpy(clip.video) for clip in clips]).to(device))
+    """Clips of one shape -> (b f h w 3) uint8; `pictures` makes floats of a part of their frames at a time."""
+    return torch.stack([torch.from_numpy(clip.video) for clip in clips]).to(device)

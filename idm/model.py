@@ -20,15 +20,13 @@ from dreamgen.core.seeding import torch_rng_for
 from dreamgen.engine.precision import autocast, best_device
 from idm.augment import Augment
 from idm.batches import Recorded
-from idm.clips import alike, clock_of, kind, pictures, require_readable, spacings_of, stacked
+from idm.clips import alike, clock_of, frames_at_once, kind, pictures, require_readable, spacings_of, stacked
 from idm.flow import Denoiser
 from idm.heads import Heads, between_frames
 from idm.merge import RULES, Windows, horizon, merge
 from idm.robots import Robots, Seen
 from idm.tower import PretrainedVision
 from idm.vision import ConvVision, with_motion
-
-PIXELS = 1 << 23  # that are encoded at once; what a long or large clip takes beyond the clip itself is bounded
 
 
 class FlowIDM(Robots):
@@ -116,12 +114,12 @@ class FlowIDM(Robots):
         return self.frames
 
     def encode(self, video: Tensor) -> Tensor:
-        """video (b c 3 h w) in [-1, 1] -> tokens (b c l width), each frame once."""
-        b, c, _, h, w = video.shape
-        size, found = max(1, PIXELS // (b * h * w)), []
-        for begin in range(0, c, size):
+        """video (b c h w 3) uint8, or (b c 3 h w) in [-1, 1] -> tokens (b c l width), each frame once."""
+        size, found = frames_at_once(video), []
+        for begin in range(0, video.shape[1], size):
             before = min(begin, 1)  # a neighbour on either side, for the differences
-            part = with_motion(video[:, begin - before : begin + size + 1])[:, before : before + size]
+            part = pictures(video[:, begin - before : begin + size + 1])
+            part = with_motion(part)[:, before : before + size]
             found.append(self.vision(part.flatten(0, 1)).unflatten(0, part.shape[:2]).float())
         return torch.cat(found, 1)
 
@@ -181,7 +179,7 @@ class FlowIDM(Robots):
 
     @torch.no_grad()
     def predict(self, video: Tensor, noise: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
-        """Chunks (b k m h a) of all windows of video (b c 3 h w) in [-1, 1] from noise (b k m h a), and the states
+        """Chunks (b k m h a) of all windows of video, as `encode` takes it, from noise (b k m h a), and the states
         (b c d) read from the frames; in the units of the robot."""
         windows = self._windows(spacing, video.shape[1])
         tokens = self.encode(video)

@@ -167,7 +167,7 @@ def record(stage: DictConfig) -> dict:
         return [clean(item) for item in node] if isinstance(node, list) else node
 
     def held(key: str, value: Any) -> Any:
-        if key not in PLACES or not isinstance(value, str):
+        if key not in PLACES or not isinstance(value, str) or not value:
             return value
         if key not in ("out", "folder") and Path(value).exists():  # a folder's stage says itself what it read of it
             return fingerprint(Path(value))
@@ -185,9 +185,9 @@ def parts(node: Any, where: str = "stage") -> Iterator[tuple[str, dict]]:
 
 
 def walk(node: Any) -> Iterator[tuple[str, str]]:
-    """Every (key, text) below a plain configuration node."""
+    """Every (key, text) below a plain configuration node, but for empty ones."""
     for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-        if isinstance(value, str):
+        if isinstance(value, str) and value:
             yield str(key), value
         yield from walk(value)
 

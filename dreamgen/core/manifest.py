@@ -148,8 +148,13 @@ def _remember(store: Path, known: dict[str, str]) -> None:
             write_json(store, known)
 
 
-def fingerprint(path: Path) -> str:
-    """Names a stage's input: its manifest's hash where it has one (cheap), else its bytes."""
+def fingerprint(path: Path | str) -> str:
+    """Names a stage's input: its manifest's hash where it has one (cheap), else its bytes.
+
+    Raises ValueError where there is none, and for an empty path: it would mean the folder that one works in.
+    """
+    if not str(path):
+        raise ValueError("the path of an input is empty; name a folder (the one that you work in is '.')")
     manifest = Path(path) / FILE
     if manifest.is_file():
         return read_json(manifest)["id"]
@@ -219,7 +224,7 @@ class Stage:
         spec = {
             "stage": self.name,
             "config": json.loads(json.dumps(self.config, default=str)),
-            "parents": {name: fingerprint(Path(path)) for name, path in self.parents.items()},
+            "parents": {name: fingerprint(path) for name, path in self.parents.items()},
             "seed": self.seed,
         }
         self.spec, self.id = spec, digest(spec)

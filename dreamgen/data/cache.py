@@ -95,12 +95,13 @@ class Embeddings:
     """Embeddings (l d) of `texts`, a file each under `root/<hash of key>`, which are read from there as they are taken.
 
     Those that are missing are made by `read`, which gives them one after another, and written at once: a few are in
-    memory, however many there are. key: plain JSON that names the encoder and its settings.
+    memory, however many there are. key: plain JSON that names the encoder and its settings. name: what the encoder
+    makes of a text before it reads it; texts that are one by it share a file.
     """
 
-    def __init__(self, root: Path, key: object, texts: Sequence[str],
-                 read: Callable[[Sequence[str]], Iterator[Tensor]]) -> None:  # fmt: skip
-        self.files = [Path(root) / digest(key) / f"{digest(text)}.safetensors" for text in texts]
+    def __init__(self, root: Path, key: object, texts: Sequence[str], read: Callable[[Sequence[str]], Iterator[Tensor]],
+                 name: Callable[[str], str] = str) -> None:  # fmt: skip
+        self.files = [Path(root) / digest(key) / f"{digest(name(text))}.safetensors" for text in texts]
         missing = {file: text for file, text in zip(self.files, texts, strict=True) if not file.is_file()}
         for file, rows in zip(missing, read(list(missing.values())) if missing else (), strict=True):
             with replacing(file) as temporary:

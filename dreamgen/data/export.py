@@ -2,9 +2,11 @@
 
 Videos are copied packet by packet; a part that does not begin with a key frame is encoded again, and pictures that lie
 in the tables become videos. Columns, provenance and annotations come along; what the reader mended is written as
-mended. Statistics are of the data.
+mended. Statistics are of the data; those of depth cameras, which only their writer can read, are the dataset's own.
 """
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,10 @@ from dreamgen.data import groot, statistics
 from dreamgen.data.columns import BOOKKEEPING, Column, is_even, read_column, robot_columns, stored_column
 from dreamgen.data.files_v2 import Files as FilesV2
 from dreamgen.data.files_v3 import Files as FilesV3
-from dreamgen.data.layout import CONTRACT, Entry, cameras, pictures
+from dreamgen.data.layout import CONTRACT, Entry, cameras, is_depth, pictures, read_layout
 from dreamgen.data.ledger import Item, Ledger
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.stored_statistics import V21, StoredStatistics
 from dreamgen.data.video_rate import at_video_rate, slowed
 from dreamgen.data.writer import in_order, start, store
 from dreamgen.video.mp4 import count_frames, encode
@@ -28,6 +31,7 @@ from dreamgen.video.remux import cut, decoded
 
 FORMATS = ("v3.0", "v2.1", "groot")
 RATES = ("robot", "video")
+log = logging.getLogger(__name__)
 
 
 def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str = "robot", horizon: int = 16,
@@ -96,7 +100,8 @@ class _Source:
         views = [view.key for view in data.robot.views]
         self.said = {key: _said(features[key]) for key in cameras(data.info)}
         self.cameras = [key for key in cameras(data.info) if key in views or all(_has(e, key) for e in entries)
-                        and (not self.said[key].get("video.is_depth_map") or self._copied(key))]  # fmt: skip
+                        and (not is_depth(features[key]) or self._copied(key))]  # fmt: skip
+        self.depths = self._stated([key for key in self.cameras if is_depth(features[key])])
         self.cameras += [key for key in pictures(data.info) if key in views or self._is_seen(key)]
         columns = robot_columns(data.robot)
         present, held = data.columns(0), data.episode(0).extra
@@ -165,8 +170,29 @@ class _Source:
             columns[name] = known[name] if name in known else _values(table, name, column)
         videos = {key: self._video(i, key, rows, taken) for key in self.cameras}
         counts = {key: sum(statistics.histogram(frame[None]) for frame in decoded(video))
-                  for key, video in videos.items()}  # fmt: skip
-        return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, meta=episode.meta)
+                  for key, video in videos.items() if key not in self.depths}  # fmt: skip
+        stated = {key: found[data.index(i)] for key, found in self.depths.items() if found}
+        return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, stated=stated,
+                    meta=episode.meta)  # fmt: skip
+
+    def _stated(self, depths: Sequence[str]) -> dict[str, dict[int, dict]]:
+        """Statistics of depth cameras by episode, as the dataset tells them: what a level means, only who wrote the
+        packets knows. Empty for a camera of which an episode tells none, and said."""
+        told, indices = None, [self.data.index(i) for i in range(len(self.data))]
+        if depths and (self.data.version >= "v3." or (self.data.root / V21).is_file()):
+            told = StoredStatistics(read_layout(self.data.root), set(depths))
+        found: dict[str, dict[int, dict]] = {key: {} for key in depths}
+        for index in indices if told is not None else ():
+            own = told.get(index)
+            for key in depths:
+                if "count" in own.get(key, {}):
+                    found[key][index] = own[key]
+        for key, episodes in found.items():
+            if len(episodes) < len(indices):
+                log.warning("%s tells no statistics of the depths of '%s' for %d of %d episodes; none are written of "
+                            "it", self.data.root, key, len(indices) - len(episodes), len(indices))  # fmt: skip
+                episodes.clear()
+        return found
 
     def _copied(self, key: str) -> bool:
         """Whether the packets of all videos of a camera can be copied: encoded as colours, depths are lost."""

@@ -13,6 +13,7 @@ from dreamgen.data.columns import OWN, TRUTH, read_column
 from dreamgen.data.findings import Findings
 from dreamgen.data.instructions import find_instruction
 from dreamgen.data.layout import Entry, Layout, cameras, check_owner
+from dreamgen.data.rows import whole
 from dreamgen.video.mp4 import require_whole
 
 TOLERANCE = 1e-4  # seconds, as lerobot's
@@ -76,7 +77,7 @@ class Tables:
     def _table(self, entry: Entry) -> pa.Table | None:
         if self._kept is None or self._kept[0] != entry.data:
             try:
-                self._kept = (entry.data, pq.read_table(entry.data))
+                self._kept = (entry.data, whole(pq.read_table(entry.data)))
             except (pa.ArrowException, OSError) as error:
                 what = f"{entry.data.name} is missing" if not entry.data.is_file() else (
                     f"{entry.data.name} cannot be read ({str(error).splitlines()[0]})")  # fmt: skip

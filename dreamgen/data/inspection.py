@@ -16,11 +16,12 @@ from dreamgen.data import statistics
 from dreamgen.data.file_checks import Tables, check_videos
 from dreamgen.data.findings import LEVELS, Finding, Findings
 from dreamgen.data.fit import misfits
-from dreamgen.data.layout import CONTRACT, PROVENANCE, Layout, cameras, episode_stats, read_jsonl, read_layout
+from dreamgen.data.layout import CONTRACT, PROVENANCE, Layout, cameras, is_depth, read_jsonl, read_layout
 from dreamgen.data.layout import pictures as stored_pictures
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.number_checks import check_statistics
 from dreamgen.data.rows import read_pictures
+from dreamgen.data.stored_statistics import V21, StoredStatistics
 from dreamgen.data.unit_checks import Units
 from dreamgen.video.mp4 import open_mp4, read_frames
 
@@ -123,23 +124,22 @@ def _whole(layout: Layout, tables: Tables, pictures: dict[str, dict], found: Fin
                       "data.episodes leaves these rows out and computes them anew")  # fmt: skip
 
 
-def _own(layout: Layout, found: Findings) -> dict[int, dict] | None:
+def _own(layout: Layout, found: Findings) -> StoredStatistics | None:
     """The statistics of each episode by its index, which v2.1 and v3.0 have; None where there are none."""
-    path = layout.root / "meta/episodes_stats.jsonl"
+    path = layout.root / V21
     if layout.version == "v2.1" and not path.is_file():
-        found.add("warning", "statistics", "meta/episodes_stats.jsonl is missing; lerobot reads v2.1 by it",
+        found.add("warning", "statistics", f"{V21} is missing; lerobot reads v2.1 by it",
                   "`jobs.export stage.format=v2.1` writes it")  # fmt: skip
     if layout.version < "v2.1" or layout.version == "v2.1" and not path.is_file():
         return None
     try:
-        return episode_stats(layout.root) if layout.version >= "v3." else {
-            row["episode_index"]: row["stats"] for row in read_jsonl(path, "episode_index", "stats")}  # fmt: skip
+        return StoredStatistics(layout)
     except ValueError as error:
         found.add("error", "statistics", str(error), "`jobs.export` computes them anew")
         return None
 
 
-def _compare(said: dict | None, columns: dict[str, np.ndarray], found: Findings, index: int) -> None:
+def _compare(said: dict, columns: dict[str, np.ndarray], found: Findings, index: int) -> None:
     """The statistics of one episode against its columns (s k)."""
     if not said:
         found.add("warning", "statistics", "it has no statistics of its own", "`jobs.export` computes them", index)
@@ -173,6 +173,8 @@ def _picture_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[s
     true: dict[str, dict] = {}
     kept: tuple[Path | None, Any] = (None, None)
     for key in sorted({view.key for view in robot.views} & set(cameras(layout.info))):
+        if is_depth(layout.info["features"][key]):
+            continue
         counts, frames, whole = np.zeros((3, 256), np.int64), 0, True
         for entry in layout.entries:
             path, first, length = entry.videos.get(key, (None, 0, 0))

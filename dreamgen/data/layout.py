@@ -5,8 +5,11 @@ Nothing is judged here but the dataset's own index; what is dirty but harmless i
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +19,7 @@ from dreamgen.core.manifest import read_json
 INFO = "meta/info.json"
 CONTRACT = "meta/dreamgen.json"
 PROVENANCE = "meta/provenance.jsonl"
+ROWS = 1000  # of the episode list that are held at a time
 AGAIN = "copy or export the dataset again"
 PLACED = ("episode_index", "data/chunk_index", "data/file_index", "dataset_from_index", "dataset_to_index")
 
@@ -100,6 +104,12 @@ def cameras(info: dict) -> list[str]:
     return [key for key, feature in info["features"].items() if feature.get("dtype") == "video"]
 
 
+def is_depth(feature: dict) -> bool:
+    """Whether a camera's pictures are depths: packets that no reader of colours understands."""
+    said = {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
+    return bool(said.get("video.is_depth_map") or said.get("is_depth_map"))
+
+
 def pictures(info: dict) -> list[str]:
     """Keys of all cameras whose pictures lie in the tables, one a row."""
     return [key for key, feature in info["features"].items() if feature.get("dtype") == "image"]
@@ -107,20 +117,24 @@ def pictures(info: dict) -> list[str]:
 
 def read_jsonl(path: Path, *keys: str) -> list[dict]:
     """One JSON object per line, each with `keys`. ValueError names the file and the line."""
+    return list(each_line(path, *keys))
+
+
+def each_line(path: Path, *keys: str) -> Iterator[dict]:
+    """As `read_jsonl`, one after another."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not valid JSON: {error}") from None
-            missing = [key for key in keys if key not in row]
-            if missing:
-                raise ValueError(f"{path} line {number} lacks {', '.join(missing)}")
-            rows.append(row)
-    return rows
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path} line {number} is not valid JSON: {error}") from None
+                missing = [key for key in keys if key not in row]
+                if missing:
+                    raise ValueError(f"{path} line {number} lacks {', '.join(missing)}")
+                yield row
 
 
 def check_owner(entry: Entry, table: pa.Table) -> None:
@@ -134,18 +148,9 @@ def check_owner(entry: Entry, table: pa.Table) -> None:
                          f"both again")  # fmt: skip
 
 
-def episode_stats(root: Path) -> dict[int, dict]:
-    """Episode index to its statistics by feature, from the episode tables of a v3.0 dataset."""
-    found: dict[int, dict] = {}
-    for file in sorted((root / "meta/episodes").glob("*/*.parquet")):
-        names = [name for name in pq.read_schema(file).names if name.startswith("stats/")]
-        for row in pq.read_table(file, columns=["episode_index", *names]).to_pylist():
-            own = found.setdefault(int(row["episode_index"]), {})
-            for name in names:
-                feature, _, kind = name.removeprefix("stats/").rpartition("/")
-                if row[name] is not None:
-                    own.setdefault(feature, {})[kind] = row[name]
-    return found
+def episode_tables(root: Path) -> list[Path]:
+    """The files of the episode list of a v3.0 dataset."""
+    return sorted((root / "meta/episodes").glob("*/*.parquet"))
 
 
 def _read_v2(root: Path, version: str, info: dict) -> Layout:
@@ -165,41 +170,48 @@ def _read_v2(root: Path, version: str, info: dict) -> Layout:
 
 def _read_v3(root: Path, version: str, info: dict) -> Layout:
     tasks = _read_tasks(root / "meta/tasks.parquet")
-    keys, fps = cameras(info), float(info["fps"])
-    files = sorted((root / "meta/episodes").glob("*/*.parquet"))
+    keys, fps, starts = cameras(info), float(info["fps"]), dict[tuple[int, int], int]()
+    files = episode_tables(root)
     if not files:
         raise ValueError(f"{root}/meta/episodes holds no parquet file; the dataset is incomplete; make or copy it")
-    rows = []
     for file in files:
-        names = [name for name in pq.read_schema(file).names if not name.startswith("stats/")]
-        _require_columns(file, names, keys)
-        rows += pq.read_table(file, columns=names).to_pylist()
-    rows.sort(key=lambda row: row["episode_index"])
-    starts: dict[tuple[int, int], int] = {}
-    for row in rows:
-        file = row["data/chunk_index"], row["data/file_index"]
-        starts[file] = min(starts.get(file, row["dataset_from_index"]), row["dataset_from_index"])
-    entries = []
-    for row in rows:
-        chunk, file = row["data/chunk_index"], row["data/file_index"]
-        length = row["dataset_to_index"] - row["dataset_from_index"]
+        _require_columns(file, pq.read_schema(file).names, keys)
+        columns = pq.read_table(file, columns=["data/chunk_index", "data/file_index", "dataset_from_index"])
+        for chunk, number, first in zip(*(column.to_pylist() for column in columns.columns), strict=True):
+            starts[chunk, number] = min(starts.get((chunk, number), first), first)
+
+    @cache
+    def placed(pattern: str, **place: Any) -> Path:
+        """One path for all episodes of a file."""
+        return root / pattern.format(**place)
+
+    def entry(row: dict) -> Entry:
+        chunk, number, first = row["data/chunk_index"], row["data/file_index"], row["dataset_from_index"]
         videos = {}
         for key in keys:
             head = f"videos/{key}/"
             if row.get(head + "file_index") is None:
                 continue
-            path = info["video_path"].format(
-                video_key=key, chunk_index=row[head + "chunk_index"], file_index=row[head + "file_index"]
-            )
-            first, stop = (round(row[head + edge] * fps) for edge in ("from_timestamp", "to_timestamp"))
-            videos[key] = (root / path, first, stop - first)
-        entries.append(
-            Entry(index=int(row["episode_index"]), length=int(row.get("length", length)), tasks=_texts(row),
-                  data=root / info["data_path"].format(chunk_index=chunk, file_index=file),
-                  first=row["dataset_from_index"] - starts[chunk, file], videos=videos, meta=_provenance(row))
-        )  # fmt: skip
+            path = placed(info["video_path"], video_key=key, chunk_index=row[head + "chunk_index"],
+                          file_index=row[head + "file_index"])  # fmt: skip
+            begin, stop = (round(row[head + edge] * fps) for edge in ("from_timestamp", "to_timestamp"))
+            videos[key] = (path, begin, stop - begin)
+        return Entry(index=int(row["episode_index"]), length=int(row.get("length", row["dataset_to_index"] - first)),
+                     tasks=_texts(row), data=placed(info["data_path"], chunk_index=chunk, file_index=number),
+                     first=first - starts[chunk, number], videos=videos, meta=_provenance(row))  # fmt: skip
+
+    entries = sorted(map(entry, _rows(files)), key=lambda entry: entry.index)
     mended = _check_totals(info, entries, tasks)
     return Layout(root=root, version=version, info=info, tasks=tasks, entries=entries, mended=mended)
+
+
+def _rows(files: Sequence[Path]) -> Iterator[dict]:
+    """The rows of the episode list without their statistics, some at a time."""
+    for path in files:
+        with pq.ParquetFile(path) as file:
+            names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
+            for batch in file.iter_batches(batch_size=ROWS, columns=names):
+                yield from batch.to_pylist()
 
 
 def _require_columns(file: Path, names: list[str], keys: list[str]) -> None:

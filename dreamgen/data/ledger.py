@@ -48,6 +48,7 @@ class Item:
 
     columns: all but the bookkeeping, (n k) each. texts: columns that say a text by its task index, in this order;
     "task_index" is one of them. videos: one mp4 file of n frames per camera, histograms: of its pixels (3 256).
+    stated: statistics of cameras whose packets are no colours, as another dataset tells them.
     """
 
     rows: int
@@ -55,6 +56,7 @@ class Item:
     texts: dict[str, list[str]]
     videos: dict[str, bytes]
     histograms: dict[str, np.ndarray]
+    stated: dict[str, dict] = field(default_factory=dict)
     meta: dict = field(default_factory=dict)
 
 
@@ -74,6 +76,7 @@ class Ledger:
     rows: int = 0
     episodes: int = 0
     histograms: dict[str, np.ndarray] = field(default_factory=dict)
+    stated: dict[str, dict] = field(default_factory=dict)
 
     @property
     def fps(self) -> int | float:
@@ -98,13 +101,18 @@ class Ledger:
                 found[name] = statistics.of_numbers(values[name])
         for key, counts in item.histograms.items():
             self.histograms[key] = self.histograms.get(key, 0) + counts
-            self.cameras.setdefault(key, Camera.of(item.videos[key]))
+        for key, stated in item.stated.items():
+            found[key] = stated
+            self.stated[key] = statistics.joined([*([self.stated[key]] if key in self.stated else []), stated])
+        for key, video in item.videos.items():
+            if key not in self.cameras:
+                self.cameras[key] = Camera.of(video)
         self.rows, self.episodes = self.rows + rows, self.episodes + 1
         return values, list(dict.fromkeys(item.texts["task_index"])), found
 
     def picture_stats(self) -> dict[str, dict]:
         """Statistics of all pictures, per camera."""
-        return {key: statistics.of_pictures(counts, self.rows) for key, counts in self.histograms.items()}
+        return {key: statistics.of_pictures(counts, self.rows) for key, counts in self.histograms.items()} | self.stated
 
     def features(self) -> dict[str, dict]:
         """The features of `info.json`: cameras, then columns."""

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from jaxtyping import UInt8
 
 from dreamgen.data.layout import Entry
 
+FOOTERS = 16  # of files that are kept: one of very many row groups takes long to read
 EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA")  # as PIL calls what becomes RGB without loss
 
 
@@ -37,11 +39,16 @@ class Rows:
         """The wanted columns of an episode. ValueError if its file is missing or broken."""
         names, kept = [name for name in self.columns(entry.data) if wanted(name)], self._kept
         if kept is None or kept[:2] != (entry.data, names):
-            kept = self._kept = (entry.data, names, _read(pq.read_table, entry.data, columns=names))
+            kept = self._kept = (entry.data, names, whole(_read(pq.read_table, entry.data, columns=names)))
         return kept[2] if entry.first is None else kept[2].slice(entry.first, entry.length)
 
     def __reduce__(self) -> tuple:
         return Rows, ()
+
+
+def whole(table: pa.Table) -> pa.Table:
+    """The table in one piece: a slice of one that was read from many row groups would pass through all of them."""
+    return table.combine_chunks()
 
 
 def read_pictures(root: Path, entry: Entry, key: str, rows: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
@@ -54,17 +61,17 @@ def read_pictures(root: Path, entry: Entry, key: str, rows: Sequence[int] | np.n
     if not rows.size:
         return read_pictures(root, entry, key, [0])[:0]
     at = rows + (entry.first or 0)
-    with _read(pq.ParquetFile, entry.data) as file:
-        if key not in file.schema_arrow.names:
-            raise ValueError(f"{entry.data.name} has no column '{key}', whose pictures are asked for")
-        sizes = np.array([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)])
-        if at.max() >= sizes.sum():
-            raise ValueError(f"{entry.data.name} has {sizes.sum()} rows; the picture of row {at.max()} is asked for")
-        group = np.searchsorted(sizes.cumsum(), at, side="right")
-        taken = np.unique(group)
+    footer, names, edges = _footer(entry.data, *_written(entry.data))
+    if key not in names:
+        raise ValueError(f"{entry.data.name} has no column '{key}', whose pictures are asked for")
+    if at.max() >= edges[-1]:
+        raise ValueError(f"{entry.data.name} has {edges[-1]} rows; the picture of row {at.max()} is asked for")
+    group = np.searchsorted(edges, at, side="right") - 1
+    taken, among = np.unique(group, return_inverse=True)
+    with _read(pq.ParquetFile, entry.data, metadata=footer) as file:
         cells = file.read_row_groups(taken.tolist(), columns=[key])[key]
-    passed = np.where(np.isin(np.arange(len(sizes)), taken), 0, sizes).cumsum()[group]  # rows of groups not read
-    cells = cells.take(pa.array(at - passed)).to_pylist()
+    before = np.diff(edges)[taken].cumsum() - np.diff(edges)[taken]  # rows of the groups that are read before each
+    cells = cells.take(pa.array(before[among] + at - edges[group])).to_pylist()
     found = []
     for row, cell in zip(rows.tolist(), cells, strict=True):
         try:
@@ -74,6 +81,20 @@ def read_pictures(root: Path, entry: Entry, key: str, rows: Sequence[int] | np.n
     if len(shapes := {picture.shape[:2] for picture in found}) > 1:
         raise ValueError(f"pictures of '{key}' have the sizes {sorted(shapes)}; expected one")
     return np.stack(found)
+
+
+def _written(path: Path) -> tuple[int, int]:
+    """Size and time of writing of a file, 0 where it is missing."""
+    stat = path.stat() if path.is_file() else None
+    return (stat.st_size, stat.st_mtime_ns) if stat else (0, 0)
+
+
+@lru_cache(maxsize=FOOTERS)
+def _footer(path: Path, size: int, written: int) -> tuple[pq.FileMetaData, list[str], np.ndarray]:
+    """A table's footer, the names of its columns, and the row at which each row group begins (the last: rows)."""
+    footer = _read(pq.read_metadata, path)
+    sizes = [footer.row_group(k).num_rows for k in range(footer.num_row_groups)]
+    return footer, footer.schema.to_arrow_schema().names, np.cumsum([0, *sizes])
 
 
 def _decoded(cell: Any, root: Path) -> np.ndarray:

@@ -6,7 +6,7 @@ chunks, several times: moments are merged (Chan, Golub and LeVeque 1979, eq. 2.1
 found 16 bits at a time, in the order of the numbers' bits (a radix selection), so that they too are those of numpy.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,22 @@ def of_pictures(counts: Int64[np.ndarray, "3 256"], frames: int) -> dict[str, li
         a, b = (levels[(ends <= r[:, None]).sum(1)] for r in (low, high))
         found[name] = a + (b - a) * (rank - low)
     return {name: value.reshape(3, 1, 1).tolist() for name, value in found.items()} | {"count": [frames]}
+
+
+def joined(parts: Sequence[Mapping[str, list]]) -> dict[str, list]:
+    """Statistics of data of which those of its parts are known, of any shape; quantiles are the mean of the parts',
+    by their counts, as lerobot joins them."""
+    counts = np.array([part["count"][0] for part in parts], np.float64)
+    share = counts / counts.sum()
+    known = {name: np.array([part[name] for part in parts], np.float64) for name in parts[0]
+             if name != "count" and all(name in part for part in parts)}  # fmt: skip
+    found = {name: np.tensordot(share, values, 1) for name, values in known.items()}
+    for name, end in (("min", np.min), ("max", np.max)):
+        found |= {name: end(known[name], axis=0)} if name in known else {}
+    if "mean" in known and "std" in known:
+        squares = known["std"] ** 2 + (known["mean"] - found["mean"]) ** 2
+        found["std"] = np.sqrt(np.tensordot(share, squares, 1))
+    return {name: value.tolist() for name, value in found.items()} | {"count": [int(counts.sum())]}
 
 
 def of_chunks(read: Callable[[], Iterable[np.ndarray]]) -> dict[str, list]:

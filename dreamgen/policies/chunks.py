@@ -6,11 +6,12 @@ made up. With `past_end="hold"` the robot is taken to stand still there (deltas 
 which is right only for recordings that end at rest. Observations whose whole chunk is idle (nothing moves, no binary
 part changes) teach little; `keep_idle` bounds how many of them an episode gives. What counts as moving is told in the
 data's own measure, so that it does not depend on units. Pictures of small datasets stay in memory as uint8; those of
-larger ones than `memory_gb` are decoded when asked for.
+larger ones than `memory_gb` are decoded when asked for, each run of a video once (`dreamgen.policies.decoded`).
 """
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from dreamgen.core import rotations
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.states import known_states
+from dreamgen.policies.decoded import Decoded
 
 PAST_END = ("mask", "hold")
 LABELS = ("own", "shuffled")
@@ -54,7 +56,7 @@ class Chunks:
     `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the spread. short_left_out, unknown_left_out,
     idle_left_out: how many episodes shorter than the horizon, how many observations that lack an entry of `relative_to`
     and how many idle ones beyond `keep_idle` of each episode are not here; many idle ones, and any of the others, are
-    warned of.
+    warned of. folder: where pictures that memory does not hold are kept once they are decoded; None decodes them again.
 
     Raises ValueError for a horizon longer than all episodes, for shuffled labels of one episode, and where
     `relative_to` leaves nothing.
@@ -75,6 +77,7 @@ class Chunks:
         action_scale: np.ndarray | None = None,
         keep_idle: int | None = None,
         memory_gb: float = 2.0,
+        folder: Path | None = None,
     ) -> None:
         if past_end not in PAST_END or state not in STATES or labels not in LABELS:
             raise ValueError(f"past_end is '{past_end}', state is '{state}', labels is '{labels}'; expected one of "
@@ -100,6 +103,7 @@ class Chunks:
         view = dataset.robot.views[0]
         size = sum(len(rows) for rows in self._frames.values()) * len(self.views) * view.height * view.width * 3
         self._memory: dict[int, np.ndarray] | None = {} if size <= memory_gb * 1e9 else None
+        self._folder, self._decoded = folder, None
 
     def __len__(self) -> int:
         return len(self._places)
@@ -222,8 +226,8 @@ class Chunks:
     def pictures(self, episode: int, row: int) -> np.ndarray:
         """All views (v h w 3) at an observation row."""
         if self._memory is None:
-            views = self.dataset.views(episode, [row])
-            return np.stack([views[name][0] for name in self.views])
+            self._decoded = self._decoded or Decoded(self.dataset, self._frames, self._folder)
+            return self._decoded(episode, row)
         if episode not in self._memory:
             views = self.dataset.views(episode, self._frames[episode])
             self._memory[episode] = np.stack([views[name] for name in self.views], 1)

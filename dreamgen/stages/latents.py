@@ -90,7 +90,8 @@ class Latents:
         if not first:
             wait()
         prompts, device = self.world.prompts([*self.instructions, ""]), best_device()
-        made = Embeddings(root, key, prompts, lambda texts: self.world.texts.read(texts, device))
+        made = Embeddings(root, key, prompts, lambda texts: self.world.texts.read(texts, device),
+                          name=self.world.layout.cleaned)  # fmt: skip
         if first:
             wait()
         which = np.array([number[self.pool.instruction(k)] for k in range(len(self.pool))])

@@ -133,7 +133,7 @@ def train_policy(
         if start is None and start_bodies:
             raise ValueError(f"stage.start_bodies is {dict(start_bodies)}, and there is no stage.start to begin with")
         fit = None if start is None else begin(model, start, start_bodies)
-        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb)
+        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb, folder=run.out)
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, others=others, **named,
                     batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fit=fit,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip

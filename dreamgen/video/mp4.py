@@ -245,6 +245,16 @@ def is_even(path: Path) -> bool:
     return bool(np.abs(times - times[0] - np.arange(count) * period).max() <= 1)
 
 
+def key_frames(path: Path) -> np.ndarray:
+    """Numbers (n,) of the frames of a file from which its decoding can begin, ascending, by its index; the first alone
+    where that is unknown. Nothing is decoded."""
+    import av
+
+    with av.open(str(path)) as container:
+        keys = [k for k, entry in enumerate(container.streams.video[0].index_entries) if entry.is_keyframe]
+    return np.array(keys or [0], dtype=np.int64)
+
+
 def read_once(path: Path, rows: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
     """Frames `rows` of an even file (`is_even`), in any order. Only what they need is read, where `open_mp4` reads the
     file whole; the frames are the same. ValueError names the file if it is missing or undecodable, or lacks a row."""

@@ -25,7 +25,10 @@ TINY = "tiny"  # the base that ships with the package
 
 
 def locate(path: str) -> str:
-    """The folder of the base that ships, for "tiny"; else the path or hub id as it is."""
+    """The folder of the base that ships, for "tiny"; else the path or hub id as it is. ValueError for an empty one."""
+    if not path:
+        raise ValueError("the path of the world model is empty; give a diffusers folder, a hub id, or 'tiny' "
+                         "(world_model.path=...)")  # fmt: skip
     return str(files("dreamgen.worlds") / "tiny_base") if path == TINY else path
 
 
@@ -148,9 +151,13 @@ class Layout:
         # a shallow copy: causal VAEs keep frames of the clip in themselves, and a thread may decode while others encode
         return copy(self.pipe.vae).decode(z).sample
 
+    def cleaned(self, text: str) -> str:
+        """A finished prompt as its tokenizer is given it: texts that are one here have one embedding."""
+        return text
+
     def count(self, text: str) -> int:
         """Tokens of a finished prompt, however many."""
-        return len(self.pipe.tokenizer(text).input_ids)
+        return len(self.pipe.tokenizer(self.cleaned(text)).input_ids)
 
     def require_read(self, texts: Sequence[str]) -> None:
         """Raise ValueError for a finished prompt that has more tokens than are read."""

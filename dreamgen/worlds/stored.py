@@ -11,6 +11,7 @@ from torch import nn
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import digest, read_json, write_json
 from dreamgen.worlds.adapters import fuse, loaded_adapters, save_adapters
+from dreamgen.worlds.autoencoder import weights_digest
 from dreamgen.worlds.layout import Layout, content
 
 FILE = "world.json"
@@ -73,11 +74,16 @@ class Stored(nn.Module):
         return world
 
     def fingerprint(self) -> str:
-        """Names the weights that this world model was opened with."""
+        """Names the weights that this world model was opened with: by where they lie or, of a pipeline that was given
+        without a path, by their bytes."""
         adapters = [(entry["path"], entry.get("revision")) for entry in [*self.fused, *self.adapters]]
         given = [(self.path, self.revision), *adapters]
-        names = [content(*source) for source in dict.fromkeys(given)]
+        names = [content(*source) if source[0] else self._held() for source in dict.fromkeys(given)]
         return names[0] if len(names) == 1 else digest(names)
+
+    def _held(self) -> str:
+        parts = {name: part for name, part in self.pipe.components.items() if isinstance(part, nn.Module)}
+        return digest({name: weights_digest(part) for name, part in parts.items()})
 
 
 def name_of(world: object) -> str:

@@ -31,13 +31,14 @@ class WanLayout(Layout):
         """`AutoencoderKLWan` reads four frames at a time, whatever its scale, and silently drops what is left."""
         return max(4, self.scale[0])
 
-    def count(self, text: str) -> int:
-        return super().count(prompt_clean(text))
+    def cleaned(self, text: str) -> str:
+        """As stock Wan: mended characters, no HTML, one space where there were several."""
+        return prompt_clean(text)
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Token ids and mask (b, text_length) of texts, cleaned as in stock Wan. Raises as `require_read`."""
         self.require_read(texts)
-        found = self.pipe.tokenizer([prompt_clean(text) for text in texts], padding="max_length", return_tensors="pt",
+        found = self.pipe.tokenizer([self.cleaned(text) for text in texts], padding="max_length", return_tensors="pt",
                                     max_length=self.text_length, return_attention_mask=True)  # fmt: skip
         return {"ids": found.input_ids, "mask": found.attention_mask}
 

@@ -7,6 +7,7 @@ share of labelled episodes may train a head that reads robot actions from the la
 arXiv:2502.00379).
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.manifest import read_json
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.normaliser import Normaliser
 from dreamgen.engine.precision import autocast, best_device
 from idm import checkpoint
 from idm.batches import Recorded
-from idm.clips import alike, clock_of, kind, pictures, require_readable, stacked
+from idm.clips import alike, clock_of, frames_at_once, kind, pictures, require_readable, stacked
 from idm.latent.batches import VideoBatches
 from idm.latent.bottleneck import Continuous, Passed, Quantised
 from idm.latent.target import Features, Pixels
@@ -112,9 +114,16 @@ class LatentActions(nn.Module):
         return self.to(best_device())
 
     def encode(self, video: Tensor) -> Passed:
-        """video (b f 3 h w) in [-1, 1] -> what passes the bottleneck for each of the f - 1 gaps."""
-        step = torch.cat([torch.zeros_like(video[:, :1]), video[:, 1:] - video[:, :-1]], 1)
-        tokens = self.seen(torch.cat([video, step], 2).flatten(0, 1)).unflatten(0, video.shape[:2])
+        """video (b f h w 3) uint8, or (b f 3 h w) in [-1, 1] -> what passes the bottleneck for each of the f - 1
+        gaps."""
+        size, found = frames_at_once(video), []
+        for begin in range(0, video.shape[1], size):
+            before = min(begin, 1)  # the frame that the first differs from
+            part = pictures(video[:, begin - before : begin + size])
+            step = torch.cat([torch.zeros_like(part[:, :1]), part[:, 1:] - part[:, :-1]], 1)
+            part = torch.cat([part, step], 2)[:, before:]
+            found.append(self.seen(part.flatten(0, 1)).unflatten(0, part.shape[:2]))
+        tokens = torch.cat(found, 1)
         for layer in self.encoder:
             tokens = layer(tokens)
         return self.bottleneck(self.gather(tokens[:, 1:].float()).float())
@@ -197,15 +206,23 @@ class LatentActions(nn.Module):
                 action = self.action.denormalise(self.read(passed.label).float())
             rows = {"latent": passed.label, "spread": passed.spread, "action": action}
             if foretold:
-                with autocast(self.precision, device):
-                    found = self.decode(video[:, :-1].flatten(0, 1), passed.z.flatten(0, 1)).float()
-                true = self.changes(video)
-                sizes = (x.square().mean((1, 2, 3)).unflatten(0, action.shape[:2]) for x in (found - true, true))
-                rows |= dict(zip(("left", "change"), sizes, strict=True))
+                rows |= self._foretold(video, passed.z)
             rows |= {} if passed.codes is None else {"codes": passed.codes}
             for n, i in enumerate(part):
                 done[i] = {key: value[n].float().cpu().numpy() for key, value in rows.items()}
         return [done[i] for i in range(len(clips))]
+
+    def _foretold(self, video: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """left and change (b k) of `gaps`, for video (b k+1 h w 3) uint8 and what passed, z (b k latent)."""
+        size, found = frames_at_once(video), []
+        for begin in range(0, z.shape[1], size):
+            part, told = pictures(video[:, begin : begin + size + 1]), z[:, begin : begin + size]
+            with autocast(self.precision, video.device):
+                change = self.decode(part[:, :-1].flatten(0, 1), told.flatten(0, 1)).float()
+            true = self.changes(part)
+            found.append([x.square().mean((1, 2, 3)).unflatten(0, told.shape[:2]) for x in (change - true, true)])
+        left, change = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return {"left": left, "change": change}
 
     def check(self, clip: Clip) -> None:
         """Raise ValueError if the clip's rate, length or size is not what the labeler was trained for."""
@@ -251,8 +268,15 @@ class LatentActions(nn.Module):
         return {"change": {"left": float(sum(left) / sum(change))}}
 
     def save(self, path: Path) -> None:
-        """config.json, contract.json (of the robot whose videos it reads), model.safetensors in the directory."""
-        checkpoint.save(self, self.config, [self.source], path)
+        """config.json, contract.json (of the robot whose videos it reads), model.safetensors in the directory.
+
+        A world model that is its target is also named by its place beside the directory, so that it is found when both
+        have moved together.
+        """
+        target = dict(self.config["target"] or {})
+        if "world" in target:
+            target["beside"] = os.path.relpath(Path(target["world"]).resolve(), Path(path).resolve())
+        checkpoint.save(self, {**self.config, "target": target or None}, [self.source], path)
 
     @classmethod
     def load(cls, path: Path | str, robot: Embodiment | None = None, **changes: object) -> "LatentActions":
@@ -260,6 +284,10 @@ class LatentActions(nn.Module):
 
         Raises ValueError if `robot` is not the one whose videos it was trained on, or a file is missing.
         """
+        target = read_json(Path(path) / "config.json").get("target") or {}
+        if "beside" in target and "target" not in changes:
+            world = Path(path) / target.pop("beside")
+            changes["target"] = {**target, "world": str(world)} if world.exists() else target
         model = checkpoint.load(cls, path, robot, changes)
         model.path = Path(path)
         return model

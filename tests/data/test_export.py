@@ -7,14 +7,19 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dreamgen.core.embodiment import Embodiment, Part, View
+from dreamgen.core.manifest import read_json
+from dreamgen.data import statistics
 from dreamgen.data.export import export_dataset
 from dreamgen.data.groot import relative_stats
 from dreamgen.data.inspection import inspect
+from dreamgen.data.layout import read_layout
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.stored_statistics import StoredStatistics
 from dreamgen.data.writer import write_dataset
 from dreamgen.video.mp4 import encode, read_mp4
 from dreamgen.video.remux import Joined, cut
@@ -209,6 +214,43 @@ def test_what_is_told_of_a_camera_comes_along(source, robot, tmp_path, monkeypat
     monkeypatch.setattr("dreamgen.data.export.cut", lambda *_: None)  # colours are encoded again, depths are not
     again = export_dataset(data, tmp_path / "again", format=format)
     assert again == {"episodes": N, "frames": 7 + 9 + 11, "encoded": N, "left_out": [side]}
+
+
+@pytest.mark.parametrize("flag", ["video.is_depth_map", "is_depth_map"])  # lerobot of old, and of today
+def test_statistics_of_depths_are_those_that_the_dataset_tells(source, robot, tmp_path, caplog, flag):
+    """In their own unit and of one channel, not of what their packets look like as colours of 8 bits."""
+    side, root, rng = "observation.images.side", tmp_path / "d", np.random.default_rng(0)
+    shutil.copytree(source.root, root)
+    (root / "meta/dreamgen.json").unlink()
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"][side]["info"] |= {flag: True, "depth_unit": "mm"}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    depths, path = (
+        [rng.normal(900, 90, (5 + i, 1)) for i in range(N)],
+        root / "meta/episodes/chunk-000/file-000.parquet",
+    )
+    rows = pq.read_table(path).to_pylist()
+    for row, values in zip(rows, depths, strict=True):
+        own = statistics.of_numbers(values)
+        row |= {f"stats/{side}/{kind}": [[value]] if kind != "count" else value for kind, value in own.items()}
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    data = Dataset(root, replace(robot, views=robot.views[:1], grid=()))
+    export_dataset(data, tmp_path / "e")
+    stored = StoredStatistics(read_layout(tmp_path / "e"))
+    for i in range(N):
+        assert stored.get(i)[side] == {
+            k.split("/")[-1]: v for k, v in rows[i].items() if k.startswith(f"stats/{side}/")
+        }
+    whole, true = read_json(tmp_path / "e/meta/stats.json")[side], statistics.of_numbers(np.concatenate(depths))
+    assert whole["count"] == true["count"] and np.shape(whole["mean"]) == (1, 1, 1)
+    for kind in ("min", "max", "mean", "std"):
+        assert np.allclose(whole[kind], true[kind])
+    assert min(np.ravel(d["q50"])[0] for d in map(statistics.of_numbers, depths)) <= np.ravel(whole["q50"])[0]
+    del rows[1][f"stats/{side}/count"]
+    pq.write_table(pa.Table.from_pylist([rows[0], {**rows[1], f"stats/{side}/count": None}, *rows[2:]]), path)
+    export_dataset(Dataset(root, data.robot), tmp_path / "f", format="v2.1")
+    assert f"tells no statistics of the depths of '{side}' for 1 of {N} episodes" in caplog.text
+    assert side not in StoredStatistics(read_layout(tmp_path / "f")).get(0)
 
 
 def test_other_encodings_begin_a_file(tmp_path):

@@ -89,6 +89,25 @@ def test_they_may_be_files_of_their_own_and_broken_ones_are_named(stored, robot)
         Dataset(root, robot)
 
 
+def test_a_table_of_very_many_row_groups_is_read_once(stored, robot, monkeypatch):
+    """Its footer, too, which names every column of every group; and no slice passes through the groups again."""
+    root, front, _ = stored
+    path = root / "data/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(path), path, row_group_size=1)
+    assert pq.read_metadata(path).num_row_groups == 27
+    footers, read, opened = [], pq.read_metadata, pq.ParquetFile
+    monkeypatch.setattr(pq, "read_metadata", lambda of: footers.append(of) or read(of))
+    monkeypatch.setattr(pq, "ParquetFile", lambda of, metadata=None: opened(of, metadata=metadata))
+    data = Dataset(root, robot, cache_mb=0)
+    for i in range(3):
+        assert np.array_equal(data.frames(i, FRONT, np.arange(len(front[i]))[::-1]), front[i][::-1])
+        assert {column.num_chunks for column in data.table(i).columns} == {1}
+        assert data.table(i)["episode_index"].unique().to_pylist() == [i]
+    assert footers == [path]
+    pq.write_table(pq.read_table(path).slice(9), path, row_group_size=1)  # written anew: read anew
+    assert np.array_equal(data.frames(0, FRONT, np.arange(7)), front[1][2:])
+
+
 def test_they_are_described_checked_and_exported_as_video(stored, robot, tmp_path):
     root, front, change = stored
     text = describe(str(root), out=tmp_path / "described", record={})["results"]["text"]

@@ -5,7 +5,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dreamgen.data import statistics
+from dreamgen.data import statistics, stored_statistics
+from dreamgen.data.export import export_dataset
+from dreamgen.data.layout import read_layout
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.stored_statistics import StoredStatistics
+from dreamgen.data.writer import write_dataset
 
 LEVELS = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 
@@ -46,3 +51,43 @@ def test_stored_numbers_that_do_not_fit(tmp_path, monkeypatch):
 
 def test_one_row():
     assert statistics.of_chunks(lambda: iter([np.float32([[4.0, -2.5]])]))["q90"] == [4.0, -2.5]
+
+
+@pytest.mark.parametrize("format", ["v3.0", "v2.1"])
+def test_those_of_an_episode_are_looked_up_and_few_are_held(robot, make_episodes, tmp_path, monkeypatch, format):
+    write_dataset(tmp_path / "d", make_episodes(7), robot)
+    data = Dataset(tmp_path / "d", robot)
+    export_dataset(data, tmp_path / "e", format=format)
+    layout, passes, each = read_layout(tmp_path / "e"), [], StoredStatistics._blocks
+    monkeypatch.setattr(stored_statistics, "BLOCK", 3)
+    monkeypatch.setattr(StoredStatistics, "_blocks", lambda self, **kind: passes.append(kind) or each(self, **kind))
+    found = StoredStatistics(layout)
+    for order, read in ((range(7), 2), ((6, 0, 5, 5), 3)):  # the episodes that there are, and then the statistics
+        for i in order:
+            assert found.get(i)["action"].items() <= statistics.of_numbers(data.episode(i).action).items()
+            assert found.get(i)["observation.images.side"]["count"] == [7 + 2 * i] and len(found._block) <= 3
+        assert len(passes) == read
+    assert found.get(7) == {}
+    assert StoredStatistics(layout, {"action"}).get(4).keys() == {"action"}
+
+
+def test_the_episode_list_is_read_without_its_statistics_a_part_at_a_time(robot, make_episodes, tmp_path, monkeypatch):
+    """Files in which the episodes lie in another order; one path is held for all episodes of a file."""
+    write_dataset(tmp_path, make_episodes(7), robot)
+    whole, path = read_layout(tmp_path).entries, tmp_path / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.take([6, 2, 3]), path)
+    pq.write_table(table.take([1, 5, 0, 4]), path.with_name("file-001.parquet"))
+    asked, batches = [], pq.ParquetFile.iter_batches
+
+    def watched(self, **how):
+        asked.append(how)
+        return batches(self, **how)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
+    monkeypatch.setattr("dreamgen.data.layout.ROWS", 2)
+    entries = read_layout(tmp_path).entries
+    assert entries == whole and len({id(entry.data) for entry in entries}) == 1
+    assert len({id(path) for entry in entries for path, _, _ in entry.videos.values()}) == 2
+    assert {how["batch_size"] for how in asked} == {2}
+    assert not [name for how in asked for name in how["columns"] if name.startswith("stats/")]

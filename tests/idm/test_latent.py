@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import View
 from dreamgen.core.protocols import Labeler
 from dreamgen.engine.train import train
+from idm.clips import pictures
 from idm.latent.bottleneck import Continuous, Quantised
 from idm.latent.model import LatentActions
 from idm.latent.target import Features, Pixels
@@ -150,6 +152,49 @@ def test_labels_need_no_target(squares, tmp_path, monkeypatch):
     np.testing.assert_array_equal(found.value, expected.value)
     with pytest.raises(ValueError, match="is gone"):
         LatentActions.load(tmp_path).gaps(clips)
+
+
+def test_a_target_is_found_where_the_run_has_moved_to(squares, tmp_path, monkeypatch):
+    opened = []
+
+    class World(Features):
+        width = 12
+
+        def __init__(self, *, world):
+            opened.append(world)
+
+    monkeypatch.setattr("idm.latent.model.Features", World)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/world").mkdir(parents=True)
+    small(target={"world": "run/world"}).save(tmp_path / "run/labeler")  # as a recipe names it, from where it was run
+    for run in ("run", "moved/run"):
+        if run != "run":
+            (tmp_path / "moved").mkdir()
+            (tmp_path / "run").rename(run)
+        model = LatentActions.load(Path(run) / "labeler")
+        model.target  # noqa: B018
+        assert Path(opened[-1]).samefile(tmp_path / run / "world")
+    model.save(tmp_path / "again")  # alone: what it names is still there
+    LatentActions.load(tmp_path / "again").target  # noqa: B018
+    assert Path(opened[-1]).samefile(tmp_path / "moved/run/world")
+    (tmp_path / "moved/run/world").rename(tmp_path / "other")
+    assert LatentActions.load("moved/run/labeler", target={"world": "other"}).config["target"] == {"world": "other"}
+    assert LatentActions.load("moved/run/labeler").config["target"] == {"world": "run/world"}  # as it was named
+
+
+def test_a_long_clip_is_read_a_few_frames_at_a_time(squares, monkeypatch):
+    model, clips = small().eval(), [clip_of(squares, i) for i in range(2)]
+    whole, convert = model.gaps(clips), pictures
+    for frames in (1, 3):
+        floats = []
+        monkeypatch.setattr("idm.clips.PIXELS", frames * 2 * 32 * 48 + 5)
+        monkeypatch.setattr(
+            "idm.latent.model.pictures", lambda some, of=floats: of.append(some.shape[1]) or convert(some)
+        )
+        for found, expected in zip(model.gaps(clips), whole, strict=True):
+            for key in expected:
+                np.testing.assert_allclose(found[key], expected[key], atol=1e-5, rtol=1e-4)
+        assert max(floats) == frames + 1 and len(floats) == -(-9 // frames) + -(-8 // frames)
 
 
 @pytest.mark.parametrize("codebook", [0, 5])

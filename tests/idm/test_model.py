@@ -82,14 +82,18 @@ def test_a_long_clip_is_encoded_a_few_frames_at_a_time(squares, monkeypatch, tow
     config = {"model_type": "siglip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
     model = small(**({"vision": {"path": "none", "tokens": 2, "config": config}} if tower else {})).eval()
-    video = pictures(torch.from_numpy(np.stack([clip_of(squares, i).video for i in range(2)])))
+    video = torch.from_numpy(np.stack([clip_of(squares, i).video for i in range(2)]))
+    floats, convert = [], pictures
+    monkeypatch.setattr("idm.model.pictures", lambda some: floats.append(some.shape[1]) or convert(some))
     with torch.no_grad():
-        whole = model.encode(video)
+        whole = model.encode(convert(video))
         for frames in (1, 2, 4, 8):
-            monkeypatch.setattr("idm.model.PIXELS", frames * 2 * 32 * 48 + 5)
+            monkeypatch.setattr("idm.clips.PIXELS", frames * 2 * 32 * 48 + 5)
             seen = []
+            floats.clear()
             with model.vision.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(len(given[0]))):
                 torch.testing.assert_close(model.encode(video), whole, atol=1e-5, rtol=1e-5)
+            assert max(floats) <= frames + 2  # as bytes all of it, as floats these and their neighbours
             assert sum(seen) == 2 * 9 and max(seen) == 2 * frames
 
 

@@ -1,5 +1,7 @@
 """A command line becomes a configuration, or one sentence that says why not."""
 
+from pathlib import Path
+
 import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -8,6 +10,7 @@ from dreamgen.core.manifest import Stage, write_json
 from jobs.errors import explain
 from jobs.recipe import load
 from jobs.running import check, parts, record, run_stage
+from jobs.steps import inputs
 
 
 def refused(job: str, *overrides: str) -> str:
@@ -89,6 +92,21 @@ def test_a_record_holds_what_inputs_hold(tmp_path) -> None:
     judge.rename(tmp_path / "elsewhere")
     assert of(f"stage.judge.path={tmp_path}/elsewhere")["judge"]["path"] == "second"
     assert of("stage.judge.path=team/judge")["judge"]["path"] == "team/judge"  # of a hub
+
+
+def test_an_empty_path_is_not_the_folder_that_one_works_in(tmp_path, monkeypatch) -> None:
+    def read(path: object) -> str:
+        pytest.fail(f"{path} is read")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr("dreamgen.core.manifest.tree_digest", read)
+    cfg, _ = load("finetune", ["world_model.path=", "out=runs"])
+    assert record(cfg.stage)["world_model"]["path"] == "" and Path() not in inputs(cfg.stage)
+    with pytest.raises(ValueError, match="path of the world model is empty; give a diffusers folder"):
+        run_stage(load("plan", ["world_model.path=", "out=runs"])[0])
+    with pytest.raises(ValueError, match="path of an input is empty"):
+        Stage(tmp_path / "runs", "dream", {}, parents={"world_model": ""})
 
 
 def test_a_record_holds_what_the_world_of_a_feature_target_holds(tmp_path) -> None:

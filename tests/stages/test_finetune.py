@@ -246,6 +246,22 @@ def test_texts_are_kept_one_by_one_without_what_is_behind_their_end(tmp_path):
     assert [len(load_file(file)["rows"]) for file in found.files] == [2, 6, 4]
 
 
+def test_a_cached_text_is_that_of_what_the_encoder_reads(make, dataset, tmp_path, monkeypatch):
+    """What lies under a prompt with dirty characters was embedded with them, and is not taken."""
+    world = make()
+    latents = Latents(world, ClipPool([dataset], world.clock), tmp_path, transform={})
+    clean, _ = latents.texts(tmp_path, base="b", first=True)
+    stale = torch.full_like(clean.take([0])[0], 9.0)
+    key = {"base": "b", "length": world.text_length, "dtype": str(world.transformer.dtype)}
+    dirty = ["open\u00a0 it", "red &amp;amp; blue"]
+    list(Embeddings(tmp_path, key, dirty, lambda texts: iter([stale] * len(texts))).files)
+    monkeypatch.setattr(latents, "instructions", dirty)
+    monkeypatch.setattr(latents.pool, "instruction", lambda k: dirty[k % 2])
+    found, _ = latents.texts(tmp_path, base="b", first=True)
+    assert found.files[0] == clean.files[0] and found.files[1] != clean.files[1]
+    assert torch.equal(found.take([0]), clean.take([0])) and torch.equal(found.take([0, 1]), world.embed(dirty).cpu())
+
+
 def test_large_clips_lie_in_small_shards():
     assert [shard_size(shape) for shape in ((81, 480, 832), (81, 704, 1280), (17, 256, 256), (17, 64, 64))] == [
         4,

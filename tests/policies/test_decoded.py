@@ -1,0 +1,98 @@
+"""Pictures that memory does not hold: each run of a video is decoded once, whatever is drawn."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+
+from dreamgen.core.clip import Episode
+from dreamgen.data.export import export_dataset
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
+from dreamgen.policies import decoded
+from dreamgen.policies.chunks import Chunks
+from dreamgen.video.mp4 import key_frames
+from tests.engine.test_processes import forked
+from tests.policies.toy import STEPS, A, D, H, W, robot
+
+ROWS, GOP = (17, 9, 24), 7
+
+
+@pytest.fixture(scope="module", params=["v3.0", "v2.1"])
+def data(request, tmp_path_factory) -> Dataset:
+    rng, root = np.random.default_rng(2), tmp_path_factory.mktemp("decoded")
+
+    def episode(n: int) -> Episode:
+        level = rng.integers(0, 256, (2, 1, H, W, 3), dtype=np.uint8).repeat(n, 1)
+        level[:, :, :4, :4] = 4 * np.arange(n)[:, None, None, None]  # little moves: no key frames but those asked for
+        return Episode(instruction="go", state=rng.normal(size=(n, D)).astype(np.float32), meta={},
+                       action=rng.normal(size=(n, A)).astype(np.float32),
+                       video={view.name: level[k] for k, view in enumerate(robot().views)})  # fmt: skip
+
+    write_dataset(root / "made", map(episode, ROWS), robot(), gop=GOP)
+    export_dataset(Dataset(root / "made", robot()), root / request.param, format=request.param)
+    return Dataset(root / request.param, robot(), cache_mb=0)
+
+
+def drawn(chunks: Chunks) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    places = [chunks.at(int(k)) for k in rng.integers(len(chunks), size=40)]
+    return [chunks.pictures(*place) for place in places]
+
+
+def test_each_run_is_decoded_once_and_pictures_are_the_same(data, tmp_path, monkeypatch):
+    asked, read = [], Dataset.views
+    monkeypatch.setattr(Dataset, "views", lambda self, i, rows: asked.append((i, list(rows))) or read(self, i, rows))
+    again = Chunks(data, horizon=STEPS, memory_gb=0.0)
+    truth = drawn(again)
+    assert len(asked) == 40  # without a folder every time
+    asked.clear()
+    chunks = Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path / "run")
+    for found, expected in zip(drawn(chunks), truth, strict=True):
+        assert np.array_equal(found, expected)
+    runs = [(i, list(range(a, min(a + GOP, n)))) for i, n in enumerate(ROWS) for a in range(0, n, GOP)]
+    assert sorted(asked) == runs and drawn(chunks)[3].shape == (2, H, W, 3) and len(asked) == len(runs)
+    assert list((tmp_path / "run").iterdir()) == []  # the file has no name: nothing is left, whatever ends the process
+
+
+def test_long_runs_are_decoded_some_rows_at_a_time(data, tmp_path, monkeypatch):
+    truth = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0))
+    monkeypatch.setattr(decoded, "ROWS", 3)
+    found = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path))
+    assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
+
+
+def test_forks_share_what_is_decoded(data, tmp_path):
+    chunks = Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path)
+    truth = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0))
+    chunks.pictures(0, 0)
+    forked(2, lambda rank: drawn(chunks))
+    chunks.dataset = chunks._decoded.dataset = None  # nothing can be decoded here
+    assert all(np.array_equal(a, b) for a, b in zip(drawn(chunks), truth, strict=True))
+
+
+@pytest.mark.parametrize("full", ["from the start", "later"])
+def test_a_full_disk_costs_time_alone(data, tmp_path, monkeypatch, caplog, full):
+    caplog.set_level("INFO")
+    truth, written = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0)), []
+
+    def write(*what) -> int:
+        written.append(what)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, "no space")
+        return save(*what)
+
+    save = os.pwrite
+    monkeypatch.setattr(os, "pwrite", write)
+    if full == "from the start":
+        monkeypatch.setattr(decoded.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    found = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path))
+    assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
+    assert "are decoded whenever they are drawn" in caplog.text and len(written) == (0 if full != "later" else 3)
+
+
+def test_key_frames_are_where_decoding_begins(data):
+    path, first, _ = data.entry(2).videos[data.robot.views[0].key]
+    keys = key_frames(path) - first
+    assert [k for k in keys.tolist() if k >= 0] == list(range(0, ROWS[2], GOP))
