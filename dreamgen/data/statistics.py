@@ -15,6 +15,7 @@ from jaxtyping import Int64, UInt8
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 WHOLE = 2**22  # numbers of one column that are taken whole
 DIGIT = 16
+PIXELS = 2**15  # that are counted at once: they stay in the cache
 
 
 def of_numbers(values: np.ndarray) -> dict[str, list]:
@@ -28,7 +29,11 @@ def of_numbers(values: np.ndarray) -> dict[str, list]:
 
 def histogram(frames: UInt8[np.ndarray, "t h w 3"]) -> Int64[np.ndarray, "3 256"]:
     """How often each byte occurs in each channel."""
-    return np.stack([np.bincount(frames[..., c].ravel(), minlength=256) for c in range(3)])
+    found, pixels = np.zeros((3, 256), np.int64), frames.reshape(-1, 3)
+    for at in range(0, len(pixels), PIXELS):
+        for c in range(3):
+            found[c] += np.bincount(pixels[at : at + PIXELS, c], minlength=256)
+    return found
 
 
 def of_pictures(counts: Int64[np.ndarray, "3 256"], frames: int) -> dict[str, list]:

@@ -49,6 +49,13 @@ def test_stored_numbers_that_do_not_fit(tmp_path, monkeypatch):
         assert np.allclose(whole[name], chunked[name], rtol=1e-12), name
 
 
+def test_a_histogram_counts_every_pixel_once(monkeypatch):
+    frames = np.random.default_rng(1).integers(0, 256, (2, 11, 7, 3), dtype=np.uint8)
+    monkeypatch.setattr(statistics, "PIXELS", 40)
+    found = statistics.histogram(frames)
+    assert all(found[c, level] == (frames[..., c] == level).sum() for c in range(3) for level in range(256))
+
+
 def test_one_row():
     assert statistics.of_chunks(lambda: iter([np.float32([[4.0, -2.5]])]))["q90"] == [4.0, -2.5]
 

@@ -243,20 +243,6 @@ def test_an_adapter_remembers_its_bases_revision(folders, tmp_path):
     assert len(names) == 3 and before not in names and "some/model" in names
 
 
-def test_a_pipeline_without_a_path_is_named_by_its_weights(tmp_path, monkeypatch):
-    world = zoo.world("ltx_video", "", pipeline=zoo.build("ltx_video"))
-    named = world.fingerprint()
-    monkeypatch.chdir(tmp_path)
-    assert world.fingerprint() == named
-    (tmp_path / "a.txt").write_text("not of the model")
-    assert zoo.world("ltx_video", "", pipeline=zoo.build("ltx_video")).fingerprint() == named
-    with torch.no_grad():
-        next(world.pipe.text_encoder.parameters()).add_(1)
-    assert world.fingerprint() != named
-    with pytest.raises(ValueError, match="path of the world model is empty"):
-        zoo.world("ltx_video", "")
-
-
 @pytest.mark.parametrize("name", ["wan22_ti2v_5b", "wan21_i2v_14b", "cogvideox_5b_i2v"])
 def test_a_vae_is_given_as_many_clips_as_fit(name, worlds, monkeypatch):
     world, rng, sizes = worlds[name], np.random.default_rng(2), []
