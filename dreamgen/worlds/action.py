@@ -119,9 +119,9 @@ class ActionWorld(nn.Module):
         """Frames of the past that a chunk sees beside the last one."""
         return int(self.anchor) + len(self.history)
 
-    def place(self) -> "ActionWorld":
-        """Move everything to the accelerator, if there is one."""
-        self.world.place()
+    def place(self, *, experts: bool = True) -> "ActionWorld":
+        """Move everything, or all but the transformers (without `experts`), to the accelerator, if there is one."""
+        self.world.place(experts=experts)
         self.extension.to(self.world.device)
         return self
 
