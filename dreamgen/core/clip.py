@@ -46,8 +46,8 @@ class Draft:
     """A prompt whose first frame is still to be read, so that a list of any length takes no room.
 
     first: gives the image and the state of a `Prompt`, the same whenever it is called; drafts of one first frame share
-    it. finish: makes that prompt whole where this takes long, such as a search for its action. id, instruction, seed,
-    pair, origin: see `Prompt`.
+    it. finish: makes such prompts whole, in order, where this takes long, such as a search for their actions; those of
+    a batch that share it are given together. id, instruction, seed, pair, origin: see `Prompt`.
     """
 
     id: str
@@ -56,20 +56,26 @@ class Draft:
     seed: int
     pair: str = ""
     origin: dict = field(default_factory=dict)
-    finish: Callable[[Prompt], Prompt] | None = None
+    finish: Callable[[Sequence[Prompt]], Sequence[Prompt]] | None = None
 
 
 def read_prompts(prompts: "Sequence[Prompt | Draft]") -> list[Prompt]:
-    """Prompts with their first frames; drafts that share one read it once."""
+    """Prompts with their first frames; drafts that share one read it once, those that share what finishes them are
+    finished together."""
     seen: dict[Callable, tuple[np.ndarray, np.ndarray]] = {}
+    unfinished: dict[Callable, list[int]] = {}
     made = []
-    for prompt in prompts:
+    for k, prompt in enumerate(prompts):
         if isinstance(prompt, Draft):
+            if prompt.finish is not None:
+                unfinished.setdefault(prompt.finish, []).append(k)
             image, state = seen[prompt.first] = seen.get(prompt.first) or prompt.first()
-            draft, prompt = prompt, Prompt(id=prompt.id, image=image, instruction=prompt.instruction, seed=prompt.seed,
-                                           pair=prompt.pair, state=state, origin=prompt.origin)  # fmt: skip
-            prompt = prompt if draft.finish is None else draft.finish(prompt)
+            prompt = Prompt(id=prompt.id, image=image, instruction=prompt.instruction, seed=prompt.seed,
+                            pair=prompt.pair, state=state, origin=prompt.origin)  # fmt: skip
         made.append(prompt)
+    for finish, places in unfinished.items():
+        for k, prompt in zip(places, finish([made[k] for k in places]), strict=True):
+            made[k] = prompt
     return made
 
 

@@ -65,8 +65,8 @@ def require_alone(stage: str) -> None:
     from_slurm()
     if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         raise ValueError(f"{stage} is the work of one process, and torchrun or srun has started {count}, all of which "
-                         f"would write to one folder; start it alone (of all training only finetune can be shared)"
-                         )  # fmt: skip
+                         f"would write to one folder; start it alone (of all training only finetune and "
+                         "finetune_actions can be shared)")  # fmt: skip
 
 
 def wait() -> None:
@@ -124,9 +124,10 @@ class Processes:
             from accelerate.utils import DistributedDataParallelKwargs
 
             # every weight of a diffusers model is used at each step; of others, and of two experts, some may not be
-            trained = [part for part in outermost(model) if any(p.requires_grad for p in part.parameters())]
+            trained = [type(part) for part in outermost(model) if any(p.requires_grad for p in part.parameters())]
+            partly = not trained or len(set(trained)) < len(trained)
             # gradients lie in the buffers that are exchanged; else each would be held twice
-            options = DistributedDataParallelKwargs(find_unused_parameters=len(trained) != 1,
+            options = DistributedDataParallelKwargs(find_unused_parameters=partly,
                                                     gradient_as_bucket_view=True)  # fmt: skip
             accelerator = Accelerator(cpu=best_device().type == "cpu", kwargs_handlers=[options])
             self.step = accelerator.prepare_model(Step(model))
@@ -185,7 +186,8 @@ class Processes:
 
 
 def outermost(model: nn.Module) -> Iterable[nn.Module]:
-    """The diffusers and transformers models inside `model`, which are called as a whole."""
+    """The diffusers and transformers models inside `model`, which are called as a whole, and what else names the
+    modules that it is cut into as these do."""
     for child in model.children():
         if hasattr(child, "_no_split_modules") or hasattr(child, "_repeated_blocks"):
             yield child

@@ -129,6 +129,11 @@ def restore(folder: Path, model: nn.Module, ema: Ema | None, optimisers: list) -
     return step
 
 
+def holds(out: Path) -> bool:
+    """Whether a run has saved its weights in `out`, or kept a state there."""
+    return (Path(out) / "model.safetensors").is_file() or (Path(out) / STATE / "latest.json").is_file()
+
+
 def weights_of(out: Path) -> dict[str, Tensor]:
     """Weights and buffers by name of what a run has saved in `out`, or else of the last state that it kept there,
     averaged where these are. ValueError where there is neither."""
@@ -152,7 +157,8 @@ def take_over(model: nn.Module, found: Mapping[str, Tensor], out: Path, *, but: 
     """Give a model weights and buffers by name, which are those of `out`; but: how the names of those begin that stay
     its own. ValueError where they are another model's."""
     live = dict(model.named_parameters()) | dict(model.named_buffers())
-    lacking = [name for name, p in model.named_parameters() if p.requires_grad and name not in found
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}  # a state leaves them out
+    lacking = [name for name in model.state_dict() if name not in found and name not in frozen
                and not (but and name.startswith(but))]  # fmt: skip
     other = [name for name, value in found.items() if name not in live or live[name].shape != value.shape]
     if lacking or other:

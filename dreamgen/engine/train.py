@@ -48,7 +48,7 @@ def train(
     accumulate: int | None = None,
     sharding: str | None = None,
     rates: Mapping[str, float] | None = None,
-    restarts: bool = False,
+    restarts: Path | None = None,
     patience: int = 0,
     tracker: str | None = None,
     flops: float | None = None,
@@ -72,7 +72,7 @@ def train(
     accumulate: parts of a process's share whose gradients are added up before a step: less memory, the same result.
     sharding: how processes share the model, "ddp" or "fsdp2" (see `dreamgen.engine.processes`). None, for both, where
         the stage has no such setting, and then none is advised.
-    rates: see `dreamgen.engine.optimiser`. restarts: whether the stage can begin with this run's weights (its `start`).
+    rates: see `dreamgen.engine.optimiser`. restarts: what the stage takes as `start` to begin with these weights.
     patience: validations without a lower loss after which to stop, with the best weights; 0 never stops.
     tracker, flops: see `dreamgen.engine.journal`.
     out: `losses.jsonl`, `<name>.log` and the resumable state `training/` (delete it once the weights are saved).
@@ -134,7 +134,7 @@ def train(
             held = step
         where = f" of {describe(step)}" if describe else ""
         good = "No state was kept" if held is None else f"{state} holds the last good state, that of step {held}"
-        begin = f" (stage.start={out} begins with its weights)" if restarts and held is not None else ""
+        begin = f" (stage.start={restarts} begins with its weights)" if restarts and held is not None else ""
         raise ValueError(f"{name}: the {what} is {value} at step {step}{where}. Lower the learning rate ({lr}) or mend "
                          f"the data, and choose another `out`: this one only goes on as it began. {good}{begin}."
                          )  # fmt: skip

@@ -69,8 +69,9 @@ class Flare(nn.Module):
             self._move(encoder, queries, 1 - self.decay)
 
     def restart(self, encoder: nn.Module, queries: nn.Module | None = None) -> None:
-        """The targets' encoder becomes a copy of what `encoder` is now."""
+        """The targets' encoder becomes a copy of what `encoder` is now, with what it was fitted to."""
         self._move(encoder, queries, 1.0)
+        self.target.load_state_dict(dict(encoder.named_buffers()), strict=False)
 
     @torch.no_grad()
     def _move(self, encoder: nn.Module, queries: nn.Module | None, share: float) -> None:

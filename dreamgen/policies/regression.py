@@ -6,16 +6,21 @@ for a third of the cost of a step of flow matching and without its noise. What a
 few hundred steps; flow matching from random weights does not find it in as many.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from dreamgen.engine.state import begin_with, holds
 from dreamgen.policies.body import BodyMLP
 from dreamgen.policies.flow import mean_error
 
+FOLDER = "regression"  # of these steps, in that of the run
+
 
 class Regression(nn.Module):
-    """Shares all that leads to the plan of `policy`; a readout of each body, thrown away afterwards, says the chunk.
+    """Shares all that leads to the plan of `policy`, and its normalisers; a readout of each body, thrown away
+    afterwards, says the chunk.
 
     Raises ValueError for a policy whose encoder does not summarise the observation.
     """
@@ -27,6 +32,8 @@ class Regression(nn.Module):
                              "dreamgen.policies.palette.PaletteEncoder; set stage.regression_steps=0")  # fmt: skip
         self.encoder, self.encode_state, self.direct = policy.encoder, policy.encode_state, policy.direct
         self.unknown_state, self.position = policy.unknown_state, policy.position
+        self.normalise_state, self.normalise_action = policy.normalise_state, policy.normalise_action
+        self.other_normalisers = policy.other_normalisers
         width = policy.position.shape[1]
         self.readout = BodyMLP(len(policy.bodies), width, width, policy.spaces.action_dim)
         object.__setattr__(self, "policy", policy)  # its other weights are not this module's
@@ -45,3 +52,15 @@ class Regression(nn.Module):
         error = (self.readout(plan, body).float() - x).square()
         loss = mean_error(error, batch["weight"] * valid, entries, batch["row_weight"])
         return loss, {"regression": loss}
+
+
+def begin(policy: nn.Module, out: Path) -> None:
+    """Give `policy` the weights and normalisers of a policy, or of the run in `out` (see `begin_with`): of one that was
+    still at its regression, those that lead to the plan. ValueError where they are another policy's."""
+    first = Path(out) / FOLDER
+    if holds(out) or not holds(first):
+        begin_with(policy, out)
+        return
+    begin_with(policy if policy.direct is None else Regression(policy), first)
+    if policy.flare:
+        policy.flare.restart(policy.encoder, policy.queries)

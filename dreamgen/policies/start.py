@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dreamgen.engine.state import begin_with, take_over, weights_of
-from dreamgen.policies import checkpoint
+from dreamgen.engine.state import take_over, weights_of
+from dreamgen.policies import checkpoint, regression
 from dreamgen.policies.spaces import owner
 
 WAYS = ("encode_state.", "encode_action.", "decode_action.")  # weights of which each body has its own
@@ -34,7 +34,7 @@ def begin(model: Any, out: Path, bodies: Mapping[str, str | None] | None = None)
         if asked:
             raise ValueError(f"stage.start_bodies is {asked}, and {out} is a training that has not ended, which does "
                              f"not say which bodies it has; leave it out to begin with all as they are")  # fmt: skip
-        begin_with(model, out)
+        regression.begin(model, out)
         return []
     config, contracts = checkpoint.read(out)
     for name in asked:
@@ -81,7 +81,7 @@ def _source(model: Any, out: Path, name: str, there: list[str], contracts: Mappi
 
 def _ways(name: str, live: Tensor, saved: Tensor, numbers: list[int | None]) -> Tensor:
     """The weights `name` of all bodies, by the number of the saved body as which each begins; as they were saved where
-    they are of another model, which `begin_with` will say."""
+    they are of another model, which `take_over` will say."""
     keep = [k for k in range(live.ndim - 1) if k != PADDED.get(name)]
     if [live.shape[1 + k] for k in keep] != [saved.shape[1 + k] for k in keep]:
         return saved
@@ -110,6 +110,8 @@ def _statistics(model: Any, weights: dict[str, Tensor], sources: list[str | None
         source = next((sources[k] for k in mine if sources[k] is not None), None)
         if source is None:
             fresh.append(mine[0])
+            here = tuple(_place(of).values())
+            kept |= {name: value for name, value in model.state_dict().items() if name.startswith(here)}
             continue
         for kind, there in _place(owner(source, robots)).items():
             here = _place(of)[kind]

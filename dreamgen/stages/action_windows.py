@@ -1,10 +1,10 @@
 """What an action-conditioned world model is trained on: windows of recordings, their latents, actions and past.
 
-Latents are cached once per dataset. The first latent frame of a window is the encoding of its first picture alone, so
-the earlier frames that are remembered cost nothing to encode.
+Latents are cached once per dataset, where several runs may share them. The first latent frame of a window is the
+encoding of its first picture alone, so the earlier frames that are remembered cost nothing to encode.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,11 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.states import known_states
 from dreamgen.data.windows import Windows
-from dreamgen.stages.latents import seen, shard_size, taken
+from dreamgen.stages.latents import encoding, seen, shard_size, taken
+from dreamgen.stages.sharing import grouped
 from dreamgen.worlds.action import ActionWorld
 from dreamgen.worlds.action_frames import entries_read
+from dreamgen.worlds.autoencoder import clips_at_once
 
 
 def held_out(dataset: Dataset, count: int, seed: int) -> set[int]:
@@ -36,9 +38,9 @@ def held_out(dataset: Dataset, count: int, seed: int) -> set[int]:
 
 
 class Source:
-    """The windows of one dataset with their cached latents; some episodes are held out."""
+    """The windows of one dataset with their latents in the cache `root`; some episodes are held out."""
 
-    def __init__(self, world: ActionWorld, dataset: Dataset, *, hop: int, validation: int, out: Path, seed: int,
+    def __init__(self, world: ActionWorld, dataset: Dataset, *, hop: int, validation: int, root: Path, seed: int,
                  rest: float = 1.0) -> None:  # fmt: skip
         self.world, self.dataset, self.hop = world, dataset, hop
         self.windows = Windows(dataset, world.clock, hop=hop, short="drop")
@@ -47,7 +49,7 @@ class Source:
         key = {"world": world.cache_key(), "data": fingerprint(dataset.root), "hop": hop, "episodes": taken(dataset),
                "views": seen(dataset)}  # fmt: skip
         size = shard_size((world.clock.frames, *world.robot.canvas))
-        self.cache = Cache(out / "cache", key, count=len(self.windows), size=size)
+        self.cache = Cache(root, key, count=len(self.windows), size=size)
         self.held = held_out(dataset, min(validation, len(dataset) // 5), seed)
         self.read = entries_read(world.robot, maps=world.maps)
         self.kept = [k for k in range(len(self.places)) if not world.maps or self.state(k).size]
@@ -66,14 +68,15 @@ class Source:
         upto = weights(moved, rest).cumsum()
         self.upto = upto / upto[-1]
 
-    def build(self) -> Iterator[int]:
-        """Encode what is missing; yields how many windows each shard added."""
-
-        def encode(items: range) -> np.ndarray:
-            clips = [self.dataset.canvas(self.places[k][0], self.windows.rows(*self.places[k])) for k in items]
-            return self.world.encode(torch.from_numpy(np.stack(clips))).cpu().numpy()
-
-        return self.cache.build(encode)
+    def encode(self, items: range) -> np.ndarray:
+        """Latents of these windows."""
+        shape = (self.world.clock.frames, *self.world.robot.canvas)
+        size, found = clips_at_once(*shape), []
+        with encoding(shape, min(size, len(items))):
+            for some in grouped(items, size):
+                clips = [self.dataset.canvas(self.places[k][0], self.windows.rows(*self.places[k])) for k in some]
+                found.append(self.world.encode(torch.from_numpy(np.stack(clips))).cpu().numpy())
+        return np.concatenate(found)
 
     def draw(self, rng: np.random.Generator) -> int:
         """A window to train on."""

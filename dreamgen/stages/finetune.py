@@ -17,8 +17,7 @@ from dreamgen.data.buckets import Buckets, ClipPool, Shape
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.compiling import compile_blocks, wanted
-from dreamgen.engine.cost import Transformer, training_memory
-from dreamgen.engine.devices import memory_left
+from dreamgen.engine.cost import Transformer
 from dreamgen.engine.journal import require_tracker
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.processes import join, require_sharding, wait
@@ -26,6 +25,7 @@ from dreamgen.engine.replicas import possible
 from dreamgen.engine.shares import Rows, require_rows
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.latents import Latents
+from dreamgen.stages.memory import require_memory
 from dreamgen.stages.validation import Validation
 from dreamgen.worlds.autoencoder import Autoencoding
 from dreamgen.worlds.world import VideoWorld
@@ -146,9 +146,10 @@ def finetune(
             if wanted(compile, steps=steps):
                 compile_blocks(module)
         text = embedded.length
-        _require_memory(world, sizes, [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text,
-                        lora=lora, checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate,
-                        shards=shards)  # fmt: skip
+        require_memory(world.trained().values(), sizes,
+                       [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text, held=world.weights,
+                       lora=lora, checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate,
+                       shards=shards)  # fmt: skip
 
         def batch_at(step: int) -> Rows:
             rng = rng_for(seed, "finetune", step)
@@ -194,34 +195,6 @@ def _latent(world: VideoWorld, shape: Shape) -> tuple[int, int, int]:
         raise ValueError(f"clips of {shape}; {world.path} is conditioned on a whole clip of {world.clock.frames} "
                          f"frames of {world.robot.canvas} and trains on such alone")  # fmt: skip
     return (frames - 1) // time + 1, h // side, w // side
-
-
-def _require_memory(world: VideoWorld, sizes: Transformer, parts: Sequence[tuple[int, int]], text: int, *, lora: bool,
-                    checkpointing: bool, ema: bool, accumulate: int, shards: int) -> None:  # fmt: skip
-    """ValueError, saying what would fit, if a step over any of `parts` (clips, tokens) is too large for this GPU."""
-    if best_device().type != "cuda":
-        return
-    weights = [p for module in world.trained().values() for p in module.parameters()]
-    total, trained = (sum(p.numel() for p in of) for of in (weights, [p for p in weights if p.requires_grad]))
-    held = sum(p.numel() * p.element_size() for p in weights if p.is_cuda)
-    left = memory_left() + held
-
-    def needed(clips: int, video: int, checkpointing: bool) -> float:
-        return training_memory(sizes, parameters=total, trained=trained, clips=clips, video=video, text=text,
-                               lora=lora, checkpointing=checkpointing, ema=ema, shards=shards,
-                               weight_bytes=2 if world.weights == "bf16" else 4).total  # fmt: skip
-
-    clips, video = max(parts, key=lambda part: part[0] * part[1])
-    if needed(clips, video, checkpointing) <= left:
-        return
-    less = "stage.method=lora, world_model.weights=bf16, or stage.sharding=fsdp2 on more GPUs"
-    fits = [f"stage.checkpointing={str(on).lower()} with {-(-clips // k)} clips at a time (stage.accumulate="
-            f"{accumulate * k})"
-            for on in sorted({checkpointing, True}) for k in range(1, clips + 1)
-            if needed(-(-clips // k), video, on) <= left]  # fmt: skip
-    raise ValueError(f"a step of {clips} clips of {video} tokens needs about "
-                     f"{needed(clips, video, checkpointing) / 1e9:.0f} GB; {left / 1e9:.0f} GB are free. What would "
-                     f"fit: {fits[0] if fits else less}")  # fmt: skip
 
 
 def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: Path,

@@ -1,11 +1,12 @@
 """Fine-tune an action-conditioned world model on demonstrations, play, failures and disturbed actions together.
 
 A batch takes windows of one random length (see `action_windows`), with the robot steps that they show, and remembers
-earlier frames of the same episodes.
+earlier frames of the same episodes. On one process or, as `finetune`, on several.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +15,19 @@ from torch import Tensor
 from dreamgen.core.clip import Past, Prompt
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
+from dreamgen.data.cache import require_known
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.compiling import compile_blocks, wanted
+from dreamgen.engine.cost import Transformer
 from dreamgen.engine.precision import best_device
-from dreamgen.engine.processes import require_alone
-from dreamgen.engine.progress import progress
+from dreamgen.engine.processes import join, require_sharding, wait
 from dreamgen.engine.replicas import possible
-from dreamgen.engine.shares import require_rows
+from dreamgen.engine.shares import Rows, require_rows
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.action_windows import Source, scales, stacked
+from dreamgen.stages.latents import build, embeddings
+from dreamgen.stages.memory import require_memory
 from dreamgen.video.metrics import psnr
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.action import ActionWorld
@@ -54,9 +58,11 @@ def finetune_actions(
     hop: int = 2,
     validate_every: int = 250,
     samples: int = 4,
+    cache: Path | None = None,
     accumulate: int = 1,
     checkpointing: bool = False,
     compile: bool | str = "auto",
+    sharding: str = "ddp",
     replicas: int = 1,
     seed: int = 0,
     record: dict,
@@ -69,36 +75,45 @@ def finetune_actions(
     "lora" (an adapter and the action encoder) or "actions" (the encoder alone); adapters that the world model came with
     become part of its weights. validation: episodes of each dataset held out, with all that share their first state;
     the loss at fixed noise under true, shuffled and no actions is written every `validate_every` steps, and samples
-    real above dreamt. accumulate: parts of a batch whose gradients are added up, each with errors weighted within
-    itself (`tool_weight`). checkpointing: keep only the inputs of blocks, and compute these again in the backward pass.
-    compile: the transformers' blocks (see `dreamgen.engine.compiling`).
+    real above dreamt. batch_size: rows of all processes together. cache: a folder of latents to share between runs;
+    `out/cache` where None. accumulate: parts of a batch whose gradients are added up; these, and the shares of
+    processes, have errors weighted within themselves (`tool_weight`). checkpointing: keep only the inputs of blocks,
+    and compute these again in the backward pass. compile: the transformers' blocks (see `dreamgen.engine.compiling`).
+    sharding, replicas: see `dreamgen.engine.train`.
 
     Windows that begin in a state which nobody knows are left out where pose maps show it, and counted.
 
-    Raises ValueError for another method, shares, lengths or a `rest` that do not fit, datasets of another robot, no
-    windows, a batch of fewer rows than parts.
+    Raises ValueError for another method or sharding, shares, lengths or a `rest` that do not fit, datasets of another
+    robot, no windows, a batch of fewer rows than parts, a cache of other content, and on a GPU where the first step
+    cannot fit.
     """
-    require_alone("finetune_actions")
+    require_sharding(sharding)
     world = world_model
     chosen = check(world, datasets, shares, lengths, method)
     if not 0 < rest <= 1:
         raise ValueError(f"rest is {rest}; expected a share above 0 and up to 1, which draws all windows alike")
-    require_rows(batch_size, possible(replicas, best_device()), accumulate)
+    process, count = join()
+    forks, shards = possible(replicas, best_device()) if count == 1 else 1, count if sharding == "fsdp2" else 1
+    require_rows(batch_size, count * forks, accumulate)
     parents = {f"dataset_{k}": dataset.root for k, dataset in enumerate(datasets)}
-    config = {**record, "base": world.fingerprint()}
-    with Stage(out, "finetune_actions", config=config, parents=parents, seed=seed) as run:
+    base = world.fingerprint()
+    with Stage(out, "finetune_actions", config={**record, "base": base}, parents=parents, seed=seed,
+               writes=process == 0) as run:  # fmt: skip
         if run.complete:
             clear_state(out)
             return run.manifest()
-        world.place()
+        wait()
+        world.place(experts=shards == 1)  # what is cut goes to the GPU block by block
         world.world.fuse_adapters()
-        sources = [Source(world, dataset, hop=hop, validation=validation, rest=rest, out=out, seed=seed)
+        where = out / "cache" if cache is None else Path(cache)
+        sources = [Source(world, dataset, hop=hop, validation=validation, rest=rest, root=where, seed=seed)
                    for dataset in datasets]  # fmt: skip
-        for source in sources:
-            for _ in progress(source.build(), len(source.cache.missing()), "encode", out, unit="shard"):
-                pass
+        if cache is not None:
+            require_known(where, [source.cache.key for source in sources])
+        build([(source.cache, source.encode) for source in sources], out, rank=process, count=count,
+              replicas=possible(replicas, best_device()))  # fmt: skip
         texts = sorted({dataset.instruction(i) for dataset in datasets for i in range(len(dataset))})
-        embedded = world.embed([*texts, ""]).cpu()
+        embedded = embeddings(world.world, texts, where, base=base, first=process == 0)
         number = {text: k for k, text in enumerate([*texts, ""])}
         world.extension.normaliser.load_state_dict(scales(world, sources))
         part = np.array(shares if shares is not None else [len(s.train) for s in sources], np.float64)
@@ -113,27 +128,32 @@ def finetune_actions(
             module.enable_gradient_checkpointing()
         if wanted(compile, steps=steps):
             compile_blocks(*transformers)
+        _require_memory(world, -(-batch_size // (count * accumulate * forks)), embedded.length, lora=method != "full",
+                        checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate, shards=shards)  # fmt: skip
 
-        def batch_at(step: int) -> dict[str, Tensor]:
+        def batch_at(step: int) -> Rows:
             rng = rng_for(seed, "finetune_actions", step)
             frames = int(rng.choice(chosen))
             rows = []
             for which in rng.choice(len(sources), batch_size, p=part):
                 rows.append((sources[which], sources[which].draw(rng)))
             silent = rng.random(batch_size) < (text_dropout if world.instructions else 1)
-            text = ["" if quiet else s.text(k) for (s, k), quiet in zip(rows, silent, strict=True)]
-            batch = stacked([s.row(k, frames) for s, k in rows])
-            return batch | {"text": embedded[[number[t] for t in text]]}
+            text = [number["" if quiet else s.text(k)] for (s, k), quiet in zip(rows, silent, strict=True)]
+            return Rows(batch_size, lambda mine: stacked([s.row(k, frames) for s, k in rows[mine]])
+                        | {"text": embedded.take(text[mine])})  # fmt: skip
 
-        check_up = Check(world, sources, out, samples=samples, size=-(-batch_size // accumulate), seed=seed)
+        check_up = Check(world, sources, out, lambda texts: embedded.take([number[text] for text in texts]),
+                         samples=samples, size=-(-batch_size // (count * accumulate)), seed=seed,
+                         write=process == 0)  # fmt: skip
         result = train(world, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, ema=ema,
                        precision=world.precision, replicas=replicas, seed=seed, accumulate=accumulate,
-                       checkpoint_every=validate_every, validate=check_up if check_up.rows else None,
+                       sharding=sharding, checkpoint_every=validate_every, validate=check_up if check_up.rows else None,
                        validate_every=validate_every, name="finetune_actions")  # fmt: skip
         world.requires_grad_(False)
         for module in transformers if checkpointing else ():
             module.disable_gradient_checkpointing()
-        world.save(out)
+        if process == 0:
+            world.save(out)
         manifest = run.finish(
             windows=sum(len(s.train) for s in sources), episodes=sum(len(d) for d in datasets),
             windows_of_unknown_state=sum(s.unknown for s in sources), validation=sum(len(s.held) for s in sources),
@@ -141,7 +161,9 @@ def finetune_actions(
             parameters=sum(p.numel() for p in world.extension.parameters()), **noted(*datasets),
             **{f"final_{k}": v for k, v in result.items()},
         )  # fmt: skip
-        clear_state(out)
+        if process == 0:
+            clear_state(out)
+        wait()
         return manifest
 
 
@@ -163,13 +185,23 @@ def check(world: ActionWorld, datasets: Sequence[Dataset], shares: Sequence[floa
     return chosen
 
 
+def _require_memory(world: ActionWorld, clips: int, text: int, **how: Any) -> None:
+    """See `require_memory`; windows are as long as they come, behind the frames that are remembered."""
+    base, (_, time, h, w) = world.world, world.world.latent_shape
+    sizes = Transformer.of({**base.transformer.config, "_class_name": type(base.transformer).__name__})
+    tokens = sizes.tokens((time + world.remembered, h, w))
+    require_memory([*base.trained().values(), world.extension], sizes, [(clips, tokens)], text, held=base.weights,
+                   **how)  # fmt: skip
+
+
 class Check:
     """Validation loss at fixed noise under true, shuffled and no actions, `size` rows at a time; samples real above
     dreamt."""
 
-    def __init__(self, world: ActionWorld, sources: Sequence[Source], out: Path, *, samples: int, size: int,
-                 seed: int) -> None:  # fmt: skip
-        self.out, self.size, self.prompts, self.real = out, size, [], []
+    def __init__(self, world: ActionWorld, sources: Sequence[Source], out: Path,
+                 embed: Callable[[Sequence[str]], Tensor], *, samples: int, size: int, seed: int,
+                 write: bool) -> None:  # fmt: skip
+        self.out, self.size, self.write, self.prompts, self.real = out, size, write, [], []
         first = []
         for source in sources:
             begun = {source.places[k][0]: k for k in reversed(source.kept)}
@@ -182,9 +214,9 @@ class Check:
         low, high = world.world.times
         batch |= {"noise": torch.randn(batch["latents"].shape, generator=generator),
                   "sigma": low + (high - low) * torch.linspace(0.05, 0.95, len(self.rows)),
-                  "present": torch.ones(len(self.rows), dtype=torch.bool)}  # fmt: skip
+                  "present": torch.ones(len(self.rows), dtype=torch.bool),
+                  "text": embed([source.text(k) if world.instructions else "" for source, k in self.rows])}  # fmt: skip
         self.batch = {k: v.to(world.device) for k, v in batch.items()}
-        self.batch["text"] = world.embed([source.text(k) if world.instructions else "" for source, k in self.rows])
         for source, k in first[:samples]:
             episode, row = source.places[k]
             clip = source.dataset.canvas(episode, source.windows.rows(episode, row))
@@ -194,6 +226,8 @@ class Check:
                 id=f"sample_{len(self.real)}", image=clip[0], instruction=source.text(k), state=source.state(k),
                 seed=seed_for(seed, "sample", k), action=recorded.action[row : row + world.clock.steps],
             ))  # fmt: skip
+        if self.prompts:
+            world.read([prompt.instruction if world.instructions else "" for prompt in self.prompts])
 
     def __call__(self, world: ActionWorld, step: int) -> dict[str, float]:
         other = {key: self.batch[key].roll(1, 0) for key in ("features", "maps") if key in self.batch}
@@ -204,7 +238,9 @@ class Check:
         if pasts:
             videos = [p.video for p in extend(world, pasts, [p.action for p in self.prompts])]
             pairs = [np.concatenate([r, v], 1) for r, v in zip(self.real, videos, strict=True)]
-            write_mp4(self.out / "samples" / f"step_{step:06d}.mp4", np.concatenate(pairs, 2), world.clock.video_hz)
+            if self.write:
+                film = self.out / "samples" / f"step_{step:06d}.mp4"
+                write_mp4(film, np.concatenate(pairs, 2), world.clock.video_hz)
             figures["psnr"] = float(np.mean([psnr(r[1:], v[1:]) for r, v in zip(self.real, videos, strict=True)]))
         return figures
 

@@ -1,6 +1,8 @@
 """What fine-tuning reads: latents and text embeddings of a dataset's clips, encoded once and kept on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,25 +53,12 @@ class Latents:
 
     def build(self, out: Path, *, rank: int, count: int, replicas: int) -> int:
         """Encode what is missing, over `count` processes with `replicas` forks each; returns how many shards it was."""
-        shards = sum(len(cache.missing()) for cache in self.caches.values())
-        replicas = min(possible(replicas, self.world.device), max(shards, 1))
-
-        def work(replica: int) -> None:
-            mine, parts = rank * replicas + replica, count * replicas
-            for shape, cache in self.caches.items():
-                done = cache.build(lambda items, shape=shape: self._encode(shape, items), mine, parts)
-                for _ in progress(done, len(cache.missing(mine, parts)), "encode", out if not mine else None,
-                                  unit="shard"):  # fmt: skip
-                    pass
-
-        in_forks(work, replicas if shards else 1)
-        wait()
-        return shards
+        work = [(cache, partial(self._encode, shape)) for shape, cache in self.caches.items()]
+        return build(work, out, rank=rank, count=count, replicas=possible(replicas, self.world.device))
 
     def _encode(self, shape: Shape, items: range) -> np.ndarray:
         clips, size, found = self.members[shape][items.start : items.stop], clips_at_once(*shape), []
-        doing = f"encoding {min(size, len(clips))} clips of {shape[0]} frames of {shape[1]}x{shape[2]} at a time"
-        with enough(doing, "fewer frames (world_model.frames or stage.lengths), smaller views, or a larger device"):
+        with encoding(shape, min(size, len(clips))):
             for start in range(0, len(clips), size):
                 some = np.stack([self.pool.frames(int(k)) for k in clips[start : start + size]])
                 found.append(self.world.encode(torch.from_numpy(some)).cpu().numpy())
@@ -85,17 +74,47 @@ class Latents:
 
         base: names the weights of the text encoder. first: of several processes one encodes, and the others wait.
         """
+        made = embeddings(self.world, self.instructions, root, base=base, first=first)
         number = {text: i for i, text in enumerate(self.instructions)}
-        key = {"base": base, "length": self.world.text_length, "dtype": str(self.world.transformer.dtype)}
-        if not first:
-            wait()
-        prompts, device = self.world.prompts([*self.instructions, ""]), best_device()
-        made = Embeddings(root, key, prompts, lambda texts: self.world.texts.read(texts, device),
-                          name=self.world.layout.cleaned)  # fmt: skip
-        if first:
-            wait()
-        which = np.array([number[self.pool.instruction(k)] for k in range(len(self.pool))])
-        return made, which
+        return made, np.array([number[self.pool.instruction(k)] for k in range(len(self.pool))])
+
+
+def encoding(shape: Shape, clips: int) -> AbstractContextManager[None]:
+    """Turn an allocation that fails while clips of `shape` are encoded, so many at a time, into advice."""
+    doing = f"encoding {clips} clips of {shape[0]} frames of {shape[1]}x{shape[2]} at a time"
+    return enough(doing, "fewer frames (world_model.frames or stage.lengths), smaller views, or a larger device")
+
+
+def build(work: Sequence[tuple[Cache, Callable[[range], np.ndarray]]], out: Path, *, rank: int, count: int,
+          replicas: int) -> int:  # fmt: skip
+    """Compute what these caches lack, over `count` processes with `replicas` forks each, of which this is number
+    `rank`; returns how many shards it was, once all have theirs."""
+    shards = sum(len(cache.missing()) for cache, _ in work)
+    replicas = max(1, min(replicas, sum(-(-cache.count // cache.size) for cache, _ in work)))  # the same for all
+
+    def mine(replica: int) -> None:
+        part, parts = rank * replicas + replica, count * replicas
+        for cache, compute in work:
+            done = cache.build(compute, part, parts)
+            for _ in progress(done, len(cache.missing(part, parts)), "encode", out if not part else None, unit="shard"):
+                pass
+
+    in_forks(mine, replicas if shards else 1)
+    wait()
+    return shards
+
+
+def embeddings(world: VideoWorld, texts: Sequence[str], root: Path, *, base: str, first: bool) -> Embeddings:
+    """Of instructions, and last of no text; base, first: see `Latents.texts`."""
+    key = {"base": base, "length": world.text_length, "dtype": str(world.transformer.dtype)}
+    if not first:
+        wait()
+    prompts, device = world.prompts([*texts, ""]), best_device()
+    made = Embeddings(root, key, prompts, lambda texts: world.texts.read(texts, device),
+                      name=world.layout.cleaned)  # fmt: skip
+    if first:
+        wait()
+    return made
 
 
 def shard_size(shape: Shape) -> int:

@@ -23,6 +23,7 @@ from dreamgen.engine.cost import Memory, Transformer, lora_parameters, training_
 from dreamgen.engine.devices import device
 from dreamgen.engine.processes import require_sharding
 from dreamgen.engine.shares import require_rows
+from dreamgen.stages.plan_vae import vae_memory
 from dreamgen.stages.validation import ROWS
 from dreamgen.worlds.layout import locate
 from dreamgen.worlds.world import LORA
@@ -32,13 +33,15 @@ from dreamgen.worlds.world import LORA
 class Model:
     """A published model: its transformer's configuration, how many experts it has, frames and pixels in a latent.
 
-    channels: of a latent; picture: numbers in CLIP's view of the first frame, 0 where the transformer has none.
+    channels: of a latent; vae: the configuration of its autoencoder; picture: numbers in CLIP's view of the first
+    frame, 0 where the transformer has none.
     """
 
     config: dict[str, Any]
     experts: int
     scale: tuple[int, int]
     channels: int
+    vae: dict[str, Any]
     picture: int = 0
 
     @classmethod
@@ -51,7 +54,8 @@ class Model:
             clip = read_json(seen) if seen.is_file() else None
             picture = clip and ((clip["image_size"] // clip["patch_size"]) ** 2 + 1) * clip["hidden_size"]
             return cls(config=read_json(folder / "transformer" / "config.json"), experts=1 + second, scale=_scale(vae),
-                       channels=vae.get("z_dim") or vae.get("latent_channels", 16), picture=picture or 0)  # fmt: skip
+                       channels=vae.get("z_dim") or vae.get("latent_channels", 16), vae=vae,
+                       picture=picture or 0)  # fmt: skip
         known = json.loads((files("dreamgen.stages") / "published.json").read_text())
         if path not in known:
             raise ValueError(f"no transformer's configuration in {folder}, and no published one is known; known are "
@@ -59,7 +63,7 @@ class Model:
         row = known[path]
         picture = 257 * (row["config"].get("image_dim") or 0)
         return cls(config=row["config"], experts=row["experts"], scale=tuple(row["scale"]), channels=row["channels"],
-                   picture=picture)  # fmt: skip
+                   vae=row["vae"], picture=picture)  # fmt: skip
 
     def require(self, path: str, canvas: tuple[int, int], frames: int, patch: int) -> None:
         """Raise ValueError for a clip that fine-tuning would refuse; see `Layout.require`."""
@@ -170,6 +174,8 @@ def plan(
     dream = forward * denoising_steps * (2 if guidance > 1 else 1)
     windows, recorded = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop)
     check = ROWS * forward + samples * dream
+    vae = vae_memory(found.vae, (found.channels, *latents), (frames, *canvas))
+    dreaming = parameters * (2 if weights == "bf16" else 4) + vae["weights"] + vae["decode"]
     figures = {
         "model": model, "gpu": machine.name, "gpus": gpus, "efficiency": efficiency, "peak_flops": machine.bf16,
         "parameters": parameters, "trained_parameters": trained, "video_tokens": video, "text_tokens": text_length,
@@ -178,6 +184,7 @@ def plan(
         "forward_flops": forward, "step_flops": step, "checkpointing": checkpointing,
         "memory": {"plain": _bytes(memory[False]), "checkpointing": _bytes(memory[True]), "device": machine.memory},
         "fits": memory[checkpointing].total <= 0.92 * machine.memory,
+        "vae_memory": vae, "dream_fits": dreaming <= 0.92 * machine.memory,
         "latent_cache_bytes": windows and 4 * windows * found.planes(latents) * math.prod(latents),
         "encoded_frames": windows and windows * frames, "recorded_frames": recorded,
         "validation_seconds": check / speed,
@@ -225,7 +232,7 @@ def si(value: float, unit: str) -> str:
 
 def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int, hop: int) -> str:
     """The figures as lines of text."""
-    memory, gb = found["memory"], 1e9
+    memory, vae, gb = found["memory"], found["vae_memory"], 1e9
     rows = [
         ("model", f"{found['model']}: {found['parameters'] / 1e9:.3g}B parameters, "
                   f"{found['trained_parameters'] / 1e6:.4g}M of them trained ({method})"),
@@ -243,6 +250,8 @@ def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int,
                                  f"gradients {row['gradients'] / gb:.3g}, optimiser {row['optimiser'] / gb:.3g}, "
                                  f"activations {row['activations'] / gb:.3g}"
                                  for name, row in memory.items() if isinstance(row, dict))),
+        ("autoencoder", f"{vae['encode'] / gb:.3g} GB to encode, {vae['decode'] / gb:.3g} GB to decode "
+                        f"{vae['clips']} clips at a time, beside {vae['weights'] / gb:.3g} GB of weights (fp32)"),
         ("training", f"{si(found['step_flops'], 'FLOP')} a step of {batch_size} clips"
                      f"{', with checkpointing' if found['checkpointing'] else ''}: {found['seconds_a_step']:.3g} s, "
                      f"{found['train_gpu_hours']:.3g} GPU hours for {steps} steps"),
@@ -255,4 +264,7 @@ def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int,
     if not found["fits"]:
         rows.append(("too large", "the step does not fit: take stage.method=lora, a larger stage.accumulate, "
                                   "stage.sharding=fsdp2 on more stage.gpus, or a smaller clip"))  # fmt: skip
+    if not found["dream_fits"]:
+        rows.append(("too large", "transformer and autoencoder do not fit beside what is decoded: take a smaller clip, "
+                                  "world_model.weights=bf16 or another stage.gpu"))  # fmt: skip
     return "\n".join(f"{name:14} {text}" for name, text in rows)

@@ -22,7 +22,7 @@ from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import worthwhile
 from dreamgen.policies.feed import Feed, Some, sources
-from dreamgen.policies.regression import Regression
+from dreamgen.policies.regression import FOLDER, Regression
 from dreamgen.policies.start import begin
 from dreamgen.stages.midway import Midway
 
@@ -117,7 +117,7 @@ def train_policy(
     parents |= {} if start is None else {"start": start}
     with Stage(out, "train_policy", config=record, parents=parents, seed=seed) as run:
         if run.complete:
-            clear_state(run.out, run.out / "regression")
+            clear_state(run.out, run.out / FOLDER)
             return run.manifest()
         interval = validate_every or evaluate_every
         if evaluate_every and (sim is None or evaluate_every % interval):
@@ -156,18 +156,19 @@ def train_policy(
         how: dict[str, Any] = dict(muon_lr=muon_lr, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
                                    clip=clip, precision=precision, replicas=replicas, accumulate=accumulate, seed=seed,
                                    rates={"encoder.model.": encoder_rate}, log_every=log_every,
-                                   checkpoint_every=checkpoint_every, describe=feed.describe)  # fmt: skip
+                                   checkpoint_every=checkpoint_every, describe=feed.describe,
+                                   restarts=run.out)  # fmt: skip
         begun = {}
         if model.direct is not None and not regression_steps and start is None:
             log.warning("regression_steps is 0; a policy whose encoder summarises the observation learns what an "
                         "instruction means in these")  # fmt: skip
         if regression_steps:
             first = Regression(model.to(best_device()))
-            begun["regression"] = train(first, feed.at, out=run.out / "regression", steps=regression_steps,
+            begun["regression"] = train(first, feed.at, out=run.out / FOLDER, steps=regression_steps,
                                         lr=regression_lr, ema=None, name="regression", **how)  # fmt: skip
             if model.flare:
                 model.flare.restart(model.encoder, model.queries)
-        result = train(model, feed.at, out=run.out, steps=steps, lr=lr, ema=ema, name="train_policy", restarts=True,
+        result = train(model, feed.at, out=run.out, steps=steps, lr=lr, ema=ema, name="train_policy",
                        validate=check if held_out or midway else None, validate_every=interval, **how)  # fmt: skip
         model.cpu().save(run.out)
         write_json(run.out / "clock.json", {"robot_hz": model.robot.robot_hz, "horizon": model.horizon})
@@ -179,7 +180,7 @@ def train_policy(
                               unknown_left_out=[c.unknown_left_out for c in feed.chunks],
                               short_left_out=[c.short_left_out for c in feed.chunks],
                               **noted(*feed.datasets, validation))  # fmt: skip
-        clear_state(run.out, run.out / "regression")
+        clear_state(run.out, run.out / FOLDER)
         shutil.rmtree(features, ignore_errors=True)
         return manifest
 

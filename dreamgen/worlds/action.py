@@ -42,8 +42,8 @@ class ActionWorld(nn.Module):
     tool_weight: in training an error where the maps draw a tool counts 1 + tool_weight times, so that what it touches
     is not lost in the background. Actions alone say where that is, so the model's mean stays what it was.
 
-    Raises ValueError: a transformer that cannot be hooked; maps for an embodiment without cameras or tools; a
-    tool_weight without maps; a world model of several windows, since a chunk is one.
+    Raises ValueError: a transformer that cannot be hooked; maps for an embodiment without cameras or tools; tool_weight
+    without maps; a step cache under action guidance; a world model of several windows, since a chunk is one.
     """
 
     def __init__(
@@ -65,6 +65,10 @@ class ActionWorld(nn.Module):
         if world.windows != 1:
             raise ValueError(f"windows is {world.windows}; an action-conditioned world model dreams one window a chunk "
                              "and goes on from it, as long as there are actions: leave windows at 1")  # fmt: skip
+        if world.sampler.cache is not None and action_guidance != 1:
+            raise ValueError(f"step_cache reuses what was computed last, and action_guidance={action_guidance} makes a "
+                             "prediction with the actions and one without in turn, each of which would be given the "
+                             "other's; leave out stage.world_model.step_cache or set action_guidance=1")  # fmt: skip
         world.chunked = True
         self.world, self.width, self.maps, self.anchor = world, width, maps, anchor
         self.history = tuple(sorted((float(age) for age in history), reverse=True))
@@ -115,9 +119,9 @@ class ActionWorld(nn.Module):
         """Frames of the past that a chunk sees beside the last one."""
         return int(self.anchor) + len(self.history)
 
-    def place(self) -> "ActionWorld":
-        """Move everything to the accelerator, if there is one."""
-        self.world.place()
+    def place(self, *, experts: bool = True) -> "ActionWorld":
+        """Move everything, or all but the transformers (without `experts`), to the accelerator, if there is one."""
+        self.world.place(experts=experts)
         self.extension.to(self.world.device)
         return self
 
@@ -265,7 +269,8 @@ class ActionWorld(nn.Module):
         self.extension.requires_grad_(True)
 
     def train_actions(self) -> None:
-        """Train the extension alone."""
+        """Train the extension alone. Raises as `VideoWorld.train_full`."""
+        self.world.require_plain()
         self.extension.requires_grad_(True)
 
     def spec(self) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class ActionExtension(nn.Module):
     Raises ValueError for a transformer of another class.
     """
 
+    _no_split_modules = ("Conv3d",)  # `patch_maps` is called by itself, and cut by itself (`dreamgen.engine.processes`)
+
     def __init__(self, transformer: nn.Module, *, features: int, channels: int = 0, width: int = 128) -> None:
         super().__init__()
         if not isinstance(transformer, WanTransformer3DModel):

@@ -3,10 +3,11 @@
 The first stream of a pair is the expert's (from a simulator) or the recorded one (from a dataset); the others are
 changed ones, another episode's, a policy's, or found by searching for failure. Prompts of one first frame share `pair`;
 origin holds `stream`, its name, and `actions`, so that the simulator can execute exactly what was dreamt. What a policy
-does and what a search finds is dreamt when the clip's turn has come: a share of the list pays for its own alone.
+does and what a search finds is dreamt when the clip's turn has come: a share of the list pays for its own alone. A
+policy acts in all the clips of a batch at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -71,12 +72,14 @@ class ActionPrompts:
                              + ", ".join(f"{name} ({same[name]})" for name in lost)
                              + ". Leave them out of prompts.streams.")  # fmt: skip
         first = self._simulated() if self.sim is not None else self._recorded()
+        found = {prompt.pair: prompt for prompt in first}
+        dreamt = {"policy": partial(self._acted, found), "adversarial": partial(self._sought, found)}
         made = []
         for k, prompt in enumerate(first):
             made.append(self._named(prompt, "own", prompt.action))
             for name in self.streams:
-                if name in ("adversarial", "policy"):
-                    made.append(self._draft(prompt, name))
+                if name in dreamt:
+                    made.append(self._draft(prompt, name, dreamt[name]))
                     continue
                 rng = rng_for(self.seed, "stream", prompt.pair, name)
                 action = {
@@ -102,16 +105,8 @@ class ActionPrompts:
         return replace(prompt, id=id, action=np.asarray(action, np.float32), origin=origin,
                        seed=seed_for(self.seed, "dream", id))  # fmt: skip
 
-    def _draft(self, first: Prompt, name: str) -> Draft:
+    def _draft(self, first: Prompt, name: str, finish: Callable[[Sequence[Prompt]], list[Prompt]]) -> Draft:
         """Of a stream that is itself dreamt."""
-
-        def finish(prompt: Prompt) -> Prompt:
-            place(self.world, self.policy, self.search)
-            if name == "policy":
-                return self._named(first, name, self._acted(first))
-            action, least = self.search(first, first.action, seed_for(self.seed, first.pair))
-            return self._named(first, name, action, probability=least)
-
         id = f"{first.pair}_{name}"
         return Draft(id=id, first=partial(_held, first), instruction=first.instruction, pair=first.pair,
                      seed=seed_for(self.seed, "dream", id), origin=first.origin, finish=finish)  # fmt: skip
@@ -153,14 +148,26 @@ class ActionPrompts:
                                origin=origin | {"dataset": held, "episode": data.index(i), "row": 0}))  # fmt: skip
         return made
 
-    def _acted(self, prompt: Prompt) -> np.ndarray:
-        """The policy's own actions, closed-loop in the dream."""
-        robot, memory = self.world.robot, {}
-        past = Past.begin(prompt, robot.action_dim)
-        while (now := len(past.action)) < self.rows:
-            chunk = ask(self.policy, [seen_of(robot, past)], [seed_for(self.seed, prompt.pair, now)], [memory], now)[0]
-            (past,) = extend(self.world, [past], [clipped(robot, chunk[: min(self.execute, self.rows - now)])])
-        return past.action
+    def _acted(self, first: Mapping[str, Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The streams of a policy that acts in the dreams of these first frames, all in one batch."""
+        place(self.world, self.policy, self.search)
+        robot, own = self.world.robot, [first[prompt.pair] for prompt in prompts]
+        pasts, memories = [Past.begin(prompt, robot.action_dim) for prompt in own], [{} for _ in own]
+        while (now := len(pasts[0].action)) < self.rows:
+            seeds = [seed_for(self.seed, prompt.pair, now) for prompt in own]
+            chunks = ask(self.policy, [seen_of(robot, past) for past in pasts], seeds, memories, now)
+            steps = min(self.execute, self.rows - now)
+            pasts = extend(self.world, pasts, [clipped(robot, chunk[:steps]) for chunk in chunks])
+        return [self._named(past.prompt, "policy", past.action) for past in pasts]
+
+    def _sought(self, first: Mapping[str, Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The streams that a search finds, one first frame after another: each has a population of its own."""
+        place(self.world, self.policy, self.search)
+        made = []
+        for prompt in (first[prompt.pair] for prompt in prompts):
+            action, least = self.search(prompt, prompt.action, seed_for(self.seed, prompt.pair))
+            made.append(self._named(prompt, "adversarial", action, probability=least))
+        return made
 
 
 def _held(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers import FasterCacheConfig
+from diffusers import FasterCacheConfig, PyramidAttentionBroadcastConfig
 from torch import Tensor, nn
 
 from dreamgen.engine.compiling import compile_blocks, wanted
@@ -19,6 +19,7 @@ from dreamgen.engine.precision import best_device, resolve
 from dreamgen.worlds.layout import Layout
 
 MODES = ("auto", "batched", "two_pass")
+UNNAMED = (FasterCacheConfig, PyramidAttentionBroadcastConfig)  # keep one state for all predictions of a step
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -27,8 +28,8 @@ class Sampler:
     diffusers' attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the
     repeated blocks, at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window.
 
-    Raises ValueError for an unknown mode or backend, for a cache on a model that takes none, and for one that foretells
-    the prediction without a prompt where the two are not made together.
+    Raises ValueError for an unknown mode or backend, for a cache on a model that takes none, and for one that cannot
+    tell the predictions with and without a prompt apart where the two are not made together.
     """
 
     def __init__(self, layout: Layout, *, frames: int, mode: str, backend: str | None, cache: Any,
@@ -37,10 +38,11 @@ class Sampler:
             raise ValueError(f"guidance_mode is '{mode}'; expected one of {', '.join(MODES)}")
         self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, frames, torch.zeros(())
         self.foretells = isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled
-        if self.foretells and mode == "two_pass":
-            raise ValueError("step_cache foretells the prediction without a prompt from the one with it (FasterCache), "
-                             "but guidance_mode=two_pass makes them apart; take guidance_mode=batched, or "
-                             "step_cache.is_guidance_distilled=true")  # fmt: skip
+        if isinstance(cache, UNNAMED) and mode == "two_pass":
+            raise ValueError(f"step_cache is a {type(cache).__name__}, which holds what it reuses for one prediction a "
+                             "step, but guidance_mode=two_pass makes two, with a prompt and without, and each would be "
+                             "given the other's; take guidance_mode=batched, or another cache, such as "
+                             "diffusers.FirstBlockCacheConfig")  # fmt: skip
         if isinstance(cache, FasterCacheConfig):  # Wan2.1's view of the picture is a row each as well
             named = FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers
             cache._unconditional_conditional_input_kwargs_identifiers = (*named, "encoder_hidden_states_image")
@@ -84,7 +86,8 @@ class Sampler:
         if self.foretells and plain is None:
             raise ValueError("step_cache foretells the prediction without a prompt (FasterCache), but guidance is off; "
                              "set guidance above 1, or step_cache.is_guidance_distilled=true")  # fmt: skip
-        batched = self.mode == "batched" or self.foretells or (self.mode == "auto" and self._holds(text, given))
+        together = self.mode == "batched" or isinstance(self.cache, UNNAMED)
+        batched = together or (self.mode == "auto" and self._holds(text, given))
         both = None if plain is None else (torch.cat([given, given]), torch.cat([plain, text]))  # as caches expect them
 
         def model(x: Tensor, time: Tensor) -> Tensor:

@@ -294,19 +294,20 @@ class VideoWorld(Stored):
         """The transformers that a training changes, by their names in the pipeline."""
         return self.layout.experts
 
-    def _require_plain(self) -> None:
+    def require_plain(self) -> None:
+        """Raise ValueError for a step cache or adapters, which a training would meet."""
         if self.adapters or self.sampler.cache is not None:
             raise ValueError("adapters and step_cache are for dreaming; leave them out where a world model is trained")
 
     def train_full(self) -> None:
         """Make all weights of the transformers trainable, in fp32. Raises ValueError for a step cache or adapters."""
-        self._require_plain()
+        self.require_plain()
         for module in self.trained().values():
             module.float().requires_grad_(True)
 
     def train_lora(self, *, rank: int | None = None, alpha: int | None = None) -> None:
         """Put a LoRA on the attention and feed-forward layers; only it is trained, in fp32. Raises as `train_full`."""
-        self._require_plain()
+        self.require_plain()
         targets = self.lora.get("targets") or self.layout.targets
         for module in self.trained().values():
             add_lora(module, rank=rank or self.lora["rank"], alpha=alpha or self.lora["alpha"], targets=targets)

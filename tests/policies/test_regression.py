@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dreamgen.core.embodiment import Part
 from dreamgen.policies.palette import PaletteEncoder
 from dreamgen.policies.policy import FlowPolicy
-from dreamgen.policies.regression import Regression
+from dreamgen.policies.regression import Regression, begin
 from tests.policies.toy import STEPS, A, B, batch, policy, robot
 from tests.stages.test_policy_stages import HORIZON, ROBOT, folder, run  # noqa: F401 (a fixture)
 
@@ -119,3 +120,35 @@ def test_a_run_killed_in_either_part_ends_in_the_same_bits(folder: Path, tmp_pat
         assert all(torch.equal(got[name], want[name]) for name in want)
         rows = [json.loads(line)["step"] for line in (out / "regression/losses.jsonl").read_text().splitlines()]
         assert rows == sorted(set(rows)) and not (out / "regression/training").exists()
+
+
+def test_a_loss_that_is_not_finite_names_a_start_and_training_begins_there(folder: Path, tmp_path: Path, monkeypatch):  # noqa: F811
+    flare = dict(align_weight=0.2, align_layer=2, future_tokens=3, target="frozen")
+    options = dict(policy=lambda: tiny(**flare), regression_steps=6, checkpoint_every=2)
+    calls, loss = [], Regression.loss
+
+    def bad(self, batch):
+        calls.append(1)
+        found, metrics = loss(self, batch)
+        return found * (float("nan") if len(calls) > 3 else 1.0), metrics
+
+    out = tmp_path / "bad"
+    with monkeypatch.context() as patch:
+        patch.setattr(Regression, "loss", bad)
+        with pytest.raises(ValueError, match="regression: the loss is nan at step 3.*that of step 3") as said:
+            run(folder, out, **options)
+    assert f"(stage.start={out} begins with its weights)" in str(said.value)
+
+    begin(begun := tiny(**flare), out)
+    kept = out / "regression/training/step_00000003"
+    for name, value in (load_file(kept / "model.safetensors") | load_file(kept / "buffers.safetensors")).items():
+        if not name.startswith("readout"):
+            assert torch.equal(begun.state_dict()[name], value), name
+    for name, value in begun.encoder.state_dict().items():  # of the moment at which it began, with its palette
+        assert torch.equal(begun.flare.target.state_dict()[name], value), name
+    whole = run(folder, tmp_path / "whole", **options)["results"]
+    want = FlowPolicy.load(tmp_path / "whole", robot=ROBOT).state_dict()
+    for name in ("normalise_state.offset", "normalise_action.scale", "encoder.palette"):
+        assert torch.equal(begun.state_dict()[name], want[name]), name
+    again = run(folder, tmp_path / "again", start=out, **options)["results"]
+    assert again["regression"]["loss"] < whole["regression"]["loss"]

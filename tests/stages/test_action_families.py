@@ -124,11 +124,11 @@ def test_a_world_model_with_an_adapter_takes_actions(dataset, tmp_path, method):
 
 def test_latents_of_other_episodes_are_not_taken(dataset, tmp_path):
     world = ActionWorld(world=zoo.world(NAMES[0], "", pipeline=zoo.build(NAMES[0])), width=8)
-    make = partial(Source, world, hop=8, validation=0, out=tmp_path, seed=0)
+    make = partial(Source, world, hop=8, validation=0, root=tmp_path, seed=0)
     some, others = (make(Dataset(dataset.root, zoo.robot(), episodes=chosen)) for chosen in ([0, 1], [2, 3]))
-    list(some.build())
+    list(some.cache.build(some.encode))
     assert not some.cache.missing() and others.cache.missing()
-    list(others.build())
+    list(others.cache.build(others.encode))
     assert not np.array_equal(some.cache[0], others.cache[0])
 
 
@@ -137,7 +137,7 @@ def test_large_clips_are_encoded_a_few_at_a_time(dataset, tmp_path, monkeypatch)
 
     monkeypatch.setattr(autoencoder, "PIXELS", 9 * 16 * 32)
     world = ActionWorld(world=zoo.world(NAMES[0], "", pipeline=zoo.build(NAMES[0])), width=8)
-    source = Source(world, dataset, hop=4, validation=0, out=tmp_path, seed=0)
+    source = Source(world, dataset, hop=4, validation=0, root=tmp_path, seed=0)
     assert [len(items) for items in source.cache.missing()][:2] == [4, 4]
 
 
@@ -152,7 +152,7 @@ def test_windows_that_begin_in_an_unknown_state(tmp_path):
                                 video={"front": np.stack([drawn(s[:3]) for s in state])},
                                 extra={"state_known": np.tile(np.array(known, np.float32), (ROWS, 1))}))  # fmt: skip
     write_dataset(tmp_path / "dreams", episodes, robot)
-    make = partial(Source, dataset=Dataset(tmp_path / "dreams", robot), hop=8, validation=0, out=tmp_path, seed=0)
+    make = partial(Source, dataset=Dataset(tmp_path / "dreams", robot), hop=8, validation=0, root=tmp_path, seed=0)
     base = partial(zoo.world, NAMES[0], "", robot=robot, pipeline=zoo.build(NAMES[0]))
     drawing = make(ActionWorld(world=base(), maps=True))
     assert sorted({drawing.places[k][0] for k in drawing.train}) == [0] and drawing.unknown == 4

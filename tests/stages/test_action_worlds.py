@@ -71,9 +71,9 @@ def make(pipeline_folder, pipe):  # noqa: F811
 
 def test_a_row_of_a_batch_is_what_a_rollout_sees(make, dataset, tmp_path):
     world = make()
-    source = Source(world, dataset, hop=4, validation=1, out=tmp_path, seed=0)
+    source = Source(world, dataset, hop=4, validation=1, root=tmp_path, seed=0)
     assert [len(source.held), len(source.windows), len(source.train)] == [1, 5 * 3, 4 * 3]
-    list(source.build())
+    list(source.cache.build(source.encode))
     k = source.number[2, 8]
     row = source.row(k, 5)
     assert row["latents"].shape == (6, 2, 4, 6) and row["features"].shape == (1, 16) and row["maps"].shape[:2] == (8, 2)
@@ -86,7 +86,7 @@ def test_a_row_of_a_batch_is_what_a_rollout_sees(make, dataset, tmp_path):
 
 
 def test_windows_in_which_much_is_commanded_are_drawn_more_often(make, dataset, tmp_path):
-    make = partial(Source, make(), dataset, hop=4, validation=1, out=tmp_path, seed=0)
+    make = partial(Source, make(), dataset, hop=4, validation=1, root=tmp_path, seed=0)
     source = make(rest=0.2)
     motion = motion_of([dataset.episode(i).action for i in range(len(dataset))])
     moved = np.array([motion[i][start : start + 16].mean() for i, start in (source.places[k] for k in source.train)])

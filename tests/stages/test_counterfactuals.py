@@ -157,6 +157,31 @@ def test_streams_of_recordings_and_policies(recordings) -> None:
             ActionPrompts(streams=("small",), **both)()
 
 
+def test_a_policy_acts_in_all_clips_of_a_batch_at_once(recordings, tmp_path) -> None:
+    asked = []
+
+    class Counting(Walker):
+        remembers = True
+
+        def act(self, observations, seeds, memories=None, now=0):
+            asked.append((len(observations), now))
+            assert all(memory.setdefault("asked", now // 3 * 3) == 0 for memory in memories)  # its own from the begin
+            return super().act(observations, seeds)
+
+    prompts = ActionPrompts(dataset=recordings, first_frames=4, rows=7, streams=("policy",), policy=Counting(),
+                            world=oracle(), execute=3)  # fmt: skip
+    alone = [read_prompts([prompt])[0] for prompt in prompts()]
+    assert len(asked) == 4 * 3
+    del asked[:]
+    together = read_prompts(prompts())
+    assert asked == [(4, 0), (4, 3), (4, 6)]
+    for a, b in zip(alone, together, strict=True):
+        assert (a.id, a.seed, a.origin) == (b.id, b.seed, b.origin) and np.array_equal(a.action, b.action)
+    del asked[:]
+    dream(oracle(), prompts, out=tmp_path, batch_size=6, record={})
+    assert asked == [(3, 0), (3, 3), (3, 6), (1, 0), (1, 3), (1, 6)]
+
+
 def test_streams_that_would_repeat_the_first_are_refused(recordings) -> None:
     made = dict(dataset=recordings, first_frames=1, rows=3)
     for name, why in (("mirrored", "no delta part of 2"), ("stuck", "no binary part"), ("late", "a quarter of 3 rows"),

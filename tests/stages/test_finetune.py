@@ -17,6 +17,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.train import read_losses
 from dreamgen.stages import finetune as stage
+from dreamgen.stages import memory
 from dreamgen.stages.finetune import finetune
 from dreamgen.stages.latents import Latents, shard_size
 from dreamgen.video.metrics import lpips_or_reason, psnr
@@ -161,13 +162,13 @@ def test_a_cache_of_other_cameras_is_another(make, tmp_path):
 
 
 def test_what_cannot_fit_is_said_before_the_first_step(make, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(memory, "best_device", lambda: torch.device("cuda"))
     size = sum(p.numel() for p in make().transformer.parameters())  # 22 bytes each, and 0.7 MB of activations
     fits = r"stage.checkpointing=false with 2 clips at a time \(stage.accumulate=2\)"
-    monkeypatch.setattr(stage, "memory_left", lambda: 22 * size + 0.6e6)
+    monkeypatch.setattr(memory, "memory_left", lambda: 22 * size + 0.6e6)
     with pytest.raises(ValueError, match=f"4 clips of 18 tokens needs .* fit: {fits}"):
         finetune(make(), dataset, out=tmp_path, **OPTIONS)
-    monkeypatch.setattr(stage, "memory_left", lambda: 1e3)
+    monkeypatch.setattr(memory, "memory_left", lambda: 1e3)
     with pytest.raises(ValueError, match="What would fit: stage.method=lora, world_model.weights=bf16"):
         finetune(make(), dataset, out=tmp_path, **OPTIONS)
 

@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from dreamgen.engine.cost import SAVED, Transformer, lora_parameters, training_memory
 from dreamgen.engine.devices import device, table
+from dreamgen.stages import plan_vae
 from dreamgen.stages.plan import Model, plan
 from dreamgen.worlds.adapters import add_lora
 from dreamgen.worlds.wan import WanLayout
@@ -21,7 +23,14 @@ def made(tmp_path, model, canvas, frames, **options):
     return plan(model=model, robot=tiny_robot(), out=tmp_path, frames=frames, record={}, **{**given, **options})
 
 
-def test_dreams_cost_what_is_published(tmp_path, monkeypatch):
+@pytest.fixture
+def small(monkeypatch):
+    """Autoencoders as large as nothing: it takes seconds to count those of published models."""
+    monkeypatch.setattr("dreamgen.stages.plan.vae_memory",
+                        lambda *_: {"clips": 1, "weights": 0.0, "encode": 0.0, "decode": 0.0})  # fmt: skip
+
+
+def test_dreams_cost_what_is_published(tmp_path, monkeypatch, small):
     monkeypatch.setattr(Model, "parameters", lambda self: 5_000_000_000)  # counted in the next test
     small = made(tmp_path, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", (480, 832), 81)
     assert small["dream_flops"] == pytest.approx(9.8e15, rel=0.005) and small["video_tokens"] == 8190
@@ -157,7 +166,7 @@ def test_latents_of_channel_models_hold_their_condition():
     assert Model.of("THUDM/CogVideoX-5b-I2V").planes((13, 60, 90)) == 16 + 2
 
 
-def test_adapter_and_expert_are_those_of_the_world_model(tmp_path, monkeypatch):
+def test_adapter_and_expert_are_those_of_the_world_model(tmp_path, monkeypatch, small):
     monkeypatch.setattr(Model, "parameters", lambda self: 14_000_000_000)
     options = dict(model="Wan-AI/Wan2.2-I2V-A14B-Diffusers", canvas=(480, 832), frames=81, method="lora")
     four = made(tmp_path, **options, lora={"rank": 4, "alpha": 4})["trained_parameters"]
@@ -166,6 +175,67 @@ def test_adapter_and_expert_are_those_of_the_world_model(tmp_path, monkeypatch):
     assert made(tmp_path, **options, lora={"rank": 4}, expert="low")["trained_parameters"] * 2 == four
     full = made(tmp_path, **{**options, "method": "full"}, expert="high")
     assert (full["parameters"], full["trained_parameters"]) == (28_000_000_000, 14_000_000_000)
+
+
+def measured(work, given) -> int:
+    """Bytes that the allocator gave out at most, by its own record."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work(given)
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("name", ["wan21_i2v_14b", "ltx_video", "cogvideox_5b_i2v"])
+def test_an_autoencoder_holds_what_is_planned(name, monkeypatch):
+    """The allocator's own record is larger by what convolutions hold in themselves, on a CPU and of a few channels."""
+    vae = zoo.build(name).vae.eval()
+    monkeypatch.setattr(plan_vae, "clips_at_once", lambda *_: 2)
+    clip = torch.rand(2, 3, 17 if name == "ltx_video" else 9, 64, 96)
+    with torch.no_grad():
+        z = vae.encode(clip).latent_dist.mode()
+    config = {**vae.config, "_class_name": type(vae).__name__}
+    found = plan_vae.vae_memory(config, z.shape[1:], (clip.shape[2], 64, 96))
+    assert found["weights"] == sum(p.numel() * 4 for p in vae.parameters()) and found["clips"] == 2
+    for key, work, given in (("encode", lambda x: vae.encode(x).latent_dist.mode(), clip),
+                             ("decode", lambda z: vae.decode(z).sample, z)):  # fmt: skip
+        assert 0.99 < (measured(work, given) + given.nbytes) / found[key] < 1.4
+
+
+@pytest.mark.slow
+def test_a_long_clip_is_followed_from_shorter_ones(monkeypatch):
+    config = {
+        "_class_name": "AutoencoderKLWan",
+        "base_dim": 4,
+        "z_dim": 4,
+        "dim_mult": [1, 1],
+        "num_res_blocks": 1,
+        "attn_scales": [],
+        "temperal_downsample": [True],
+        "latents_mean": [0.0] * 4,
+        "latents_std": [1.0] * 4,
+    }
+    sizes = (4, 8, 8, 12), (15, 16, 24)
+    followed = plan_vae.vae_memory(config, *sizes)
+    monkeypatch.setattr(plan_vae, "COUNTED", 8)  # all of it
+    plan_vae._one.cache_clear()
+    assert plan_vae.vae_memory(config, *sizes) == followed
+    plan_vae._one.cache_clear()
+
+
+@pytest.mark.slow
+def test_autoencoders_that_are_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(Model, "parameters", lambda self: 5_000_000_000)
+    options = dict(model="Wan-AI/Wan2.2-TI2V-5B-Diffusers", canvas=(480, 832), frames=81, weights="bf16")
+    found = made(tmp_path, **options)
+    assert found["vae_memory"]["weights"] == pytest.approx(2.82e9, rel=1e-3) and found["dream_fits"]
+    assert "3.65 GB to encode, 8.99 GB to decode 1 clips at a time, beside 2.82 GB of weights" in found["text"]
+    assert not made(tmp_path, **{**options, "canvas": (960, 1664)}, gpu="rtx_4090")["dream_fits"]
+    wan = plan_vae.vae_memory(Model.of("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers").vae, (16, 2, 6, 10), (5, 48, 80))
+    assert wan["weights"] == pytest.approx(0.508e9, rel=1e-3)
 
 
 def test_bad_plans_are_named(tmp_path):

@@ -1,11 +1,12 @@
 """Actions on a tiny random world model: bits, closed forms of what a latent frame sees, guidance, rollouts, files."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig, WanTransformer3DModel
 
 from dreamgen.core.camera import Camera, Tool
 from dreamgen.core.clip import Prompt
@@ -43,6 +44,7 @@ def make(pipeline_folder):  # noqa: F811
     def built(**changed) -> ActionWorld:
         torch.manual_seed(0)
         guidance, own = changed.pop("guidance", 2.0), {} if changed.pop("own", False) else {"pipeline": pipe}
+        own["step_cache"] = changed.pop("step_cache", None)
         world = PrefixWorld(robot=robot(), path=str(pipeline_folder), frames=9, steps=2, guidance=guidance,
                             text_length=15, precision="fp32", **own)  # fmt: skip
         return ActionWorld(world=world, width=20, **{"maps": True, **changed})
@@ -233,6 +235,26 @@ def test_guidance_by_actions_extrapolates_from_none(make):
     base, guided = disturbed(make(guidance=1.0)), disturbed(make(guidance=1.0, action_guidance=2.0))
     (a, _) = prompts()
     assert (base.dream([a])[0].video != guided.dream([a])[0].video).any()
+
+
+@pytest.mark.parametrize("cache", [
+    FirstBlockCacheConfig(threshold=1e9),
+    PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=3,
+                                    spatial_attention_timestep_skip_range=(-1, 2000)),
+], ids=["first_block", "broadcast"])  # fmt: skip
+def test_a_step_cache_reuses_nothing_of_other_actions(make, cache):
+    def cached(**changed):
+        return disturbed(make(own=True, step_cache=cache, **changed))
+
+    mine, other = (prompts(), [replace(p, action=-p.action) for p in prompts()])
+    world = cached()
+    world.dream(mine)
+    for again, fresh in zip(world.dream(other), cached().dream(other), strict=True):
+        assert np.array_equal(again.video, fresh.video)
+    with pytest.raises(ValueError, match="action_guidance=2.0 makes a prediction with the actions and"):
+        cached(action_guidance=2.0)
+    with pytest.raises(ValueError, match="adapters and step_cache are for dreaming"):
+        world.train_actions()
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "actions"])

@@ -4,13 +4,40 @@ import numpy as np
 import pytest
 import torch
 
-from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.clip import Observation, Past, Prompt, read_prompts
 from dreamgen.core.clock import Clock
 from dreamgen.core.kinematics import follow
+from dreamgen.policies.encoder import TinyEncoder
+from dreamgen.policies.policy import FlowPolicy
 from dreamgen.worlds.action import ActionWorld
+from dreamgen.worlds.alternatives import ActionPrompts
 from dreamgen.worlds.rollout import extend, frame_rows, rollout
 from tests.worlds.conftest import pipeline_folder  # noqa: F401
 from tests.worlds.test_action import disturbed, make, prompts, robot  # noqa: F401
+
+
+class Still:
+    """Shows these first frames, one after another, and never moves."""
+
+    robot, instructions = robot(), ("open the drawer",)
+
+    def __init__(self, first: list[Prompt]) -> None:
+        self.first, self.now = first, -1
+
+    def reset(self, instruction: str, seed: int) -> None:
+        self.now = (self.now + 1) % len(self.first)
+
+    def observe(self) -> Observation:
+        shown = self.first[self.now]
+        return Observation(views={"front": shown.image}, state=shown.state, instruction=shown.instruction)
+
+    def expert(self):
+        return iter(self.first[self.now].action)
+
+    def step(self, action: np.ndarray) -> bool:
+        return False
+
+    def close(self) -> None: ...
 
 
 def test_a_rollout_joins_its_chunks(make):  # noqa: F811
@@ -77,6 +104,21 @@ def test_without_actions_a_trained_transformer_dreams_as_it_was_trained(make):  
     assert np.array_equal(found.video[0], a.image) and found.video_hz == world.clock.video_hz
     assert not any(given.present.any() for given in seen) and len(seen) == world.world.steps * 1
     assert seen[0].memory.shape[2] == 2
+
+
+def test_a_policy_acts_in_a_batch_of_dreams_as_in_each(make):  # noqa: F811
+    """The same to the bit but for the rounding of larger products, which no picture here shows."""
+    torch.manual_seed(5)
+    encoder = TinyEncoder(width=20, channels=(6, 10), halvings=1, keypoints=4, patches=2, text_width=11, buckets=31)
+    policy = FlowPolicy(robot=robot(), encoder=encoder, horizon=8, layers=2, heads=2, head_width=8).eval()
+    world = disturbed(make(guidance=1.0))
+    first = prompts(count=3, steps=24)
+    made = ActionPrompts(sim=lambda: Still(first), instructions=["open the drawer"], first_frames=3, rows=24,
+                         streams=("policy",), policy=policy, world=world)()  # fmt: skip
+    together, alone = read_prompts(made[1::2]), [read_prompts([draft])[0] for draft in made[1::2]]
+    for a, b in zip(together, alone, strict=True):
+        assert a.action.shape == (24, 4) and np.abs(a.action - b.action).max() < 1e-5
+    assert np.abs(together[0].action - together[1].action).max() > 1e-2
 
 
 def test_frames_of_a_rate_that_does_not_divide():

@@ -14,7 +14,7 @@ from dreamgen.core.clip import Prompt
 from dreamgen.video.tiling import describe, tile, untile
 from dreamgen.worlds.cogvideox import CogVideoXWorld
 from dreamgen.worlds.ltx import LtxWorld
-from dreamgen.worlds.sampler import capacity
+from dreamgen.worlds.sampler import Sampler, capacity
 from tests.worlds import zoo
 from tests.worlds.test_models import apart, prompts
 
@@ -97,18 +97,26 @@ def test_faster_cache_foretells_the_prediction_without_a_prompt(name, tmp_path):
     assert runs[1][0] == [4, 4, 4] and runs[100][0] == [4, 2, 2]
     assert all(apart(a.video, b.video) <= 1 for a, b in zip(runs[1][1], plain, strict=True))
     assert any(apart(a.video, b.video) > 0 for a, b in zip(runs[100][1], plain, strict=True))
-    with pytest.raises(ValueError, match="guidance_mode=two_pass makes them apart"):
+    with pytest.raises(ValueError, match="FasterCacheConfig, which holds .* guidance_mode=two_pass makes two"):
         zoo.world(name, folder, step_cache=config, guidance_mode="two_pass")
     with pytest.raises(ValueError, match="but guidance is off"):
         zoo.world(name, folder, step_cache=config, guidance=1.0).dream(prompts(name, 1))
 
 
-def test_attention_is_broadcast_over_steps(make, plain):
-    config = diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2,
-                                                       spatial_attention_timestep_skip_range=(0, 2000))  # fmt: skip
-    world = make(step_cache=config, guidance_mode="two_pass")
-    clips = world.dream(prompts(NAME, 2))
+def test_attention_is_broadcast_over_steps_and_never_from_one_prediction_to_the_other(make, plain, monkeypatch):
+    def cache():
+        return diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2,
+                                                         spatial_attention_timestep_skip_range=(0, 2000))  # fmt: skip
+
+    clips = make(step_cache=cache(), guidance_mode="batched").dream(prompts(NAME, 2))
     assert any(apart(a.video, b) > 0 for a, b in zip(clips, plain, strict=True))
+    monkeypatch.setattr(Sampler, "_holds", lambda *_: False)  # memory for a batch of one prediction alone
+    found = make(step_cache=cache()).dream(prompts(NAME, 2))
+    assert all(apart(a.video, b.video) == 0 for a, b in zip(found, clips, strict=True))
+    with pytest.raises(
+        ValueError, match="PyramidAttentionBroadcastConfig, which holds .* guidance_mode=two_pass makes two"
+    ):
+        make(step_cache=cache(), guidance_mode="two_pass")
 
 
 def test_adapters_of_others_stack(make, plain, tmp_path):
