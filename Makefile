@@ -13,7 +13,7 @@ demo: check
 	$(BIN)/python -m jobs.pipeline experiment=demo $(ARGS)
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # our datasets in the lerobot package and its in ours; it has an environment of its own, for its pins are not ours
 test-lerobot: $(STAMP)

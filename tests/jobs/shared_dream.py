@@ -54,8 +54,8 @@ def build(out: str) -> Callable[..., dict]:
 
 
 def shard_of(out: str, shard: int) -> dict:
-    """One of three shares."""
-    return build(out)(shard=shard, num_shards=3)
+    """One of two shares."""
+    return build(out)(shard=shard, num_shards=2)
 
 
 if __name__ == "__main__":
