@@ -6,7 +6,7 @@ others, as diffusers hooks); what it leaves out may depend on the whole batch, s
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,19 +24,29 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Sampler:
-    """mode: "batched", "two_pass" or "auto" (batched where the machine's memory holds it). backend: a name of
+    """mode: "batched", "two_pass" or "auto" (batched where the machine's memory holds it). interval: lowest and highest
+    noise level, 0 to 1, at which there is guidance; beyond it the prediction with the prompt is made alone
+    (Kynkaanniemi et al. 2024, arXiv:2404.07724). None: everywhere. backend: a name of
     diffusers' attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the
     repeated blocks, at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window.
 
-    Raises ValueError for an unknown mode or backend, for a cache on a model that takes none, and for one that cannot
-    tell the predictions with and without a prompt apart where the two are not made together.
+    Raises ValueError for an unknown mode or backend, for an interval that is none or stands beside a cache, for a cache
+    on a model that takes none, and for one that cannot tell the predictions with and without a prompt apart where the
+    two are not made together.
     """
 
-    def __init__(self, layout: Layout, *, frames: int, mode: str, backend: str | None, cache: Any,
-                 compile: bool | str) -> None:  # fmt: skip
+    def __init__(self, layout: Layout, *, frames: int, mode: str, interval: Sequence[float] | None, backend: str | None,
+                 cache: Any, compile: bool | str) -> None:  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"guidance_mode is '{mode}'; expected one of {', '.join(MODES)}")
+        if interval is not None and (len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1):
+            raise ValueError(f"guidance_interval is {list(interval)}; expected the lowest and the highest noise level "
+                             f"at which there is guidance, such as [0.3, 1.0], or null")  # fmt: skip
+        if interval is not None and cache is not None:
+            raise ValueError("guidance_interval leaves out predictions from which step_cache would go on; set one of "
+                             "the two")  # fmt: skip
         self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, frames, torch.zeros(())
+        self.interval = interval
         self.foretells = isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled
         if isinstance(cache, UNNAMED) and mode == "two_pass":
             raise ValueError(f"step_cache is a {type(cache).__name__}, which holds what it reuses for one prediction a "
@@ -92,7 +102,7 @@ class Sampler:
 
         def model(x: Tensor, time: Tensor) -> Tensor:
             self.now, times = time, time.to(x.device).expand(len(x))
-            if plain is None or both is None:
+            if plain is None or both is None or not self._guides(time, x):
                 with self._context("cond"):
                     return predict(x, given, times, text)
             if batched:
@@ -106,6 +116,13 @@ class Sampler:
             return self.layout.guide(found, rest, guidance)
 
         return model
+
+    def _guides(self, time: Tensor, x: Tensor) -> bool:
+        """Whether there is guidance at the model's time."""
+        if self.interval is None:
+            return True
+        level = float(time.max()) / self.layout.process(x.shape[1:]).unit
+        return self.interval[0] <= level <= self.interval[1]
 
     def _holds(self, text: Tensor, given: Tensor) -> bool:
         """Whether the machine holds the doubled batch; its size, not what is free now, so that shards agree."""

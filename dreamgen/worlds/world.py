@@ -39,7 +39,8 @@ class VideoWorld(Stored):
     pipeline's `max_sequence_length`). template: the prompt around an {instruction}; {views} says where the views lie.
     steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second prediction. shift, train_shift:
     of the noise levels that are sampled through and trained at (see `Flow`); None: the scheduler's own. guidance_mode,
-    attention_backend, step_cache, compile: see `Sampler`. lora: rank, alpha and targets where a training names none.
+    guidance_interval, attention_backend, step_cache, compile: see `Sampler`. lora: rank, alpha and targets where a
+    training names none.
     precision: "auto", "fp32", "bf16". parts: components that are given, not loaded.
 
     Raises ValueError: no such pipeline, another layout, sizes that its VAE cannot take, an adapter that fits nowhere.
@@ -66,6 +67,7 @@ class VideoWorld(Stored):
         steps: int = 20,
         guidance: float = 2.0,
         guidance_mode: str = "auto",
+        guidance_interval: Sequence[float] | None = None,
         negative_prompt: str = "",
         shift: float | None = None,
         train_shift: float | None = None,
@@ -84,20 +86,18 @@ class VideoWorld(Stored):
         self.negative_prompt, self.template, self.lora = negative_prompt, template, {**LORA, **(lora or {})}
         if weights not in WEIGHTS or windows < 1:
             raise ValueError(f"weights is '{weights}', windows is {windows}; expected 'fp32' or 'bf16', and at least 1")
-        if pipeline is None:
-            pipeline = self.kind.open(path, revision=revision, weights=WEIGHTS[weights], **(parts or {}))
-        self.pipe = pipeline
+        self.pipe = pipeline or self.kind.open(path, revision=revision, weights=WEIGHTS[weights], **(parts or {}))
         self.shift, self.train_shift, hz = shift, train_shift, float(robot.rate / self.clock.stride)
-        self.layout = self.kind(pipeline, video_hz=hz, text_length=text_length, shift=shift, train_shift=train_shift)
+        self.layout = self.kind(self.pipe, video_hz=hz, text_length=text_length, shift=shift, train_shift=train_shift)
         self._check()
         for name, module in self.layout.experts.items():
             self.add_module(name, module)
         for name, value in zip(("mean", "std"), self.layout.moments(), strict=True):
             self.register_buffer(name, value.float().view(-1, 1, 1, 1), persistent=False)
         self.adapters = [*([{"path": adapter}] if adapter else []), *map(dict, adapters)]
-        load_adapters(pipeline, self.layout.experts, self.adapters)
-        self.sampler = Sampler(self.layout, mode=guidance_mode, backend=attention_backend, cache=step_cache,
-                               compile=compile, frames=self.latent_shape[1])  # fmt: skip
+        load_adapters(self.pipe, self.layout.experts, self.adapters)
+        self.sampler = Sampler(self.layout, mode=guidance_mode, interval=guidance_interval, backend=attention_backend,
+                               cache=step_cache, compile=compile, frames=self.latent_shape[1])  # fmt: skip
         self.texts = Texts(self.layout)
         self.requires_grad_(False).eval()
 

@@ -45,6 +45,30 @@ def test_two_passes_are_the_batched_one(make, plain):
     assert rows == [2] * 6  # three steps, twice
 
 
+def test_guidance_within_an_interval_of_noise_levels(make, plain):
+    def dreamt(**settings):
+        world = make(**settings)
+        rows, forward = [], world.transformer.forward
+        world.transformer.forward = lambda **given: rows.append(len(given["hidden_states"])) or forward(**given)
+        return rows, [clip.video for clip in world.dream(prompts(NAME, 2))]
+
+    world = make()
+    times = world.layout.schedule(world.steps, world.latent_shape, world.device)[1]
+    levels = [float(time) / world.layout.process(world.latent_shape).unit for time in times]
+    assert len(levels) == 3 and 1 >= levels[0] > levels[1] > levels[2] > 0.01
+    rows, everywhere = dreamt(guidance_interval=[0.0, 1.0])
+    assert rows == [4] * 3 and np.array_equal(everywhere, plain)
+    rows, nowhere = dreamt(guidance_interval=[0.0, 0.01])
+    assert rows == [2] * 3 and np.array_equal(nowhere, dreamt(guidance=1.0)[1])
+    rows, upper = dreamt(guidance_interval=[levels[1], 1.0])
+    assert rows == [4, 4, 2] and not np.array_equal(upper, plain) and not np.array_equal(upper, nowhere)
+    assert dreamt(guidance_interval=[levels[1], 1.0], guidance_mode="two_pass")[0] == [2] * 5
+    with pytest.raises(ValueError, match=r"guidance_interval is \[0.5, 0.5\]; expected the lowest"):
+        make(guidance_interval=[0.5, 0.5])
+    with pytest.raises(ValueError, match="guidance_interval leaves out predictions from which step_cache"):
+        make(guidance_interval=[0.5, 1.0], step_cache=diffusers.FirstBlockCacheConfig(threshold=0.1))
+
+
 def test_auto_goes_by_memory(make, monkeypatch):
     world = make()
     given, text = torch.zeros(2, 4, 1, 2, 4), torch.zeros(2, 18, 16)
