@@ -62,7 +62,7 @@ class FlowIDM(Robots):
         time_shape: Sequence[float] = (1.5, 1.0),
         state_weight: float = 1.0,
         augment: dict | None = None,
-        flow_steps: int = 8,
+        flow_steps: int = 4,
         samples: int = 2,
         rule: str = "centre",
         correct: float = 1.0,
