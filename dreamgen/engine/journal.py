@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO
 
+from dreamgen.core.manifest import replacing
 from dreamgen.engine.devices import device
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.processes import Processes
@@ -54,7 +55,8 @@ class Journal:
         self.peak = device("here").bf16 * self.replicas if self.flops and self.team.main else 0.0
         self.drawn = bar(self.steps, self.name, initial=self.start, unit="step", hidden=not self.team.main)
         if self.team.main:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            with replacing(self.path) as temporary:  # whole for the other processes, and after a kill
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             self.file = self.path.open("a")
             if self.tracker:
                 from accelerate import Accelerator

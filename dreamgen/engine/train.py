@@ -189,10 +189,10 @@ def train(
                 journal.keep()
                 save(state, stopped, model, average, movers, write=team.main)
                 kept = stopped
-    if start < stopped:
-        save(state, stopped, model, average, movers, write=team.main)
-    elif validate is not None:
+    if start == stopped:
         figures = check(stopped)
+    elif kept != stopped:  # one that is there is not written again: a kill would leave it in pieces
+        save(state, stopped, model, average, movers, write=team.main)
     if average:
         average.swap(model)
     wait()

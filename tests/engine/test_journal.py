@@ -9,6 +9,7 @@ from torch import nn
 from dreamgen.engine.ahead import Ahead
 from dreamgen.engine.devices import device
 from dreamgen.engine.shares import WholeNoise, bounds, read, rows, share
+from dreamgen.engine.state import save
 from dreamgen.engine.train import read_losses, train
 
 
@@ -90,6 +91,34 @@ def test_a_killed_run_remembers_its_best(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, **options)
     assert run(tmp_path, **options)[1]["steps"] == 4
+
+
+def test_a_state_that_is_kept_is_not_written_again(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr("dreamgen.engine.train.save", lambda folder, step, *rest, write: written.append(step)
+                        or save(folder, step, *rest, write=write))  # fmt: skip
+    options = dict(validate=lambda model, step: {"loss": [9, 5, 6, 7][step - 1]}, validate_every=1, patience=2)
+    assert run(tmp_path, checkpoint_every=1, **options)[1]["steps"] == 4
+    assert written == [1, 2, 3, 4]  # a kill within a fourth state that is written twice would leave none
+
+
+def test_rows_are_whole_after_a_power_cut_and_while_they_are_written(tmp_path, monkeypatch):
+    run(tmp_path, 3)
+    rows = read_losses(tmp_path)
+    with (tmp_path / "losses.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert read_losses(tmp_path) == rows and len(rows) == 3
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, 5)
+    assert read_losses(tmp_path) == rows
+    run(tmp_path, 5)
+    assert [row["step"] for row in read_losses(tmp_path)] == [0, 1, 2, 3, 4]
 
 
 def test_tensorboard_has_the_rows(tmp_path):

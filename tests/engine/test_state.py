@@ -66,7 +66,7 @@ def test_a_state_is_read_to_the_cpu_and_settled_before_it_counts(tmp_path, monke
         run(tmp_path, 3, checkpoint_every=9)
     named = {name for name in seen if ".partial" not in name}  # `latest.json` itself is settled before it has its name
     assert named == {"model.safetensors", "buffers.safetensors", "ema.safetensors", "optimisers.pt",
-                         "step_00000003", "training"}  # fmt: skip
+                         "step_00000003", "training", tmp_path.name}  # fmt: skip
     where = []
     monkeypatch.setattr(torch, "load", lambda *a, **k: where.append(k["map_location"]) or load(*a, **k))
     run(tmp_path, 3)
