@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -51,8 +52,8 @@ def run(out: Path, steps: int = 4, make=Noisy, **changed) -> nn.Module:
     return model
 
 
-def forked(count: int, work: Callable[[int], None]) -> None:
-    """`work(rank)` in `count` forked processes, named as `torchrun` names those it starts."""
+def forked(count: int, work: Callable[[int], None], *, killed: bool = False) -> None:
+    """`work(rank)` in `count` forked processes, named as `torchrun` names those it starts; killed: one does not end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -74,7 +75,8 @@ def forked(count: int, work: Callable[[int], None]) -> None:
     gc.unfreeze()
     for fork in forks:
         fork.join(240)
-    assert [fork.exitcode for fork in forks] == [0] * count
+    codes = [fork.exitcode for fork in forks]
+    assert -signal.SIGKILL in codes and 0 not in codes if killed else codes == [0] * count
 
 
 def on_processes(count: int, out: Path, make=Noisy, **changed) -> dict[str, torch.Tensor]:

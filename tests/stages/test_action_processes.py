@@ -1,6 +1,8 @@
 """Fine-tuning under actions on several processes, on shared latents, and as much of it as a device holds."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -74,6 +76,34 @@ def test_two_processes_write_what_one_writes(make, dataset, tmp_path, single, sh
     for key in ("loss", "val_loss", "val_loss_shuffled", "val_loss_without", "val_psnr"):
         assert row[key] == pytest.approx(other[key], rel=1e-4), key
     assert (tmp_path / "two" / "samples" / "step_000002.mp4").is_file()
+
+
+def test_two_processes_of_which_one_is_killed_end_in_the_same_bits(make, dataset, tmp_path, monkeypatch):  # noqa: F811
+    options = dict(OPTIONS, steps=4, samples=0, cache=tmp_path / "cache", method="actions")
+
+    def work(out, kill: bool = False) -> None:
+        calls, loss = [], ActionWorld.loss
+
+        def dying(world: ActionWorld, batch: dict) -> tuple:
+            calls.extend([0] * world.training)
+            if len(calls) == 4:  # after the state of step 2, in the middle of step 4
+                os.kill(os.getpid(), signal.SIGKILL)
+            return loss(world, batch)
+
+        if kill:
+            monkeypatch.setattr(ActionWorld, "loss", dying)
+        finetune_actions(make(), [dataset], out=tmp_path / out, **options)
+
+    forked(2, lambda rank: work("whole"))
+    forked(2, lambda rank: work("killed", kill=rank == 1), killed=True)
+    state = json.loads((tmp_path / "killed" / "training" / "latest.json").read_text())
+    assert state == {"step": 2} and not (tmp_path / "killed" / "manifest.json").exists()
+    forked(2, lambda rank: work("killed"))
+    whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+    rows = [[{k: v for k, v in row.items() if "val" in k or k == "loss"} for row in read_losses(tmp_path / name)]
+            for name in ("whole", "killed")]  # fmt: skip
+    assert rows[0] == rows[1] and len(rows[0]) == 2
 
 
 @pytest.mark.slow
