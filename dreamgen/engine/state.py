@@ -197,7 +197,7 @@ def clear_state(*outs: Path) -> None:
 
 
 def read_losses(out: Path) -> list[dict[str, Any]]:
-    """The rows of a run's loss curve: step, seconds, loss and metrics; but for a last one that a power cut broke off."""
+    """The rows of a run's loss curve: step, seconds, loss and metrics; no last one that a power cut broke off."""
     path = Path(out) / "losses.jsonl"
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -86,14 +86,14 @@ def pays(world_model: Any) -> bool:
 class Dreamer:
     """Dreams groups of prompts, `size` clips a forward pass, and calls `write` with one clip per prompt, in order.
 
-    overlap: decode and write in a thread; None decides by what pays. A world model without `denoise`, `decode` and
-    `clips` dreams as a whole, and only the rest is done in the thread. Use as a context.
+    overlap: decode and write in a thread; None decides by what pays. A world model without `denoise` and `clips`
+    dreams as a whole, and only the rest is done in the thread. Use as a context.
     """
 
     def __init__(self, world_model: WorldModel, write: Callable[[Clip], None], *, size: int, best: Best,
                  overlap: bool | None = None) -> None:  # fmt: skip
         self.world, self.write, self.size, self.best = world_model, write, size, best
-        self.halves = all(hasattr(world_model, name) for name in ("denoise", "decode", "clips"))
+        self.halves = all(hasattr(world_model, name) for name in ("denoise", "clips"))
         self.behind = Behind(self._rest) if (pays(world_model) if overlap is None else overlap) else None
         self.held: list[Clip] = []
         self.stream: Any = None
@@ -116,13 +116,13 @@ class Dreamer:
     def _rest(self, prompts: Sequence[Prompt], made: Any, ready: Any) -> None:
         """Latents to clips on disk; on a GPU on a stream of their own once the latents are `ready`."""
         if ready is None:
-            clips = self.world.clips(prompts, self.world.decode(made)) if self.halves else made
+            clips = self.world.clips(prompts, made) if self.halves else made
         else:
             self.stream = self.stream or torch.cuda.Stream(made.device)
             with torch.cuda.stream(self.stream):
                 self.stream.wait_event(ready)
                 made.record_stream(self.stream)
-                clips = self.world.clips(prompts, self.world.decode(made))
+                clips = self.world.clips(prompts, made)
         self.held += clips
         while len(self.held) >= self.best.count:
             clip = self.best.choose(self.held[: self.best.count])

@@ -87,15 +87,16 @@ def finetune(
     see `dreamgen.engine.train`. checkpointing: keep only the inputs of blocks, and compute these again in the backward
     pass. compile: the blocks (see `dreamgen.engine.compiling`).
 
-    Raises ValueError for another method, sharding or tracker, for a batch of fewer clips than parts, if no episode is
-    as long as a clip, for an instruction of more tokens than are read, for a cache of another VAE, dataset or
-    transform, and on a GPU where the first step cannot fit.
+    Raises ValueError for another method, sharding or tracker, for a world model with adapters or a step cache, for a
+    batch of fewer clips than parts, if no episode is as long as a clip, for an instruction of more tokens than are
+    read, for a cache of another VAE, dataset or transform, and on a GPU where the first step cannot fit.
     The manifest counts clips by shape, episodes too short, clips padded, and bad episodes left out.
     """
     if method not in ("full", "lora"):
         raise ValueError(f"method is '{method}'; expected 'full' or 'lora'")
     require_sharding(sharding)
     require_tracker(tracker)
+    world_model.require_plain()
     world, lora = world_model, method == "lora"
     process, count = join()
     shards = count if sharding == "fsdp2" else 1

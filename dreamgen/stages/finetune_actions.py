@@ -105,6 +105,7 @@ def finetune_actions(
         wait()
         world.place(experts=shards == 1)  # what is cut goes to the GPU block by block
         world.world.fuse_adapters()
+        world.world.require_plain()
         where = out / "cache" if cache is None else Path(cache)
         sources = [Source(world, dataset, hop=hop, validation=validation, rest=rest, root=where, seed=seed)
                    for dataset in datasets]  # fmt: skip

@@ -24,30 +24,35 @@ Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Sampler:
-    """mode: "batched", "two_pass" or "auto" (batched where the machine's memory holds it). interval: lowest and highest
-    noise level, 0 to 1, at which there is guidance; beyond it the prediction with the prompt is made alone
-    (Kynkaanniemi et al. 2024, arXiv:2404.07724). None: everywhere. backend: a name of
-    diffusers' attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the
-    repeated blocks, at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window.
+    """mode: "batched", "two_pass" or "auto" (batched where the machine's memory holds it). guidance: none up to 1.
+    interval: lowest and highest noise level, 0 to 1, at which there is guidance; beyond it the prediction with the
+    prompt is made alone (Kynkaanniemi et al. 2024, arXiv:2404.07724). None: everywhere. backend: a name of diffusers'
+    attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the repeated blocks,
+    at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window.
 
-    Raises ValueError for an unknown mode or backend, for an interval that is none or stands beside a cache, for a cache
-    on a model that takes none, and for one that cannot tell the predictions with and without a prompt apart where the
-    two are not made together.
+    Raises ValueError for an unknown mode or backend; for an interval that is none, stands beside a cache, or bounds
+    guidance that there is not; for a cache on a model that takes none; for one that foretells the prediction without a
+    prompt where there is no guidance, and one that cannot tell the two apart where they are not made together.
     """
 
-    def __init__(self, layout: Layout, *, frames: int, mode: str, interval: Sequence[float] | None, backend: str | None,
-                 cache: Any, compile: bool | str) -> None:  # fmt: skip
+    def __init__(self, layout: Layout, *, frames: int, mode: str, guidance: float, interval: Sequence[float] | None,
+                 backend: str | None, cache: Any, compile: bool | str) -> None:  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"guidance_mode is '{mode}'; expected one of {', '.join(MODES)}")
         if interval is not None and (len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1):
             raise ValueError(f"guidance_interval is {list(interval)}; expected the lowest and the highest noise level "
                              f"at which there is guidance, such as [0.3, 1.0], or null")  # fmt: skip
+        if interval is not None and guidance <= 1:
+            raise ValueError(f"guidance_interval is {list(interval)}, but guidance is {guidance}, which is none; set "
+                             "guidance above 1, or leave the interval out")  # fmt: skip
         if interval is not None and cache is not None:
             raise ValueError("guidance_interval leaves out predictions from which step_cache would go on; set one of "
                              "the two")  # fmt: skip
+        if isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled and guidance <= 1:
+            raise ValueError("step_cache foretells the prediction without a prompt (FasterCache), but guidance is off; "
+                             "set guidance above 1, or step_cache.is_guidance_distilled=true")  # fmt: skip
         self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, frames, torch.zeros(())
         self.interval = interval
-        self.foretells = isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled
         if isinstance(cache, UNNAMED) and mode == "two_pass":
             raise ValueError(f"step_cache is a {type(cache).__name__}, which holds what it reuses for one prediction a "
                              "step, but guidance_mode=two_pass makes two, with a prompt and without, and each would be "
@@ -93,9 +98,6 @@ class Sampler:
         if self.cache is not None:
             for module in self.layout.experts.values():
                 module._reset_stateful_cache()
-        if self.foretells and plain is None:
-            raise ValueError("step_cache foretells the prediction without a prompt (FasterCache), but guidance is off; "
-                             "set guidance above 1, or step_cache.is_guidance_distilled=true")  # fmt: skip
         together = self.mode == "batched" or isinstance(self.cache, UNNAMED)
         batched = together or (self.mode == "auto" and self._holds(text, given))
         both = None if plain is None else (torch.cat([given, given]), torch.cat([plain, text]))  # as caches expect them

@@ -40,8 +40,7 @@ class VideoWorld(Stored):
     steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second prediction. shift, train_shift:
     of the noise levels that are sampled through and trained at (see `Flow`); None: the scheduler's own. guidance_mode,
     guidance_interval, attention_backend, step_cache, compile: see `Sampler`. lora: rank, alpha and targets where a
-    training names none.
-    precision: "auto", "fp32", "bf16". parts: components that are given, not loaded.
+    training names none. precision: "auto", "fp32", "bf16". parts: components that are given, not loaded.
 
     Raises ValueError: no such pipeline, another layout, sizes that its VAE cannot take, an adapter that fits nowhere.
     """
@@ -97,7 +96,8 @@ class VideoWorld(Stored):
         self.adapters = [*([{"path": adapter}] if adapter else []), *map(dict, adapters)]
         load_adapters(self.pipe, self.layout.experts, self.adapters)
         self.sampler = Sampler(self.layout, mode=guidance_mode, interval=guidance_interval, backend=attention_backend,
-                               cache=step_cache, compile=compile, frames=self.latent_shape[1])  # fmt: skip
+                               cache=step_cache, compile=compile, frames=self.latent_shape[1],
+                               guidance=guidance)  # fmt: skip
         self.texts = Texts(self.layout)
         self.requires_grad_(False).eval()
 
@@ -147,9 +147,9 @@ class VideoWorld(Stored):
         return torch.cat(found)
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "b c lt lh lw"]) -> UInt8[Tensor, "b t h w 3"]:
-        """The inverse of `encode`, as pictures; windows are joined where one begins with the other's last frame."""
-        length, (time, side) = self.latent_shape[1] if self.windows > 1 else latents.shape[2], self.layout.scale
+    def decode(self, latents: Float[Tensor, "b c lt lh lw"], *, windows: int = 1) -> UInt8[Tensor, "b t h w 3"]:
+        """The inverse of `encode`, as pictures; of `windows` on end each begins with the last frame before it."""
+        length, (time, side) = latents.shape[2] // windows, self.layout.scale
         size = clips_at_once((length - 1) * time + 1, side * latents.shape[3], side * latents.shape[4])
         clips = []
         with fitting(self, len(latents)), autocast(self.precision, self.device):
@@ -243,11 +243,11 @@ class VideoWorld(Stored):
         noise: (b c t h w) in place of the seeds'. Raises ValueError for a picture of another size than the canvas, and
         where memory does not suffice.
         """
-        return self.clips(prompts, self.decode(self.denoise(prompts, noise=noise)))
+        return self.clips(prompts, self.denoise(prompts, noise=noise))
 
     @torch.no_grad()
     def denoise(self, prompts: Sequence[Prompt], *, noise: Tensor | None = None) -> Float[Tensor, "b c lt lh lw"]:
-        """The first part of `dream`: normalised latents of all windows, on the device; `decode` makes them pictures."""
+        """The first part of `dream`: normalised latents of all windows, on the device; `clips` makes them pictures."""
         h, w = self.robot.canvas
         for prompt in prompts:
             if prompt.image.shape != (h, w, 3):
@@ -284,11 +284,22 @@ class VideoWorld(Stored):
         model = self.sampler.guided(predict, given, text, plain, self.guidance)
         return self.finish(self.layout.end(integrate(model, x, scheduler, times, first)), given)
 
-    def clips(self, prompts: Sequence[Prompt], frames: UInt8[Tensor, "b t h w 3"]) -> list[Clip]:
-        """The last part of `dream`: decoded frames with the provenance of their prompts."""
-        return [Clip(id=p.id, video=v, video_hz=self.clock.video_hz, instruction=p.instruction, seed=p.seed,
-                     pair=p.pair, state=p.state, origin=p.origin)
-                for p, v in zip(prompts, frames.cpu().numpy(), strict=True)]  # fmt: skip
+    def clips(self, prompts: Sequence[Prompt], latents: Float[Tensor, "b c lt lh lw"]) -> list[Clip]:
+        """The last part of `dream`: decoded latents of all windows with the provenance of their prompts."""
+        videos = self.decode(latents, windows=self.windows).cpu().numpy()
+        return [
+            Clip(
+                id=p.id,
+                video=v,
+                video_hz=self.clock.video_hz,
+                instruction=p.instruction,
+                seed=p.seed,
+                pair=p.pair,
+                state=p.state,
+                origin=p.origin,
+            )
+            for p, v in zip(prompts, videos, strict=True)
+        ]
 
     def trained(self) -> dict[str, nn.Module]:
         """The transformers that a training changes, by their names in the pipeline."""

@@ -36,13 +36,10 @@ class DrawnWorld:
         return torch.from_numpy(np.stack(rows))
 
     def dream(self, prompts: Sequence[Prompt]) -> list[Clip]:
-        return self.clips(prompts, self.decode(self.denoise(prompts)))
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        self.decoded.append(len(latents))
-        return latents
+        return self.clips(prompts, self.denoise(prompts))
 
     def clips(self, prompts: Sequence[Prompt], frames: torch.Tensor) -> list[Clip]:
+        self.decoded.append(len(frames))
         return [Clip(id=p.id, video=v, video_hz="10", instruction=p.instruction, seed=p.seed, pair=p.pair)
                 for p, v in zip(prompts, frames.numpy(), strict=True)]  # fmt: skip
 

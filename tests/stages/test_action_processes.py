@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from safetensors.torch import load_file, save_file
 
 from dreamgen.engine.processes import Processes
@@ -167,3 +168,8 @@ def test_what_is_known_before_is_said_before_anything_is_encoded(make, dataset, 
         with pytest.raises(ValueError, match=words):
             finetune_actions(make(), [dataset], out=tmp_path, **OPTIONS, **options)
         assert not (tmp_path / "cache").exists()
+    world = make()
+    world.world.sampler.cache = FirstBlockCacheConfig(threshold=0.1)
+    with pytest.raises(ValueError, match="adapters and step_cache are for dreaming; leave them out"):
+        finetune_actions(world, [dataset], out=tmp_path, **OPTIONS)
+    assert not (tmp_path / "cache").exists()

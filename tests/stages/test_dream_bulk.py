@@ -96,7 +96,7 @@ def test_the_next_batch_is_denoised_while_the_last_is_decoded():
 
 def test_an_error_of_the_thread_is_told_and_stops_the_run(tmp_path):
     world = DrawnWorld()
-    world.decode = lambda latents: (_ for _ in ()).throw(ValueError("cannot be decoded"))
+    world.clips = lambda prompts, latents: (_ for _ in ()).throw(ValueError("cannot be decoded"))
     with pytest.raises(ValueError, match="cannot be decoded"):
         run(world, lambda: prompts(7), out=tmp_path, batch_size=1, overlap=True)
     assert len(world.batches) < 5 and not (tmp_path / "manifest.json").exists()

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from safetensors.torch import load_file
 
 from dreamgen.core.clip import Episode
@@ -182,6 +183,9 @@ def test_what_is_known_before_is_said_before_anything_is_encoded(make, dataset, 
         with pytest.raises(ValueError, match=words):
             finetune(make(), dataset, out=tmp_path, **OPTIONS, **options)
         assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="adapters and step_cache are for dreaming; leave them out"):
+        finetune(make(step_cache=FirstBlockCacheConfig(threshold=0.1)), dataset, out=tmp_path, **OPTIONS)
+    assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="a prompt has 14 tokens, .* text_length is 9.*'put the red block"):
         finetune(make(text_length=9), dataset, out=tmp_path, **OPTIONS)
     assert not (tmp_path / "cache").exists()

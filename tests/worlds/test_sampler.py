@@ -67,6 +67,8 @@ def test_guidance_within_an_interval_of_noise_levels(make, plain):
         make(guidance_interval=[0.5, 0.5])
     with pytest.raises(ValueError, match="guidance_interval leaves out predictions from which step_cache"):
         make(guidance_interval=[0.5, 1.0], step_cache=diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match=r"guidance_interval is \[0.5, 1.0\], but guidance is 1.0, which is none"):
+        make(guidance_interval=[0.5, 1.0], guidance=1.0)
 
 
 def test_auto_goes_by_memory(make, monkeypatch):
@@ -124,7 +126,7 @@ def test_faster_cache_foretells_the_prediction_without_a_prompt(name, tmp_path):
     with pytest.raises(ValueError, match="FasterCacheConfig, which holds .* guidance_mode=two_pass makes two"):
         zoo.world(name, folder, step_cache=config, guidance_mode="two_pass")
     with pytest.raises(ValueError, match="but guidance is off"):
-        zoo.world(name, folder, step_cache=config, guidance=1.0).dream(prompts(name, 1))
+        zoo.world(name, folder, step_cache=config, guidance=1.0)
 
 
 def test_attention_is_broadcast_over_steps_and_never_from_one_prediction_to_the_other(make, plain, monkeypatch):
@@ -178,7 +180,7 @@ def test_windows_go_on_from_the_last_frame(make, plain):
     two, several = make(windows=2), prompts(NAME, 2)
     latents = two.denoise(several)
     assert latents.shape[2] == 2 * two.latent_shape[1]
-    clips = two.clips(several, two.decode(latents))
+    clips = two.clips(several, latents)
     assert clips[0].video.shape[0] == 2 * zoo.FRAMES - 1
     assert all(apart(clip.video[: zoo.FRAMES], b) <= 1 for clip, b in zip(clips, plain, strict=True))
     last = [Prompt(id=p.id, image=c.video[zoo.FRAMES - 1], instruction=p.instruction, seed=0)
@@ -186,6 +188,8 @@ def test_windows_go_on_from_the_last_frame(make, plain):
     second = make().dream(last, noise=two.noise(several, 1))
     assert all(apart(clip.video[zoo.FRAMES :], b.video[1:]) <= 1 for clip, b in zip(clips, second, strict=True))
     assert not torch.equal(two.noise(several, 1), two.noise(several))
+    longer = torch.from_numpy(clips[0].video)[None]  # of a recording, which is no window and another
+    assert torch.equal(two.decode(two.encode(longer)), make().decode(make().encode(longer)))
 
 
 def test_views_are_named_and_come_back(make):
