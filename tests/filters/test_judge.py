@@ -146,6 +146,21 @@ def test_rates_are_counted_and_inverted():
         Rates.measured(np.ones(4), np.ones(4, bool), 0.5)
 
 
+def test_the_interval_of_a_corrected_rate_by_hand():
+    """Lang and Reiczigel's numbered steps (Prev. Vet. Med. 113, 2014), for 30 of 100, tpr 36/40, tnr 48/60."""
+    z = 1.959963984540054
+    found = Rates(tpr=0.9, tnr=0.8, positives=40, negatives=60).corrected(30, 100)
+    n, ap = 100 + z**2, (30 + z**2 / 2) / (100 + z**2)
+    se, sp = (36 + 1) / 42, (48 + 1) / 62
+    p = (ap + sp - 1) / (se + sp - 1)
+    shift = 2 * z**2 * (p * se * (1 - se) / 42 - (1 - p) * sp * (1 - sp) / 62)
+    variance = (ap * (1 - ap) / n + p**2 * se * (1 - se) / 42 + (1 - p) ** 2 * sp * (1 - sp) / 62) / (se + sp - 1) ** 2
+    assert found["rate"] == pytest.approx(0.1 / 0.7) and 0.1 < p < 0.2
+    assert found["low"] == pytest.approx(max(0.0, p + shift - z * variance**0.5), abs=1e-9)
+    assert found["high"] == pytest.approx(p + shift + z * variance**0.5, abs=1e-9)
+    assert (found["low"], found["high"]) == pytest.approx((0.0, 0.31674), abs=1e-5)
+
+
 def test_intervals_cover_the_truth_as_often_as_they_say():
     rng, draws = np.random.default_rng(2), 1500
     for tpr, tnr, n, m, episodes, true in ((0.9, 0.8, 40, 60, 100, 0.3), (0.85, 0.95, 30, 200, 50, 0.05)):

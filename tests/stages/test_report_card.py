@@ -52,6 +52,32 @@ def test_mmrv_by_hand() -> None:
     assert mmrv(*numbers([0.0, 1.0], [1.0, 0.0])) == 1
 
 
+def test_mmrv_is_that_of_simplers_code_where_no_scores_tie() -> None:
+    rng = np.random.default_rng(5)
+    for k in (2, 5, 24):
+        real, score = rng.permutation(np.arange(k)) / k, rng.permutation(np.arange(k)) / k
+        worst = []
+        for i in range(k):
+            wrong = [abs(real[i] - real[j]) for j in range(k) if (score[i] > score[j]) != (real[i] > real[j])]
+            worst.append(max(wrong, default=0.0))
+        assert mmrv(real, score) == pytest.approx(np.mean(worst)) and (k == 2 or np.mean(worst) > 0.1)
+    assert mmrv(*numbers([0.0, 0.9, 1.0], [0.5, 0.5, 0.5])) == pytest.approx((1 + 0.1 + 0) / 3)  # by <, as printed
+
+
+def test_fishers_interval_by_hand() -> None:
+    x, y = numbers([0.1, 0.3, 0.5, 0.7, 0.9], [0.2, 0.1, 0.6, 0.5, 0.9])
+    # centred: -.4 -.2 0 .2 .4 and -.26 -.36 .14 .04 .44; products sum to .36, squares to .4 and .412
+    r = 0.36 / math.sqrt(0.4 * 0.412)
+    z, half = 0.5 * math.log((1 + r) / (1 - r)), 1.959964 / math.sqrt(2)
+    low, high = ((math.exp(2 * end) - 1) / (math.exp(2 * end) + 1) for end in (z - half, z + half))
+    assert pearson(x, y) == pytest.approx((r, low, high), abs=1e-6)
+    found = card(x, y)
+    assert found["mae"] == pytest.approx((0.1 + 0.2 + 0.1 + 0.2 + 0) / 5)
+    assert found["bias"] == pytest.approx((0.1 - 0.2 + 0.1 - 0.2 + 0) / 5)
+    assert found["mmrv"] == pytest.approx((0.2 + 0.2 + 0.2 + 0.2 + 0) / 5) and found["regret"] == 0
+    assert found["rho"] == pytest.approx(1 - 6 * 4 / (5 * 24))  # ranks 1 2 3 4 5 and 2 1 4 3 5
+
+
 def test_ranks_regret_and_leaving_one_out() -> None:
     rng = np.random.default_rng(2)
     x = rng.integers(0, 6, 15) / 10
