@@ -1,8 +1,9 @@
 """What fine-tuning a model on a dataset and dreaming with it will cost, before anything is spent.
 
-Sizes come from a folder's configuration or the published ones in `published.json`; the transformer is built on the
-meta device, without weights. FLOPs and bytes are those of `dreamgen.engine.cost`; seconds are FLOPs over the device's
-peak times the share of it that is expected.
+Sizes come from a folder's configuration or the published ones in `published.json`, with which diffusers'
+`scripts/convert_{wan,cosmos,ltx,cogvideox}_to_diffusers.py` make the hub's checkpoints (of LTX-Video 0.9.0); the
+transformer is built on the meta device, without weights. FLOPs and bytes are those of `dreamgen.engine.cost`; seconds
+are FLOPs over the device's peak times the share of it that is expected.
 """
 
 import json

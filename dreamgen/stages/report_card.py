@@ -2,8 +2,8 @@
 
 r, rho    Pearson with Fisher's interval tanh(atanh r -+ 1.96 / sqrt(k - 3)), and Spearman
 mmrv      mean over policies i of max over j of |R_i - R_j| where [S_i < S_j] differs from [R_i < R_j]
-          (SIMPLER, arXiv:2405.05941: the gap is the real one R, comparisons are strict; its code compares by >, which is
-          the same but where scores tie)
+          (SIMPLER, arXiv:2405.05941: the gap is the real one R, comparisons are strict; its code compares by >, which
+          differs where scores tie)
 mae, bias mean |S - R| and mean S - R: r alone hides optimism, a constant +.15 keeps it whole
 regret    real success given up by taking the policy that the evaluator likes best
 """

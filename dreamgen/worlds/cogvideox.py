@@ -27,8 +27,9 @@ class CogVideoXLayout(Layout):
         if self.train_shift is not None:
             raise ValueError(f"train_shift is {self.train_shift}, but {path} has no flow to shift; leave it null")
         config, side, canvas = self.pipe.transformer.config, self.scale[1], robot.canvas
-        if config.patch_size_t is not None:
-            raise ValueError(f"{path} is a CogVideoX1.5, which groups frames; expected CogVideoX-5B-I2V")
+        if config.patch_size_t is not None or self.pipe.vae.config.invert_scale_latents:
+            raise ValueError(f"{path} is a CogVideoX1.5, which groups frames and scales the first picture's latents "
+                             "otherwise; expected CogVideoX-5B-I2V")  # fmt: skip
         size = (config.sample_height * side, config.sample_width * side)
         if config.use_learned_positional_embeddings and (canvas, frames) != (size, config.sample_frames):
             raise ValueError(

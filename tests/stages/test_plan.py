@@ -3,6 +3,7 @@
 import json
 import warnings
 
+import diffusers
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
@@ -52,6 +53,27 @@ PUBLISHED = {"Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5.0e9, "nvidia/Cosmos-Predict2.5
 @pytest.mark.parametrize("path", PUBLISHED)
 def test_parameters_are_those_of_the_published_model(path):
     assert Model.of(path).parameters() == pytest.approx(PUBLISHED[path], rel=0.005)
+
+
+@pytest.mark.parametrize(("path", "size", "each"), [
+    ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 507_609_880, 4),  # Wan2.1_VAE.pth
+    ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 2_818_839_170, 4),  # Wan2.2_VAE.pth
+    ("Lightricks/LTX-Video", 1_676_798_532, 4),  # vae/diffusion_pytorch_model.safetensors
+    ("THUDM/CogVideoX-5b-I2V", 431_221_142, 2),
+])  # fmt: skip
+def test_autoencoders_have_the_weights_of_the_published_files(path, size, each):
+    """Bytes of a file on the hub: of the weights and moments, and a header."""
+    config = dict(Model.of(path).vae)
+    with torch.device("meta"):
+        vae = getattr(diffusers, config.pop("_class_name")).from_config(config)
+    assert 0 < size - each * sum(value.numel() for value in vae.state_dict().values()) < 100_000
+
+
+def test_models_that_share_an_autoencoder_share_its_configuration():
+    wan = Model.of("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers").vae
+    for path in ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "nvidia/Cosmos-Predict2.5-2B",
+                 "nvidia/Cosmos-Predict2-2B-Video2World"):  # fmt: skip
+        assert Model.of(path).vae == wan
 
 
 def transformer():

@@ -234,6 +234,10 @@ def test_bad_requests_are_named_before_the_first_step(make, folder, tmp_path, mo
         make(path=str(tmp_path))
     with pytest.raises(ValueError, match="learned positions, for 16x32 with 9 frames"):
         CogVideoXWorld(robot=zoo.robot(32, 32), pipeline=zoo.build("cogvideox_5b_i2v"), frames=zoo.FRAMES)
+    newer = zoo.build("cogvideox_5b_i2v")
+    newer.vae.register_to_config(invert_scale_latents=True)
+    with pytest.raises(ValueError, match="CogVideoX1.5, which groups frames and scales the first picture's latents"):
+        CogVideoXWorld(robot=zoo.robot(), pipeline=newer, frames=zoo.FRAMES)
     world = make()
 
     def full(*_):
