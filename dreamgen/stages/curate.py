@@ -22,7 +22,7 @@ from dreamgen.data.writer import require_free, write_dataset
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.stages.candidates import Candidates, recorded
-from dreamgen.stages.selection import best, best_of, passing, quantile_thresholds, totals
+from dreamgen.stages.selection import best, best_of, passing, quantile_thresholds, require_settings, totals
 from dreamgen.video.sheet import captioned, grid, png
 
 SCORES = "scores.json"
@@ -104,6 +104,10 @@ def curate(
             if dataset is None and getattr(filter, "needs_labels", True):
                 raise ValueError(f"filter '{name}' scores labels and there is no dataset; label the dreams first, or "
                                  f"use filters of video alone")  # fmt: skip
+        names, unknown = list(filters), np.zeros((len(candidates), len(filters)))
+        names, unknown = with_scored(scored, names, unknown) if scored else (names, unknown)
+        require_settings(unknown, names, drop=drop, least=least or {}, rank_by=rank_by, best_count=best_count,
+                         keep=keep, abstained=abstained)  # fmt: skip
         groups = [range(i, min(i + batch_size, len(candidates))) for i in range(0, len(candidates), batch_size)]
         work = Work(out, candidates, filters, groups)
         if any(work.missing(name, group) for name in filters for group in groups[shard::num_shards]):

@@ -87,3 +87,15 @@ def best(total: np.ndarray, good: np.ndarray, keep: float | int) -> np.ndarray:
     kept = np.zeros(len(total), bool)
     kept[np.argsort(-np.where(good, total, -np.inf), kind="stable")[:count]] = True
     return kept
+
+
+def require_settings(scores: np.ndarray, names: Sequence[str], *, drop: float | Mapping[str, float],
+                     least: Mapping[str, float], rank_by: str, best_count: int, keep: float | int | None,
+                     abstained: str) -> None:  # fmt: skip
+    """Raise ValueError for settings by which nothing can be chosen, whatever is scored; scores (n k) of any value."""
+    limits = quantile_thresholds(scores, names, drop)
+    passing(scores, names, {**limits, **least}, abstained)
+    total, good = totals(scores, names, rank_by), np.ones(len(scores), bool)
+    best_of(total, [""] * len(scores), good, best_count)
+    if keep is not None:
+        best(total, good, keep)

@@ -283,13 +283,24 @@ def test_scores_meet_the_truth_and_controls_use_them(made, kept, tmp_path):
     assert best["kept"] == 4 and best["yields"]["frozen"]["kept_mean"] > best["yields"]["frozen"]["mean"]
 
 
+def test_settings_that_choose_nothing_are_refused_before_hours_of_scoring(made, kept, tmp_path):
+    for key, value, told in (
+        ("least", {"judge": 0.5}, "least names the filter judge"), ("drop", {"jerk": 0.5}, "drop names the filter je"),
+        ("drop", 1.0, "drop is 1.0"), ("rank_by", "judge", "rank_by names"), ("abstained", "no", "abstained is 'no'"),
+        ("best_count", 0, "best_count is 0"), ("keep", 2.5, "keep is 2.5"), ("keep", 10, "asks for 10 clips, 9 of 9"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            scored(made, tmp_path, **{key: value})
+        assert not (tmp_path / "scores").exists()
+    assert scored(made, tmp_path, filters={"a": Mute()}, scored=kept, rank_by="spread", keep=3)["results"]["kept"] == 3
+
+
 def test_refusals(made, kept, tmp_path):
     def refused(text: str, **changes) -> None:
         with pytest.raises(ValueError, match=text):
             scored(made, tmp_path / "x" / str(abs(hash(text))), **changes)
 
     refused("keep none of 9 clips; of every filter alone: spread 9, limits 9, frozen 0", least={"frozen": 1.0})
-    refused("least names the filter judge", least={"judge": 0.5})
     refused("filter 'spread' has no reference", reference=None)
     refused("best_per is 'clip'; expected null, prompt or pair or instruction", best_per="clip")
     refused("control is random, keep is None", control="random")
