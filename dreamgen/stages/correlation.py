@@ -7,6 +7,7 @@ that is no better than they are evaluates nothing. Every policy is one item on d
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,13 @@ def correlation(
     parents = {name: path for name, p in policies.items() if (path := getattr(p, "path", None)) is not None}
     if validation is not None:
         parents["validation"] = validation.root
-    with Stage(out, "correlation", config=record, parents=parents, seed=seed) as run:
+    with Stage(out, "correlation", config=record, parents=parents, seed=seed) as run, ExitStack() as opened:
         if run.complete:
             return run.manifest()
-        world = OracleWorld(sim=sim, video_hz=video_hz) if world_model is None else world_model
+        world = world_model
+        if world is None:
+            world = OracleWorld(sim=sim, video_hz=video_hz)
+            opened.callback(world.close)
         place(world, judge, probe)
         plan, prompts = first_states(sim, [judge, probe], instructions, episodes, seed)
         env = DreamEnv(world=world, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,

@@ -1,6 +1,6 @@
 """What fine-tuning reads: latents and text embeddings of a dataset's clips, encoded once and kept on disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -110,8 +110,11 @@ def embeddings(world: VideoWorld, texts: Sequence[str], root: Path, *, base: str
     if not first:
         wait()
     prompts, device = world.prompts([*texts, ""]), best_device()
-    made = Embeddings(root, key, prompts, lambda texts: world.texts.read(texts, device),
-                      name=world.layout.cleaned)  # fmt: skip
+
+    def read(texts: Sequence[str]) -> Iterator[Tensor]:
+        return progress(world.texts.read(texts, device), len(texts), "read texts", unit="text")
+
+    made = Embeddings(root, key, prompts, read, name=world.layout.cleaned)
     if first:
         wait()
     return made

@@ -11,7 +11,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
 
 from dreamgen.engine.peak import Peak
 from dreamgen.worlds.autoencoder import clips_at_once
@@ -43,16 +42,16 @@ def _one(config: str, latents: tuple[int, ...], clip: tuple[int, ...]) -> tuple[
     time = (frames - 1) // (long - 1) if long > 1 else 1
 
     def encode(count: int) -> float:
-        return _most(vae, lambda x: vae.encode(x).latent_dist.mode(), (1, 3, (count - 1) * time + 1, *size))
+        return _most(lambda x: vae.encode(x).latent_dist.mode(), (1, 3, (count - 1) * time + 1, *size))
 
     def decode(count: int) -> float:
-        return _most(vae, lambda z: vae.decode(z).sample, (1, channels, count, *cells))
+        return _most(lambda z: vae.decode(z).sample, (1, channels, count, *cells))
 
     weights = float(sum(p.numel() * p.element_size() for p in vae.parameters()))
     return weights, _extended(encode, long), _extended(decode, long)
 
 
-def _most(vae: nn.Module, work: Callable[[torch.Tensor], object], shape: tuple[int, ...]) -> float:
+def _most(work: Callable[[torch.Tensor], object], shape: tuple[int, ...]) -> float:
     given = torch.empty(shape, device="meta")
     with torch.no_grad(), Peak() as peak:
         work(given)

@@ -48,6 +48,10 @@ class OracleWorld:
                 frames.append(self.picture())
         return np.stack(frames)
 
+    def close(self) -> None:
+        """Close the simulator."""
+        self.sim.close()
+
     def dream(self, prompts: Sequence[Prompt]) -> list[Clip]:
         """One clip per prompt, under its actions. ValueError for a prompt without actions."""
         made = []

@@ -93,6 +93,21 @@ def test_blind_evaluators_stand_beside(done) -> None:
     assert found["blind"]["demos"]["r"] > 0.8 and found["blind"]["demos"]["mae"] is None
 
 
+def test_every_simulator_is_closed(tmp_path) -> None:
+    class Counted(Point):
+        def __init__(self) -> None:
+            super().__init__()
+            held.append(self)
+
+        def close(self) -> None:
+            held.remove(self)
+
+    held: list[Point] = []
+    two = {name: POLICIES[name] for name in ("speed 0.2", "speed 0.6")}
+    correlation(None, Column(), Counted, two, out=tmp_path, video_hz=5, **OPTIONS)
+    assert not held
+
+
 class Doubtful(Column):
     """Right about every episode, but measured elsewhere as one that errs."""
 

@@ -251,11 +251,12 @@ def test_texts_are_kept_one_by_one_without_what_is_behind_their_end(tmp_path):
     assert [len(load_file(file)["rows"]) for file in found.files] == [2, 6, 4]
 
 
-def test_a_cached_text_is_that_of_what_the_encoder_reads(make, dataset, tmp_path, monkeypatch):
+def test_a_cached_text_is_that_of_what_the_encoder_reads(make, dataset, tmp_path, monkeypatch, capsys):
     """What lies under a prompt with dirty characters was embedded with them, and is not taken."""
     world = make()
     latents = Latents(world, ClipPool([dataset], world.clock), tmp_path, transform={})
     clean, _ = latents.texts(tmp_path, base="b", first=True)
+    assert "read texts: 100%" in capsys.readouterr().err
     stale = torch.full_like(clean.take([0])[0], 9.0)
     key = {"base": "b", "length": world.text_length, "dtype": str(world.transformer.dtype)}
     dirty = ["open\u00a0 it", "red &amp;amp; blue"]

@@ -239,7 +239,7 @@ def test_a_long_clip_is_followed_from_shorter_ones():
 
     def encode(count):
         asked.append(count)
-        return plan_vae._most(vae, lambda x: vae.encode(x).latent_dist.mode(), (1, 3, (count - 1) * 2 + 1, 16, 24))
+        return plan_vae._most(lambda x: vae.encode(x).latent_dist.mode(), (1, 3, (count - 1) * 2 + 1, 16, 24))
 
     followed = plan_vae._extended(encode, 9)
     assert asked == [5, 7] and followed == encode(9)
