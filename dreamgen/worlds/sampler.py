@@ -28,15 +28,15 @@ class Sampler:
     interval: lowest and highest noise level, 0 to 1, at which there is guidance; beyond it the prediction with the
     prompt is made alone (Kynkaanniemi et al. 2024, arXiv:2404.07724). None: everywhere. backend: a name of diffusers'
     attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the repeated blocks,
-    at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window.
+    at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window; steps: of its denoising.
 
-    Raises ValueError for an unknown mode or backend; for an interval that is none, stands beside a cache, or bounds
-    guidance that there is not; for a cache on a model that takes none; for one that foretells the prediction without a
-    prompt where there is no guidance, and one that cannot tell the two apart where they are not made together.
+    Raises ValueError for an unknown mode or backend, for an interval that is none, stands beside a cache, or bounds
+    guidance that there is not, for a cache on a model that takes none, and as `require_cache` does.
     """
 
-    def __init__(self, layout: Layout, *, frames: int, mode: str, guidance: float, interval: Sequence[float] | None,
-                 backend: str | None, cache: Any, compile: bool | str) -> None:  # fmt: skip
+    def __init__(self, layout: Layout, *, frames: int, steps: int, mode: str, guidance: float,
+                 interval: Sequence[float] | None, backend: str | None, cache: Any,
+                 compile: bool | str) -> None:  # fmt: skip
         if mode not in MODES:
             raise ValueError(f"guidance_mode is '{mode}'; expected one of {', '.join(MODES)}")
         if interval is not None and (len(interval) != 2 or not 0 <= interval[0] < interval[1] <= 1):
@@ -48,16 +48,9 @@ class Sampler:
         if interval is not None and cache is not None:
             raise ValueError("guidance_interval leaves out predictions from which step_cache would go on; set one of "
                              "the two")  # fmt: skip
-        if isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled and guidance <= 1:
-            raise ValueError("step_cache foretells the prediction without a prompt (FasterCache), but guidance is off; "
-                             "set guidance above 1, or step_cache.is_guidance_distilled=true")  # fmt: skip
+        require_cache(cache, mode=mode, steps=steps, guidance=guidance, experts=len(layout.experts))
         self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, frames, torch.zeros(())
         self.interval = interval
-        if isinstance(cache, UNNAMED) and mode == "two_pass":
-            raise ValueError(f"step_cache is a {type(cache).__name__}, which holds what it reuses for one prediction a "
-                             "step, but guidance_mode=two_pass makes two, with a prompt and without, and each would be "
-                             "given the other's; take guidance_mode=batched, or another cache, such as "
-                             "diffusers.FirstBlockCacheConfig")  # fmt: skip
         if isinstance(cache, FasterCacheConfig):  # Wan2.1's view of the picture is a row each as well
             named = FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers
             cache._unconditional_conditional_input_kwargs_identifiers = (*named, "encoder_hidden_states_image")
@@ -130,6 +123,29 @@ class Sampler:
         """Whether the machine holds the doubled batch; its size, not what is free now, so that shards agree."""
         need = 2 * len(text) * row_bytes(self.layout, given.shape[-2:], self.frames, text.shape[1])
         return need <= capacity(self.layout)
+
+
+def require_cache(cache: Any, *, mode: str, steps: int, guidance: float, experts: int) -> None:
+    """Raise ValueError for a step cache that would reuse or foretell what it is not meant for: one that counts other
+    steps than are taken, one that foretells the prediction without a prompt where there is no guidance, and one that
+    cannot tell the two predictions apart where they are not made together."""
+    name = type(cache).__name__
+    if isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled and guidance <= 1:
+        raise ValueError("step_cache foretells the prediction without a prompt (FasterCache), but guidance is off; set "
+                         "guidance above 1, or step_cache.is_guidance_distilled=true")  # fmt: skip
+    if isinstance(cache, UNNAMED) and mode == "two_pass":
+        raise ValueError(f"step_cache is a {name}, which holds what it reuses for one prediction a step, but "
+                         "guidance_mode=two_pass makes two, with a prompt and without, and each would be given the "
+                         "other's; take guidance_mode=batched, or another cache, such as "
+                         "diffusers.FirstBlockCacheConfig")  # fmt: skip
+    if (counted := getattr(cache, "num_inference_steps", None)) is None:
+        return
+    if experts > 1:
+        raise ValueError(f"step_cache is a {name}, which counts a transformer's steps, but two experts share them; "
+                         "take another, such as diffusers.FirstBlockCacheConfig")  # fmt: skip
+    if counted != steps:
+        raise ValueError(f"step_cache.num_inference_steps is {counted}, steps is {steps}; a {name} goes by the number "
+                         "of each step: set them alike")  # fmt: skip
 
 
 def row_bytes(layout: Layout, cells: Any, frames: int, text: int) -> int:

@@ -97,7 +97,7 @@ class VideoWorld(Stored):
         load_adapters(self.pipe, self.layout.experts, self.adapters)
         self.sampler = Sampler(self.layout, mode=guidance_mode, interval=guidance_interval, backend=attention_backend,
                                cache=step_cache, compile=compile, frames=self.latent_shape[1],
-                               guidance=guidance)  # fmt: skip
+                               steps=steps, guidance=guidance)  # fmt: skip
         self.texts = Texts(self.layout)
         self.requires_grad_(False).eval()
 
@@ -286,20 +286,9 @@ class VideoWorld(Stored):
 
     def clips(self, prompts: Sequence[Prompt], latents: Float[Tensor, "b c lt lh lw"]) -> list[Clip]:
         """The last part of `dream`: decoded latents of all windows with the provenance of their prompts."""
-        videos = self.decode(latents, windows=self.windows).cpu().numpy()
-        return [
-            Clip(
-                id=p.id,
-                video=v,
-                video_hz=self.clock.video_hz,
-                instruction=p.instruction,
-                seed=p.seed,
-                pair=p.pair,
-                state=p.state,
-                origin=p.origin,
-            )
-            for p, v in zip(prompts, videos, strict=True)
-        ]
+        videos, hz = self.decode(latents, windows=self.windows).cpu().numpy(), self.clock.video_hz
+        return [Clip(id=p.id, video=v, video_hz=hz, instruction=p.instruction, seed=p.seed, pair=p.pair, state=p.state,
+                     origin=p.origin) for p, v in zip(prompts, videos, strict=True)]  # fmt: skip
 
     def trained(self) -> dict[str, nn.Module]:
         """The transformers that a training changes, by their names in the pipeline."""

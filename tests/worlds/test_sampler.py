@@ -145,6 +145,17 @@ def test_attention_is_broadcast_over_steps_and_never_from_one_prediction_to_the_
         make(step_cache=cache(), guidance_mode="two_pass")
 
 
+def test_a_cache_that_counts_steps_counts_those_that_are_taken(make, tmp_path):
+    counting = partial(diffusers.MagCacheConfig, mag_ratios=[1.0] * 3)
+    clips = make(step_cache=counting(num_inference_steps=3)).dream(prompts(NAME, 2))
+    assert len(clips[0].video) == zoo.FRAMES
+    with pytest.raises(ValueError, match="step_cache.num_inference_steps is 28, steps is 3; a MagCacheConfig goes by"):
+        make(step_cache=counting())
+    experts = zoo.save("wan22_i2v_a14b", tmp_path / "toy")
+    with pytest.raises(ValueError, match="MagCacheConfig, which counts a transformer's steps, but two experts share"):
+        zoo.world("wan22_i2v_a14b", experts, step_cache=counting(num_inference_steps=3))
+
+
 def test_adapters_of_others_stack(make, plain, tmp_path):
     for seed, name in enumerate(("task", "few_steps")):
         world = make()
