@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dreamgen.stages.correlation import outcome, rates_of
 from dreamgen.stages.report_card import card, drop_one, mmrv, pearson, regret, spearman
 
 
@@ -89,3 +90,13 @@ def test_ranks_regret_and_leaving_one_out() -> None:
     assert np.allclose(drop_one(x, y), (min(each), max(each)))
     with pytest.raises(ValueError, match="2 or more policies"):
         card(np.array([0.5]), np.array([0.5]))
+
+
+def test_episodes_by_hand() -> None:
+    rows = {"a": {"real": [True, False, False], "said": [0.9, 0.4, 0.2]},
+            "b": {"real": [True, False, True], "said": [0.3, 0.5, None]}}  # fmt: skip
+    # successes .9 and .3 against failures .4, .2, .5: .9 is above all three, .3 above one; .9 is a yes, and so is .5
+    found = {"episode_auroc": 4 / 6, "abstained": 1, "tpr": 1 / 2, "tnr": 2 / 3}
+    assert outcome(rows, "said", 0.5) == pytest.approx(found)
+    assert rates_of("a", "said", rows["a"], 0.5) == pytest.approx((1 / 3, 1 / 3, 3))
+    assert rates_of("b", "said", rows["b"], 0.5) == (0.5, 0.5, 2)  # the third counts on neither side
