@@ -82,7 +82,7 @@ def finetune(
     copies: every clip is trained on so many times more, each moved by up to `shift` pixels: a world model that sees a
     hundred episodes learns them by heart otherwise. Validation is on clips as they are.
     decoder_steps: steps in which the VAE's decoder alone learns the look of this dataset, for a small VAE that has not
-    seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting.
+    seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting. Not with "lora".
     cache: a folder of latents to share between runs; `out/cache` where None. accumulate, sharding, replicas, tracker:
     see `dreamgen.engine.train`. checkpointing: keep only the inputs of blocks, and compute these again in the backward
     pass. compile: the blocks (see `dreamgen.engine.compiling`).
@@ -94,6 +94,9 @@ def finetune(
     """
     if method not in ("full", "lora"):
         raise ValueError(f"method is '{method}'; expected 'full' or 'lora'")
+    if method == "lora" and decoder_steps:
+        raise ValueError(f"decoder_steps is {decoder_steps}, but method=lora writes an adapter alone, without the "
+                         "decoder that was trained; set decoder_steps=0, or method=full")  # fmt: skip
     require_sharding(sharding)
     require_tracker(tracker)
     world_model.require_plain()
