@@ -42,7 +42,7 @@ class Best:
     """Of `count` seeds of each prompt the clip with the highest score, the first of equals; without a filter the first.
 
     filter: scores clips; one that reads labels needs a labeler. Raises ValueError for a count below 1, several seeds
-    without a filter, and a filter that lacks its labeler.
+    without a filter, and a filter that lacks its labeler or its reference.
     """
 
     def __init__(self, count: int, filter: Filter | None, labeler: Labeler | None) -> None:
@@ -52,6 +52,9 @@ class Best:
         if filter is not None and getattr(filter, "needs_labels", True) and labeler is None:
             raise ValueError(f"filter '{filter.name}' scores labels; give the stage a labeler, or choose a filter of "
                              "video alone (frozen, cut, a judge)")  # fmt: skip
+        if getattr(filter, "half", 0.5) is None:
+            raise ValueError(f"filter '{filter.name}' has no reference, which only curation takes from recordings; set "
+                             f"its `half` (filter.{filter.name}.half)")  # fmt: skip
         self.count, self.filter, self.labeler = count, filter, labeler
 
     def seeds(self, prompt: Prompt) -> list[Prompt]:

@@ -13,6 +13,7 @@ from dreamgen.core.manifest import tree_digest
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.prompts import FolderPrompts
 from dreamgen.engine.behind import Behind
+from dreamgen.filters.frozen import Frozen
 from dreamgen.stages.dream import dream
 from dreamgen.worlds.prefix import PrefixWorld
 from tests.stages.drawn_world import DrawnWorld, WholeWorld, prompts
@@ -173,6 +174,11 @@ def test_a_choice_needs_something_to_choose_by(tmp_path):
     labelled.needs_labels = True
     with pytest.raises(ValueError, match="'brightness' scores labels; give the stage a labeler"):
         run(DrawnWorld(), lambda: prompts(2), out=tmp_path, best_of=2, filter=labelled)
+    world = DrawnWorld()
+    with pytest.raises(ValueError, match=r"filter 'frozen' has no reference.*set its `half` \(filter.frozen.half\)"):
+        run(world, lambda: prompts(2), out=tmp_path, best_of=2, filter=Frozen())
+    run(world, lambda: prompts(2), out=tmp_path, best_of=2, filter=Frozen(half=0.1))
+    assert len(world.batches) == 1  # none before it was said
 
 
 def test_a_bad_clip_is_dreamed_again_as_its_error_says(tmp_path):
