@@ -189,6 +189,14 @@ exp, log, inverse, product = _either(_exp), _either(_log), _either(_inverse), _e
 
 
 @_either
+def rotate(q: Tensor, vector: Tensor) -> Tensor:
+    """Vectors (... 3), turned by rotations q (... 4)."""
+    vector = vector.to(q)
+    across = 2 * torch.linalg.cross(q[..., 1:], vector)
+    return vector + q[..., :1] * across + torch.linalg.cross(q[..., 1:], across)
+
+
+@_either
 def angle(a: Tensor, b: Tensor) -> Tensor:
     """Radians (...) by which two rotations differ, 0 to pi."""
     return _log(_product(_inverse(a), b)).norm(dim=-1)
