@@ -147,6 +147,9 @@ def test_a_labeler_of_a_hand_that_points_down(kind, tmp_path):
     model.save(tmp_path)
     again = FlowIDM.load(tmp_path)
     np.testing.assert_array_equal(again.label([clip])[0].value, labels[0].value)
+    bare = [replace(part, rotation="") for part in (*data.robot.state, *data.robot.action)]
+    with pytest.raises(ValueError, match="labeler .*\n  action 'turn': rotation here None, saved 'axis_angle'"):
+        FlowIDM.load(tmp_path, replace(data.robot, state=bare[:1], action=bare[1:]))  # what it learned are turns
     z = model.head.state.normalise(torch.from_numpy(state))
     assert z.abs().max() < 5
     assert rotations.apart(data.robot.state[0], model.head.state.denormalise(z).numpy(), state).max() < 1e-5
