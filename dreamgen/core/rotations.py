@@ -293,8 +293,9 @@ def along(part: Part, at: Sequence[int] | np.ndarray, values: np.ndarray, wanted
 
 
 def middle(part: Part, values: np.ndarray) -> np.ndarray:
-    """Entries (width,) of the mean rotation of (n width)."""
-    return tell(part, mean(read(part, values)))
+    """Entries (width,) of the mean rotation of (n width); of a quaternion of the sign that most of them have."""
+    told = tell(part, mean(read(part, values)))
+    return nearest(part, told, values.mean(0, dtype=np.float64)) if part.width == 4 else told
 
 
 def straightened(parts: Sequence[Part], rows: Sequence[np.ndarray]) -> list[np.ndarray]:

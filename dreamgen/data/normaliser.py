@@ -7,7 +7,8 @@ Entries of binary parts, and entries that do not vary, keep their scale (1); the
 The two vectors are buffers, so they lie inside the checkpoint.
 
 A rotation has many tellings (angles wrap, quaternions have two signs). Networks see the one whose entries are nearest
-to the offset, which does not jump where most rotations lie; back come angles within half a turn and unit quaternions.
+to the offset, which does not jump where most rotations lie; back come angles within half a turn and unit quaternions,
+of the sign of the data.
 """
 
 from collections.abc import Callable, Sequence
@@ -89,7 +90,7 @@ class Normaliser(nn.Module):
         """Unit size to units of the embodiment; numpy to numpy, torch to torch."""
         offset, scale = self._like(values)
         values = values * scale + offset
-        return self._each(values, lambda part, told: rotations.tell(part, rotations.read(part, told)))
+        return self._each(values, _whole)
 
     def _each(self, values: Values, change: Callable[[Part, Values], Values]) -> Values:
         """Values whose rotations are told otherwise."""
@@ -107,3 +108,9 @@ class Normaliser(nn.Module):
         if isinstance(values, np.ndarray):
             return self.offset.cpu().numpy(), self.scale.cpu().numpy()
         return self.offset.to(values), self.scale.to(values)
+
+
+def _whole(part: Part, values: Values) -> Values:
+    """Entries as a rotation has them, of numbers that need not be those of one."""
+    told = rotations.tell(part, rotations.read(part, values))
+    return rotations.nearest(part, told, values) if part.width == 4 else told
