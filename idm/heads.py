@@ -10,6 +10,7 @@ from dreamgen.core import rotations
 from dreamgen.core.clip import Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.kinematics import command
 from dreamgen.data.normaliser import Normaliser
 from idm.smooth import correct, correct_turns, fit_response, turned_by
 
@@ -92,9 +93,7 @@ class Heads(nn.Module):
                                                          sigma_position=sigma_state * moved.radians)  # fmt: skip
                 else:
                     value[:, part.slice] = correct(*given, part.scale, sigma_action=sigma, sigma_position=sigma_state)
-            if part.limits and part.kind != "binary":
-                value[:, part.slice] = value[:, part.slice].clip(*part.limits)
-        return Labels(value=value, spread=labels.spread)
+        return Labels(value=command(self.robot, value), spread=labels.spread)
 
 
 def _error(part: Part, found: list[np.ndarray], true: list[np.ndarray]) -> float:

@@ -58,6 +58,18 @@ def _turned(part: Part, moved: Part, first: np.ndarray, entry: np.ndarray) -> np
     return rotations.continued(moved, told, first) if moved.width == 4 else told  # the sign goes on
 
 
+def command(robot: Embodiment, action: Float32[np.ndarray, "*s a"]) -> Float32[np.ndarray, "*s a"]:
+    """Inside the limits of `robot`; binary entries become the nearer of their two values."""
+    action = action.copy()
+    for part in robot.action:
+        if part.limits is not None:
+            low, high = part.limits
+            entry = action[..., part.slice]
+            binary = np.where(entry > (low + high) / 2, high, low)
+            action[..., part.slice] = binary if part.kind == "binary" else entry.clip(low, high)
+    return action
+
+
 def within(robot: Embodiment, action: Float[np.ndarray, "*s a"], where: str, *, slack: float = 1e-3) -> np.ndarray:
     """`action`, if it has the robot's width, is finite and stays inside the limits of its parts.
 

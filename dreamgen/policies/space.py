@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.kinematics import command
 from dreamgen.data.normaliser import Normaliser
 
 FRAMES = ("recorded", "relative", "absolute")
@@ -161,15 +162,3 @@ class Space:
     def command(self, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
         """Inside the limits; binary entries become the nearer of their two values."""
         return command(self.robot, action)
-
-
-def command(robot: Embodiment, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
-    """Inside the limits of `robot`; binary entries become the nearer of their two values."""
-    action = action.copy()
-    for part in robot.action:
-        if part.limits is not None:
-            low, high = part.limits
-            entry = action[..., part.slice]
-            binary = np.where(entry > (low + high) / 2, high, low)
-            action[..., part.slice] = binary if part.kind == "binary" else entry.clip(low, high)
-    return action
