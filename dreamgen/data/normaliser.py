@@ -11,6 +11,7 @@ to the offset, which does not jump where most rotations lie; back come angles wi
 of the sign of the data.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -21,7 +22,9 @@ from torch import nn
 
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Part
+from dreamgen.data.turn_checks import OFTEN, at_pole
 
+log = logging.getLogger(__name__)
 Values = TypeVar("Values", np.ndarray, torch.Tensor)
 
 
@@ -63,6 +66,11 @@ class Normaliser(nn.Module):
             raise ValueError(f"cannot normalise by values of shape {values.shape}; expected (n d), n > 0, all finite")
         if parts and parts[-1].stop != values.shape[1]:
             raise ValueError(f"values are {values.shape[1]} wide, the parts of the embodiment {parts[-1].stop}")
+        for part in parts:
+            if (share := at_pole(part, values[:, part.slice])) > OFTEN:
+                log.warning("'%s' is told by euler angles whose second is near a quarter turn in %.0f%% of its rows; "
+                            "there the others jump, and networks read them badly: tell it as rot6d or a quaternion",
+                            part.name, 100 * share)  # fmt: skip
         (values,) = rotations.straightened(parts, [values])
         if rule == "standard":
             offset, scale = values.mean(0), values.std(0)
