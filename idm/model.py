@@ -99,11 +99,6 @@ class FlowIDM(Robots):
         self.heads = nn.ModuleDict({robot.name: Heads(robot, width)})
         torch.random.set_rng_state(generator)
 
-    @property
-    def reads_state(self) -> bool:
-        """False where there is no state, or nobody taught it to read one."""
-        return bool(self.robot.state_dim and self.state_weight)
-
     def place(self) -> "FlowIDM":
         """Move to the accelerator, if there is one."""
         return self.to(best_device())

@@ -71,7 +71,7 @@ class Robots(nn.Module):
     path: Path | None
     frames: int
     train_frames: int
-    reads_state: bool
+    state_weight: float
     seed: int
 
     def __init__(self, first: Seen) -> None:
@@ -83,6 +83,11 @@ class Robots(nn.Module):
     def head(self) -> Heads:
         """Encoders, decoders and statistics of the current robot."""
         return self.heads[self.robot.name]
+
+    @property
+    def reads_state(self) -> bool:
+        """False where there is no state, or nobody taught it to read one."""
+        return bool(self.robot.state_dim and self.state_weight)
 
     @property
     def clocks(self) -> list[Clock]:

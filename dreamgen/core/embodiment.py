@@ -16,8 +16,8 @@ ORIENTATIONS = ("", "upright", "rotated", "mirrored", "flipped")
 FITS = ("squeeze", "crop", "pad")
 UNSAID = {"fit": "squeeze"}  # what a contract does not spell out
 # what a saved contract may lack: data need not know of it
-OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools", "rotation")
-LEARNED = {"rotation"}  # of these, what changes the numbers that networks see
+OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools", "rotation", "turned_by")
+LEARNED = {"rotation", "turned_by"}  # of these, what changes the numbers that networks see
 log = logging.getLogger(__name__)
 
 
@@ -143,11 +143,33 @@ class Embodiment:
             if part.kind == "binary" and part.limits is None:
                 raise ValueError(f"binary action part '{part.name}' of embodiment '{self.name}' has no limits; give it "
                                  f"the two values of its command, e.g. limits: [-1, 1]")  # fmt: skip
+            self._require_axes(part, names)
         for tool in self.tools:
             for part, width in ((tool.position, 3), (tool.opening, 1)):
                 if part is not None and (part not in names or names[part].width != width):
                     raise ValueError(f"a tool of embodiment '{self.name}' names the state part '{part}'; expected one "
                                      f"of {width} entries among {sorted(names)}")  # fmt: skip
+
+    def _require_axes(self, part: Part, states: Mapping[str, Part]) -> None:
+        """ValueError unless a displacement along the hand's own axes says what turns them, and no other part does."""
+        mine = part.kind == "delta" and part.frame == "tool" and not part.rotation
+        if part.turned_by is None and not (mine and part.moves):
+            return
+        turns = {turn.name: turn for turn in self.action
+                 if turn.rotation and (turn.kind, turn.frame) == ("delta", "tool")}  # fmt: skip
+        turn = turns.get(part.turned_by or "")
+        moved = [getattr(states.get(each.moves or ""), "frame", None) for each in (part, turn) if each is not None]
+        if not mine or turn is None or part.width != 3 or moved[0] != moved[1]:
+            raise ValueError(f"action part '{part.name}' of embodiment '{self.name}' ({part.kind}, {part.width} entries"
+                             f", frame '{part.frame}') has turned_by {part.turned_by!r}; a displacement of 3 entries "
+                             f"along the hand's own axes (kind: delta, frame: tool) names the delta rotation of the "
+                             f"action with frame: tool that turns these axes, of {sorted(turns)}; both move parts of "
+                             f"the state in one frame, or neither does. Other parts have no turned_by")  # fmt: skip
+
+    def turning(self, part: Part) -> tuple[Part, Part | None]:
+        """The action part that turns the axes of a displacement, and the rotation of the state that it moves."""
+        turn = next(other for other in self.action if other.name == part.turned_by)
+        return turn, next((state for state in self.state if state.name == turn.moves), None)
 
     @property
     def rate(self) -> Fraction:

@@ -1,9 +1,12 @@
 """What a robot's state becomes when its commands are followed exactly: the embodiment's rule, no simulator.
 
-A delta adds `scale` times itself to the part it moves, a delta rotation turns it (see `dreamgen.core.rotations`); an
-absolute part sets it; a binary part moves it towards the value that the embodiment's `sets` names, within `travel`
-seconds. Parts that no such command moves keep their value.
+A delta adds `scale` times itself to the part it moves, along the axes that the hand has then if it is `turned_by`
+another part; a delta rotation turns it (see `dreamgen.core.rotations`); an absolute part sets it; a binary part moves
+it towards the value that the embodiment's `sets` names, within `travel` seconds. Parts that no such command moves keep
+their value.
 """
+
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
@@ -32,7 +35,9 @@ def follow(
         if part.rotation:
             state[1:, target] = _turned(part, parts[part.moves], first[target], entry)
         elif part.kind == "delta":
-            state[1:, target] = first[target] + (part.scale * entry).cumsum(0)
+            wrist = robot.turning(part)[1] if part.turned_by else None
+            begun = None if wrist is None else rotations.read(wrist, first[wrist.slice])
+            state[1:, target] = first[target] + (part.scale * along(robot, part, action, begun)).cumsum(0)
         elif part.kind == "absolute":
             state[1:, target] = part.scale * entry
         else:
@@ -44,6 +49,19 @@ def follow(
                 before = state[row, target]
                 state[row + 1, target] = before + np.clip(goal[row] - before, -most, most)
     return state, known
+
+
+def along(robot: Embodiment, part: Part, action: Any, start: Any = None, *, back: bool = False) -> Any:
+    """Entries (... s k) of a part of actions (... s a), as they are, but for displacements that are `turned_by` another
+    part: from along the hand's axes at each step to along those at the first one, or, with the rotation (... 4) that
+    the hand has there, `start`, to those that it is told in. back: the other way."""
+    entry = action[..., part.slice]
+    if part.turned_by is None:
+        return entry
+    turn = robot.turning(part)[0]
+    axes = rotations.before(turn, rotations.read(turn, action[..., turn.slice]))
+    axes = axes if start is None else rotations.product(start[..., None, :], axes)
+    return rotations.rotate(rotations.inverse(axes) if back else axes, entry)
 
 
 def _turned(part: Part, moved: Part, first: np.ndarray, entry: np.ndarray) -> np.ndarray:

@@ -231,6 +231,14 @@ def composed(part: Part, turns: Any) -> Any:
 
 
 @_either
+def before(part: Part, turns: Tensor) -> Tensor:
+    """All turns (... s 4) before each, as one each: none before the first."""
+    none = torch.zeros_like(turns[..., :1, :])
+    none[..., 0] = 1
+    return torch.cat([none, composed(part, turns[..., :-1, :])], -2)
+
+
+@_either
 def _composed(turns: Tensor, tool: bool) -> Tensor:
     by = 1
     while by < turns.shape[-2]:  # each takes in what those `by` steps before have taken in (Hillis and Steele 1986)
