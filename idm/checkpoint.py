@@ -49,7 +49,7 @@ def load(kind: type[Model], path: Path | str, robot: Embodiment | None, changes:
     contracts = [read_json(path / "contract.json"), *(read_json(path / OTHERS) if (path / OTHERS).is_file() else [])]
     robots = {contract["name"]: Embodiment.from_contract(contract) for contract in contracts}
     if robot is not None:
-        require_known(robot, contracts, f"labeler {path}")
+        require_known(robot, contracts, f"labeler {path}", learned=bool(saved.get("labelled", True)))
         robots[robot.name] = robot
     config = {**saved, **changes}
     config["clock"] = Clock(**config["clock"])
@@ -75,15 +75,16 @@ def settings(kind: type, path: Path) -> dict:
     return saved
 
 
-def require_known(robot: Embodiment, contracts: Sequence[dict], where: str) -> None:
-    """Raise ValueError, which tells the robots that there are, if `robot` is none of `contracts`."""
+def require_known(robot: Embodiment, contracts: Sequence[dict], where: str, *, learned: bool = True) -> None:
+    """Raise ValueError, which tells the robots that there are, if `robot` is none of `contracts`. learned: their
+    actions were."""
     names = ", ".join(f"'{contract['name']}'" for contract in contracts)
     own = next((contract for contract in contracts if contract["name"] == robot.name), None)
     if own is None and len(contracts) > 1:
         raise ValueError(f"{where} was made for other robots than embodiment '{robot.name}': it knows {names}. Choose "
                          f"one of these, or train a labeler of this one that begins with it (stage.start)")  # fmt: skip
     try:
-        robot.require(own or contracts[0], where)
+        robot.require(own or contracts[0], where, learned=learned)
     except ValueError as error:
         raise ValueError(f"{error}\nIt knows {names}.") from error
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MEMORIES = 1 << 27  # numbers: keys and values of all layers that are held at once
+
 
 def waves(position: Tensor, width: int, longest: float = 256.0) -> Tensor:
     """Sines and cosines of `position` (...,) -> (..., width) fp32; longest: the longest wave, in its unit."""
@@ -94,6 +96,11 @@ class Denoiser(nn.Module):
             longer.weight[: last.out_features] = last.weight
             longer.bias[: last.out_features] = last.bias
         self.direct[-1] = longer
+
+    def windows_at_once(self, tokens: Tensor, frames: int) -> int:
+        """How many windows of each clip are denoised at once, at least 1: what a long clip takes is bounded."""
+        each = len(tokens) * sum(block.cross for block in self.blocks) * frames * tokens.shape[2] * 2 * self.width
+        return max(1, MEMORIES // each)
 
     def memories(self, tokens: Tensor, at: Tensor) -> tuple[list[tuple[Tensor, Tensor] | None], Tensor]:
         """Keys and values per layer, (b*k heads f*l width / heads), and what the summaries say of each step,

@@ -10,10 +10,12 @@ from dreamgen.core import rotations
 from dreamgen.core.clip import Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.kinematics import command
 from dreamgen.data.normaliser import Normaliser
 from idm.smooth import correct, correct_turns, fit_response, turned_by
 
 TAPS = 4
+QUATERNION = Part(name="", start=0, stop=4, rotation="quaternion_wxyz")
 
 
 class Heads(nn.Module):
@@ -58,6 +60,10 @@ class Heads(nn.Module):
                 pairs = [(a[:, part.slice], s[:, moved.slice]) for a, s in zip(actions, states, strict=True)]
                 if part.rotation:
                     pairs = [(rotations.vectors(part, a), turned_by(part, moved, s)) for a, s in pairs]
+                elif part.turned_by:
+                    wrist = self._moved(self.robot.turning(part)[0])
+                    hands = [rotations.read(wrist, s[:, wrist.slice]) for s in states]
+                    pairs = [(rotations.rotate(q, a), s) for q, (a, s) in zip(hands, pairs, strict=True)]
                 scale = 1.0 if part.rotation else part.scale
                 found = fit_response([a for a, _ in pairs], [s for _, s in pairs], scale, TAPS)
                 self.response[index] = torch.from_numpy(found)
@@ -82,19 +88,31 @@ class Heads(nn.Module):
     def corrected(self, labels: Labels, states: np.ndarray, clock: Clock, strength: float) -> Labels:
         """Labels whose deltas agree with the states (c d) read from the frames, within limits, binaries untouched."""
         value = labels.value.copy()
-        for index, part in enumerate(self.robot.action):
+        for index, part in sorted(enumerate(self.robot.action), key=lambda each: not each[1].rotation):
             if part.kind == "delta" and part.moves and strength and self.response[index].abs().sum() > 0:
                 moved, response = self._moved(part), self.response[index].cpu().numpy()
                 sigma, sigma_state = float(self.sigma_action[index]), float(self.sigma_state[index]) / strength**0.5
-                given = value[:, part.slice], states[:, moved.slice], clock.rows, response
+                axes = self._axes(part, value, states, clock) if part.turned_by else None
+                entry = value[:, part.slice] if axes is None else rotations.rotate(axes, value[:, part.slice])
+                given = entry, states[:, moved.slice], clock.rows, response
                 if part.rotation:
                     value[:, part.slice] = correct_turns(part, moved, *given, sigma_action=sigma * part.radians,
                                                          sigma_position=sigma_state * moved.radians)  # fmt: skip
                 else:
-                    value[:, part.slice] = correct(*given, part.scale, sigma_action=sigma, sigma_position=sigma_state)
-            if part.limits and part.kind != "binary":
-                value[:, part.slice] = value[:, part.slice].clip(*part.limits)
-        return Labels(value=value, spread=labels.spread)
+                    mended = correct(*given, part.scale, sigma_action=sigma, sigma_position=sigma_state)
+                    value[:, part.slice] = (mended if axes is None else
+                                            rotations.rotate(rotations.inverse(axes), mended))  # fmt: skip
+        return Labels(value=command(self.robot, value), spread=labels.spread)
+
+    def _axes(self, part: Part, value: np.ndarray, states: np.ndarray, clock: Clock) -> np.ndarray:
+        """The hand's rotation (s 4) before each step, along whose axes a displacement is told: where the turns lead,
+        evenly turned to what the states (c d) say at the frames."""
+        turn = self.robot.turning(part)[0]
+        wrist = self._moved(turn)
+        led = rotations.before(turn, rotations.read(turn, np.concatenate([value[:, turn.slice], [turn.rest]])))
+        begun = rotations.product(rotations.read(wrist, states[:, wrist.slice]), rotations.inverse(led[clock.rows]))
+        begun = rotations.along(QUATERNION, clock.rows, begun, np.arange(clock.steps))
+        return rotations.product(begun, led[:-1])
 
 
 def _error(part: Part, found: list[np.ndarray], true: list[np.ndarray]) -> float:

@@ -12,7 +12,7 @@ Deltas are displacements per robot step, so they merge as they are; binary parts
 rotations the mean is the one whose matrix is nearest to theirs, the median that of the turns which lead there from it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,6 +50,10 @@ class Windows:
         mask = slots < at[:, -1:]
         starts = rows[: len(at), None]
         return cls(at, np.minimum(starts + slots, clock.steps - 1), mask, clock.steps)
+
+    def some(self, begin: int, stop: int) -> "Windows":
+        """Windows begin to stop of them."""
+        return replace(self, **{key: getattr(self, key)[begin:stop] for key in ("at", "steps", "mask")})
 
     def weights(self, rule: str) -> np.ndarray:
         """Weight of each slot (k h), zero outside the window."""

@@ -99,11 +99,6 @@ class FlowIDM(Robots):
         self.heads = nn.ModuleDict({robot.name: Heads(robot, width)})
         torch.random.set_rng_state(generator)
 
-    @property
-    def reads_state(self) -> bool:
-        """False where there is no state, or nobody taught it to read one."""
-        return bool(self.robot.state_dim and self.state_weight)
-
     def place(self) -> "FlowIDM":
         """Move to the accelerator, if there is one."""
         return self.to(best_device())
@@ -181,16 +176,23 @@ class FlowIDM(Robots):
     def predict(self, video: Tensor, noise: Tensor, spacing: float) -> tuple[Tensor, Tensor]:
         """Chunks (b k m h a) of all windows of video, as `encode` takes it, from noise (b k m h a), and the states
         (b c d) read from the frames; in the units of the robot."""
-        windows = self._windows(spacing, video.shape[1])
-        tokens = self.encode(video)
+        windows, tokens = self._windows(spacing, video.shape[1]), self.encode(video)
+        size = self.denoiser.windows_at_once(tokens, self.frames)
+        x = torch.cat([self._denoised(tokens[:, k : k + size + self.frames - 1], noise[:, k : k + size],
+                                      windows.some(k, k + size), spacing)
+                       for k in range(0, noise.shape[1], size)], 1)  # fmt: skip
+        states = self.head.state.denormalise(self.head.read_state(tokens[:, :, 0]))
+        return self.head.action.denormalise(x), states
+
+    def _denoised(self, tokens: Tensor, noise: Tensor, windows: Windows, spacing: float) -> Tensor:
+        """Normalised chunks (b k m h a) of these windows, from the tokens of the frames that they see."""
         conditions = self._conditions(tokens, windows, spacing)
-        mask = torch.from_numpy(windows.mask).to(video.device).repeat(len(video), 1)
+        mask = torch.from_numpy(windows.mask).to(noise.device).repeat(len(noise), 1)
         x = noise.flatten(0, 1)
         for step in range(self.flow_steps):
             t = torch.full(x.shape[:2], step / self.flow_steps, device=x.device)
             x = x + self._velocity(x, t, conditions, mask) / self.flow_steps
-        states = self.head.state.denormalise(self.head.read_state(tokens[:, :, 0]))
-        return self.head.action.denormalise(x.view_as(noise)), states
+        return x.view_as(noise)
 
     def chunks(self, clips: Sequence[Clip]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Per clip: samples of all windows' chunks (m k h a) and the states (c d) read from its frames."""

@@ -11,12 +11,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import seed_for
+from dreamgen.data.states import known_states
 from idm import checkpoint
 from idm.batches import Alternating, Batches, Recorded
 from idm.flow import Denoiser
@@ -69,6 +71,7 @@ class Robots(nn.Module):
     path: Path | None
     frames: int
     train_frames: int
+    state_weight: float
     seed: int
 
     def __init__(self, first: Seen) -> None:
@@ -80,6 +83,11 @@ class Robots(nn.Module):
     def head(self) -> Heads:
         """Encoders, decoders and statistics of the current robot."""
         return self.heads[self.robot.name]
+
+    @property
+    def reads_state(self) -> bool:
+        """False where there is no state, or nobody taught it to read one."""
+        return bool(self.robot.state_dim and self.state_weight)
 
     @property
     def clocks(self) -> list[Clock]:
@@ -116,9 +124,18 @@ class Robots(nn.Module):
             self.choose(before)
 
     def fit(self, dataset: Recorded, episodes: Sequence[int]) -> None:
-        """Statistics of the robot from recorded `episodes`; before training."""
-        self.robot.require(dataset.robot.contract(), f"the dataset {getattr(dataset, 'root', '')}")
+        """Statistics of the robot from recorded `episodes`; before training.
+
+        Raises ValueError for data of another robot, and where states that it would learn to read are unknown.
+        """
+        where = f"the dataset {getattr(dataset, 'root', '')}"
+        self.robot.require(dataset.robot.contract(), where)
         recorded = [dataset.episode(i) for i in episodes]
+        unknown = sum(not np.isfinite(known_states(e)).all() for e in recorded) if self.reads_state else 0
+        if unknown:
+            raise ValueError(f"{unknown} of {len(recorded)} episodes of {where} have states that are unknown (column "
+                             f"state_known), and a labeler learns to read states; leave these episodes out, or set "
+                             f"labeler.state_weight=0")  # fmt: skip
         self.head.fit([e.action for e in recorded], [e.state for e in recorded])
 
     def batches(self, dataset: Recorded, episodes: Sequence[int], *, own_share: float | None = None,

@@ -11,6 +11,7 @@ is a free unknown.
 
 Rotations are corrected by the same squares of what is still wrong: the turns from where the predicted ones lead to
 those seen, in the axes in which errors of single turns add up (those of the hand for turns D R, of the base for R D).
+Where the predicted ones lead far astray, also beyond half a turn, they are first taken gap by gap.
 """
 
 from dataclasses import replace
@@ -20,7 +21,8 @@ import numpy as np
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Part
 
-ROUNDS = 3
+ROUNDS = 4
+NEAR = 1.0  # radians off at most, where turns are still like displacements
 
 
 def fit_response(action: list[np.ndarray], state: list[np.ndarray], scale: float, taps: int = 4) -> np.ndarray:
@@ -94,29 +96,35 @@ def correct_turns(part: Part, moved: Part, action: np.ndarray, read: np.ndarray,
     action (s k): entries of `part`; read (f d): entries of the state part `moved`, seen at `rows` (f,).
     """
     seen, turns = rotations.read(moved, read), rotations.vectors(part, action) * part.radians
+    gap = np.searchsorted(rows[1:-1], np.arange(len(turns)), side="right")  # of each step, between two frames
     mend = np.zeros_like(turns)
     for _ in range(ROUNDS):  # Gauss and Newton's: the squares are those of turns near the ones found before
         mended = rotations.turned(part, rotations.exp(turns), rotations.exp(mend))
-        led = rotations.composed(part, rotations.exp(_shown(rotations.log(mended), response)))
-        led = rotations.turned(part, np.broadcast_to(seen[0], led.shape), led)
-        axes = rotations.inverse(led[1:]) if part.frame == "tool" else led[1:]
-        done = _shown(_seen_from(rotations.inverse(axes), mend), response).cumsum(0)[rows]
-        wrong = rotations.log(rotations.between(_other(part), led[rows], seen))
+        since = rotations.composed(part, rotations.exp(_shown(rotations.log(mended), response)))
+        start = rotations.turned(part, seen, rotations.inverse(since[rows]))  # from where each gap would begin as seen
+        wrong = _wrong(part, start, since[rows], seen).cumsum(0)
+        if np.linalg.norm(wrong, axis=1).max() < NEAR:  # what is seen is rough, and sums of it drift
+            start = np.broadcast_to(seen[:1], seen.shape)
+            wrong = _wrong(part, start, since[rows], seen)
+        led = rotations.turned(part, start[gap], since[1:])
+        axes = rotations.inverse(led) if part.frame == "tool" else led
+        done = _shown(rotations.rotate(rotations.inverse(axes), mend), response).cumsum(0)[rows]
         add = correct(np.zeros_like(turns), wrong + done, rows, response, 1.0, sigma_action=sigma_action,
                       sigma_position=sigma_position)  # fmt: skip
-        mend = _seen_from(axes, add)
+        mend = rotations.rotate(axes, add)
     return rotations.entries(part, rotations.turned(part, rotations.exp(turns), rotations.exp(mend)), action)
+
+
+def _wrong(part: Part, start: np.ndarray, since: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Turns (f 3) from where each gap ends, if it begins at `start` (f 4), to what is seen there; none at first."""
+    ends = rotations.turned(part, start[:-1], since[1:])
+    return np.pad(rotations.log(rotations.between(_other(part), ends, seen[1:])), ((1, 0), (0, 0)))
 
 
 def _shown(turns: np.ndarray, response: np.ndarray) -> np.ndarray:
     """What of turns (s 3) shows from row to row, from nothing on (s + 1, 3)."""
     late = [share * np.pad(turns, ((i + 1, 0), (0, 0)))[: len(turns) + 1] for i, share in enumerate(response)]
     return np.sum(late, axis=0)
-
-
-def _seen_from(axes: np.ndarray, turns: np.ndarray) -> np.ndarray:
-    """Rotation vectors (s 3), turned by `axes` (s 4)."""
-    return rotations.log(rotations.product(rotations.product(axes, rotations.exp(turns)), rotations.inverse(axes)))
 
 
 def _other(part: Part) -> Part:

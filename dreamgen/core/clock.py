@@ -50,8 +50,8 @@ class Clock:
         return [(int(a), int(b)) for a, b in zip(rows[:-1], rows[1:], strict=True)]
 
     def frames_in(self, rows: int) -> int:
-        """How many frames of this rate fit into an episode of `rows` rows."""
-        return int((rows - 1) / self.stride) + 1 if rows > 0 else 0
+        """How many frames of this rate an episode of `rows` rows shows."""
+        return int(-(-rows // self.stride))
 
     def with_frames(self, frames: int) -> "Clock":
         """The same rates over another number of frames."""

@@ -4,7 +4,7 @@ An embodiment is a YAML file in `conf/embodiment`; adding a robot needs no Pytho
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -16,7 +16,8 @@ ORIENTATIONS = ("", "upright", "rotated", "mirrored", "flipped")
 FITS = ("squeeze", "crop", "pad")
 UNSAID = {"fit": "squeeze"}  # what a contract does not spell out
 # what a saved contract may lack: data need not know of it
-OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools", "rotation")
+OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools", "rotation", "turned_by")
+LEARNED = {"rotation", "turned_by"}  # of these, what changes the numbers that networks see
 log = logging.getLogger(__name__)
 
 
@@ -81,12 +82,12 @@ def _without(node: Any, unwanted: Callable[[str, Any], bool]) -> Any:
     return type(node)(_without(item, unwanted) for item in node) if isinstance(node, list | tuple) else node
 
 
-def _apart(left: dict | None, right: dict | None) -> list[str]:
-    """The fields in which two parts or views differ, as far as both tell."""
+def _apart(left: dict | None, right: dict | None, silent: Collection[str]) -> list[str]:
+    """The fields in which two parts or views differ, but for those that may be `silent` where one of them is."""
     if left is None or right is None:
         return [] if left == right else [f"here {left}, saved {right}"]
     left, right = {**UNSAID, **left}, {**UNSAID, **right}
-    silent = {key for key in OPTIONAL if not (left.get(key) and right.get(key))}
+    silent = {key for key in silent if not (left.get(key) and right.get(key))}
     keys = [key for key in {**left, **right} if key not in silent and left.get(key) != right.get(key)]
     return [f"{key} here {left.get(key)!r}, saved {right.get(key)!r}" for key in keys]
 
@@ -142,11 +143,33 @@ class Embodiment:
             if part.kind == "binary" and part.limits is None:
                 raise ValueError(f"binary action part '{part.name}' of embodiment '{self.name}' has no limits; give it "
                                  f"the two values of its command, e.g. limits: [-1, 1]")  # fmt: skip
+            self._require_axes(part, names)
         for tool in self.tools:
             for part, width in ((tool.position, 3), (tool.opening, 1)):
                 if part is not None and (part not in names or names[part].width != width):
                     raise ValueError(f"a tool of embodiment '{self.name}' names the state part '{part}'; expected one "
                                      f"of {width} entries among {sorted(names)}")  # fmt: skip
+
+    def _require_axes(self, part: Part, states: Mapping[str, Part]) -> None:
+        """ValueError unless a displacement along the hand's own axes says what turns them, and no other part does."""
+        mine = part.kind == "delta" and part.frame == "tool" and not part.rotation
+        if part.turned_by is None and not (mine and part.moves):
+            return
+        turns = {turn.name: turn for turn in self.action
+                 if turn.rotation and (turn.kind, turn.frame) == ("delta", "tool")}  # fmt: skip
+        turn = turns.get(part.turned_by or "")
+        moved = [getattr(states.get(each.moves or ""), "frame", None) for each in (part, turn) if each is not None]
+        if not mine or turn is None or part.width != 3 or moved[0] != moved[1]:
+            raise ValueError(f"action part '{part.name}' of embodiment '{self.name}' ({part.kind}, {part.width} entries"
+                             f", frame '{part.frame}') has turned_by {part.turned_by!r}; a displacement of 3 entries "
+                             f"along the hand's own axes (kind: delta, frame: tool) names the delta rotation of the "
+                             f"action with frame: tool that turns these axes, of {sorted(turns)}; both move parts of "
+                             f"the state in one frame, or neither does. Other parts have no turned_by")  # fmt: skip
+
+    def turning(self, part: Part) -> tuple[Part, Part | None]:
+        """The action part that turns the axes of a displacement, and the rotation of the state that it moves."""
+        turn = next(other for other in self.action if other.name == part.turned_by)
+        return turn, next((state for state in self.state if state.name == turn.moves), None)
 
     @property
     def rate(self) -> Fraction:
@@ -186,10 +209,11 @@ class Embodiment:
         known = {**contract, "views": [{"orientation": "", **view} for view in contract["views"]]}
         return cls(**known | {key: [_made(kind, each) for each in known.get(key, ())] for key, kind in MEMBERS.items()})
 
-    def mismatches(self, contract: dict) -> list[str]:
-        """What differs between this robot and a saved `contract`, one sentence each."""
+    def mismatches(self, contract: dict, *, learned: bool = False) -> list[str]:
+        """What differs between this robot and a saved `contract`, one sentence each; learned: see `require`."""
         import json
 
+        silent = set(OPTIONAL) - (LEARNED if learned else set())
         mine = json.loads(json.dumps(self.contract()))
         theirs = json.loads(json.dumps(contract))
         found = []
@@ -200,7 +224,7 @@ class Embodiment:
             if key in ("views", "state", "action"):
                 a, b = {p["name"]: p for p in left or ()}, {p["name"]: p for p in right or ()}
                 for name in list(a) + [n for n in b if n not in a]:
-                    if fields := _apart(a.get(name), b.get(name)):
+                    if fields := _apart(a.get(name), b.get(name), silent):
                         found.append(f"{key} '{name}': {', '.join(fields)}")
                 if list(a) != list(b) and sorted(a) == sorted(b):
                     found.append(f"{key}: order here {list(a)}, saved {list(b)}")
@@ -225,10 +249,11 @@ class Embodiment:
                     found.append(f"what high values of action '{here['name']}' do (positive)")
         return found
 
-    def require(self, contract: dict, where: str) -> None:
+    def require(self, contract: dict, where: str, *, learned: bool = False) -> None:
         """Raise ValueError that names each difference between this robot and the `contract` saved at `where`; warn of
-        an orientation or a sign that only one of them tells, or none, and of a rotation that only one tells."""
-        found = self.mismatches(contract)
+        an orientation or a sign that only one of them tells, or none, and of a rotation that only one tells. learned:
+        by weights, which know other numbers where such a rotation is none: then it is a difference."""
+        found = self.mismatches(contract, learned=learned)
         if found:
             raise ValueError(f"{where} was made for another robot than embodiment '{self.name}':\n  "
                              + "\n  ".join(found)

@@ -1,9 +1,12 @@
 """What a robot's state becomes when its commands are followed exactly: the embodiment's rule, no simulator.
 
-A delta adds `scale` times itself to the part it moves, a delta rotation turns it (see `dreamgen.core.rotations`); an
-absolute part sets it; a binary part moves it towards the value that the embodiment's `sets` names, within `travel`
-seconds. Parts that no such command moves keep their value.
+A delta adds `scale` times itself to the part it moves, along the axes that the hand has then if it is `turned_by`
+another part; a delta rotation turns it (see `dreamgen.core.rotations`); an absolute part sets it; a binary part moves
+it towards the value that the embodiment's `sets` names, within `travel` seconds. Parts that no such command moves keep
+their value.
 """
+
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32
@@ -32,7 +35,9 @@ def follow(
         if part.rotation:
             state[1:, target] = _turned(part, parts[part.moves], first[target], entry)
         elif part.kind == "delta":
-            state[1:, target] = first[target] + (part.scale * entry).cumsum(0)
+            wrist = robot.turning(part)[1] if part.turned_by else None
+            begun = None if wrist is None else rotations.read(wrist, first[wrist.slice])
+            state[1:, target] = first[target] + (part.scale * along(robot, part, action, begun)).cumsum(0)
         elif part.kind == "absolute":
             state[1:, target] = part.scale * entry
         else:
@@ -46,6 +51,19 @@ def follow(
     return state, known
 
 
+def along(robot: Embodiment, part: Part, action: Any, start: Any = None, *, back: bool = False) -> Any:
+    """Entries (... s k) of a part of actions (... s a), as they are, but for displacements that are `turned_by` another
+    part: from along the hand's axes at each step to along those at the first one, or, with the rotation (... 4) that
+    the hand has there, `start`, to those that it is told in. back: the other way."""
+    entry = action[..., part.slice]
+    if part.turned_by is None:
+        return entry
+    turn = robot.turning(part)[0]
+    axes = rotations.before(turn, rotations.read(turn, action[..., turn.slice]))
+    axes = axes if start is None else rotations.product(start[..., None, :], axes)
+    return rotations.rotate(rotations.inverse(axes) if back else axes, entry)
+
+
 def _turned(part: Part, moved: Part, first: np.ndarray, entry: np.ndarray) -> np.ndarray:
     """What commands (s k) of a rotation make of the state part that they move, (s d), from its first value (d,) on."""
     if (part.kind, part.rotation, part.radians) == ("absolute", moved.rotation, moved.radians):
@@ -56,6 +74,18 @@ def _turned(part: Part, moved: Part, first: np.ndarray, entry: np.ndarray) -> np
         turn = rotations.turned(part, start, rotations.composed(part, turn))
     told = rotations.tell(moved, turn)
     return rotations.continued(moved, told, first) if moved.width == 4 else told  # the sign goes on
+
+
+def command(robot: Embodiment, action: Float32[np.ndarray, "*s a"]) -> Float32[np.ndarray, "*s a"]:
+    """Inside the limits of `robot`; binary entries become the nearer of their two values."""
+    action = action.copy()
+    for part in robot.action:
+        if part.limits is not None:
+            low, high = part.limits
+            entry = action[..., part.slice]
+            binary = np.where(entry > (low + high) / 2, high, low)
+            action[..., part.slice] = binary if part.kind == "binary" else entry.clip(low, high)
+    return action
 
 
 def within(robot: Embodiment, action: Float[np.ndarray, "*s a"], where: str, *, slack: float = 1e-3) -> np.ndarray:

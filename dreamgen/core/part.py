@@ -30,9 +30,12 @@ class Part:
     rotation: how the part tells a rotation, if it is one (see `dreamgen.core.rotations`). Angles are in the unit rad
         or deg; in any other, `scale` gives the radians of an entry.
     frame: that it is told in. A delta rotation D in the frame "tool" makes R D of the rotation R, in any other D R.
+    turned_by: for a displacement in the frame "tool", along the hand's own axes: the delta rotation of the action, in
+        that frame too, that turns these axes. A step goes along the axes that the hand has before it: T [D, d] of a
+        pose T.
     moves: for an action part, the state part that it changes (delta: adds to; absolute, binary: sets); None if none.
-        Both are rotations or neither is, told as each likes. Other deltas add up entry by entry: give none to those
-        of another frame than the state's.
+        Both are rotations or neither is, told as each likes. Other deltas add up entry by entry, but for those that
+        are `turned_by` another part: give none to those of another frame than the state's.
     limits: lowest and highest value of any entry, if known; of a binary action part the two values of its command.
     positive: what high values do, in a word, where the sign is a convention: a gripper `closes` or `opens`.
     sets: for a binary action part, what its low and its high command make of the state part that it moves, and
@@ -46,6 +49,7 @@ class Part:
     unit: str = "1"
     rotation: str = ""
     frame: str = "base"
+    turned_by: str | None = None
     moves: str | None = None
     scale: float = 1.0
     limits: Sequence[float | int] | None = None

@@ -189,6 +189,14 @@ exp, log, inverse, product = _either(_exp), _either(_log), _either(_inverse), _e
 
 
 @_either
+def rotate(q: Tensor, vector: Tensor) -> Tensor:
+    """Vectors (... 3), turned by rotations q (... 4)."""
+    vector = vector.to(q)
+    across = 2 * torch.linalg.cross(q[..., 1:], vector)
+    return vector + q[..., :1] * across + torch.linalg.cross(q[..., 1:], across)
+
+
+@_either
 def angle(a: Tensor, b: Tensor) -> Tensor:
     """Radians (...) by which two rotations differ, 0 to pi."""
     return _log(_product(_inverse(a), b)).norm(dim=-1)
@@ -220,6 +228,14 @@ def between(part: Part, start: Any, stop: Any) -> Any:
 def composed(part: Part, turns: Any) -> Any:
     """All turns (... s 4) up to each, as one each."""
     return _composed(turns, part.frame == "tool")
+
+
+@_either
+def before(part: Part, turns: Tensor) -> Tensor:
+    """All turns (... s 4) before each, as one each: none before the first."""
+    none = torch.zeros_like(turns[..., :1, :])
+    none[..., 0] = 1
+    return torch.cat([none, composed(part, turns[..., :-1, :])], -2)
 
 
 @_either
@@ -285,8 +301,9 @@ def along(part: Part, at: Sequence[int] | np.ndarray, values: np.ndarray, wanted
 
 
 def middle(part: Part, values: np.ndarray) -> np.ndarray:
-    """Entries (width,) of the mean rotation of (n width)."""
-    return tell(part, mean(read(part, values)))
+    """Entries (width,) of the mean rotation of (n width); of a quaternion of the sign that most of them have."""
+    told = tell(part, mean(read(part, values)))
+    return nearest(part, told, values.mean(0, dtype=np.float64)) if part.width == 4 else told
 
 
 def straightened(parts: Sequence[Part], rows: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -7,9 +7,11 @@ Entries of binary parts, and entries that do not vary, keep their scale (1); the
 The two vectors are buffers, so they lie inside the checkpoint.
 
 A rotation has many tellings (angles wrap, quaternions have two signs). Networks see the one whose entries are nearest
-to the offset, which does not jump where most rotations lie; back come angles within half a turn and unit quaternions.
+to the offset, which does not jump where most rotations lie; back come angles within half a turn and unit quaternions,
+of the sign of the data.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +22,9 @@ from torch import nn
 
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Part
+from dreamgen.data.turn_checks import OFTEN, at_pole
 
+log = logging.getLogger(__name__)
 Values = TypeVar("Values", np.ndarray, torch.Tensor)
 
 
@@ -62,6 +66,11 @@ class Normaliser(nn.Module):
             raise ValueError(f"cannot normalise by values of shape {values.shape}; expected (n d), n > 0, all finite")
         if parts and parts[-1].stop != values.shape[1]:
             raise ValueError(f"values are {values.shape[1]} wide, the parts of the embodiment {parts[-1].stop}")
+        for part in parts:
+            if (share := at_pole(part, values[:, part.slice])) > OFTEN:
+                log.warning("'%s' is told by euler angles whose second is near a quarter turn in %.0f%% of its rows; "
+                            "there the others jump, and networks read them badly: tell it as rot6d or a quaternion",
+                            part.name, 100 * share)  # fmt: skip
         (values,) = rotations.straightened(parts, [values])
         if rule == "standard":
             offset, scale = values.mean(0), values.std(0)
@@ -89,7 +98,7 @@ class Normaliser(nn.Module):
         """Unit size to units of the embodiment; numpy to numpy, torch to torch."""
         offset, scale = self._like(values)
         values = values * scale + offset
-        return self._each(values, lambda part, told: rotations.tell(part, rotations.read(part, told)))
+        return self._each(values, _whole)
 
     def _each(self, values: Values, change: Callable[[Part, Values], Values]) -> Values:
         """Values whose rotations are told otherwise."""
@@ -107,3 +116,9 @@ class Normaliser(nn.Module):
         if isinstance(values, np.ndarray):
             return self.offset.cpu().numpy(), self.scale.cpu().numpy()
         return self.offset.to(values), self.scale.to(values)
+
+
+def _whole(part: Part, values: Values) -> Values:
+    """Entries as a rotation has them, of numbers that need not be those of one."""
+    told = rotations.tell(part, rotations.read(part, values))
+    return rotations.nearest(part, told, values) if part.width == 4 else told

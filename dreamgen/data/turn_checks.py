@@ -8,16 +8,23 @@ from dreamgen.core.part import Part
 from dreamgen.data.findings import Findings
 
 OFF = 0.01  # by which sizes of quaternions, and of matrices' rows, may differ from 1
+POLE, OFTEN = 0.1, 0.05  # radians from a quarter turn, and the share of rows from which on it matters
 FAR = 0.5  # radians: commands that are further from the state that they set, on average, set another
 FITS = 0.7  # correlation from which on the robot turns as it is told
 SIZES = {"quaternion": "of the size 1", "rot6d": "orthonormal"}
+
+
+def at_pole(part: Part, values: np.ndarray) -> float:
+    """Share of rows (n width) of euler angles whose second is near a quarter turn: there the others jump."""
+    euler = part.rotation.startswith("euler") and len(values)
+    return float((np.abs(np.cos(values[:, 1] * part.radians)) < POLE).mean()) if euler else 0.0
 
 
 class TurnForm:
     """Are the entries of a part those of a rotation?"""
 
     def __init__(self, part: Part) -> None:
-        self.part, self.count, self.bad, self.most = part, 0, 0, 0.0
+        self.part, self.count, self.bad, self.pole, self.most = part, 0, 0, 0, 0.0
 
     def add(self, values: Float64[np.ndarray, "n k"]) -> None:
         """Rows of the part."""
@@ -34,9 +41,14 @@ class TurnForm:
             off, most = (np.abs(values * self.part.radians) / [1, 0.5, 1]).max(1), np.pi + OFF
         self.count, self.bad = self.count + len(off), self.bad + int((off > most).sum())
         self.most = max(self.most, float(off.max(initial=0)))
+        self.pole += round(at_pole(self.part, values) * len(values))
 
     def check(self, name: str, found: Findings) -> None:
         """Say what is wrong of all that was added."""
+        if self.pole > OFTEN * self.count:
+            found.add("warning", "rotations", f"{name} is an '{self.part.rotation}' whose second angle is near a "
+                      f"quarter turn in {self.pole / self.count:.0%} of its rows, where the others jump",
+                      "record it as rot6d or a quaternion")  # fmt: skip
         if not self.bad:
             return
         share, kind = f"{self.bad / self.count:.1%} of its rows", self.part.rotation

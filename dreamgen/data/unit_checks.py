@@ -7,6 +7,7 @@ merged (Chan, Golub and LeVeque 1979, eq. 2.1).
 import numpy as np
 from jaxtyping import Float64
 
+from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.data.findings import Findings
 from dreamgen.data.turn_checks import TurnForm, TurnMotion
@@ -25,8 +26,9 @@ class Units:
         where = {part.name: part for part in robot.state}
         self.robot = robot
         self._states, self._actions = ([_Part(part) for part in parts] for parts in (robot.state, robot.action))
-        self._motions = [(TurnMotion if part.rotation else _Motion)(part, where[part.moves]) for part in robot.action
-                         if part.moves is not None and part.kind != "binary"]  # fmt: skip
+        self._motions = [TurnMotion(part, where[part.moves]) if part.rotation else
+                         _Motion(part, where[part.moves], robot.turning(part)[1] if part.turned_by else None)
+                         for part in robot.action if part.moves is not None and part.kind != "binary"]  # fmt: skip
 
     def add(self, state: np.ndarray | None, action: np.ndarray | None) -> None:
         """One episode: states (s d) and actions (s a), None where it has none. Those of another width are passed over;
@@ -140,10 +142,10 @@ class _Part:
 
 
 class _Motion:
-    """Does a part of the state move as an action part says?"""
+    """Does a part of the state move as an action part says, along the axes of the rotation `wrist` if there is one?"""
 
-    def __init__(self, part: Part, moves: Part) -> None:
-        self.part, self.moves, self.sums = part, moves, _Sums(part.width + 2 * moves.width)
+    def __init__(self, part: Part, moves: Part, wrist: Part | None) -> None:
+        self.part, self.moves, self.wrist, self.sums = part, moves, wrist, _Sums(part.width + 2 * moves.width)
 
     @property
     def count(self) -> int:
@@ -151,8 +153,11 @@ class _Motion:
         return self.sums.count
 
     def add(self, state: Float64[np.ndarray, "s d"], action: Float64[np.ndarray, "s a"]) -> None:
-        at = self.moves.slice
-        self.sums.add(np.concatenate([action[:-1, self.part.slice], state[1:, at], np.diff(state[:, at], axis=0)], 1))
+        at, moved = self.moves.slice, np.diff(state[:, self.moves.slice], axis=0)
+        if self.wrist is not None:
+            axes = rotations.read(self.wrist, state[:-1, self.wrist.slice])
+            moved = rotations.rotate(rotations.inverse(axes), moved)
+        self.sums.add(np.concatenate([action[:-1, self.part.slice], state[1:, at], moved], 1))
 
     def check(self, found: Findings) -> None:
         part, width, mean = self.part, self.part.width, self.sums.mean

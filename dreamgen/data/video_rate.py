@@ -15,6 +15,7 @@ from dreamgen.core import rotations
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.kinematics import along
 
 SPREAD = "label_spread"
 
@@ -50,7 +51,7 @@ def at_video_rate(episode: Episode, robot: Embodiment) -> tuple[Episode, np.ndar
     rows = np.array([first for first, _ in gaps])
     if not fresh[rows].all():
         raise ValueError(f"its new pictures are not those of {hz} Hz; label it again")
-    action = np.concatenate([_composed(part, episode.action, gaps) for part in robot.action], axis=1)
+    action = np.concatenate([_composed(part, episode.action, gaps, robot) for part in robot.action], axis=1)
     extra = {name: values[rows] for name, values in episode.extra.items()}
     if SPREAD in extra:
         extra[SPREAD] = np.concatenate([_spread(part, episode.extra[SPREAD], gaps) for part in robot.action], axis=1)
@@ -59,13 +60,14 @@ def at_video_rate(episode: Episode, robot: Embodiment) -> tuple[Episode, np.ndar
     return replace(episode, state=episode.state[rows], action=action, video=video, extra=extra, meta=meta), rows
 
 
-def _composed(part: Part, action: np.ndarray, gaps: list[tuple[int, int]]) -> np.ndarray:
+def _composed(part: Part, action: np.ndarray, gaps: list[tuple[int, int]], robot: Embodiment) -> np.ndarray:
     """One row per gap (k w) of a part's actions."""
     pieces = [action[first:stop, part.slice] for first, stop in gaps]
     if part.kind == "delta" and part.rotation:
         ends = [rotations.composed(part, rotations.read(part, piece))[-1] for piece in pieces]
         return rotations.tell(part, np.stack(ends)).astype(np.float32)
     if part.kind == "delta":
+        pieces = [along(robot, part, action[first:stop]) for first, stop in gaps]
         return np.stack([piece.sum(0, dtype=np.float64) for piece in pieces]).astype(np.float32)
     return np.stack([_voted(piece) if part.kind == "binary" else piece[-1] for piece in pieces])
 

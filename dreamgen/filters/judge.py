@@ -11,6 +11,7 @@ instruction it was not trained on gets nan.
 
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreamgen.core import rotations
 from dreamgen.core.clip import Clip
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import read_json, replacing, write_json
+from dreamgen.core.part import Part
 from dreamgen.data.normaliser import Normaliser
 from dreamgen.filters.rates import Rates
 from dreamgen.video.sheet import evenly
@@ -70,13 +71,19 @@ class VideoJudge(nn.Module):
         self.out = nn.Linear(width, 1)
         self.state = None
         if self.told:
-            self.normaliser = Normaliser(len(self.told))
+            self.normaliser = Normaliser(len(self.told), self._parts())
             self.state = nn.Sequential(nn.Linear(2 * len(self.told), width), nn.GELU(), nn.Linear(width, width))
             self.unknown = nn.Parameter(0.02 * torch.randn(width))
 
     def fit(self, states: Float32[np.ndarray, "n d"]) -> None:
         """Statistics of the states that it is told, from some of them, in units."""
-        self.normaliser.load_state_dict(Normaliser.fit(states, floor=1e-3).state_dict())
+        self.normaliser.load_state_dict(Normaliser.fit(states, self._parts(), floor=1e-3).state_dict())
+
+    def _parts(self) -> list[Part]:
+        """What it is told, part by part."""
+        parts = [part for part in self.robot.state if part.start in self.told]
+        return [replace(part, start=self.told.index(part.start), stop=self.told.index(part.stop - 1) + 1)
+                for part in parts]  # fmt: skip
 
     def forward(self, pictures: UInt8[Tensor, "b t v h w 3"], words: Int64[Tensor, "b l"],
                 states: Float[Tensor, "b t d"] | None = None) -> Float[Tensor, " b"]:  # fmt: skip
@@ -116,8 +123,6 @@ class VideoJudge(nn.Module):
                              f"'{self.robot.name}' has {self.robot.action_dim}")  # fmt: skip
         clock = Clock(robot_hz=self.robot.robot_hz, video_hz=clip.video_hz, frames=max(2, int(chosen[-1]) + 1))
         states = follow(self.robot, clip.state, clip.action)[0]
-        for part in (part for part in self.robot.state if part.rotation):  # told without wraps
-            states[:, part.slice] = rotations.continued(part, states[:, part.slice], states[0, part.slice])
         return states[clock.rows[chosen].clip(max=len(states) - 1)][:, self.told]
 
     def _chosen(self, count: int, chosen: np.ndarray | None) -> np.ndarray:
@@ -190,7 +195,7 @@ class VideoJudge(nn.Module):
             raise ValueError(f"judge {path} does not exist; run train_judge first, or mend the path")
         config, contract = read_json(path / "config.json"), read_json(path / "contract.json")
         if robot is not None:
-            robot.require(contract, f"judge {path}")
+            robot.require(contract, f"judge {path}", learned=bool(config.get("proprioception")))
         encoder = _encoder(config.pop("encoder"), path)
         self = cls(robot=robot or Embodiment.from_contract(contract), encoder=encoder, **config)
         try:

@@ -65,12 +65,13 @@ def _cast(path: Path, config: dict[str, Any], contracts: dict[str | None, dict],
     or else the first of this robot; None where it has no such body. ValueError names what differs."""
     bodies = config["bodies"]
     asked = speaks or config.get("speaks") or bodies[0]
-    if speaks is None and robot.mismatches(contracts[asked]):
-        asked = next((name for name in bodies if not robot.mismatches(contracts[name])), asked)
+    if speaks is None and robot.mismatches(contracts[asked], learned=True):
+        asked = next((name for name in bodies if not robot.mismatches(contracts[name], learned=True)), asked)
     if asked not in contracts:
         return None
     try:
-        robot.require(contracts[asked], f"policy {path}" + (f", as the body '{asked}'," if speaks else ""))
+        where = f"policy {path}" + (f", as the body '{asked}'," if speaks else "")
+        robot.require(contracts[asked], where, learned=True)
     except ValueError as error:
         known = {id(contracts[name]): contracts[name] for name in bodies}
         told = [f"'{contract['name']}' ({', '.join(name for name in bodies if contracts[name] is contract)})"

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dreamgen.core import rotations
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.mixture import Mixture
 from dreamgen.policies.chunks import Chunks, collate
@@ -148,11 +149,17 @@ class Feed:
             self.chunks.append(Chunks(dataset, body=body, **options))
 
     def _scale(self, k: int, bodies: list[int], count: int) -> np.ndarray:
-        """Standard deviation of the robot's recorded actions; where there are none, of those that its body learns."""
+        """Standard deviation of the robot's recorded actions, of rotations about an axis, as their spread is; where
+        there are none, of those that its body learns."""
         space = self.model.spaces.of
         same = [d for d, b in zip(self.datasets[:count], bodies, strict=False) if space(b) is space(bodies[k])]
         chosen = same or [d for d, b in zip(self.datasets, bodies, strict=True) if b == bodies[k]]
-        scale = np.concatenate([dataset.actions() for dataset in chosen]).std(0)
+        actions = np.concatenate([dataset.actions() for dataset in chosen])
+        scale = actions.std(0)
+        for part in space(bodies[k]).robot.action:
+            if part.rotation:
+                told = actions[:, part.slice]
+                scale[part.slice] = rotations.vectors(part, told, rotations.mean(rotations.read(part, told))).std()
         return np.where(scale < 1e-5, 1, scale)
 
     def _fit(self, bodies: Sequence[int], count: int, fit: Sequence[int] | None, kinds: Sequence[str]) -> None:

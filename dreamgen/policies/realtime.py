@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from dreamgen.core import rotations
 from dreamgen.core.clip import Observation
+from dreamgen.core.kinematics import command
 from dreamgen.core.protocols import Continuing, Policy
 from dreamgen.policies.flow import euler
-from dreamgen.policies.space import command
 
 MODES = ("guided", "trained")
 

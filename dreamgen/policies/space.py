@@ -10,9 +10,10 @@ Parts that move a state part can be told in three frames:
 Binary parts, and parts that move nothing, stay as they are. A state counts in units of the action that moves it
 (`Part.scale`).
 
-Of rotations read composed for summed, and for a difference the turn from one to the other: T R0 of a rotation R0, or R0
-T where the part's frame is "tool". A chunk tells them without wraps and changes of sign, from the telling on that is
-nearest to the offset of its first step.
+Displacements that are `turned_by` another part are summed along the axes that the hand has at the chunk's start; where
+they lead is told as the state is. Of rotations read composed for summed, and for a difference the turn from one to the
+other: T R0 of a rotation R0, or R0 T where the part's frame is "tool". A chunk tells them without wraps and changes of
+sign, from the telling on that is nearest to the offset of its first step.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.kinematics import along, command
 from dreamgen.data.normaliser import Normaliser
 
 FRAMES = ("recorded", "relative", "absolute")
@@ -56,6 +58,7 @@ class Space:
         added = [p for p in robot.action if (p.kind, told[p.name]) == ("delta", "absolute")]
         taken = [p for p in robot.action if (p.kind, told[p.name]) == ("absolute", "relative")]
         moved = {part.name: part for part in robot.state}
+        self.wrists = {p.name: robot.turning(p)[1] for p in added if p.turned_by}
         self.shifts = [(part, moved[str(part.moves)], sign) for parts, sign in ((added, 1.0), (taken, -1.0))
                        for part in parts]  # fmt: skip
         self.relative_to = [k for _, state, _ in self.shifts for k in range(state.start, state.stop)]
@@ -103,7 +106,7 @@ class Space:
 
     def _told(self, action: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None) -> Float[Tensor, "b h a"]:
         """Actions in the frame, still in units."""
-        action = action.clone() if self.summed or self.shifts or self.turns else action
+        given, action = action, action.clone() if self.summed or self.shifts or self.turns else action
         for part in self.turns:
             turn = rotations.read(part, action[..., part.slice])
             turn = rotations.composed(part, turn) if part in self.summed else turn
@@ -113,11 +116,18 @@ class Space:
             action[..., part.slice] = rotations.tell(part, turn).to(action)
         for part in self.summed:
             if not part.rotation:
-                action[..., part.slice] = action[..., part.slice].cumsum(1)
+                action[..., part.slice] = along(self.robot, part, given).cumsum(1)
         for part, state, sign in self.shifts:
+            if part.name in self.wrists:
+                action[..., part.slice] = rotations.rotate(self._hand(part, start), action[..., part.slice])
             if not part.rotation:
                 action[..., part.slice] += sign * self._start(start)[:, None, state.slice] / part.scale
         return action
+
+    def _hand(self, part: Part, start: Tensor | None) -> Tensor:
+        """The rotation (b 1 4) along whose axes a displacement begins to be told."""
+        wrist = self.wrists[part.name]
+        return rotations.read(wrist, self._start(start)[:, None, wrist.slice])
 
     def _shifts(self, part: Part) -> list[tuple[Part, float]]:
         return [(state, sign) for shifted, state, sign in self.shifts if shifted == part]
@@ -145,6 +155,9 @@ class Space:
         for part, state, sign in self.shifts:
             if not part.rotation:
                 action[..., part.slice] -= sign * self._start(start)[:, None, state.slice] / part.scale
+            if part.name in self.wrists:
+                back = rotations.inverse(self._hand(part, start))
+                action[..., part.slice] = rotations.rotate(back, action[..., part.slice])
         for part in self.summed:
             if not part.rotation:
                 action[:, 1:, part.slice] = action[:, :, part.slice].diff(dim=1)
@@ -156,20 +169,10 @@ class Space:
             if part in self.summed:
                 turn = torch.cat([turn[:, :1], rotations.between(part, turn[:, :-1], turn[:, 1:])], 1)
             action[..., part.slice] = rotations.tell(part, turn).to(action)
+        for part in self.summed:  # along the hand's axes at each step again
+            action[..., part.slice] = along(self.robot, part, action, back=True)
         return action
 
     def command(self, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
         """Inside the limits; binary entries become the nearer of their two values."""
         return command(self.robot, action)
-
-
-def command(robot: Embodiment, action: Float32[np.ndarray, "b h a"]) -> Float32[np.ndarray, "b h a"]:
-    """Inside the limits of `robot`; binary entries become the nearer of their two values."""
-    action = action.copy()
-    for part in robot.action:
-        if part.limits is not None:
-            low, high = part.limits
-            entry = action[..., part.slice]
-            binary = np.where(entry > (low + high) / 2, high, low)
-            action[..., part.slice] = binary if part.kind == "binary" else entry.clip(low, high)
-    return action

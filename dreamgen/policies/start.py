@@ -63,7 +63,7 @@ def _source(model: Any, out: Path, name: str, there: list[str], contracts: Mappi
     source = asked.get(name, name)
     if source in there:
         other = contracts[source]
-        if name not in asked and not robot.mismatches(other):
+        if name not in asked and not robot.mismatches(other, learned=True):
             return name
         sizes = [robot.state_dim, robot.action_dim], [max((p["stop"] for p in other[key]), default=0)
                                                       for key in ("state", "action")]  # fmt: skip

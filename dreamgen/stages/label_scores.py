@@ -9,6 +9,7 @@ from dreamgen.core import rotations
 from dreamgen.core.clip import Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.kinematics import along
 
 REACH = 12  # robot steps by which labels are looked for before and after
 
@@ -68,8 +69,9 @@ def lag(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], reach: int 
 
 
 def drift(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], part: Part) -> dict[str, float]:
-    """Mean distance between the integrals of labels and actions, in units of the state, by share of the clip; of
-    rotations the angle between what the turns make of one, in the part's unit (else rad)."""
+    """Mean distance between the integrals of labels and actions (s k), along axes that do not turn (see `along`),
+    in units of the state, by share of the clip; of rotations the angle between what the turns make of one, in the
+    part's unit (else rad)."""
     if part.rotation:
         ends = [[rotations.composed(part, rotations.read(part, a)) for a in side] for side in (predicted, true)]
         gaps = [rotations.angle(p, t) / part.radians for p, t in zip(*ends, strict=True)]
@@ -123,7 +125,7 @@ def score_labels(labels: Sequence[Labels], actions: Sequence[np.ndarray], robot:
             found["auroc"][part.name] = auroc(share.ravel(), flat_t.ravel() > half)
             found["accuracy"][part.name] = float(((flat_p > half) == (flat_t > half)).mean())
         elif part.kind == "delta" and part.moves:
-            whole = ([a[:, part.slice] for a in side] for side in (predicted, true))
+            whole = ([along(robot, part, a) for a in side] for side in (predicted, true))
             found["drift"][part.name] = drift(*whole, part)
     return _plain(found)
 

@@ -294,7 +294,7 @@ class ActionWorld(nn.Module):
         saved = read_json(path / FILE)
         kind = named(saved["world"], path / FILE)
         robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
-        robot.require(saved["contract"], str(path))
+        robot.require(saved["contract"], str(path), learned=True)
         mine = {key: changed.pop(key) for key in list(changed) if key in signature(cls).parameters}
         world = kind.load(path, robot=robot, **changed)
         self = cls(world=world, **{**saved["spec"], **mine})

@@ -1,10 +1,10 @@
 """Robot steps as latent frames see them: composed on the clock, relative to the pose at each latent frame's start.
 
 A latent frame after the first shows k video frames (4 for a causal VAE), thus k frame gaps. For each gap and action
-entry one number says where the robot has come by the gap's end: deltas are summed from the latent frame's start and
-scaled to units; absolute parts give the command less the one at the start (the state, where it is known); rotations
-the turn since then, less no turn; binary parts the share of high commands in the gap, from -1 to 1. Rates that do not
-divide change nothing: k gaps are k gaps.
+entry one number says where the robot has come by the gap's end: deltas are summed from the latent frame's start, those
+along the hand's own axes along the ones that it has there, and scaled to units; absolute parts give the command less
+the one at the start (the state, where it is known); rotations the turn since then, less no turn; binary parts the share
+of high commands in the gap, from -1 to 1. Rates that do not divide change nothing: k gaps are k gaps.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Float, Float32, Int64
 
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
-from dreamgen.core.kinematics import commands, follow
+from dreamgen.core.kinematics import along, commands, follow
 
 
 def latent_actions(
@@ -43,7 +43,7 @@ def latent_actions(
                 before = None if now is None else rotations.read(now, state[now.slice])
                 out[k, part.slice] = _turn(part, entry, start, b, before)
             elif part.kind == "delta":
-                out[k, part.slice] = part.scale * entry[start:b].sum(0)
+                out[k, part.slice] = part.scale * along(robot, part, action[start:b]).sum(0)
             elif part.kind == "absolute":
                 before = entry[start - 1] if start else entry[0]
                 if not start and known and part.moves is not None:
@@ -70,6 +70,7 @@ def entries_read(robot: Embodiment, *, maps: bool) -> list[int]:
     """Entries of the first state that `latent_actions` and, with `maps`, `pose_maps` look at."""
     names = {part.moves for part in robot.action if part.kind == "absolute"}
     names |= {name for tool in robot.tools if maps for name in (tool.position, tool.opening)}
+    names |= {robot.turning(part)[0].moves for part in robot.action if part.turned_by and part.moves in names}
     return [entry for part in robot.state if part.name in names for entry in range(part.start, part.stop)]
 
 

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Clip, Labels, Past, Prompt
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.kinematics import within
+from dreamgen.core.kinematics import command, commands, within
 from dreamgen.core.seeding import seed_for
 from dreamgen.worlds.env import clip_of
 from dreamgen.worlds.rollout import extend, rollout
@@ -113,7 +114,8 @@ class Cosmos3World(Cosmos3):
 
 
 class Cosmos3Labeler(Cosmos3):
-    """A `Labeler`: actions from video. samples: draws, whose mean is the label and whose deviation its spread."""
+    """A `Labeler`: actions from video. samples: draws, whose mean is the label and whose deviation its spread;
+    commands are voted on, of rotations the mean is one, and the spread that about an axis."""
 
     mode = "inverse_dynamics"
 
@@ -129,7 +131,7 @@ class Cosmos3Labeler(Cosmos3):
                 raise ValueError(f"clip '{clip.id}' has {clip.video_hz} frames a second; Cosmos 3 labels videos at the "
                                  f"robot's {self.clock.video_hz}")  # fmt: skip
             drawn = np.stack([self._one(clip, k) for k in range(self.samples)])
-            made.append(Labels(value=drawn.mean(0).astype(np.float32), spread=drawn.std(0).astype(np.float32)))
+            made.append(_merged(self.robot, drawn))
         return made
 
     def _one(self, clip: Clip, sample: int) -> np.ndarray:
@@ -141,3 +143,20 @@ class Cosmos3Labeler(Cosmos3):
                             chunk_size=-(-count // GAPS) * GAPS).action[0]  # fmt: skip
             found.append(out[:count].float().numpy())
         return np.concatenate(found)
+
+
+def _merged(robot: Embodiment, drawn: np.ndarray) -> Labels:
+    """One label of all draws (n s a)."""
+    value, spread = drawn.mean(0), drawn.std(0)
+    for part in robot.action:
+        each = drawn[..., part.slice]
+        if part.kind == "binary":
+            low, high = commands(part)
+            votes = np.where(each > (low + high) / 2, high, low)
+            value[:, part.slice], spread[:, part.slice] = votes.mean(0), votes.std(0)
+        elif part.rotation:
+            q = rotations.read(part, each)
+            middle = rotations.principal(np.einsum("nsi,nsj->sij", q, q))
+            off = rotations.angle(middle[None], q)[..., None] / part.radians
+            value[:, part.slice], spread[:, part.slice] = rotations.tell(part, middle), np.sqrt((off**2).mean(0) / 3)
+    return Labels(value=command(robot, value.astype(np.float32)), spread=spread.astype(np.float32))

@@ -9,6 +9,7 @@ arXiv:2502.00379).
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part
+from dreamgen.core.kinematics import command
 from dreamgen.core.manifest import read_json
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.normaliser import Normaliser
@@ -229,7 +231,8 @@ class LatentActions(nn.Module):
         require_readable(clip, self.source, self.spacings, self.window)
 
     def label(self, clips: Sequence[Clip]) -> list[Labels]:
-        """One Labels per clip, in order: latents held over the robot steps of their gap, or actions by the head.
+        """One Labels per clip, in order: latents held over the robot steps of their gap, or actions by the head, within
+        limits.
 
         spread: the posterior's deviation, or the distance to the code; zero for actions.
         """
@@ -237,7 +240,8 @@ class LatentActions(nn.Module):
         for clip, found in zip(clips, self.gaps(clips, foretold=False), strict=True):
             windows = Windows.of(clock_of(clip, self.source), 2)
             if self.output == "actions":
-                labels.append(merge(found["action"][None], windows, self.robot, "mean"))
+                read = merge(found["action"][None], windows, self.robot, "mean")
+                labels.append(replace(read, value=command(self.robot, read.value)))
                 continue
             value, spread = (np.repeat(found[key][None, :, None], self.slots, axis=2) for key in ("latent", "spread"))
             labels.append(Labels(value=merge(value, windows, self.robot, "mean").value,

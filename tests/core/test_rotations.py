@@ -112,6 +112,12 @@ def test_composition_and_logarithm_are_those_of_scipy():
         np.testing.assert_allclose(rotations.angle(rotations.between(turn, start, moved), qa[3:4]), 0, atol=1e-8)
 
 
+def test_vectors_are_turned_as_by_scipy():
+    vectors = np.random.default_rng(2).normal(size=(8 * N, 3))
+    np.testing.assert_allclose(rotations.rotate(quaternions(samples()), vectors), samples().apply(vectors), atol=1e-12)
+    assert rotations.rotate(torch.ones(2, 1, 4) / 2, torch.rand(1, 5, 3)).shape == (2, 5, 3)
+
+
 def test_means_are_those_of_scipy_whatever_the_signs():
     rng = np.random.default_rng(1)
     rotation = Rotation.from_rotvec(rng.normal(0, 0.4, (9, 3))) * Rotation.from_rotvec([np.pi - 0.1, 0, 0])

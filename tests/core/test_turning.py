@@ -109,7 +109,13 @@ def test_a_contract_that_does_not_tell_of_rotations_still_fits(caplog):
         older[key][0].pop("rotation")
     plain = Embodiment.from_contract(older)
     assert plain.contract() == older
-    robot("axis_angle", "axis_angle").require(older, "the dataset there")
+    told = robot("axis_angle", "axis_angle")
+    told.require(older, "the dataset there")
     assert caplog.records[0].getMessage().endswith("the rotation of state 'wrist', the rotation of action 'turn'")
+    for here, there, words in ((told, older, "'axis_angle', saved None"), (plain, told.contract(), "None, saved 'ax")):
+        with pytest.raises(
+            ValueError, match=f"state 'wrist': rotation here {words}(.|\n)*Choose the embodiment it was"
+        ):
+            here.require(there, "the labeler there", learned=True)
     with pytest.raises(ValueError, match="state 'wrist': .*rotation here 'quaternion_wxyz', saved 'quaternion_xyzw'"):
         robot("quaternion_wxyz", "axis_angle", kind="delta", frame="tool").require(saved, "the dataset there")

@@ -89,3 +89,13 @@ def test_rotations_are_seen_without_jumps_and_come_back(rotation):
         back = loaded.denormalise(seen)
         assert rotations.apart(part, back[..., part.slice], told[..., part.slice]).max() < 1e-5
         np.testing.assert_allclose(back[..., 0], told[..., 0], atol=1e-6)
+        if part.width == 4:  # no change of sign either, which other trainers would stumble over
+            assert np.abs(np.diff(np.asarray(back).reshape(60, -1), axis=0)).max() < 0.05
+
+
+def test_quaternions_come_back_with_the_sign_of_the_data():
+    part = Part(name="turn", start=0, stop=4, rotation="quaternion_wxyz")
+    turns = -rotations.exp(np.linspace(-1, 1, 9)[:, None] * [0.6, 0.0, 0.8])
+    np.testing.assert_allclose(
+        (made := Normaliser.fit(turns, [part])).denormalise(made.normalise(turns)), turns, atol=1e-6
+    )

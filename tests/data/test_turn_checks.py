@@ -11,6 +11,8 @@ from dreamgen.core.embodiment import Embodiment, View
 from dreamgen.core.kinematics import follow
 from dreamgen.core.part import ROTATIONS, Part
 from dreamgen.data.findings import Finding, Findings
+from dreamgen.data.normaliser import Normaliser
+from dreamgen.data.turn_checks import OFTEN
 from dreamgen.data.unit_checks import Units
 
 VIEW = View(name="eye", key="eye", height=8, width=8)
@@ -68,6 +70,19 @@ def test_entries_that_are_none_of_a_rotation():
         tidy = replace(arm, state=(replace(arm.state[0], unit="deg"),),
                        action=(replace(arm.action[0], unit="rad", scale=180 / np.pi),))  # fmt: skip
         assert said(tidy, degrees, action) == []
+
+
+@pytest.mark.parametrize("kind", ["euler_xyz", "euler_xyz_intrinsic"])
+def test_a_hand_at_the_pole_of_its_angles(kind, caplog):
+    arm = robot(kind, "axis_angle", kind="delta")
+    rng = np.random.default_rng(0)
+    action = rng.normal(0, 0.05, (80, 3))
+    state = follow(arm, np.array([0.3, np.pi / 2 - 0.05, 0.1]), action)[0][:-1]
+    share = np.mean(np.abs(np.abs(state[:, 1]) - np.pi / 2) < 0.1)
+    (one,) = said(arm, state, action)
+    assert OFTEN < share < 1 and f"near a quarter turn in {share:.0%} of its rows" in one.what and "rot6d" in one.mend
+    Normaliser.fit(state, arm.state)
+    assert f"'wrist' is told by euler angles whose second is near a quarter turn in {share:.0%}" in caplog.text
 
 
 def test_turns_that_fit_another_frame_scale_or_telling():

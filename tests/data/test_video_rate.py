@@ -45,7 +45,9 @@ def first(episode: Episode, rows: int) -> Episode:
     return replace(episode, state=episode.state[:rows], action=episode.action[:rows], **parts)
 
 
-@pytest.mark.parametrize(("hz", "ends"), [("5", [0, 2, 4, 6, 8]), ("4", [0, 2, 5, 7, 10]), ("10", [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("hz", "ends"), [("5", [0, 2, 4, 6, 8]), ("4", [0, 2, 5, 7, 10]), ("4", [0, 2, 5, 7]), ("10", [0, 1, 2, 3, 4])]
+)
 def test_actions_of_a_gap(hz, ends):
     given = labelled(hz, ends[-1], len(ends))
     found, rows = at_video_rate(given, ROBOT)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.embodiment import Part
 from dreamgen.core.manifest import read_json, write_json
+from dreamgen.core.part import ROTATIONS
 from dreamgen.filters.judge import VideoJudge, told_of
 from dreamgen.filters.judged import Judged
 from dreamgen.filters.rates import Rates, threshold_for
@@ -107,6 +109,33 @@ def test_it_is_told_no_more_than_the_named_parts():
     other = dataclasses.replace(plain, action=np.concatenate([action[:, : D - 1], 0 * action[:, D - 1 :]], 1))
     found = one.judge([plain, elsewhere, other])
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("rotation", ["axis_angle", "euler_xyz", "quaternion_xyzw"])
+def test_one_rotation_told_otherwise_is_the_same_to_it(rotation, tmp_path):
+    """A hand that points down begins as half a turn to either side, or by a quaternion of either sign."""
+    wide = ROTATIONS[rotation]
+    state = (Part(name="pose", start=0, stop=1), Part(name="wrist", start=1, stop=1 + wide, rotation=rotation))
+    moves = (Part(name="arm", start=0, stop=1, kind="delta", moves="pose"),
+             Part(name="turn", start=1, stop=4, kind="delta", rotation="axis_angle", moves="wrist"))  # fmt: skip
+    one = judge(robot=robot(state=state, action=moves), proprioception=["wrist"], frames=3)
+    rng, down = np.random.default_rng(0), np.array([np.pi - 0.01, 0.02, 0])
+    action = rng.normal(0, 0.02, (8, 4)).astype(np.float32)
+    start = rotations.tell(state[1], rotations.exp(down))
+    other = -start if wide == 4 else rotations.nearest(state[1], start, np.array([-np.pi, 0, 0]))
+    plain = dataclasses.replace(clips("open it", frames=5)[0], action=action)
+    told = [dataclasses.replace(plain, state=np.append(0, begun).astype(np.float32)) for begun in (start, other)]
+    assert np.abs(start - other).max() > 1.9
+    turns = rng.normal(0, 0.1, (50, 3)) + down
+    one.fit(rotations.tell(state[1], rotations.exp(turns)).astype(np.float32))
+    assert one.normaliser.scale.max() < 0.5
+    found = one.judge(told)
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    one.save(tmp_path / "judge")
+    np.testing.assert_array_equal(VideoJudge.load(tmp_path / "judge").judge(told), found)
+    bare = robot(state=tuple(dataclasses.replace(part, rotation="") for part in state), action=())
+    with pytest.raises(ValueError, match=f"state 'wrist': rotation here None, saved '{rotation}'"):
+        VideoJudge.load(tmp_path / "judge", robot=bare)
 
 
 def test_saved_and_loaded_it_says_the_same(tmp_path):

@@ -99,7 +99,9 @@ def test_labels_of_both_kinds_and_their_embodiment(squares, tmp_path, codebook):
         assert label.spread.shape == (16, 6) and label.spread.min() >= 0
         assert ("codes" in gap) == bool(codebook)
     robot = LatentActions.load(tmp_path, ROBOT, output="actions")
+    robot.action.scale.fill_(50.0)
     (actions,) = robot.label(clips[:1])
+    assert np.abs(actions.value).max() == 1  # the limits
     assert robot.robot is ROBOT and actions.value.shape == (16, 3) and set(actions.value[:, 2]) <= {-1.0, 1.0}
 
 

@@ -94,6 +94,13 @@ def test_each_step_is_seen_by_the_windows_that_hold_it(stride):
     assert windows.mask.shape[1] == horizon(clock, 4) == max(windows.mask.sum(1).max(), horizon(clock, 4))
 
 
+@pytest.mark.parametrize("stride", STRIDES)
+def test_an_episode_shows_every_frame_that_has_a_row(stride):
+    clock = Clock(robot_hz="6", video_hz=STRIDES[stride], frames=99)
+    for rows in range(40):
+        assert clock.frames_in(rows) == (clock.rows < rows).sum()
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_rules_against_loops(rule):
     clock = Clock(robot_hz="6", video_hz="4", frames=7)

@@ -97,6 +97,21 @@ def test_a_long_clip_is_encoded_a_few_frames_at_a_time(squares, monkeypatch, tow
             assert sum(seen) == 2 * 9 and max(seen) == 2 * frames
 
 
+def test_a_long_clip_is_denoised_a_few_windows_at_a_time(squares, monkeypatch):
+    model = small(spacings=["2", "3/2"]).eval()
+    clips = [clip_of(squares, i, Clock(robot_hz="20", video_hz="40/3", frames=9)) for i in range(2)]
+    whole, seen = model.chunks(clips), []
+    each = 2 * 3 * (3 * 2 * 4 + 1) * 2 * 48  # clips, frames, tokens, keys and values
+    with model.denoiser.register_forward_pre_hook(lambda _, given: seen.append(len(given[0]))):
+        for windows in (1, 2, 3):
+            monkeypatch.setattr("idm.flow.MEMORIES", windows * each + 5)
+            seen.clear()
+            for (chunk, state), (same, read) in zip(model.chunks(clips), whole, strict=True):
+                np.testing.assert_allclose(chunk, same, atol=1e-5)
+                np.testing.assert_array_equal(state, read)
+            assert sum(seen) == 2 * 7 * model.flow_steps and max(seen) == 2 * windows
+
+
 def test_labels_come_with_the_states_read_on_the_way(squares):
     model = small()
     model.fit(squares, range(4))
@@ -248,6 +263,11 @@ def test_states_that_nobody_taught_it_to_read_are_unknown_and_correct_nothing(sq
     clips = [clip_of(squares, 2)]
     assert model.head.response.abs().sum() > 0 and model.labels_and_states(clips)[1] is None
     assert plain.labels_and_states(clips)[1] is not None
+    squares = Squares(5)
+    squares.episodes[3] = replace(squares.episodes[3], extra={"state_known": np.zeros_like(squares.episodes[3].state)})
+    with pytest.raises(ValueError, match="1 of 4 episodes .* unknown .column state_known.*labeler.state_weight=0"):
+        plain.fit(squares, range(4))
+    model.fit(squares, range(4))
     np.testing.assert_array_equal(model.label(clips)[0].value, plain.label(clips)[0].value)
 
 

@@ -67,6 +67,19 @@ def test_a_biased_labeler_is_corrected_by_what_is_seen(frame, action):
 
 
 @pytest.mark.parametrize("frame", ["base", "tool"])
+def test_a_drift_of_more_than_half_a_turn_is_corrected(frame):
+    """20 seconds at 20 Hz, .012 rad off at each step."""
+    rng, rows = np.random.default_rng(2), np.arange(0, 401, 2)
+    turn, wrist = hand(frame)
+    true = rng.normal(0, 0.05, (400, 3))
+    path = turned(true, frame, Rotation.from_rotvec([np.pi - 0.1, 0.1, 0]))
+    biased = told(turn, Rotation.from_rotvec(true + [0.01, -0.005, 0.007])).astype(np.float32)
+    found = correct_turns(turn, wrist, biased, told(wrist, path[rows]), rows, RESPONSE, sigma_action=0.1,
+                          sigma_position=1e-3)  # fmt: skip
+    assert np.abs(rotations.vectors(turn, found) - true)[:-3].max() < 2e-3
+
+
+@pytest.mark.parametrize("frame", ["base", "tool"])
 def test_about_one_axis_turns_are_displacements(frame):
     """Where rotations commute the correction is that of `correct`, and the response is found as for positions."""
     rng = np.random.default_rng(3)
@@ -134,6 +147,9 @@ def test_a_labeler_of_a_hand_that_points_down(kind, tmp_path):
     model.save(tmp_path)
     again = FlowIDM.load(tmp_path)
     np.testing.assert_array_equal(again.label([clip])[0].value, labels[0].value)
+    bare = [replace(part, rotation="") for part in (*data.robot.state, *data.robot.action)]
+    with pytest.raises(ValueError, match="labeler .*\n  action 'turn': rotation here None, saved 'axis_angle'"):
+        FlowIDM.load(tmp_path, replace(data.robot, state=bare[:1], action=bare[1:]))  # what it learned are turns
     z = model.head.state.normalise(torch.from_numpy(state))
     assert z.abs().max() < 5
     assert rotations.apart(data.robot.state[0], model.head.state.denormalise(z).numpy(), state).max() < 1e-5

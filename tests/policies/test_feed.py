@@ -1,18 +1,22 @@
 """What a policy is fed and fitted to: states that are known, pictures that are looked at."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from dreamgen.core import rotations
 from dreamgen.core.embodiment import Part
+from dreamgen.core.part import ROTATIONS
 from dreamgen.policies import feed as feeding
 from dreamgen.policies.feed import Feed
 from dreamgen.policies.policy import FlowPolicy
 from tests.policies.test_chunks import Recorded, partly, recorded
 from tests.policies.test_space import ROBOT, framed
 from tests.policies.toy import STEPS, encoder, policy
+from tests.policies.toy import robot as toy
 
 
 def feed(model: FlowPolicy, **changes) -> Feed:
@@ -84,3 +88,16 @@ def test_actions_are_scaled_where_spread_counts(monkeypatch):
     assert seen == [] and made.chunks[1].action_scale is None
     made = feed(policy(), real=recorded(), dreams=[recorded()], spread_scale=0.5)
     assert seen == [1] and (made.chunks[1].action_scale == 1).all() and made.chunks[0].spread_scale is None
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_the_scale_of_a_rotation_is_an_angle_as_its_spread_is(rotation):
+    """Of a hand that points down, whose entries wrap, and however they tell it."""
+    wide, rng = ROTATIONS[rotation], np.random.default_rng(0)
+    turn = Part(name="turn", start=0, stop=wide, rotation=rotation)
+    arm = SimpleNamespace(robot=toy(action=(turn, Part(name="move", start=wide, stop=wide + 1))))
+    q = rotations.product(rotations.exp(rng.normal(0, 0.1, (9000, 3))), rotations.exp(np.array([np.pi, 0, 0])))
+    action = np.concatenate([rotations.tell(turn, q), rng.normal(0, 3, (9000, 1))], 1).astype(np.float32)
+    held = SimpleNamespace(datasets=[SimpleNamespace(actions=lambda: action)],
+                           model=SimpleNamespace(spaces=SimpleNamespace(of=lambda body: arm)))  # fmt: skip
+    np.testing.assert_allclose(Feed._scale(held, 0, [0], 1), [0.1] * wide + [3], rtol=0.05)

@@ -1,15 +1,19 @@
 """Cosmos 3 by both protocols, on a tiny random pipeline."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, Cosmos3OmniPipeline, Cosmos3OmniTransformer, UniPCMultistepScheduler
 from hydra.utils import instantiate
+from scipy.spatial.transform import Rotation
 
+from dreamgen.core import rotations
 from dreamgen.core.clip import Clip, Prompt
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.protocols import ActionWorldModel, Labeler
-from dreamgen.worlds.cosmos3 import Cosmos3Labeler, Cosmos3World
+from dreamgen.worlds.cosmos3 import Cosmos3Labeler, Cosmos3World, _merged
 from dreamgen.worlds.tiny import tokenizer
 from jobs.recipe import load
 from jobs.running import check
@@ -67,6 +71,24 @@ def test_inverse_dynamics_labels(pipe) -> None:
     assert np.array_equal(labeler.label([clip])[0].value, labels.value)
     with pytest.raises(ValueError, match="labels videos at the robot's 8"):
         labeler.label([Clip(**{**vars(clip), "video_hz": "10"})])
+
+
+def test_draws_are_merged_as_rotations_and_votes() -> None:
+    turn = Part(name="turn", start=3, stop=9, rotation="rot6d")
+    arm = replace(robot(), action=(Part(name="move", start=0, stop=3, kind="delta", limits=(-0.5, 0.5)), turn,
+                                   Part(name="grip", start=9, stop=10, kind="binary", limits=(0, 1))))  # fmt: skip
+    rng, turns = np.random.default_rng(0), Rotation.from_rotvec(np.random.default_rng(1).normal(0, 0.4, (15, 3)))
+    told = 1.3 * rotations.tell(turn, np.roll(turns.as_quat(), 1, -1)).reshape(3, 5, 6)  # sizes do not count
+    drawn = np.concatenate([rng.normal(size=(3, 5, 3)), told, rng.random((3, 5, 1))], 2)
+    labels = _merged(arm, drawn)
+    np.testing.assert_allclose(labels.value[:, :3], drawn[..., :3].mean(0).clip(-0.5, 0.5), atol=1e-6)
+    np.testing.assert_array_equal(labels.value[:, 9], (drawn[..., 9] > 0.5).sum(0) > 1)
+    for step in range(5):
+        three = turns[[step, 5 + step, 10 + step]]
+        matrix = three.mean().as_matrix()
+        np.testing.assert_allclose(labels.value[step, 3:9], matrix[:2].ravel(), atol=1e-5)
+        off = (three.mean().inv() * three).magnitude()
+        np.testing.assert_allclose(labels.spread[step, 3:9], np.sqrt((off**2).mean() / 3), atol=1e-5)
 
 
 def test_robots_it_does_not_know_are_named(pipe) -> None:
