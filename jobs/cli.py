@@ -6,7 +6,7 @@ import sys
 
 import jobs
 
-APART = {"cli", "cluster", "errors", "recipe", "running", "steps"}  # modules that are no commands
+APART = {"cli", "cluster", "errors", "kinds", "recipe", "running", "steps"}  # modules that are no commands
 
 
 def commands() -> list[str]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, get_type_hints
 
 import hydra
@@ -19,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from dreamgen.core.manifest import fingerprint, require_complete
 from dreamgen.core.seeding import seed_for
 from jobs.errors import speaking
+from jobs.kinds import expected, hints
 from jobs.recipe import load, register
 
 # a `_target_` is code: only these may be named by a configuration, also by one that came with a download
@@ -79,6 +81,8 @@ def run_stage(cfg: DictConfig) -> dict:
 
 def prepare(cfg: DictConfig) -> Callable[..., dict]:
     """The stage function; ValueError for settings and inputs with which it cannot run."""
+    if not str(cfg.out).strip():
+        raise ValueError("out is empty; name a folder to write to (the one that you work in is '.')")
     function = check(cfg.stage)
     shareable(cfg)
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
@@ -138,11 +142,15 @@ def check(stage: DictConfig) -> Callable[..., dict]:
     for where, part in parts(OmegaConf.to_container(stage, resolve=True, throw_on_missing=True)):
         if not part["_target_"].startswith(ALLOWED):
             raise ValueError(f"the configuration names '{part['_target_']}'; only {'*, '.join(ALLOWED)}* may be run")
-        arguments = inspect.signature(_code(part["_target_"], where)).parameters
+        code = _code(part["_target_"], where)
+        arguments = inspect.signature(code).parameters
         unknown = sorted(key for key in part if not key.startswith("_") and key not in arguments)
         if unknown and not any(a.kind is a.VAR_KEYWORD for a in arguments.values()):
             name, known = part["_target_"].rpartition(".")[2], ", ".join(sorted(set(arguments) - {"record", "self"}))
             raise ValueError(f"{where} '{name}' has no setting {', '.join(unknown)}; it has {known}")
+        for key, hint in hints(code).items():
+            if key in part and (wanted := expected(part[key], hint)):
+                raise ValueError(f"{where}.{key} is {shorten(repr(part[key]), 100)}; expected {wanted}")
     return get_method(stage._target_)
 
 

@@ -36,9 +36,7 @@ def describe(root: str, *, out: Path, name: str | None = None, revision: str | N
     """
     path = locate(root, revision)
     layout = read_layout(path)
-    with Stage(out, "describe", config=record, parents={"data": path}) as run:
-        if run.complete:
-            return run.manifest()
+    with Stage(out, "describe", config=record, parents={"data": path}, anew=True) as run:
         known = read_json(path / CONTRACT)["contract"] if (path / CONTRACT).is_file() else None
         named = name or re.sub(r"\W+", "_", str(layout.info.get("robot_type") or path.resolve().name)).lower()
         text = "\n".join(_known(known) if known else _drafted(layout, named)) + "\n"

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dreamgen.core.manifest import Stage, write_json
 from jobs.errors import explain
@@ -14,7 +16,7 @@ from jobs.steps import inputs
 
 
 def refused(job: str, *overrides: str) -> str:
-    with pytest.raises((ValueError, HydraException)) as caught:
+    with pytest.raises((ValueError, HydraException, OmegaConfBaseException)) as caught:
         check(load(job, overrides)[0].stage)
     return explain(caught.value) or ""
 
@@ -37,6 +39,49 @@ def test_unknown_options_list_the_known() -> None:
 
 def test_a_wrong_type_is_named() -> None:
     assert "workers" in refused("collect", "workers=many") and "Integer" in refused("collect", "workers=many")
+
+
+@pytest.mark.parametrize(
+    ("job", "word", "told"),
+    [
+        ("finetune", "stage.steps=two", "stage.steps is 'two'; expected a whole number"),
+        ("finetune", "stage.steps=1e3", "stage.steps is 1000.0; expected a whole number"),
+        ("finetune", "stage.lr=true", "stage.lr is True; expected a number"),
+        ("finetune", "stage.lengths=17", "stage.lengths is 17; expected [a list] or null"),
+        ("finetune", "stage.dataset=path/to/it", "`_target_: dreamgen.data.lerobot.Dataset`"),
+        ("collect", "stage.source=nobody", "expected expert, play, policy, perturbed"),
+        ("validate", "~embodiment._target_", "`_target_: dreamgen.core.embodiment.Embodiment`"),
+        ("validate", "data=folder", "data.root is not given; add data.root=..."),
+        ("dream", "prompts=pictures", "prompts.folder is not given; add prompts.folder=..."),
+    ],
+)
+def test_a_value_of_another_kind_is_named(job: str, word: str, told: str) -> None:
+    assert told in refused(job, word)
+
+
+def test_values_that_fit_are_taken() -> None:
+    words = ["stage.lr=1", "stage.lengths=[17,9]", "stage.patience=3", "stage.cache=some/folder", "stage.rank=null"]
+    check(load("finetune", words)[0].stage)
+
+
+def test_an_empty_out_is_not_the_root(tmp_path) -> None:
+    with pytest.raises(ValueError, match="out is empty"):
+        run_stage(load("describe", ["data=folder", f"data.root={tmp_path}", "out="])[0])
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught:
+        Stage(tmp_path / "file" / "step", "collect", config={})
+    assert explain(caught.value) == f"{tmp_path / 'file' / 'step'}: Not a directory. Choose another path, or mend it"
+
+
+def test_a_configuration_that_is_no_yaml_is_named(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: x\n  views: [\n")
+    with pytest.raises(YAMLError) as caught:
+        OmegaConf.load(tmp_path / "mine.yaml")
+    told = explain(caught.value) or ""
+    assert told.startswith("a configuration cannot be read") and "mine.yaml" in told and "line 2" in told
 
 
 def test_only_code_of_known_origin_is_run() -> None:
@@ -170,6 +215,13 @@ def test_unknown_keys_of_parts_are_named(job: str, key: str) -> None:
 def test_a_refused_setting_does_not_lock_the_folder(tmp_path) -> None:
     out = tmp_path / "out"
     Stage(out, "collect", config={"instructions": ["fly"]})
+    (out / "cache").mkdir()  # is named by what it was made of
+    with pytest.raises(ValueError, match="the output of 'collect', not of 'dream'"):
+        (out / "clips").mkdir()
+        Stage(out, "dream", config={})
+    (out / "clips").rmdir()
+    with pytest.raises(ValueError, match=f"the input 'clips' of label: {out}/dreams does not exist"):
+        Stage(tmp_path / "labels", "label", config={}, parents={"clips": out / "dreams"})
     with Stage(out, "collect", config={"instructions": ["lift"]}):
         (out / "episode.npz").touch()
     with pytest.raises(ValueError, match="another configuration"):
