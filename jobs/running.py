@@ -17,9 +17,10 @@ import hydra
 from hydra.utils import get_method, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dreamgen.core.manifest import fingerprint, require_complete
+from dreamgen.core.manifest import FILE, fingerprint, require_complete
 from dreamgen.core.seeding import seed_for
 from jobs.errors import speaking
+from jobs.help import usage
 from jobs.kinds import expected, hints
 from jobs.recipe import load, register
 
@@ -37,19 +38,28 @@ MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb 
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 DROPPED = object()
+FIGURES = 12  # of a stage's results that are told when it ends
 log = logging.getLogger("jobs")
 
 
 def job(name: str) -> Callable[[], None]:
     """The entry point of `python -m jobs.<name>`: run the stage of `conf/<name>.yaml`."""
-    return entry(name, run_stage)
+
+    def run(cfg: DictConfig) -> None:
+        told(cfg, run_stage(cfg))
+
+    return entry(name, run)
 
 
 def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """A command: `run` is called with the composed configuration; errors end it with one line and status 2."""
 
     def main() -> None:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            sys.stdout.write(usage(name, sys.argv[1:]))
+            return
         overrides = [word for word in sys.argv[1:] if "=" in word.lstrip("-") or word.startswith("~")]
         with speaking(debug="debug=true" in overrides):
             cfg, every = load(name, overrides)
@@ -60,6 +70,7 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
 
         def task(cfg: DictConfig) -> None:
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+            logging.getLogger("OpenGL").setLevel(logging.WARNING)
             log.disabled = False  # Hydra has disabled what was there before it
             with speaking(debug=cfg.debug):
                 run(cfg)
@@ -69,6 +80,22 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
             hydra.main(config_path="pkg://conf", config_name=name, version_base="1.3")(task)()
 
     return main
+
+
+def told(cfg: DictConfig, manifest: dict) -> None:
+    """Log the first figures of a finished stage, and where all of them are."""
+
+    def figures(node: Any, name: str = "") -> Iterator[str]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from figures(value, f"{name}.{key}" if name else str(key))
+        elif isinstance(node, int | float) and not isinstance(node, bool):
+            yield f"{name} {node:.4g}" if isinstance(node, float) else f"{name} {node}"
+
+    if "results" in manifest:
+        found = list(figures(manifest["results"]))
+        more = f", {len(found) - FIGURES} more" if len(found) > FIGURES else ""
+        log.info("done: %s%s (%s)", ", ".join(found[:FIGURES]), more, Path(cfg.stage.out) / FILE)
 
 
 def run_stage(cfg: DictConfig) -> dict:

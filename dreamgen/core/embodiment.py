@@ -135,8 +135,8 @@ class Embodiment:
             raise ValueError(f"embodiment '{self.name}': its grid places {placed}, its views are "
                              f"{[view.name for view in self.views]}; each view must be placed once")  # fmt: skip
         if len({(view.height, view.width) for view in self.views}) != 1:
-            raise ValueError(f"embodiment '{self.name}': the views of a grid must have one size; here "
-                             f"{', '.join(f'{view.name} {view.height}x{view.width}' for view in self.views)}")  # fmt: skip
+            sizes = ", ".join(f"{view.name} {view.height}x{view.width}" for view in self.views)
+            raise ValueError(f"embodiment '{self.name}': the views of a grid must have one size; here {sizes}")
         _cover("state", self.state)
         _cover("action", self.action)
         names = {part.name: part for part in self.state}

@@ -254,8 +254,8 @@ class Stage:
             self.before = float(read_json(self.out / RUN).get("seconds", 0.0))
 
     def _nothing_made(self) -> bool:
-        """True where a run only said what it was about to do, as one that was refused its settings. What lies in `cache`
-        is named by what it was made of."""
+        """True where a run only said what it was about to do, as one that was refused its settings. What lies in
+        `cache` is named by what it was made of."""
         return all(p.name in (RUN, "cache") or p.suffix == ".log" for p in self.out.iterdir())
 
     def _read(self, name: str, path: Path | str) -> str:

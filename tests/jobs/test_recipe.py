@@ -41,6 +41,14 @@ def test_a_wrong_type_is_named() -> None:
     assert "workers" in refused("collect", "workers=many") and "Integer" in refused("collect", "workers=many")
 
 
+def test_the_plan_of_a_recipe_is_that_of_its_fine_tuning() -> None:
+    own = ["experiment=robot", "embodiment=gr1", "data.root=path/to/it"]
+    stage = load("plan", own)[0].stage
+    assert (stage.method, stage.steps, stage.hop, stage.accumulate, stage.short) == ("lora", 2000, 4, 16, "pad")
+    assert load("plan", [*own, "stage.steps=7"])[0].stage.steps == 7 and load("plan")[0].stage.steps == 1000
+    check(stage)
+
+
 @pytest.mark.parametrize(
     ("job", "word", "told"),
     [
