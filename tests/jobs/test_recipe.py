@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from dreamgen.core.manifest import Stage, write_json
+from jobs import steps
 from jobs.errors import explain
 from jobs.recipe import load
 from jobs.running import check, parts, record, run_stage
@@ -129,6 +130,16 @@ def test_errors_become_one_sentence() -> None:
     assert explain(ValueError("row 3 holds nan")) == "row 3 holds nan"
     assert explain(RuntimeError("ours")) is None
     assert "continues" in (explain(KeyboardInterrupt()) or "")
+
+
+def test_a_pipeline_hands_on_what_it_was_given_as_it_is_written(monkeypatch) -> None:
+    task = ['steps.again="dream prompts.dataset=${heldout} seed=3"', "step=old", "seed=1"]
+    given = OmegaConf.create({"heldout": {"root": "some"}, "overrides": {"task": task}})
+    monkeypatch.setattr(steps.HydraConfig, "get", lambda: given)
+    handed: list[str] = []
+    monkeypatch.setattr(steps, "run_steps", lambda _, overrides: handed.extend(overrides))
+    steps.run_pipeline(OmegaConf.create({}))
+    assert handed == [task[0], task[2]]
 
 
 def test_a_record_holds_what_inputs_hold(tmp_path) -> None:
