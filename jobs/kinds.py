@@ -23,7 +23,7 @@ def hints(code: Any) -> dict[str, Any]:
 def expected(value: Any, hint: Any) -> str:
     """What an annotation asks for in place of a plain `value`, in words; "" where it fits or nobody can tell."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if any(_fits(value, kind) for kind in kinds):
+    if any(_fits(value, kind) for kind in kinds) or isinstance(value, float) and {int, str} <= set(kinds):  # a rate
         return ""
     return " or ".join(dict.fromkeys(_word(kind) for kind in kinds))
 

@@ -70,7 +70,7 @@ def test_a_value_of_another_kind_is_named(job: str, word: str, told: str) -> Non
 
 def test_values_that_fit_are_taken() -> None:
     words = ["stage.lr=1", "stage.lengths=[17,9]", "stage.patience=3", "stage.cache=some/folder", "stage.rank=null"]
-    check(load("finetune", words)[0].stage)
+    check(load("finetune", [*words, "world_model.video_hz=7.5", "embodiment.robot_hz=29.97"])[0].stage)
 
 
 def test_an_empty_out_is_not_the_root(tmp_path) -> None:
