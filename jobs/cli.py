@@ -5,8 +5,9 @@ import pkgutil
 import sys
 
 import jobs
+from jobs.help import summary
 
-APART = {"cli", "cluster", "errors", "recipe", "running", "steps"}  # modules that are no commands
+APART = {"cli", "cluster", "errors", "help", "kinds", "recipe", "running", "steps"}  # modules that are no commands
 
 
 def commands() -> list[str]:
@@ -19,7 +20,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in commands():
         wanted = name in ("-h", "--help")
-        text = f"usage: dreamgen COMMAND [key=value ...]\ncommands: {', '.join(commands())}\n"
+        rows = "".join(f"  {job:<17}{summary(job)}\n" for job in commands())
+        text = f"usage: dreamgen COMMAND [key=value ...]\ncommands (dreamgen COMMAND --help says more):\n{rows}"
         (sys.stdout if wanted else sys.stderr).write(text if wanted else f"error: no command '{name}'\n{text}")
         raise SystemExit(0 if wanted else 2)
     sys.argv = [f"dreamgen {name}", *sys.argv[2:]]

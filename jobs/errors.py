@@ -8,9 +8,11 @@ import traceback
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 # how numpy and torch say that a disk is full: without its number
 FULL = (os.strerror(errno.ENOSPC), "requested and", "Not enough free space to write", "PytorchStreamWriter failed")
+PLACE = (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError)  # of files that are named
 MENDABLE = (ValueError, OSError, TypeError, ImportError)  # what building a part from a configuration raises
 
 
@@ -47,6 +49,14 @@ def explain(error: BaseException) -> str | None:
             return f"the disk is full ({where}). Free some space and give the same command again: it continues"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted; the same command continues where it stopped"
+    if missing := re.search(r"Missing mandatory value: (\S+)(?:\s+full_key: (\S+))?", str(cause)):
+        key = missing[1] if "." in missing[1] or not missing[2] else missing[2]
+        return f"{key} is not given; add {key}=..."
+    if isinstance(cause, YAMLError):
+        return f"a configuration cannot be read: {' '.join(str(cause).split())}"
+    place = isinstance(cause, PLACE) or isinstance(cause, OSError) and cause.errno == errno.EROFS
+    if place and cause.filename:
+        return f"{cause.filename}: {cause.strerror}. Choose another path, or mend it"
     if isinstance(error, InstantiationException):  # its text repeats the cause and adds the key
         where = str(error).partition("full_key: ")[2].strip()
         if cause is error:

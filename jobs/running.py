@@ -10,15 +10,18 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, get_type_hints
 
 import hydra
 from hydra.utils import get_method, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dreamgen.core.manifest import fingerprint, require_complete
+from dreamgen.core.manifest import FILE, fingerprint, require_complete
 from dreamgen.core.seeding import seed_for
 from jobs.errors import speaking
+from jobs.help import usage
+from jobs.kinds import expected, hints
 from jobs.recipe import load, register
 
 # a `_target_` is code: only these may be named by a configuration, also by one that came with a download
@@ -35,19 +38,28 @@ MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb 
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 DROPPED = object()
+FIGURES = 12  # of a stage's results that are told when it ends
 log = logging.getLogger("jobs")
 
 
 def job(name: str) -> Callable[[], None]:
     """The entry point of `python -m jobs.<name>`: run the stage of `conf/<name>.yaml`."""
-    return entry(name, run_stage)
+
+    def run(cfg: DictConfig) -> None:
+        told(cfg, run_stage(cfg))
+
+    return entry(name, run)
 
 
 def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """A command: `run` is called with the composed configuration; errors end it with one line and status 2."""
 
     def main() -> None:
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            sys.stdout.write(usage(name, sys.argv[1:]))
+            return
         overrides = [word for word in sys.argv[1:] if "=" in word.lstrip("-") or word.startswith("~")]
         with speaking(debug="debug=true" in overrides):
             cfg, every = load(name, overrides)
@@ -58,6 +70,7 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
 
         def task(cfg: DictConfig) -> None:
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+            logging.getLogger("OpenGL").setLevel(logging.WARNING)
             log.disabled = False  # Hydra has disabled what was there before it
             with speaking(debug=cfg.debug):
                 run(cfg)
@@ -67,6 +80,22 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
             hydra.main(config_path="pkg://conf", config_name=name, version_base="1.3")(task)()
 
     return main
+
+
+def told(cfg: DictConfig, manifest: dict) -> None:
+    """Log the first figures of a finished stage, and where all of them are."""
+
+    def figures(node: Any, name: str = "") -> Iterator[str]:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                yield from figures(value, f"{name}.{key}" if name else str(key))
+        elif isinstance(node, int | float) and not isinstance(node, bool):
+            yield f"{name} {node:.4g}" if isinstance(node, float) else f"{name} {node}"
+
+    if "results" in manifest:
+        found = list(figures(manifest["results"]))
+        more = f", {len(found) - FIGURES} more" if len(found) > FIGURES else ""
+        log.info("done: %s%s (%s)", ", ".join(found[:FIGURES]), more, Path(cfg.stage.out) / FILE)
 
 
 def run_stage(cfg: DictConfig) -> dict:
@@ -79,6 +108,8 @@ def run_stage(cfg: DictConfig) -> dict:
 
 def prepare(cfg: DictConfig) -> Callable[..., dict]:
     """The stage function; ValueError for settings and inputs with which it cannot run."""
+    if not str(cfg.out).strip():
+        raise ValueError("out is empty; name a folder to write to (the one that you work in is '.')")
     function = check(cfg.stage)
     shareable(cfg)
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
@@ -138,11 +169,15 @@ def check(stage: DictConfig) -> Callable[..., dict]:
     for where, part in parts(OmegaConf.to_container(stage, resolve=True, throw_on_missing=True)):
         if not part["_target_"].startswith(ALLOWED):
             raise ValueError(f"the configuration names '{part['_target_']}'; only {'*, '.join(ALLOWED)}* may be run")
-        arguments = inspect.signature(_code(part["_target_"], where)).parameters
+        code = _code(part["_target_"], where)
+        arguments = inspect.signature(code).parameters
         unknown = sorted(key for key in part if not key.startswith("_") and key not in arguments)
         if unknown and not any(a.kind is a.VAR_KEYWORD for a in arguments.values()):
             name, known = part["_target_"].rpartition(".")[2], ", ".join(sorted(set(arguments) - {"record", "self"}))
             raise ValueError(f"{where} '{name}' has no setting {', '.join(unknown)}; it has {known}")
+        for key, hint in hints(code).items():
+            if key in part and (wanted := expected(part[key], hint)):
+                raise ValueError(f"{where}.{key} is {shorten(repr(part[key]), 100)}; expected {wanted}")
     return get_method(stage._target_)
 
 

@@ -30,7 +30,8 @@ IMPORTED = ["jobs.running", "dreamgen.worlds.prefix", "dreamgen.policies.policy"
 
 def run_pipeline(cfg: DictConfig) -> None:
     """The job: run the steps of the recipe that the command line composed."""
-    run_steps(cfg, [word for word in HydraConfig.get().overrides.task if not word.startswith("step=")])
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # `${...}` is the step's to resolve
+    run_steps(cfg, [word for word in given if not word.startswith("step=")])
 
 
 def run_steps(cfg: DictConfig, overrides: list[str]) -> None:

@@ -3,6 +3,7 @@
 An embodiment is a YAML file in `conf/embodiment`; adding a robot needs no Python.
 """
 
+import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -75,6 +76,11 @@ def _cover(kind: str, parts: Sequence[Part]) -> int:
     return at
 
 
+def _plain(contract: dict) -> dict:
+    """As it is read from a file."""
+    return json.loads(json.dumps(contract))
+
+
 def _without(node: Any, unwanted: Callable[[str, Any], bool]) -> Any:
     """A plain structure without the keys that are `unwanted`."""
     if isinstance(node, dict):
@@ -130,7 +136,8 @@ class Embodiment:
             raise ValueError(f"embodiment '{self.name}': its grid places {placed}, its views are "
                              f"{[view.name for view in self.views]}; each view must be placed once")  # fmt: skip
         if len({(view.height, view.width) for view in self.views}) != 1:
-            raise ValueError(f"embodiment '{self.name}': the views of a grid must have one size")
+            sizes = ", ".join(f"{view.name} {view.height}x{view.width}" for view in self.views)
+            raise ValueError(f"embodiment '{self.name}': the views of a grid must have one size; here {sizes}")
         _cover("state", self.state)
         _cover("action", self.action)
         names = {part.name: part for part in self.state}
@@ -211,11 +218,8 @@ class Embodiment:
 
     def mismatches(self, contract: dict, *, learned: bool = False) -> list[str]:
         """What differs between this robot and a saved `contract`, one sentence each; learned: see `require`."""
-        import json
-
         silent = set(OPTIONAL) - (LEARNED if learned else set())
-        mine = json.loads(json.dumps(self.contract()))
-        theirs = json.loads(json.dumps(contract))
+        mine, theirs = _plain(self.contract()), _plain(contract)
         found = []
         for key in sorted(mine.keys() | theirs.keys()):
             left, right = mine.get(key), theirs.get(key)
@@ -251,14 +255,15 @@ class Embodiment:
 
     def require(self, contract: dict, where: str, *, learned: bool = False) -> None:
         """Raise ValueError that names each difference between this robot and the `contract` saved at `where`; warn of
-        an orientation or a sign that only one of them tells, or none, and of a rotation that only one tells. learned:
-        by weights, which know other numbers where such a rotation is none: then it is a difference."""
+        an orientation, a sign or a rotation that is not compared since only one of them tells it, or since neither
+        does and they come from different files. learned: by weights, which know other numbers where such a rotation
+        is none: then it is a difference."""
         found = self.mismatches(contract, learned=learned)
         if found:
             raise ValueError(f"{where} was made for another robot than embodiment '{self.name}':\n  "
                              + "\n  ".join(found)
                              + "\nChoose the embodiment it was made with, or make it again.")  # fmt: skip
-        if untold := self.untold(contract):
+        if _plain(contract) != _plain(self.contract()) and (untold := self.untold(contract)):
             log.warning("%s and embodiment '%s' do not both tell, so it is not compared: %s", where, self.name,
                         ", ".join(untold))  # fmt: skip
 

@@ -206,7 +206,8 @@ class Stage:
     its `peak_mb` is the largest resident memory of this process plus that of its largest child, not of all children.
 
     config: the resolved configuration, plain JSON, free of paths; parents: name to input path. Together they name
-    the result: `run.id`. writes: False for all but one of several processes that run a stage together.
+    the result: `run.id`. writes: False for all but one of several processes that run a stage together. anew: what an
+    earlier run of this stage says of its input is forgotten.
 
     Raises ValueError if `out` holds the output of another configuration or of another stage.
     """
@@ -217,6 +218,7 @@ class Stage:
     parents: Mapping[str, Path | str] = field(default_factory=dict)
     seed: int = 0
     writes: bool = True
+    anew: bool = False
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
@@ -224,7 +226,7 @@ class Stage:
         spec = {
             "stage": self.name,
             "config": json.loads(json.dumps(self.config, default=str)),
-            "parents": {name: fingerprint(path) for name, path in self.parents.items()},
+            "parents": {name: self._read(name, path) for name, path in self.parents.items()},
             "seed": self.seed,
         }
         self.spec, self.id = spec, digest(spec)
@@ -233,8 +235,14 @@ class Stage:
             if not path.is_file():
                 continue
             old = read_json(path)
+            if self.anew and old.get("stage") == self.name:
+                path.unlink()
+                continue
             if old.get("id") != self.id and not (file == RUN and self._nothing_made()):
                 was = {key: old.get(key) for key in spec}
+                if old.get("stage") != self.name:
+                    raise ValueError(f"{self.out} holds the output of '{old.get('stage')}', not of '{self.name}'; "
+                                     f"choose another `step` or `stage.out`")  # fmt: skip
                 raise ValueError(f"{self.out} holds the output of another configuration ({differences(was, spec)}). "
                                  f"Choose another `out`, or delete {self.out} to make it again.")  # fmt: skip
         self.complete = (self.out / FILE).is_file()
@@ -246,8 +254,15 @@ class Stage:
             self.before = float(read_json(self.out / RUN).get("seconds", 0.0))
 
     def _nothing_made(self) -> bool:
-        """True where a run only said what it was about to do, as one that was refused its settings."""
-        return all(p.name == RUN or p.suffix == ".log" for p in self.out.iterdir())
+        """True where a run only said what it was about to do, as one that was refused its settings. What lies in
+        `cache` is named by what it was made of."""
+        return all(p.name in (RUN, "cache") or p.suffix == ".log" for p in self.out.iterdir())
+
+    def _read(self, name: str, path: Path | str) -> str:
+        try:
+            return fingerprint(path)
+        except ValueError as error:
+            raise ValueError(f"the input '{name}' of {self.name}: {error}") from None
 
     def __enter__(self) -> "Stage":
         return self

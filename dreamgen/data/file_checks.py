@@ -17,7 +17,7 @@ from dreamgen.data.rows import whole
 from dreamgen.video.mp4 import require_whole
 
 TOLERANCE = 1e-4  # seconds, as lerobot's
-ANEW = "`jobs.export` writes it anew"
+ANEW = "`dreamgen export` writes it anew"
 UNUSED = "no step reads it; mend it, or drop it"
 ARROW = {"float": "float32", "double": "float64", "halffloat": "float16"}
 

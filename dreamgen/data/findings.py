@@ -1,6 +1,7 @@
 """What a validator says: one finding for all episodes that show it, with what to do about it."""
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 LEVELS = ("error", "warning", "note")
 
@@ -48,11 +49,17 @@ class Findings:
 
 
 def table(found: list[Finding], title: str) -> str:
-    """The findings for people to read."""
+    """The findings for people to read; those of episodes that differ in numbers alone stand for each other."""
     counts = ", ".join(f"{n} {level}{'s' * (n != 1)}" for level in LEVELS
                        if (n := sum(finding.level == level for finding in found)))  # fmt: skip
     lines = [f"{title}: {counts or 'nothing to mend'}"]
+    alike: dict[tuple[str, ...], list[Finding]] = {}
     for finding in found:
-        lines += [f"  {finding.level:<8}{finding.check:<11}{finding.where()}: {finding.what}",
-                  f"  {'':<19}-> {finding.mend}"]  # fmt: skip
+        words = re.sub(r"\b-?\d[\d.]*(e-?\d+)?", "#", finding.what) if finding.episodes else finding.what
+        alike.setdefault((finding.level, finding.check, words, finding.mend), []).append(finding)
+    for (level, check, _, mend), rows in alike.items():
+        episodes = sorted({episode for finding in rows for episode in finding.episodes})
+        more = f" ({len(rows) - 1} more like it)" if len(rows) > 1 else ""
+        lines += [f"  {level:<8}{check:<11}{replace(rows[0], episodes=episodes).where()}: {rows[0].what}{more}",
+                  f"  {'':<19}-> {mend}"]  # fmt: skip
     return "\n".join(lines) + "\n"

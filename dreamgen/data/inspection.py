@@ -47,7 +47,7 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True,
         raise ValueError(f"{root} has no episode {', '.join(map(str, absent))}; it lists {len(layout.entries)} "
                          f"episodes")  # fmt: skip
     for note in layout.mended:
-        found.add("warning", "counts", note, "correct info.json; `jobs.export` writes it anew")
+        found.add("warning", "counts", note, "correct info.json; `dreamgen export` writes it anew")
     try:
         for misfit in misfits(root, layout.info, robot):
             found.add("error", "contract", misfit, "choose the embodiment of the recording (embodiment=...)")
@@ -103,9 +103,9 @@ def _stored(layout: Layout, found: Findings) -> Iterator[tuple[str, dict]]:
         try:
             yield "meta/stats.json", read_json(path)
         except ValueError as error:
-            found.add("error", "statistics", str(error), "`jobs.export` computes them anew")
+            found.add("error", "statistics", str(error), "`dreamgen export` computes them anew")
     elif layout.version != "v2.1":  # there each episode has its own
-        found.add("warning", "statistics", "meta/stats.json is missing", "`jobs.export` computes it")
+        found.add("warning", "statistics", "meta/stats.json is missing", "`dreamgen export` computes it")
 
 
 def _whole(layout: Layout, tables: Tables, pictures: dict[str, dict], found: Findings) -> None:
@@ -120,7 +120,7 @@ def _whole(layout: Layout, tables: Tables, pictures: dict[str, dict], found: Fin
         check_statistics(said, own, found, where)
         if left := [name for name in tables.seen if name not in widths]:
             found.add("note", "statistics", f"{where} was not compared with the data of {', '.join(map(repr, left))}: "
-                      f"not all of their rows were looked at, or are good", "`jobs.export` with skip_bad=true or "
+                      f"not all of their rows were looked at, or are good", "`dreamgen export` with skip_bad=true or "
                       "data.episodes leaves these rows out and computes them anew")  # fmt: skip
 
 
@@ -129,20 +129,20 @@ def _own(layout: Layout, found: Findings) -> StoredStatistics | None:
     path = layout.root / V21
     if layout.version == "v2.1" and not path.is_file():
         found.add("warning", "statistics", f"{V21} is missing; lerobot reads v2.1 by it",
-                  "`jobs.export stage.format=v2.1` writes it")  # fmt: skip
+                  "`dreamgen export stage.format=v2.1` writes it")  # fmt: skip
     if layout.version < "v2.1" or layout.version == "v2.1" and not path.is_file():
         return None
     try:
         return StoredStatistics(layout)
     except ValueError as error:
-        found.add("error", "statistics", str(error), "`jobs.export` computes them anew")
+        found.add("error", "statistics", str(error), "`dreamgen export` computes them anew")
         return None
 
 
 def _compare(said: dict, columns: dict[str, np.ndarray], found: Findings, index: int) -> None:
     """The statistics of one episode against its columns (s k)."""
     if not said:
-        found.add("warning", "statistics", "it has no statistics of its own", "`jobs.export` computes them", index)
+        found.add("warning", "statistics", "it has no statistics of its own", "`dreamgen export` computes them", index)
         return
     true = {name: statistics.of_numbers(values) for name, values in columns.items()}
     check_statistics(said, true, found, "its own statistics", index)

@@ -13,16 +13,15 @@ CLOSE = 1e-3  # of an entry's range: what rounding and another summing order may
 LOOSE = 0.05  # of an entry's range: quantiles that were estimated (lerobot averages those of its episodes)
 PICTURE = 0.05  # of full brightness: pictures that were sampled and made smaller (lerobot)
 WIDE = 1.0  # of an entry's range: how far beyond the data's ends stored ones lie that are of other data
-REMAKE = "`jobs.export` computes them anew"
+REMAKE = "`dreamgen export` computes them anew"
 
 
 def check_statistics(said: Mapping[str, Mapping], true: Mapping[str, Mapping], found: Findings, where: str,
                      episode: int | None = None) -> None:  # fmt: skip
     """Statistics as stored against those of the data, per feature; `where` names the file."""
-    for name in sorted(true):
-        if name not in said:
-            found.add("warning", "statistics", f"{where} has none of '{name}'", REMAKE, episode)
-            continue
+    if lacks := sorted(true.keys() - said.keys()):
+        found.add("warning", "statistics", f"{where} has none of {', '.join(map(repr, lacks))}", REMAKE, episode)
+    for name in sorted(true.keys() & said.keys()):
         picture = np.ndim(true[name]["mean"]) == 3
         try:
             stored = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in said[name].items()}

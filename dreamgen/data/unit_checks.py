@@ -4,6 +4,8 @@ States and actions are taken episode by episode, and only sums of them are kept:
 merged (Chan, Golub and LeVeque 1979, eq. 2.1).
 """
 
+import re
+
 import numpy as np
 from jaxtyping import Float64
 
@@ -29,6 +31,9 @@ class Units:
         self._motions = [TurnMotion(part, where[part.moves]) if part.rotation else
                          _Motion(part, where[part.moves], robot.turning(part)[1] if part.turned_by else None)
                          for part in robot.action if part.moves is not None and part.kind != "binary"]  # fmt: skip
+        alike = {part.name: part for part in robot.action if part.kind == "absolute" and not part.rotation
+                 and part.moves is None and part.width == getattr(where.get(part.name), "width", 0)}  # fmt: skip
+        self._motions += [_Motion(part, where[name], None) for name, part in alike.items()]
 
     def add(self, state: np.ndarray | None, action: np.ndarray | None) -> None:
         """One episode: states (s d) and actions (s a), None where it has none. Those of another width are passed over;
@@ -47,9 +52,14 @@ class Units:
     def check(self, found: Findings) -> None:
         """Say what looks wrong of all that was added."""
         for kind, parts in (("state", self._states), ("action", self._actions)):
-            for part in parts:
-                if part.sums.count:
-                    part.check(f"{kind} part '{part.part.name}'", found, kind == "action")
+            taken = [part for part in parts if part.sums.count]
+            still = [f"'{part.part.name}' ({part.low[0]:.4g})" for part in taken if (part.high == part.low).all()]
+            if still:
+                found.add("note", "units", f"{kind} part{'s' * (len(still) > 1)} {', '.join(still)} never "
+                          f"var{'y' if len(still) > 1 else 'ies'}", "nothing to learn there; leave it out, or record it"
+                          )  # fmt: skip
+            for part in taken:
+                part.check(f"{kind} part '{part.part.name}'", found, kind == "action")
         for motion in self._motions:
             if motion.count:
                 motion.check(found)
@@ -108,9 +118,10 @@ class _Part:
         most = float(np.maximum(np.abs(low), np.abs(high)).max())
         if self.form is not None:
             self.form.check(name, found)
+        if part.unit not in (*BOUNDS, *FLOORS) and (meant := re.match("(rad|deg|mm|m)[a-z]*$", part.unit.lower())):
+            found.add("warning", "units", f"{name} has the unit '{part.unit}', by which nothing is checked",
+                      f"call it {meant[1]} in the embodiment")  # fmt: skip
         if (high == low).all():
-            found.add("note", "units", f"{name} never varies (it is {low[0]:.4g})", "nothing to learn there; leave it "
-                      "out, or record it")  # fmt: skip
             return
         if part.unit in BOUNDS and most > BOUNDS[part.unit][0]:
             found.add("warning", "units", f"{name} is in {part.unit} and reaches {most:.4g} (std {std.max():.4g}): it "
@@ -169,6 +180,8 @@ class _Motion:
         follows = self._correlation(u, a)  # of the command with where the robot then is, and with how far it then went
         pushes = self._correlation(u, moved)
         mend = "correct kind, unit or scale of the part in the embodiment"
+        if part.moves is None and not (follows < 0.3 and pushes > 0.7):
+            return
         if part.kind == "delta" and follows > 0.9 and pushes < 0.5:
             found.add("warning", "units", f"{name} is a delta and follows '{part.moves}' itself (correlation "
                       f"{follows:.2f}, with its change {pushes:.2f}): it looks absolute", mend)  # fmt: skip
@@ -182,7 +195,9 @@ class _Motion:
             std = self.sums.std()
             ratio = float(std[u].mean() / max(std[a].mean(), 1e-12))
             if follows < 0.3 and pushes > 0.7:
-                what = f"follows the change of '{part.moves}' (correlation {pushes:.2f}, with itself {follows:.2f})"
+                what = (
+                    f"follows the change of '{self.moves.name}' (correlation {pushes:.2f}, with itself {follows:.2f})"
+                )
                 found.add("warning", "units", f"{name} is absolute and {what}: it looks like a delta", mend)
             elif follows > 0.7 and not 0.1 < ratio * part.scale < 10:
                 found.add("warning", "units", f"{name} varies {ratio:.3g} times as much as '{part.moves}', which it "

@@ -44,7 +44,9 @@ def errors(results: Mapping) -> list[tuple[str, float]]:
     for key, value in results.get("policy", {}).get("open_loop", {}).items():
         for name, number in value.items() if isinstance(value, Mapping) else [("error", value)]:
             if isinstance(number, int | float):
-                rows.append((f"{POLICY.get(key, key)}, open-loop {name.replace('_', ' ')}", number))
+                told = name.removeprefix("control_").replace("_", " ")
+                mean = " of the mean action" if name.startswith("control_") else ""
+                rows.append((f"{POLICY.get(key, key)}, open-loop {told}{mean}", number))
     return rows
 
 

@@ -22,6 +22,7 @@ STATE, ACTION = "observation.state", "action"
 FILES = 20  # tables that are looked into
 GRAIN = 32  # pixels: sides that every shipped world model takes are multiples of it
 WORDS = ("null", "true", "false", "yes", "no", "on", "off", "y", "n")  # which YAML does not take as text
+MOST = 0.95  # share of the changes that are looked at: not those between episodes
 FOLLOWS = 0.5  # correlation of a command with the state from which on it is called its target
 
 
@@ -36,9 +37,7 @@ def describe(root: str, *, out: Path, name: str | None = None, revision: str | N
     """
     path = locate(root, revision)
     layout = read_layout(path)
-    with Stage(out, "describe", config=record, parents={"data": path}) as run:
-        if run.complete:
-            return run.manifest()
+    with Stage(out, "describe", config=record, parents={"data": path}, anew=True) as run:
         known = read_json(path / CONTRACT)["contract"] if (path / CONTRACT).is_file() else None
         named = name or re.sub(r"\W+", "_", str(layout.info.get("robot_type") or path.resolve().name)).lower()
         text = "\n".join(_known(known) if known else _drafted(layout, named)) + "\n"
@@ -112,7 +111,7 @@ def _views(layout: Layout) -> Iterator[str]:
 
 def _guessed(part: dict, values: np.ndarray, moved: dict[str, dict], states: np.ndarray) -> tuple[str, str]:
     """An action part with what its values (n k) tell of it, and a comment."""
-    levels, target = np.unique(values), moved.get(part["name"])
+    levels, target = np.unique(values), moved.get(re.sub("^delta_|_delta$", "", part["name"]))
     if "rotation" in part:
         return _turning(part, values, target, states)
     if target is not None and "rotation" in target:
@@ -130,6 +129,12 @@ def _guessed(part: dict, values: np.ndarray, moved: dict[str, dict], states: np.
         follows = _follows(values, states[:, target["start"] : target["stop"]])
         if follows > FOLLOWS:
             return _flow({**part, "moves": target["name"]}), f"{_range(values)}; follows the state ({follows:.2f})"
+        pushes, slope = _pushes(values, states[:, target["start"] : target["stop"]])
+        if pushes > FOLLOWS:
+            scale = {"scale": float(f"{slope:.2g}")} if abs(slope - 1) > 0.1 else {}
+            ask = "; the scale is measured, set the true one" if scale else ""
+            made = {**part, "kind": "delta", "moves": target["name"], **scale}
+            return _flow(made), f"{_range(values)}; follows the change of the state ({pushes:.2f}){ask}"
         return _flow(part), f"{_range(values)}; does not follow the state of that name ({follows:.2f}): a delta?"
     return _flow(part), f"{_range(values)}; no state part of that name: add moves, if it sets one"
 
@@ -171,6 +176,14 @@ def _follows(command: np.ndarray, state: np.ndarray) -> float:
     keep = (command.std(0) > 1e-9) & (state.std(0) > 1e-9)
     pairs = zip(command.T[keep], state.T[keep], strict=True)
     return float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])) if keep.any() else 0.0
+
+
+def _pushes(command: np.ndarray, state: np.ndarray) -> tuple[float, float]:
+    """The correlation of the commands (n k) with the changes of the state, and the change by a command of 1."""
+    change = np.diff(state, axis=0)
+    size = np.linalg.norm(change, axis=1)
+    command, change = (values[size <= np.quantile(size, MOST)] for values in (command[:-1], change))
+    return _follows(command, change), float((command * change).sum() / max((command**2).sum(), 1e-12))
 
 
 def _parts(layout: Layout, kind: str, key: str) -> list[dict[str, Any]]:

@@ -123,6 +123,7 @@ def plan(
     batch_size: int = 16,
     accumulate: int = 1,
     hop: int = 1,
+    short: str = "drop",
     method: str = "full",
     rank: int | None = None,
     lora: Mapping[str, Any] | None = None,
@@ -173,14 +174,14 @@ def plan(
     done = batch_size * sizes.step(video, text_length, lora=adapter, checkpointing=checkpointing)
     speed = machine.bf16 * efficiency
     dream = forward * denoising_steps * (2 if guidance > 1 else 1)
-    windows, recorded = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop)
+    windows, recorded = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop, short)
     check = ROWS * forward + samples * dream
     vae = vae_memory(found.vae, (found.channels, *latents), (frames, *canvas))
     dreaming = parameters * (2 if weights == "bf16" else 4) + vae["weights"] + vae["decode"]
     figures = {
         "model": model, "gpu": machine.name, "gpus": gpus, "efficiency": efficiency, "peak_flops": machine.bf16,
         "parameters": parameters, "trained_parameters": trained, "video_tokens": video, "text_tokens": text_length,
-        "canvas": list(canvas), "frames": frames, "windows": windows,
+        "canvas": list(canvas), "frames": frames, "dataset": dataset and str(dataset), "windows": windows,
         "epochs": windows and steps * batch_size / windows,
         "forward_flops": forward, "step_flops": step, "checkpointing": checkpointing,
         "memory": {"plain": _bytes(memory[False]), "checkpointing": _bytes(memory[True]), "device": machine.memory},
@@ -215,14 +216,14 @@ def _bytes(memory: Memory) -> dict[str, float]:
     return {**vars(memory), "total": memory.total}
 
 
-def _windows(dataset: Path | None, clock: Clock, hop: int) -> tuple[int | None, int | None]:
+def _windows(dataset: Path | None, clock: Clock, hop: int, short: str) -> tuple[int | None, int | None]:
     """Clips and frames of a LeRobot folder; None where there is none. Lengths as they are on average."""
     info = Path(dataset) / "meta" / "info.json" if dataset is not None else None
     if info is None or not info.is_file():
         return None, None
     about = read_json(info)
     count, frames = int(about["total_episodes"]), int(about["total_frames"])
-    return len(Windows([frames // max(count, 1)] * count, clock, hop=hop)), frames
+    return len(Windows([frames // max(count, 1)] * count, clock, hop=hop, short=short)), frames
 
 
 def si(value: float, unit: str) -> str:
@@ -240,10 +241,11 @@ def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int,
         ("clip", f"{found['frames']} frames of {found['canvas'][0]}x{found['canvas'][1]}: {found['video_tokens']} "
                  f"tokens of video, {found['text_tokens']} of text"),
         ("dataset", f"{found['windows']} clips, {found['epochs']:.3g} epochs, "
-                    f"{found['latent_cache_bytes'] / gb:.3g} GB of latents" if found["windows"] else "none there yet"),
+                    f"{found['latent_cache_bytes'] / gb:.3g} GB of latents"
+                    if found["windows"] else f"none at {found['dataset']}, so it is not counted"),
         ("encoding", f"{found['encoded_frames']} frames, {found['encoded_frames'] / found['recorded_frames']:.3g} for "
                      f"each one recorded (stage.hop={hop}); not counted below"
-                     if found["windows"] else "none there yet"),
+                     if found["windows"] else "depends on the dataset"),
         ("device", f"{found['gpus']} x {found['gpu']}: {si(found['peak_flops'], 'FLOP/s')} each, of which "
                    f"{found['efficiency']:.0%} are expected; {memory['device'] / gb:.4g} GB"),
         ("forward pass", f"{si(found['forward_flops'], 'FLOP')} a clip"),

@@ -52,13 +52,14 @@ def serve(
     answer = {"host": host, "port": server.port, "address": server.address, "horizon": policy.horizon,
               "embodiment": robot.name}  # fmt: skip
     ours = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=server.stop).start()) if ours else None
+    ends = (signal.SIGTERM, signal.SIGINT) if ours else ()
+    before = {end: signal.signal(end, lambda *_: threading.Thread(target=server.stop).start()) for end in ends}
     try:
         write_json(out / "server.json", answer)
         log.info("serving at %s", server.address)
         server.run()
     finally:
         (out / "server.json").unlink(missing_ok=True)
-        if ours:
-            signal.signal(signal.SIGTERM, before)
+        for end, handler in before.items():
+            signal.signal(end, handler)
     return answer

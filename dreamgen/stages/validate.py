@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.manifest import FILE, RUN, Stage, read_json, write_json
+from dreamgen.core.manifest import Stage, write_json
 from dreamgen.data.findings import LEVELS, table
 from dreamgen.data.inspection import excused, inspect
 from dreamgen.data.layout import locate
@@ -24,10 +24,7 @@ def validate(root: str, *, robot: Embodiment, out: Path, pictures: bool = True, 
     Raises ValueError if there is no such dataset, and for episodes that it does not list.
     """
     path = locate(root, revision)
-    for file in (FILE, RUN):  # an older validation says nothing of what lies there now
-        if (out / file).is_file() and read_json(out / file).get("stage") == "validate":
-            (out / file).unlink()
-    with Stage(out, "validate", config=record, parents={"data": path}) as run:
+    with Stage(out, "validate", config=record, parents={"data": path}, anew=True) as run:
         found, counts = inspect(path, robot, pictures=pictures, episodes=episodes)
         found, reader = excused(found, path, robot, episodes) if skip_bad else (found, None)
         numbers = {f"{level}s": sum(finding.level == level for finding in found) for level in LEVELS}

@@ -26,6 +26,32 @@ def test_the_console_command_is_the_module() -> None:
     assert run("-c", call, "fly").returncode == 2
 
 
+def test_help_says_what_a_command_does_and_its_settings() -> None:
+    from jobs.cli import commands
+    from jobs.help import summary, usage
+
+    assert all(summary(job).endswith((".", "success.", "(ZeroMQ).")) for job in commands())
+    told = usage("train_policy", ["stage=train_policy_large"])
+    assert "Train a policy on real and dreamed" in told and "stage=train_policy_large" in told and "siglip2" in told
+    done = run("-m", "jobs.plan", "--help")
+    assert done.returncode == 0 and done.stdout == usage("plan", []) and "gpu: h100 # or" in done.stdout
+
+
+def test_a_stage_tells_its_first_figures_when_it_ends(caplog) -> None:
+    from omegaconf import OmegaConf
+
+    from jobs.running import told
+
+    results = {"mae": {f"part_{k}": k / 3 for k in range(14)}, "episodes": 4, "table": "text", "missing": None}
+    with caplog.at_level("INFO", logger="jobs"):
+        told(OmegaConf.create({"stage": {"out": "runs/a/score"}}), {"results": results})
+        told(OmegaConf.create({}), {"left": 3})  # of shards
+    assert len(caplog.records) == 1
+    line = caplog.records[0].getMessage()
+    assert line.startswith("done: mae.part_0 0, mae.part_1 0.3333, ") and "runs/a/score/manifest.json" in line
+    assert ", 3 more" in line and "text" not in line
+
+
 def test_a_traceback_only_on_demand(tmp_path) -> None:
     quiet = run("-m", "jobs.label", f"out={tmp_path}")
     assert quiet.returncode == 2 and quiet.stderr.splitlines()[-1].startswith("error: ")

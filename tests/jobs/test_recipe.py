@@ -5,8 +5,11 @@ from pathlib import Path
 import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dreamgen.core.manifest import Stage, write_json
+from jobs import steps
 from jobs.errors import explain
 from jobs.recipe import load
 from jobs.running import check, parts, record, run_stage
@@ -14,7 +17,7 @@ from jobs.steps import inputs
 
 
 def refused(job: str, *overrides: str) -> str:
-    with pytest.raises((ValueError, HydraException)) as caught:
+    with pytest.raises((ValueError, HydraException, OmegaConfBaseException)) as caught:
         check(load(job, overrides)[0].stage)
     return explain(caught.value) or ""
 
@@ -37,6 +40,57 @@ def test_unknown_options_list_the_known() -> None:
 
 def test_a_wrong_type_is_named() -> None:
     assert "workers" in refused("collect", "workers=many") and "Integer" in refused("collect", "workers=many")
+
+
+def test_the_plan_of_a_recipe_is_that_of_its_fine_tuning() -> None:
+    own = ["experiment=robot", "embodiment=gr1", "data.root=path/to/it"]
+    stage = load("plan", own)[0].stage
+    assert (stage.method, stage.steps, stage.hop, stage.accumulate, stage.short) == ("lora", 2000, 4, 16, "pad")
+    assert load("plan", [*own, "stage.steps=7"])[0].stage.steps == 7 and load("plan")[0].stage.steps == 1000
+    check(stage)
+
+
+@pytest.mark.parametrize(
+    ("job", "word", "told"),
+    [
+        ("finetune", "stage.steps=two", "stage.steps is 'two'; expected a whole number"),
+        ("finetune", "stage.steps=1e3", "stage.steps is 1000.0; expected a whole number"),
+        ("finetune", "stage.lr=true", "stage.lr is True; expected a number"),
+        ("finetune", "stage.lengths=17", "stage.lengths is 17; expected [a list] or null"),
+        ("finetune", "stage.dataset=path/to/it", "`_target_: dreamgen.data.lerobot.Dataset`"),
+        ("collect", "stage.source=nobody", "expected expert, play, policy, perturbed"),
+        ("validate", "~embodiment._target_", "`_target_: dreamgen.core.embodiment.Embodiment`"),
+        ("validate", "data=folder", "data.root is not given; add data.root=..."),
+        ("dream", "prompts=pictures", "prompts.folder is not given; add prompts.folder=..."),
+    ],
+)
+def test_a_value_of_another_kind_is_named(job: str, word: str, told: str) -> None:
+    assert told in refused(job, word)
+
+
+def test_values_that_fit_are_taken() -> None:
+    words = ["stage.lr=1", "stage.lengths=[17,9]", "stage.patience=3", "stage.cache=some/folder", "stage.rank=null"]
+    check(load("finetune", [*words, "world_model.video_hz=7.5", "embodiment.robot_hz=29.97"])[0].stage)
+
+
+def test_an_empty_out_is_not_the_root(tmp_path) -> None:
+    with pytest.raises(ValueError, match="out is empty"):
+        run_stage(load("describe", ["data=folder", f"data.root={tmp_path}", "out="])[0])
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError) as caught:
+        Stage(tmp_path / "file" / "step", "collect", config={})
+    assert explain(caught.value) == f"{tmp_path / 'file' / 'step'}: Not a directory. Choose another path, or mend it"
+
+
+def test_a_configuration_that_is_no_yaml_is_named(tmp_path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: x\n  views: [\n")
+    with pytest.raises(YAMLError) as caught:
+        OmegaConf.load(tmp_path / "mine.yaml")
+    told = explain(caught.value) or ""
+    assert told.startswith("a configuration cannot be read") and "mine.yaml" in told and "line 2" in told
 
 
 def test_only_code_of_known_origin_is_run() -> None:
@@ -76,6 +130,16 @@ def test_errors_become_one_sentence() -> None:
     assert explain(ValueError("row 3 holds nan")) == "row 3 holds nan"
     assert explain(RuntimeError("ours")) is None
     assert "continues" in (explain(KeyboardInterrupt()) or "")
+
+
+def test_a_pipeline_hands_on_what_it_was_given_as_it_is_written(monkeypatch) -> None:
+    task = ['steps.again="dream prompts.dataset=${heldout} seed=3"', "step=old", "seed=1"]
+    given = OmegaConf.create({"heldout": {"root": "some"}, "overrides": {"task": task}})
+    monkeypatch.setattr(steps.HydraConfig, "get", lambda: given)
+    handed: list[str] = []
+    monkeypatch.setattr(steps, "run_steps", lambda _, overrides: handed.extend(overrides))
+    steps.run_pipeline(OmegaConf.create({}))
+    assert handed == [task[0], task[2]]
 
 
 def test_a_record_holds_what_inputs_hold(tmp_path) -> None:
@@ -170,6 +234,13 @@ def test_unknown_keys_of_parts_are_named(job: str, key: str) -> None:
 def test_a_refused_setting_does_not_lock_the_folder(tmp_path) -> None:
     out = tmp_path / "out"
     Stage(out, "collect", config={"instructions": ["fly"]})
+    (out / "cache").mkdir()  # is named by what it was made of
+    with pytest.raises(ValueError, match="the output of 'collect', not of 'dream'"):
+        (out / "clips").mkdir()
+        Stage(out, "dream", config={})
+    (out / "clips").rmdir()
+    with pytest.raises(ValueError, match=f"the input 'clips' of label: {out}/dreams does not exist"):
+        Stage(tmp_path / "labels", "label", config={}, parents={"clips": out / "dreams"})
     with Stage(out, "collect", config={"instructions": ["lift"]}):
         (out / "episode.npz").touch()
     with pytest.raises(ValueError, match="another configuration"):

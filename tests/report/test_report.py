@@ -214,3 +214,9 @@ def test_a_plot_places_its_points() -> None:
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and y0 - y1 == pytest.approx(y1 - y2, abs=0.11)
     assert plots.lines([plots.Line("y", [0], [-1], "a")], title="t", log=True) == ""
     assert [plots.duration(s) for s in (5.25, 65.0, 3720.0)] == ["5.2 s", "1 min 05 s", "1 h 02 min"]
+
+
+def test_the_control_of_open_loop_errors_is_called_what_it_is() -> None:
+    text = table({"policy": {"open_loop": {"real": {"mae": 0.4, "control_mae": 0.3, "by_part": {}}}}, "stages": {}})
+    assert "demonstrations only, open-loop mae" in text and "open-loop mae of the mean action" in text
+    assert "control" not in text

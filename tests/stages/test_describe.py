@@ -174,3 +174,32 @@ def test_a_humanoid_of_groot(tmp_path: Path, untyped) -> None:  # noqa: F811
     assert len(Dataset(GR1, robot)) == 5 and [view.name for view in robot.views] == ["ego_view"]
     assert [part.name for part in robot.action][:2] == ["left_arm", "left_hand"] and robot.action_dim == 44
     assert {part.name for part in robot.action if part.moves} >= {"left_arm", "right_arm"}
+
+
+def test_a_delta_is_told_from_a_target_by_how_the_state_changes(tmp_path: Path, untyped) -> None:  # noqa: F811
+    rng, recorded = np.random.default_rng(1), []
+    for rows in (60, 70):
+        step = rng.normal(0, 1, (rows, 2))
+        place = 5 + np.cumsum(0.04 * step, 0) - 0.04 * step
+        state, action = (np.concatenate([x, np.linspace(0, 1, rows)[:, None]], 1) for x in (place, step))
+        video = {"front": np.zeros((rows, 64, 96, 3), np.uint8)}
+        recorded.append(Episode(instruction="go", state=state.astype(np.float32), action=action.astype(np.float32),
+                            video=video))  # fmt: skip
+    names = [("place", 0, 2), ("door", 2, 3)]
+    state = [Part(name=name, start=a, stop=b) for name, a, b in names]
+    action = [Part(name="delta_place", start=0, stop=2), state[1]]
+    front = View(name="front", key="observation.images.front", height=64, width=96)
+    write_dataset(
+        tmp_path / "d", recorded, Embodiment(name="arm", robot_hz=10, views=[front], state=state, action=action)
+    )
+    (tmp_path / "d" / CONTRACT).unlink()
+    info = json.loads((tmp_path / "d/meta/info.json").read_text())
+    info["features"]["observation.state"]["names"] = ["place_0", "place_1", "door"]
+    info["features"]["action"]["names"] = ["delta_place_0", "delta_place_1", "door"]
+    (tmp_path / "d/meta/info.json").write_text(json.dumps(info))
+    text = describe(str(tmp_path / "d"), out=tmp_path / "out", record={})["results"]["text"]
+    moved, door = made(text).action
+    assert (moved.name, moved.kind, moved.moves, moved.scale) == ("delta_place", "delta", "place", 0.04)
+    assert (door.kind, door.moves) == ("absolute", "door")
+    again = describe(str(tmp_path / "d"), out=tmp_path / "out", name="other", record={"name": "other"})
+    assert again["results"]["text"].startswith("# other")  # a draft is drawn anew

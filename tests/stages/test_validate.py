@@ -204,9 +204,11 @@ UNITS = {
                                                                   limits=(-1, 1)), ACTION[1])}),
     "'close' is binary and takes": (episodes(), {"action": (Part(name="close", start=0, stop=3, kind="binary",
                                                                   limits=(-3, 3)),)}),
+    "'arm' has the unit 'rads', by which nothing": (episodes(), {"state": (Part(name="arm", start=0, stop=2,
+                                                                                unit="rads"), STATE[1])}),
     "is a delta and follows 'arm' itself": (episodes(), {"action": (Part(name="arm", start=0, stop=2, kind="delta",
                                                                          moves="arm"), ACTION[1])}),
-    "part 'grip' never varies": ([Episode(**vars(e) | {"state": e.state * np.float32([1, 1, 0])})
+    r"part 'grip' \(0\) never varies": ([Episode(**vars(e) | {"state": e.state * np.float32([1, 1, 0])})
                                   for e in episodes()], {}),
     "is in deg and stays within .*looks like radians": (episodes(), {"state": (Part(name="arm", start=0, stop=2,
                                                                                     unit="deg"), STATE[1])}),
@@ -277,3 +279,33 @@ def test_the_job_ends_with_status_1(tmp_path: Path) -> None:
     words = ["data=folder", f"data.root={tmp_path / 'empty'}", f"out={tmp_path / 'v'}"]
     done = subprocess.run([sys.executable, "-m", "jobs.validate", *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "1 error" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_what_differs_in_numbers_alone_is_one_line_of_the_table() -> None:
+    from dreamgen.data.findings import Findings, table
+
+    found = Findings()
+    for episode in range(9):
+        found.add("warning", "time", f"'t' is off by {episode / 7:.3g} s", "export it", episode)
+        found.add("warning", "time", f"'u' is off by {episode} s", "export it", episode)
+    found.add("note", "units", "part 'a' (0) never varies", "leave it out")
+    lines = table(found.list(), "mine").splitlines()
+    assert lines[0] == "mine: 18 warnings, 1 note" and len(lines) == 7
+    assert lines[1].endswith("episodes 0, 1, 2, 3 and 5 more: 't' is off by 0 s (8 more like it)")
+
+
+def test_a_delta_called_absolute_is_told_by_its_name_alone() -> None:
+    from dreamgen.data.findings import Findings
+    from dreamgen.data.unit_checks import Units
+
+    place, found = np.cumsum(np.random.default_rng(0).normal(size=(400, 2)), 0), Findings()
+    step = np.diff(place, axis=0)
+    parts = [Part(name="arm", start=0, stop=2)]
+    units = Units(robot(state=parts, action=parts))
+    units.add(place[:-1], step)
+    units.check(found)
+    assert [f.what.endswith("it looks like a delta") for f in found.list()] == [True]
+    units, found = Units(robot(state=parts, action=parts)), Findings()
+    units.add(place[:-1], 100 * place[1:])  # names no part that it moves, so its unit may be another
+    units.check(found)
+    assert found.list() == []

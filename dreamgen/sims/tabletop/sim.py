@@ -39,7 +39,8 @@ class Tabletop:
         if (robot.action_dim, robot.state_dim, robot.rate) != (4, 4, 20):
             raise ValueError(f"the tabletop needs 4 action and 4 state entries at 20 Hz; embodiment '{robot.name}' has "
                              f"{robot.action_dim} and {robot.state_dim} at {robot.robot_hz} Hz. Use "
-                             f"embodiment=tabletop or tabletop_two_views.")  # fmt: skip
+                             f"embodiment=tabletop or tabletop_two_views; a robot of your own has sim=none, and first "
+                             f"frames by prompts=dataset or prompts=pictures.")  # fmt: skip
         self.robot = robot
         self.instructions = tuple(tasks.named(text).text for text in (instructions or tasks.TASKS))
         self.random = appearance == "random"
