@@ -212,10 +212,17 @@ def measured(work, given) -> int:
     return most
 
 
+WIDTHS = ("base_dim", "block_out_channels", "decoder_block_out_channels")
+
+
 @pytest.mark.parametrize("name", ["wan21_i2v_14b", "ltx_video", "cogvideox_5b_i2v"])
 def test_an_autoencoder_holds_what_is_planned(name, monkeypatch):
-    """The allocator's own record is larger by what convolutions hold in themselves, on a CPU and of a few channels."""
-    vae = zoo.build(name).vae.eval()
+    """The allocator's own record is larger by what convolutions hold in themselves on a CPU, up to a quarter here; of
+    fewer channels than fill its vectors it is more."""
+    tiny = zoo.build(name).vae
+    widths = {key: 4 * value if isinstance(value, int) else tuple(4 * each for each in value)
+              for key, value in tiny.config.items() if key in WIDTHS}  # fmt: skip
+    vae = type(tiny).from_config({**tiny.config, **widths}).eval()
     monkeypatch.setattr(plan_vae, "clips_at_once", lambda *_: 2)
     clip = torch.rand(2, 3, 17 if name == "ltx_video" else 9, 64, 96)
     with torch.no_grad():
@@ -225,7 +232,7 @@ def test_an_autoencoder_holds_what_is_planned(name, monkeypatch):
     assert found["weights"] == sum(p.numel() * 4 for p in vae.parameters()) and found["clips"] == 2
     for key, work, given in (("encode", lambda x: vae.encode(x).latent_dist.mode(), clip),
                              ("decode", lambda z: vae.decode(z).sample, z)):  # fmt: skip
-        assert 0.99 < (measured(work, given) + given.nbytes) / found[key] < 1.4
+        assert 0.99 < (measured(work, given) + given.nbytes) / found[key] < 1.35
 
 
 @pytest.mark.slow
