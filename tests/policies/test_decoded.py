@@ -96,7 +96,7 @@ def test_a_full_disk_costs_time_alone(data, tmp_path, monkeypatch, caplog, full)
 
 @pytest.mark.parametrize("after", [0.0, 0.5, 1.0])
 def test_what_a_killed_process_was_keeping_is_decoded_again(data, tmp_path, monkeypatch, after):
-    """Killed before, in the middle and at the end of the second write; pictures are noise, so that half of one shows."""
+    """Killed before, in the middle and at the end of the second write; pictures are noise: half of one would show."""
     chunks, written, save = Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path), [], os.pwrite
     truth = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0))
     chunks.pictures(0, 0)
