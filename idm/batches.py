@@ -9,6 +9,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.rotations import straightened
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.mixture import shares
@@ -21,6 +22,8 @@ Degrade = Callable[[Asked, int], Sequence[np.ndarray]]
 @runtime_checkable
 class Recorded(Protocol):
     """What is needed of a dataset; `dreamgen.data.lerobot.Dataset` is one."""
+
+    robot: Embodiment
 
     def __len__(self) -> int: ...
 
@@ -54,8 +57,9 @@ class Batches:
         longest = max(clock.steps for clock in self.clocks)
         self.episodes = [i for i in episodes if dataset.length(i) > longest]
         if not self.episodes:
-            raise ValueError(f"none of {len(list(episodes))} episodes has the {longest + 1} rows that a training "
-                             f"clip spans; lower the labeler's `train_frames`, or record longer episodes")  # fmt: skip
+            raise ValueError(f"none of {len(list(episodes))} episodes of robot '{dataset.robot.name}' has the "
+                             f"{longest + 1} rows that a training clip spans; lower the labeler's `train_frames`, or "
+                             f"record longer episodes")  # fmt: skip
         self.rows, self.first = {i: dataset.episode(i) for i in self.episodes}, first
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0
@@ -95,8 +99,10 @@ class Batches:
             places.append((index, rows, clock))
         if count and not places:
             rows = min(clock.with_frames(frames).steps for clock in self.clocks) + 1
-            raise ValueError(f"none of {len(self.episodes)} episodes has the {rows} rows that {frames} frames for the "
-                             f"world model span; record longer ones, or set world_model=null")  # fmt: skip
+            robot = self.dataset.robot.name
+            raise ValueError(f"none of {len(self.episodes)} episodes of robot '{robot}' has the {rows} rows that "
+                             f"{frames} frames for the world model span; record longer ones, or set "
+                             f"world_model=null")  # fmt: skip
         videos = degrade(
             lambda n: (self.dataset.canvas(*places[n][:2]), self.rows[places[n][0]].instruction), len(places)
         )

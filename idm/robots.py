@@ -20,7 +20,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.states import known_states
 from idm import checkpoint
-from idm.batches import Alternating, Batches, Recorded
+from idm.batches import Alternating, Batches, Degrade, Recorded
 from idm.flow import Denoiser
 from idm.heads import Heads
 from idm.merge import horizon
@@ -139,18 +139,18 @@ class Robots(nn.Module):
         self.head.fit([e.action for e in recorded], [e.state for e in recorded])
 
     def batches(self, dataset: Recorded, episodes: Sequence[int], *, own_share: float | None = None,
-                others: Sequence[tuple[Recorded, Sequence[int]]] = (),
+                others: Sequence[tuple[Recorded, Sequence[int], Degrade | None]] = (), seed: int,
                 **options: Any) -> Batches | Alternating:  # fmt: skip
-        """Training batches by step; options: see `Batches`. others: recordings of robots that were added, and which
-        episodes of them; each batch is then of one robot, see `Alternating`. Pictures as a world model would draw them
-        (`degrade`) are of the robot itself alone."""
-        own = Batches(dataset, episodes, self.clocks, **options)
+        """Training batches by step; options: see `Batches`. others: recordings of robots that were added, which
+        episodes of them, and their `degrade`; each batch is then of one robot, see `Alternating`."""
+        own = Batches(dataset, episodes, self.clocks, seed=seed, **options)
         if not others:
             return own
-        plain = {key: options[key] for key in ("batch_size", "seed")}
-        parts = {data.robot.name: Batches(data, chosen, self.seen[data.robot.name].clocks(self.train_frames), **plain)
-                 for data, chosen in others}  # fmt: skip
-        return Alternating({self.robot.name: own, **parts}, own_share=own_share, seed=plain["seed"])
+        parts = {self.robot.name: own}
+        for data, chosen, degrade in others:
+            clocks = self.seen[data.robot.name].clocks(self.train_frames)
+            parts[data.robot.name] = Batches(data, chosen, clocks, seed=seed, **options | {"degrade": degrade})
+        return Alternating(parts, own_share=own_share, seed=seed)
 
     def save(self, path: Path) -> None:
         """config.json, contract.json, model.safetensors (weights, statistics) in the directory `path`; others.json with

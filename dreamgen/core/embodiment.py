@@ -51,6 +51,12 @@ class View:
             raise ValueError(f"view '{self.name}' is {self.height}x{self.width} pixels; both must be positive")
         object.__setattr__(self, "camera", _made(Camera, self.camera))
 
+    def require(self, picture: Any) -> None:
+        """Raise ValueError for an array that is no picture (height, width, 3) uint8 of this view."""
+        if picture.shape != (self.height, self.width, 3) or picture.dtype != "uint8":
+            raise ValueError(f"view '{self.name}' of the observation is {picture.shape} {picture.dtype}; expected "
+                             f"({self.height}, {self.width}, 3) uint8: resize it first")  # fmt: skip
+
 
 MEMBERS = {"views": View, "state": Part, "action": Part, "tools": Tool}
 
@@ -202,6 +208,12 @@ class Embodiment:
             if view.name == name:
                 return view
         raise ValueError(f"embodiment '{self.name}' has no view '{name}'; it has {[v.name for v in self.views]}")
+
+    def require_state(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError for an observation whose state is not (d,)."""
+        if shape != (self.state_dim,):
+            raise ValueError(f"the state of the observation has shape {shape}; embodiment '{self.name}' has "
+                             f"({self.state_dim},); fill unknown states with NaN")  # fmt: skip
 
     def contract(self) -> dict:
         """All that data and its users must agree on, as plain JSON: saved with every dataset and checkpoint."""

@@ -56,10 +56,11 @@ class Chunks:
     `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the spread. short_left_out, unknown_left_out,
     idle_left_out: how many episodes shorter than the horizon, how many observations that lack an entry of `relative_to`
     and how many idle ones beyond `keep_idle` of each episode are not here; many idle ones, and any of the others, are
-    warned of. folder: where pictures that memory does not hold are kept once they are decoded; None decodes them again.
+    warned of. memory_gb: of pictures that may be in memory; held_gb: that they take there. folder: where those that it
+    does not hold are kept once they are decoded; None decodes them again.
 
     Raises ValueError for a horizon longer than all episodes, for shuffled labels of one episode, and where
-    `relative_to` leaves nothing.
+    `relative_to` or `keep_idle` leaves nothing.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class Chunks:
         view = dataset.robot.views[0]
         size = sum(len(rows) for rows in self._frames.values()) * len(self.views) * view.height * view.width * 3
         self._memory: dict[int, np.ndarray] | None = {} if size <= memory_gb * 1e9 else None
+        self.held_gb = 0.0 if self._memory is None else size / 1e9
         self._folder, self._decoded = folder, None
 
     def __len__(self) -> int:
@@ -132,6 +134,9 @@ class Chunks:
             if not told:
                 raise ValueError(why)
             log.warning(why)
+        if not len(self):
+            raise ValueError(f"in none of the {told} observations of {root} anything moves, and keep_idle is 0; take "
+                             f"some of each episode (keep_idle=2), or all of them (null)")  # fmt: skip
         if self.idle_left_out > MANY * told:
             log.warning("%s: %d of %d observations are left out because nothing moves in their chunks; keep_idle=null "
                         "takes all", root, self.idle_left_out, told)  # fmt: skip

@@ -73,8 +73,8 @@ class Feed:
     spread_scale: see `Chunks`, in units of the standard deviation of the fitted actions.
 
     Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than all its episodes,
-    where no dataset trains the body that the policy acts for, and where the state that chunks are told relative to is
-    hidden, made up or known of no observation.
+    where no dataset trains the body that the policy acts for, or any of a robot that begins afresh, and where the state
+    that chunks are told relative to is hidden, made up or known of no observation.
     """
 
     def __init__(
@@ -102,15 +102,19 @@ class Feed:
         self.model, self.datasets = model, [source.dataset for source in told]
         if not self.datasets:
             raise ValueError("train_policy got neither real data nor dreams; give at least one dataset")
-        names = [str(source.body) for source in told]
-        bodies = [model.body(name) for name in names]
+        bodies = [self._body(source) for source in told]
         if model.speaks not in bodies:
-            spoken, trained = model.bodies[model.speaks], ", ".join(f"'{name}'" for name in dict.fromkeys(names))
+            spoken, trained = (
+                model.bodies[model.speaks],
+                ", ".join(dict.fromkeys(f"'{source.body}'" for source in told)),
+            )
             raise ValueError(f"the policy acts for the body '{spoken}', and the data train {trained} alone: it would "
                              f"act through weights that nothing has trained. Give real data, set dream_body={spoken}, "
                              f"or make a policy that speaks for a body that is trained (speaks=...)")  # fmt: skip
         for dataset, body in zip(self.datasets, bodies, strict=True):
             model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
+        watched = [source for source in every if source.kind == "video"]
+        self._require_taught([*bodies, *(self._body(source) for source in watched)], fit)
         self._require_states(bodies[count:], dream_options.get("state"))
         options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
         self.chunks = []
@@ -119,11 +123,28 @@ class Feed:
             if k >= count and spread_scale is not None:
                 dreamt |= dict(spread_scale=spread_scale, action_scale=self._scale(k, bodies, count))
             needed = model.spaces.of(body).relative_to
-            self.chunks.append(Chunks(dataset, body=body, relative_to=needed, **options, **dreamt))
+            self._take(dataset, options, body=body, relative_to=needed, **dreamt)
         self._fit(bodies, count, fit, [source.kind for source in told])
-        self._watch([source for source in every if source.kind == "video"], options)
+        self._watch(watched, options)
         self.mixture = Mixture(real=self.chunks[:count], dreams=self.chunks[count:], batch_size=batch_size,
                                ratio=ratio if count else "0:1", seed=seed)  # fmt: skip
+
+    def _take(self, dataset: Dataset, options: dict[str, Any], **more: Any) -> None:
+        """The chunks of one more dataset, for whose pictures the memory is left that others before it do not take."""
+        self.chunks.append(Chunks(dataset, **options, **more))
+        if "memory_gb" in options:
+            options["memory_gb"] -= self.chunks[-1].held_gb
+
+    def _require_taught(self, bodies: Sequence[int], fit: Sequence[int] | None) -> None:
+        """ValueError where `bodies`, which have data, leave out a robot that begins with no weights of another policy:
+        whoever asks for it would be served by what nothing has trained."""
+        space = self.model.spaces.of
+        fresh = range(len(self.model.bodies)) if fit is None else fit
+        taught = [space(body) for body in bodies]
+        if lost := [self.model.bodies[body] for body in fresh if space(body) not in taught]:
+            robot = space(self.model.body(lost[0])).robot.name
+            raise ValueError(f"no data train the robot '{robot}', of the bodies {lost}; give its data in stage.others, "
+                             f"or leave it out of policy.robots and policy.bodies")  # fmt: skip
 
     def _require_states(self, bodies: Sequence[int], state: str | None) -> None:
         """ValueError where the chunks of these bodies, of dreams, are told relative to states that are not theirs."""
@@ -132,6 +153,10 @@ class Feed:
             raise ValueError(f"dream_state is '{state}', and policy.frame is '{frame}', which tells chunks relative to "
                              f"the state at their start; take dream_state=recorded with dreams whose states are known, "
                              f"or policy.frame=recorded")  # fmt: skip
+
+    def _body(self, source: Source) -> int:
+        """The number of the body that a source trains."""
+        return self.model.speaks if source.body is None else self.model.body(source.body)
 
     def _watch(self, videos: Sequence[Source], options: dict[str, Any]) -> None:
         """Take in videos without actions, by which nothing is fitted."""
@@ -143,10 +168,10 @@ class Feed:
             if dataset.has_actions:
                 raise ValueError(f"stage.{source.key} holds {dataset.root}, opened with its actions; open it with "
                                  f"actions=false, or give it as real or dreams")  # fmt: skip
-            body = self.model.speaks if source.body is None else self.model.body(source.body)
+            body = self._body(source)
             self.model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
             self.datasets.append(dataset)
-            self.chunks.append(Chunks(dataset, body=body, **options))
+            self._take(dataset, options, body=body)
 
     def _scale(self, k: int, bodies: list[int], count: int) -> np.ndarray:
         """Standard deviation of the robot's recorded actions, of rotations about an axis, as their spread is; where

@@ -64,18 +64,14 @@ def _views(robot: Embodiment, observation: Observation) -> np.ndarray:
             raise ValueError(f"the observation lacks view '{view.name}'; it has {sorted(observation.views)}, the "
                              f"policy was made for {[v.name for v in robot.views]}")  # fmt: skip
         picture = np.asarray(observation.views[view.name])
-        if picture.shape != (view.height, view.width, 3) or picture.dtype != np.uint8:
-            raise ValueError(f"view '{view.name}' of the observation is {picture.shape} {picture.dtype}; expected "
-                             f"({view.height}, {view.width}, 3) uint8: resize it first")  # fmt: skip
+        view.require(picture)
         found.append(picture)
     return np.stack(found)
 
 
 def _state(robot: Embodiment, observation: Observation) -> np.ndarray:
     state = np.asarray(observation.state, np.float32)
-    if state.shape != (robot.state_dim,):
-        raise ValueError(f"the state of the observation has shape {state.shape}; embodiment '{robot.name}' "
-                         f"has ({robot.state_dim},); fill unknown states with NaN")  # fmt: skip
+    robot.require_state(state.shape)
     return state
 
 

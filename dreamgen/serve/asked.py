@@ -2,6 +2,7 @@
 being executed; and what is required of its answer."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,19 @@ from jaxtyping import Float32
 from dreamgen.core.clip import Observation
 from dreamgen.core.protocols import Policy
 
+FEW = 60  # letters of what came that an error repeats
 LETTERS = 2000  # of an instruction, which encoders cut to a few dozen words in any case
 BETA = 1000.0  # a stronger pull overflows; 5 is usual
+
+
+def said(value: Any) -> str:
+    """What came, in few letters and little memory however large it is: numbers, the first letters of a text and keys of
+    a map; of all else the type."""
+    if isinstance(value, str):
+        return repr(value[:FEW])
+    if isinstance(value, dict):
+        return f"a map of {', '.join(map(said, islice(value, 8)))}" if value else "an empty map"
+    return repr(value) if value is None or isinstance(value, bool | int | float) else type(value).__name__
 
 
 def instruction_of(value: Any, where: str) -> str:
@@ -28,7 +40,7 @@ def seed_of(value: Any, otherwise: int) -> int:
     if value is None:
         return otherwise
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 0 <= value < 2**63:
-        raise ValueError(f"seed is {value!r:.60}; expected a whole number from 0 to 2**63 - 1")
+        raise ValueError(f"seed is {said(value)}; expected a whole number from 0 to 2**63 - 1")
     return int(value)
 
 
@@ -40,9 +52,10 @@ def going_on(rests: Sequence[np.ndarray], delay: int, mode: str, beta: float) ->
 def _steps(rest: Any, horizon: int, width: int) -> Float32[np.ndarray, "p a"]:
     """A rest of a chunk; ValueError says what came instead."""
     fits = isinstance(rest, np.ndarray) and rest.dtype.kind in "iuf" and rest.ndim == 2
+    fits = fits and rest.shape[1] == width and len(rest) <= horizon
     with np.errstate(over="ignore"):
         steps = rest.astype(np.float32) if fits else np.full((1, width), np.nan)
-    if steps.shape[1] != width or len(steps) > horizon or not np.isfinite(steps).all():
+    if not np.isfinite(steps).all():
         got = f"{rest.shape} {rest.dtype}" if isinstance(rest, np.ndarray) else type(rest).__name__
         raise ValueError(f"a rest of a chunk is {got}; expected at most {horizon} steps of {width} finite numbers")
     return steps
@@ -51,8 +64,7 @@ def _steps(rest: Any, horizon: int, width: int) -> Float32[np.ndarray, "p a"]:
 def _require_going_on(asked: Any, policy: Policy, rows: int) -> dict[str, Any]:
     """`asked` as arguments of `proceed`; ValueError that names what is missing or of another type."""
     if not isinstance(asked, dict) or asked.keys() != {"rests", "delay", "mode", "beta"}:
-        got = sorted(map(str, asked)) if isinstance(asked, dict) else type(asked).__name__
-        raise ValueError(f"realtime is {got!s:.80}; expected a map of rests, delay, mode, beta")
+        raise ValueError(f"realtime is {said(asked)}; expected a map of rests, delay, mode, beta")
     if getattr(policy, "prefix", None) is None:
         raise ValueError("the policy served here cannot go on from a chunk; ask without realtime")
     rests = asked["rests"]
@@ -61,9 +73,10 @@ def _require_going_on(asked: Any, policy: Policy, rows: int) -> dict[str, Any]:
     rests = [_steps(rest, policy.horizon, policy.robot.action_dim) for rest in rests]
     delay, mode, beta = asked["delay"], asked["mode"], asked["beta"]
     number = isinstance(beta, int | float) and not isinstance(beta, bool) and 0 <= beta <= BETA
-    if isinstance(delay, bool) or not isinstance(delay, int) or not isinstance(mode, str) or not number:
-        raise ValueError(f"realtime has delay {delay!r:.40}, mode {mode!r:.40}, beta {beta!r:.40}; expected a whole "
-                         f"number, text, a number from 0 to {BETA:g}")  # fmt: skip
+    named = isinstance(mode, str) and len(mode) <= FEW
+    if isinstance(delay, bool) or not isinstance(delay, int) or not named or not number:
+        raise ValueError(f"realtime has delay {said(delay)}, mode {said(mode)}, beta {said(beta)}; expected a whole "
+                         f"number, a word, a number from 0 to {BETA:g}")  # fmt: skip
     return {**asked, "rests": rests}
 
 

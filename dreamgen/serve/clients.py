@@ -6,7 +6,8 @@ connection has to be made anew, another policy than before is refused.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -79,14 +80,11 @@ class _Remote:
 
     def _require_same(self, before: dict, now: dict, where: str) -> None:
         """ValueError that names in what a server says something else of itself than `before`."""
-        try:
+        with self._kept_if_right():
             self._robot(now.get("contract"), self.robot, where)
             if changed := differences(*({name: told.get(name) for name in TOLD} for told in (before, now))):
                 raise ValueError(f"{where} serves another policy since the connection was made anew: {changed}; make a "
                                  f"new client")  # fmt: skip
-        except ValueError:
-            self.close()
-            raise
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_link"}
@@ -106,6 +104,15 @@ class _Remote:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    @contextmanager
+    def _kept_if_right(self) -> Iterator[None]:
+        """A context in which a ValueError ends the connection: it would hold one of the server's places for good."""
+        try:
+            yield
+        except ValueError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the connection; the next question makes a new one."""
@@ -136,6 +143,14 @@ class OpenpiPolicy(_Remote):
         require_websockets()
         self.address, self.key, self.timeout = address, key, timeout
         self.metadata = self._connect()
+        with self._kept_if_right():
+            self._introduce(robot, horizon, names)
+        self.prefix = _prefix(self.metadata)
+        self.timing: dict[str, float] = {}
+
+    def _introduce(self, robot: Embodiment | None, horizon: int | None, names: Mapping[str, Any] | None) -> None:
+        """Take the robot, the keys and the horizon as told, or else as the server says."""
+        address = self.address
         self.robot = self._robot(self.metadata.get("contract"), robot, address)
         found = names or self.metadata.get("keys") or keys(self.robot)
         self.names = _require_map(found, ["views", "state", "prompt"], f"{address}, as the keys of an observation,")
@@ -149,8 +164,6 @@ class OpenpiPolicy(_Remote):
         if isinstance(told, bool) or not isinstance(told, int | np.integer) or told < 1:
             raise ValueError(f"{address} has chunks of {told!r:.40} steps; expected a whole number from 1")
         self.horizon = int(told)
-        self.prefix = _prefix(self.metadata)
-        self.timing: dict[str, float] = {}
 
     def _connect(self) -> dict:
         from websockets.exceptions import InvalidHandshake, InvalidURI, WebSocketException
@@ -160,10 +173,12 @@ class OpenpiPolicy(_Remote):
         try:
             self._link = connect(self.address, compression=None, max_size=None, additional_headers=headers, proxy=None,
                                  open_timeout=self.timeout).__enter__()  # fmt: skip
-            metadata = unpack_openpi(self._link.recv(self.timeout))
+            frame = self._link.recv(self.timeout)
         except (OSError, InvalidURI, InvalidHandshake, WebSocketException) as error:
+            self.close()
             raise ValueError(f"no openpi server answers at {self.address}: {error}") from None
-        return _require_map(metadata, [], f"{self.address}, as its metadata,")
+        with self._kept_if_right():
+            return _require_map(unpack_openpi(frame), [], f"{self.address}, as its metadata,")
 
     def act(self, observations: Sequence[Observation], seeds: Sequence[int]) -> Float32[np.ndarray, "b h a"]:
         """Action chunks in units; `timing` holds what the server said of the last."""
@@ -205,15 +220,17 @@ class GrootPolicy(_Remote):
         self, address: str, *, robot: Embodiment | None = None, key: str | None = None, timeout: float = 60.0
     ) -> None:
         self.address, self.key, self.timeout = address, key, timeout
-        self.metadata = self._introduced()
-        modality = self.metadata["modality"]
-        self.robot, self.prefix = self._robot(self.metadata.get("contract"), robot, address), _prefix(self.metadata)
-        self.horizon = len(modality["action"][0])
-        for kind, wanted in (("video", self.robot.views), ("state", self.robot.state), ("action", self.robot.action)):
-            here, there = [part.name for part in wanted], modality[kind][1]
-            if sorted(here) != sorted(there):
-                raise ValueError(f"the policy at {address} has the {kind} keys {there}; embodiment '{self.robot.name}' "
-                                 f"has {here}")  # fmt: skip
+        with self._kept_if_right():
+            self.metadata = self._introduced()
+            modality = self.metadata["modality"]
+            self.robot, self.prefix = self._robot(self.metadata.get("contract"), robot, address), _prefix(self.metadata)
+            self.horizon = len(modality["action"][0])
+            each = (("video", self.robot.views), ("state", self.robot.state), ("action", self.robot.action))
+            for kind, wanted in each:
+                here, there = [part.name for part in wanted], modality[kind][1]
+                if sorted(here) != sorted(there):
+                    raise ValueError(f"the policy at {address} has the {kind} keys {there}; embodiment "
+                                     f"'{self.robot.name}' has {here}")  # fmt: skip
 
     def _introduced(self) -> dict[str, Any]:
         """What the server says of itself: its modality, and one of ours its contract, horizon and prefix."""
@@ -222,7 +239,9 @@ class GrootPolicy(_Remote):
         modality = {name: _modality(nodes[name], where) for name in ("video", "state", "action")}
         try:
             told = self.ask("contract")
-        except ValueError:  # not one of ours
+        except ValueError:
+            if self._link is None:  # no answer; any other error says that it is none of ours
+                raise
             told = None
         return {**(told if isinstance(told, dict) else {}), "modality": modality}
 
@@ -257,7 +276,8 @@ class GrootPolicy(_Remote):
 
     def _chunks(self, observations: Sequence[Observation], seeds: Sequence[int], **more: Any) -> np.ndarray:
         if self._link is None:
-            self._require_same(self.metadata, self._introduced(), self.address)
+            with self._kept_if_right():
+                self._require_same(self.metadata, self._introduced(), self.address)
         options = {"seed": [int(seed) for seed in seeds], **more}
         reply = self.ask("get_action", {"observation": to_groot(observations, self.robot), "options": options})
         where, parts = f"the GR00T server at {self.address}", self.robot.action

@@ -23,7 +23,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
-from dreamgen.serve.asked import answer, instruction_of, seed_of
+from dreamgen.serve.asked import answer, instruction_of, said, seed_of
 from dreamgen.serve.wire import pack_groot, peek, unpack_groot
 
 log = logging.getLogger(__name__)
@@ -68,8 +68,7 @@ def _group(observation: dict, kind: str, names: Sequence[str]) -> dict:
     if not isinstance(group, dict):
         raise ValueError(f"the observation's {kind} is {type(group).__name__}; expected a map with {list(names)}")
     if missing := [name for name in names if name not in group]:
-        raise ValueError(f"the observation's {kind} lacks {missing}; it has {sorted(map(str, group))!s:.200}, expected "
-                         f"{list(names)}")  # fmt: skip
+        raise ValueError(f"the observation's {kind} lacks {missing}; it is {said(group)}; expected {list(names)}")
     return group
 
 
@@ -87,7 +86,7 @@ def _texts(observation: dict) -> list[str]:
     group = observation.get("language")
     values = list(group.values()) if isinstance(group, dict) else []
     if len(values) != 1 or not isinstance(values[0], list | tuple) or not values[0]:
-        raise ValueError(f"the observation's language is {group!r:.80}; expected {{'{LANGUAGE}': [[text], ...]}}")
+        raise ValueError(f"the observation's language is {said(group)}; expected {{'{LANGUAGE}': [[text], ...]}}")
     texts = [row[-1] if isinstance(row, list | tuple) and row else row for row in values[0]]
     return [instruction_of(text, "the observation's language") for text in texts]
 
@@ -96,13 +95,15 @@ def from_groot(observation: Any, robot: Embodiment) -> list[Observation]:
     """The inverse of `to_groot`. Raises ValueError that names what is missing or has another shape."""
     if not isinstance(observation, dict):
         raise ValueError(f"the observation is {type(observation).__name__}; expected a map of video, state, language")
-    if flat := sorted(key for key in map(str, observation) if key.startswith(("video.", "state."))):
-        raise ValueError(f"the observation has flat keys, as of N1.5: {flat!s:.200}; expected the maps video, state, "
-                         f"language")  # fmt: skip
+    if any(isinstance(key, str) and key.startswith(("video.", "state.")) for key in observation):
+        raise ValueError(f"the observation has flat keys, as of N1.5: it is {said(observation)}; expected the maps "
+                         f"video, state, language")  # fmt: skip
     texts = _texts(observation)
     video = _group(observation, "video", [view.name for view in robot.views])
     states = _group(observation, "state", [part.name for part in robot.state]) if robot.state else {}
     views = {view.name: _entry(video, "video", view.name, 5) for view in robot.views}
+    for view in robot.views:
+        view.require(views[view.name][0])
     parts = [_entry(states, "state", part.name, 3) for part in robot.state]
     for part, value in zip(robot.state, parts, strict=True):
         if value.shape[1] != part.width:
@@ -236,7 +237,7 @@ class GrootServer:
                         "prefix": getattr(self.policy, "prefix", None)}  # fmt: skip
             case "get_action":
                 return self._act(data if isinstance(data, dict) else {})
-        raise ValueError(f"Unknown endpoint: {endpoint!r:.60}")
+        raise ValueError(f"Unknown endpoint: {said(endpoint)}")
 
     def _act(self, data: dict) -> list:
         """[action, info] of an observation, which lies under "observation" or is the data itself."""

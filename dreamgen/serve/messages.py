@@ -53,7 +53,7 @@ def from_message(
 ) -> Observation:
     """The inverse of `to_message`. instruction: of a message without a prompt.
 
-    Raises ValueError that names what is missing, of another type, or a part of the state of another width.
+    Raises ValueError that names what is missing, of another type, or of another shape.
     """
     if not isinstance(message, dict):
         raise ValueError(f"a message of type {type(message).__name__}; expected a map with {names}")
@@ -83,10 +83,11 @@ def _under(message: Any, key: str) -> Any:
 
 
 def _upright(picture: np.ndarray, view: View) -> np.ndarray:
-    """(3, h, w) as (h, w, 3); any other as it is."""
-    return (
-        np.ascontiguousarray(picture.transpose(1, 2, 0)) if picture.shape == (3, view.height, view.width) else picture
-    )
+    """A picture, of (3, h, w) as (h, w, 3)."""
+    if picture.shape == (3, view.height, view.width):
+        picture = np.ascontiguousarray(picture.transpose(1, 2, 0))
+    view.require(picture)
+    return picture
 
 
 def _state(arrays: Mapping[str, Any], robot: Embodiment, where: str | Mapping[str, str]) -> np.ndarray:
@@ -94,6 +95,7 @@ def _state(arrays: Mapping[str, Any], robot: Embodiment, where: str | Mapping[st
     if not robot.state_dim:
         return np.zeros(0, np.float32)
     if not isinstance(where, Mapping):
+        robot.require_state(np.shape(arrays[where]))
         return np.asarray(arrays[where], np.float32)
     state = np.zeros(robot.state_dim, np.float32)
     for part in robot.state:

@@ -108,7 +108,7 @@ class OpenpiServer:
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         shown = request.headers.get_all("Authorization")
         if self.key is not None and not (
-            len(shown) == 1 and hmac.compare_digest(shown[0].encode(), f"Api-Key {self.key}".encode())
+            len(shown) == 1 and hmac.compare_digest(shown[0].encode(errors="replace"), f"Api-Key {self.key}".encode())
         ):
             return connection.respond(http.HTTPStatus.UNAUTHORIZED, "expected the header Authorization: Api-Key ...\n")
         if self._open >= self.limit:

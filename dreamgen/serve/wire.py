@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 DTYPE = re.compile(r"[<>|=]?[?biufSU]\d{0,9}")  # no objects (pointers), no structures
+SCALARS = {"b": bool, "i": int, "u": int, "f": int | float, "S": bytes, "U": str}  # by the kind of a dtype
 HEADER = 4096  # bytes of a .npy header
 VALUES = 100_000  # of a frame, keys too; an array is four to nine of them, however large
 # msgpack, by a value's first byte. FIXED: its bytes. SIZED: (bytes of its length, bytes beside it). COUNTED: (bytes of
@@ -41,8 +42,10 @@ def _msgpack() -> Any:
 
 def _array(data: Any, dtype: np.dtype, shape: Any) -> np.ndarray:
     """An array (its own memory) of bytes that must be exactly as many as `shape` takes."""
+    if not isinstance(shape, list | tuple) or len(shape) > 32 or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"an array has a shape of type {type(shape).__name__}; expected a list of at most 32 sizes")
     shape = tuple(shape)
-    if not isinstance(data, bytes) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
+    if not isinstance(data, bytes):
         raise ValueError(f"an array of shape {shape} has data of type {type(data).__name__}; expected bytes")
     if not dtype.itemsize:  # any shape of it takes no bytes to send, and memory to hold
         raise ValueError(f"an array of shape {shape} has the type {dtype}, of no bytes")
@@ -56,6 +59,14 @@ def _dtype(name: Any) -> np.dtype:
     if not isinstance(name, str) or not DTYPE.fullmatch(name):
         raise ValueError(f"an array has the type {name!r:.60}; expected numbers or text, such as '<f4'")
     return np.dtype(name)
+
+
+def _scalar(data: Any, dtype: np.dtype) -> np.generic:
+    """A number or text of the kind that `dtype` holds: of a number n numpy would make n bytes, of a list an array."""
+    if not isinstance(data, SCALARS[dtype.kind]):
+        raise ValueError(f"a value of type {dtype} came as {type(data).__name__}")
+    with np.errstate(over="ignore"):
+        return dtype.type(data)
 
 
 def _plain(value: np.ndarray | np.generic) -> None:
@@ -77,8 +88,7 @@ def _openpi_in(node: dict) -> Any:
     if b"__ndarray__" in node:
         return _array(node[b"data"], _dtype(node[b"dtype"]), node[b"shape"])
     if b"__npgeneric__" in node:
-        with np.errstate(over="ignore"):
-            return _dtype(node[b"dtype"]).type(node[b"data"])
+        return _scalar(node[b"data"], _dtype(node[b"dtype"]))
     return node
 
 

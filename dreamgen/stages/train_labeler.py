@@ -15,7 +15,7 @@ from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import place
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
-from dreamgen.stages.drawn import DRAWN, drawn_by, frames_through
+from dreamgen.stages.drawn import DRAWN, Drawn, drawn_by, frames_through
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.recorded_video import batches_of, long_enough
 
@@ -131,7 +131,8 @@ def train_labeler(
     training, all of them after it. Episodes shorter than a window of the labeler are left out. world_model: one with
     `encode` and `decode`, whose autoencoder a training clip passes with probability `degraded`, so that the labeler
     knows how dreams look; `degraded_clips` pass once, before training. redream_up_to: they are noised up to a level
-    below it and dreamt again (`dreamgen.worlds.redream`), 0 leaves that out. more: recordings of the robot that are
+    below it and dreamt again (`dreamgen.worlds.redream`), 0 leaves that out; of each other robot as many pass the
+    autoencoder alone, for a world model draws the robot that it was trained on. more: recordings of the robot that are
     trained on as well, of which nothing is held out: play, for instance, without which a labeler knows the motions of
     its demonstrations alone. episodes: train on so many of `dataset` only, the same ones among more (to measure what
     data brings).
@@ -185,12 +186,16 @@ def train_labeler(
                 labeler.fit(other.dataset, other.training)
         place(world_model)
         least = max(labeler.clock.frames, getattr(labeler, "train_frames", 2))
+
+        def drawn(**how: Any) -> Drawn | None:
+            return None if world_model is None else drawn_by(world_model, out, seed=seed, **how)
+
         mixed: dict[str, Any] = {} if not beside else {
-            "others": [(other.dataset, other.training) for other in beside], "own_share": own_share}  # fmt: skip
+            "others": [(other.dataset, other.training, drawn(apart=other.name)) for other in beside],
+            "own_share": own_share}  # fmt: skip
         batches = labeler.batches(known, own.training, batch_size=batch_size, seed=seed, **mixed,
-                                  degrade=None if world_model is None
-                                  else drawn_by(world_model, out, redream_up_to=redream_up_to, seed=seed),
-                                  degraded=degraded, degraded_clips=degraded_clips,
+                                  degrade=drawn(redream_up_to=redream_up_to), degraded=degraded,
+                                  degraded_clips=degraded_clips,
                                   degrade_frames=frames_through(world_model, least))  # fmt: skip
 
         def scores(model: Any, step: int = 0) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dreamgen.core.manifest import Stage, write_json
+from dreamgen.core.manifest import Stage
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
@@ -132,6 +132,8 @@ def train_policy(
         model = policy if isinstance(policy, nn.Module) else policy()
         if start is None and start_bodies:
             raise ValueError(f"stage.start_bodies is {dict(start_bodies)}, and there is no stage.start to begin with")
+        if validation is not None:
+            model.robot.require(validation.robot.contract(), f"stage.validation, {validation.root},")
         fit = None if start is None else begin(model, start, start_bodies)
         common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb, folder=run.out)
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, others=others, **named,
@@ -171,7 +173,6 @@ def train_policy(
         result = train(model, feed.at, out=run.out, steps=steps, lr=lr, ema=ema, name="train_policy",
                        validate=check if held_out or midway else None, validate_every=interval, **how)  # fmt: skip
         model.cpu().save(run.out)
-        write_json(run.out / "clock.json", {"robot_hz": model.robot.robot_hz, "horizon": model.horizon})
         found = {} if midway is None else {"midway": midway.gather()}
         weights = sum(p.numel() for p in model.parameters())
         manifest = run.finish(**result, **begun, **found, parameters=weights, episodes=[len(d) for d in feed.datasets],

@@ -200,7 +200,7 @@ def test_batches_are_functions_of_the_step_and_of_recorded_rows(squares):
         degrade_frames=9,
     )(1)["video"]
     assert dark.max() <= 127
-    with pytest.raises(ValueError, match="none of 1 episodes has the 53 rows"):
+    with pytest.raises(ValueError, match="none of 1 episodes of robot 'square' has the 53 rows"):
         Batches(squares, [0], [CLOCK.with_frames(27)], batch_size=1, seed=0)
 
 
@@ -245,7 +245,7 @@ def test_errors_name_the_clip_and_the_remedy(squares):
         small(spacings=["3/2"])
     with pytest.raises(ValueError, match="expected robot steps a frame"):
         small(spacings=["2", "fast"])
-    with pytest.raises(ValueError, match="none of 2 episodes has the 33 rows that 17 frames for the world model span"):
+    with pytest.raises(ValueError, match="none of 2 episodes of robot 'square' has the 33 rows that 17 frames for the"):
         model.batches(squares, [0, 1], batch_size=1, seed=0, degrade=lambda asked, count: [], degrade_frames=17)
 
 

@@ -77,7 +77,7 @@ def test_a_head_that_is_added_leaves_the_first_weights_as_they_are():
 def test_a_batch_is_of_one_robot_and_a_function_of_its_step(worlds):
     few, many = Small(3, seed=4), worlds[1]
     model = small()
-    make = lambda **o: model.batches(few, range(3), batch_size=2, seed=5, others=[(many, range(24))], **o)  # noqa: E731
+    make = lambda **o: model.batches(few, range(3), batch_size=2, seed=5, others=[(many, range(24), None)], **o)  # noqa: E731
     one, two = make(), make()
     parts = {data.robot.name: Batches(data, range(len(data)), model.seen[data.robot.name].clocks(5), batch_size=2,
                                       seed=5) for data in (few, many)}  # fmt: skip
@@ -96,6 +96,25 @@ def test_a_batch_is_of_one_robot_and_a_function_of_its_step(worlds):
     with pytest.raises(ValueError, match="own_share is 1.0; expected a share between 0 and 1"):
         make(own_share=1.0)
     assert isinstance(model.batches(few, range(3), batch_size=2, seed=5), Batches)
+
+
+def test_clips_of_each_robot_can_be_drawn_again(worlds):
+    model, asked = small(), []
+
+    def darker(name: str):  # noqa: ANN202
+        return lambda get, count: [asked.append(name) or get(n)[0] // 2 for n in range(count)]
+
+    how = dict(degrade=darker("own"), degraded=1.0, degraded_clips=3, degrade_frames=9, batch_size=2, seed=5)
+    made = model.batches(worlds[0], range(4), others=[(worlds[1], range(4), darker("other"))], **how)
+    assert asked == ["own"] * 3 + ["other"] * 3
+    assert {made.name(step) for step in range(9)} == {"square", "other"}
+    assert all(made(step)["video"].max() < 128 for step in range(9))
+    plain = model.batches(worlds[0], range(4), others=[(worlds[1], range(4), None)], **how)
+    bright = {plain.name(step): int(plain(step)["video"].max()) for step in range(9)}
+    assert bright["square"] < 128 < bright["other"]
+    with pytest.raises(ValueError, match="none of 4 episodes of robot 'other' has the .* frames for the world model"):
+        model.batches(worlds[0], range(4), others=[(worlds[1], range(4), darker("other"))], **how | {
+            "degrade": None, "degrade_frames": 40})  # fmt: skip
 
 
 def test_gradients_of_one_robot_never_touch_the_head_of_another(worlds):
@@ -120,7 +139,7 @@ def test_a_head_rests_while_others_learn_in_any_number_of_processes(worlds, tmp_
     results = []
     for count in (1, 2):
         model, kept = fitted(small(), *worlds), []
-        batches = model.batches(worlds[0], range(8), batch_size=4, seed=0, others=[(worlds[1], range(8))])
+        batches = model.batches(worlds[0], range(8), batch_size=4, seed=0, others=[(worlds[1], range(8), None)])
 
         def weights(name: str, model=model) -> torch.Tensor:  # noqa: ANN001
             return torch.cat([p.detach().flatten() for p in model.heads[name].parameters()])
@@ -145,7 +164,7 @@ def test_a_head_rests_while_others_learn_in_any_number_of_processes(worlds, tmp_
 @pytest.fixture(scope="module")
 def learned(worlds, tmp_path_factory) -> FlowIDM:
     model = fitted(small(), *worlds)
-    batches = model.batches(worlds[0], range(24), batch_size=8, seed=0, others=[(worlds[1], range(24))])
+    batches = model.batches(worlds[0], range(24), batch_size=8, seed=0, others=[(worlds[1], range(24), None)])
     train(model, batches, out=tmp_path_factory.mktemp("learned"), steps=80, lr=5e-3, warmup=10, ema=0.9,
           precision="fp32", checkpoint_every=1000)  # fmt: skip
     for data in worlds:

@@ -87,6 +87,9 @@ def test_idle_observations_are_bounded():
     assert len(Chunks(data, horizon=STEPS)) == 20
     assert [row for _, row in Chunks(data, horizon=STEPS, keep_idle=2)] == [0, 1, 2, 3, 4, 5]
     assert [row for _, row in Chunks(data, horizon=STEPS, keep_idle=0)] == [0, 1, 2, 3]
+    asleep = Recorded(replace(episode(20), action=np.zeros((20, A), np.float32)))
+    with pytest.raises(ValueError, match="in none of the 20 observations of .* anything moves, and keep_idle is 0"):
+        Chunks(asleep, horizon=STEPS, keep_idle=0)
 
 
 def reach(scale: float) -> Recorded:

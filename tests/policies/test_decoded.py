@@ -1,7 +1,9 @@
 """Pictures that memory does not hold: each run of a video is decoded once, whatever is drawn."""
 
 import errno
+import multiprocessing
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -90,6 +92,35 @@ def test_a_full_disk_costs_time_alone(data, tmp_path, monkeypatch, caplog, full)
     found = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path))
     assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
     assert "are decoded whenever they are drawn" in caplog.text and len(written) == (0 if full != "later" else 3)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.5, 1.0])
+def test_what_a_killed_process_was_keeping_is_decoded_again(data, tmp_path, monkeypatch, after):
+    """Killed before, in the middle and at the end of the second write; pictures are noise: half of one would show."""
+    chunks, written, save = Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path), [], os.pwrite
+    truth = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0))
+    chunks.pictures(0, 0)
+
+    def write(file: int, what: bytes, at: int) -> int:
+        written.append(at)
+        if len(written) < 2:
+            return save(file, what, at)
+        save(file, what[: int(after * len(what))], at)
+        os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", write)
+        child = multiprocessing.get_context("fork").Process(target=drawn, args=(chunks,))
+        child.start()
+        child.join()
+    assert child.exitcode == -signal.SIGKILL
+    asked, read = [], Dataset.views
+    monkeypatch.setattr(Dataset, "views", lambda self, i, rows: asked.append((i, rows[0])) or read(self, i, rows))
+    assert all(np.array_equal(a, b) for a, b in zip(drawn(chunks), truth, strict=True))
+    runs = sum(-(-n // GOP) for n in ROWS)
+    assert len(set(asked)) == len(asked) == runs - 2  # all but the two that were kept whole
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_key_frames_are_where_decoding_begins(data):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from dreamgen.core.manifest import read_json, write_json
 from dreamgen.policies.chunks import collate
 from dreamgen.policies.palette import PaletteEncoder
 from dreamgen.policies.policy import FlowPolicy
-from dreamgen.policies.realtime import RealTime
+from dreamgen.policies.realtime import Ensembled, RealTime
 from tests.policies.toy import (
     CRANE_A,
     CRANE_D,
@@ -61,6 +62,13 @@ def alone(model: FlowPolicy, views: int, **changes) -> FlowPolicy:
     return made.eval()
 
 
+def joined(policy: RealTime | Ensembled, seen: list) -> np.ndarray:
+    """A chunk, and three steps later the one that goes on from it."""
+    memories: list[dict] = [{} for _ in seen]
+    first = policy.act(seen, range(4), memories, 0)
+    return np.stack([first, policy.act(seen[::-1], range(9, 13), memories, 3)])
+
+
 KINDS = {"tiny": {}, "queries": dict(queries=3), "flare": ALIGNED, "palette": dict(encoder=palette)}
 
 
@@ -82,8 +90,10 @@ def test_it_acts_for_each_of_its_robots_as_a_policy_that_has_no_other(tmp_path: 
         rests = list(chunks[:, 2:])
         on = [p.proceed(seen, range(4), rests, delay=2, mode=mode) for p in (found, want)]
         np.testing.assert_allclose(*on, atol=1e-4, rtol=1e-4)
-        made = [RealTime(p, delay=2, mode=mode).act(seen, range(4), [{} for _ in range(4)], 0) for p in (found, want)]
-        np.testing.assert_allclose(*made, atol=1e-4, rtol=1e-4)
+        for wrapped in (partial(RealTime, delay=2, mode=mode), Ensembled):
+            made = [joined(wrapped(p), seen) for p in (found, want)]
+            np.testing.assert_allclose(*made, atol=1e-4, rtol=1e-4)
+            assert np.abs(made[0][1] - found.act(seen[::-1], range(9, 13))).max() > 1e-2  # the last chunk has its part
     np.testing.assert_array_equal(FlowPolicy.load(tmp_path, robot=robot()).act(observations(), range(B)), toys)
     np.testing.assert_array_equal(FlowPolicy.load(tmp_path).act(observations(), range(B)), toys)
     dreamt = FlowPolicy.load(tmp_path, robot=crane(views), speaks="crane_dream")

@@ -137,6 +137,17 @@ def test_a_server_of_another_stack_is_compared_by_its_keys(server: GrootServer, 
     with pytest.raises(ValueError, match="does not say for which robot"):
         GrootPolicy(server.address)
 
+    def silent(self, endpoint, data=None):
+        if endpoint == "contract":
+            monkeypatch.setattr(self, "address", "tcp://127.0.0.1:9")
+            self.close()
+            self.timeout = 0.2
+        return ask(self, endpoint, data)
+
+    monkeypatch.setattr(GrootPolicy, "ask", silent)
+    with pytest.raises(ValueError, match="no GR00T server answers"):  # nothing was heard of its contract
+        GrootPolicy(server.address, robot=ROBOT)
+
 
 GOOD = to_groot(observations(2), ROBOT)
 PICTURES = GOOD["video"]["wrist"]
@@ -147,10 +158,10 @@ BAD = {
     "pickle": (pickle.dumps({"endpoint": "ping"}), "malformed|expected a map"),
     "nothing": (pack_groot({"endpoint": "get_action"}), "language"),
     "no view": (pack_groot({"data": {**GOOD, "video": {"front": PICTURES}}}),
-                r"video lacks \['wrist'\]; it has \['front'\], expected \['front', 'wrist'\]"),
+                r"video lacks \['wrist'\]; it is a map of 'front'; expected \['front', 'wrist'\]"),
     "text as a view": (pack_groot({"data": {**GOOD, "video": {"front": PICTURES, "wrist": "a"}}}),
                        "'wrist' of the observation's video is str"),
-    "no part": (pack_groot({"data": {**GOOD, "state": {}}}), r"state lacks \['pose', 'grip'\]; it has \[\]"),
+    "no part": (pack_groot({"data": {**GOOD, "state": {}}}), r"state lacks \['pose', 'grip'\]; it is an empty map"),
     "no video": (pack_groot({"data": {**GOOD, "video": None}}), "video is NoneType; expected a map with"),
     "N1.5": (pack_groot({"data": {"video.front": PICTURES, "annotation.human.action.task_description": ["a", "a"]}}),
              "flat keys, as of N1.5: .*video.front.*; expected the maps"),

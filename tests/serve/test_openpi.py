@@ -172,7 +172,7 @@ BAD = {
     "list": (pack_openpi([1]), "expected a map"),
     "empty map": (pack_openpi({}), "lacks .*observation/front.*prompt"),
     "no view": (pack_openpi({k: v for k, v in GOOD.items() if k != "observation/wrist"}), "lacks .*wrist"),
-    "shape": (pack_openpi({**GOOD, "observation/front": np.zeros((W, H, 3), np.uint8)}), "view 'front' is \\(24, 16"),
+    "shape": (pack_openpi({**GOOD, "observation/front": np.zeros((W, H, 3), np.uint8)}), "'front' of .* is \\(24, 16"),
     "text as a picture": (pack_openpi({**GOOD, "observation/front": "abc"}), "'observation/front'.*str"),
     "words as a picture": (pack_openpi({**GOOD, "observation/front": np.array(["a"])}), "'observation/front'"),
     "no state": (pack_openpi({k: v for k, v in GOOD.items() if "state" not in k}), "lacks .*state"),
@@ -279,8 +279,9 @@ def test_a_key_is_asked_for():
     with OpenpiServer(Mean(), port=0, key="secret") as server:
         with pytest.raises(ValueError, match="401"):
             OpenpiPolicy(server.address, robot=ROBOT)
-        with pytest.raises(ValueError, match="401"):
-            OpenpiPolicy(server.address, robot=ROBOT, key="guess")
+        for guess in ("guess", "gu\u00e9ss"):
+            with pytest.raises(ValueError, match="401"):
+                OpenpiPolicy(server.address, robot=ROBOT, key=guess)
         with OpenpiPolicy(server.address, robot=ROBOT, key="secret") as policy:
             assert policy.act(observations(1), [0]).shape == (1, STEPS, A)
         with urllib.request.urlopen(server.address.replace("ws", "http") + "/healthz", timeout=5) as answer:

@@ -61,7 +61,7 @@ class Going(Mean):
 REST = np.ones((2, A), np.float32)
 GOOD = going_on([REST, REST[:0]], 1, "guided", 0.5)
 BAD = {
-    "no map": (3, "realtime is int; expected a map"),
+    "no map": (3, "realtime is 3; expected a map"),
     "keys": ({**GOOD, "more": 1}, "realtime is .*more.*; expected a map of rests, delay, mode, beta"),
     "one rest": ({**GOOD, "rests": [REST]}, "no list of 2 rests"),
     "text": ({**GOOD, "rests": ["a", REST]}, "a rest of a chunk is str"),
@@ -78,6 +78,7 @@ BAD = {
     "beta below 0": ({**GOOD, "beta": -0.1}, "beta -0.1"),
     "beta that is none": ({**GOOD, "beta": float("nan")}, "beta nan"),
     "mode": ({**GOOD, "mode": 4}, "mode 4"),
+    "long mode": ({**GOOD, "mode": "guided" * 11}, "mode 'guided.{54}', beta 0.5; expected a whole number, a word"),
 }
 
 

@@ -36,3 +36,12 @@ def test_each_robot_is_served_its_own_contract_and_chunks(tmp_path: Path, protoc
             with pytest.raises(ValueError, match=f"name: here {other.name}, saved {mine.name}"):
                 with client(made.address, robot=other) as remote:
                     remote.act(seen, [5])
+
+
+def test_who_asks_for_another_robot_holds_no_place():
+    with OpenpiServer(both().eval(), port=0, clients=2) as made:
+        for _ in range(3):
+            with pytest.raises(ValueError, match="name: here crane, saved toy"):
+                OpenpiPolicy(made.address, robot=crane())
+        with OpenpiPolicy(made.address, robot=robot()) as remote:
+            assert remote.act(observations(1), [5]).shape[0] == 1

@@ -107,6 +107,10 @@ HOSTILE_OPENPI = {
     "dimensions": openpi_array(data=b"\0" * 4, shape=[1] * 99),
     "scalar": openpi_array(b"__npgeneric__", dtype="|O"),
     "scalar value": openpi_array(b"__npgeneric__", data={}),
+    "scalar of so many bytes": openpi_array(b"__npgeneric__", dtype="|S", data=7),
+    "scalar of as many bytes each": openpi_array(b"__npgeneric__", dtype="|S", data=[b"a" * 7, b"", b""]),
+    "scalar of a list": openpi_array(b"__npgeneric__", data=[1, 2]),
+    "shape of bytes": openpi_array(shape=b"\2"),
 }
 HOSTILE_GROOT = {
     "pickle": groot_array(pickle.dumps(Touches())),

@@ -2,21 +2,29 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dreamgen.core.clip import read_prompts
-from dreamgen.core.manifest import read_json
+from dreamgen.core.embodiment import Part
+from dreamgen.core.manifest import fingerprint, read_json
+from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import DatasetPrompts, SimPrompts
 from dreamgen.filters.rates import Rates
+from dreamgen.policies.encoder import TinyEncoder
+from dreamgen.policies.policy import FlowPolicy
+from dreamgen.policies.realtime import Ensembled, RealTime
 from dreamgen.sims.rollout import rollout
 from dreamgen.stages import evaluate_dreamt as stage
 from dreamgen.stages.collect import collect
 from dreamgen.stages.evaluate_dreamt import evaluate_dreamt
 from dreamgen.video.mp4 import read_mp4
+from dreamgen.worlds.env import DreamEnv, dream_episodes
 from tests.stages.test_correlation import Column, oracle
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sims"))
@@ -56,6 +64,53 @@ def test_policies_are_compared_episode_by_episode_where_the_judge_speaks(tmp_pat
     assert results["by_instruction"]["away"] == {"success": None, "corrected": None}
     assert results["against"]["n"] == 4 and results["against"]["won"] > 0 == results["against"]["lost"]
     assert results["agreement"] == 1 and slow["results"]["success"]["rate"] < results["success"]["rate"]
+
+
+def robots(folder: Path) -> Path:
+    """A policy of the point and of a wider robot, of which nothing but the point's statistics is learned: it moves
+    home by about .3 a step."""
+    views = (replace(ROBOT.views[0], name="mast"),)
+    arm = replace(ROBOT, name="arm", robot_hz="20", views=views, grid=(), state=(Part(name="joints", start=0, stop=3),),
+                  action=(Part(name="joints", start=0, stop=4),))  # fmt: skip
+    encoder = TinyEncoder(width=16, channels=(4, 8), halvings=1, keypoints=2, colours=2, patches=2, text_width=8)
+    torch.manual_seed(0)
+    policy = FlowPolicy(robot=arm, encoder=encoder, bodies=["arm", "point", "point_dream"], layers=2, heads=2,
+                        head_width=8, horizon=6, robots={"point": ROBOT, "point_dream": "point"})  # fmt: skip
+    rng = np.random.default_rng(1)
+    states, chunks = rng.normal(-1, 1, (50, 1)), 0.3 + 0.2 * rng.normal(size=(50, 6, 1))
+    policy.fit(states.astype(np.float32), chunks.astype(np.float32), body=1)
+    policy.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("execution", [None, partial(RealTime, delay=1), Ensembled])
+@pytest.mark.parametrize("speaks", [None, "point_dream"])
+def test_a_policy_of_several_robots_dreams_as_the_one_that_is_asked_for(tmp_path, speaks, execution) -> None:
+    path = robots(tmp_path / "policy")
+    policy = FlowPolicy.load(path, robot=ROBOT, speaks=speaks)
+    assert policy.robot == ROBOT and policy.bodies[policy.speaks] == (speaks or "point")
+    acting = policy if execution is None else execution(policy)
+    plan = [(p.origin["instruction"], p.origin["seed"]) for p in prompts()()]
+    env = DreamEnv(world=oracle(), judge=Column(), num_envs=4, steps=6, execute=3)
+    dreams = dream_episodes(env, acting, read_prompts(prompts()()), [seed for _, seed in plan])
+    for real, dream in zip(rollout(Point, acting, plan, steps=6, execute=3), dreams, strict=True):
+        np.testing.assert_allclose(dream.past.action[: len(real.action)], real.action, atol=1e-5)
+    out = tmp_path / "dreamt"
+    made = evaluate_dreamt(oracle(), Column(), policy, prompts(), out=out, execution=execution, **OPTIONS)
+    seeds = [seed_for(3, "evaluate", p.id) for p in prompts()()]
+    again = dream_episodes(env, acting, read_prompts(prompts()()), seeds)
+    assert [row["probability"] for row in read_json(out / "episodes.json")] == [e.probability for e in again]
+    assert made["parents"] == {"policy": fingerprint(path)} and made["results"]["success"]["n"] == 9
+
+
+def test_a_policy_that_acts_for_another_robot_is_refused(tmp_path) -> None:
+    path = robots(tmp_path / "policy")
+    with pytest.raises(
+        ValueError, match="the policy was made for another robot than embodiment 'point'(.|\n)*saved arm"
+    ):
+        evaluate_dreamt(oracle(), Column(), FlowPolicy.load(path), prompts(), out=tmp_path / "a", **OPTIONS)
+    with pytest.raises(ValueError, match="knows the robots 'arm' [(]arm[)], 'point' [(]point, point_dream[)]"):
+        FlowPolicy.load(path, robot=replace(ROBOT, name="line"))
 
 
 def test_the_rates_of_one_look_correct_no_other(tmp_path) -> None:

@@ -95,6 +95,34 @@ def test_training_of_several_robots_killed_and_continued_saves_the_same(data, tr
         assert (tmp_path / "killed" / file).read_bytes() == (trained[0] / file).read_bytes()
 
 
+class Shown:
+    """A world model that draws all as it is, and tells what passed."""
+
+    clip_tokens = 30
+
+    def __init__(self) -> None:
+        self.passed: list[np.ndarray] = []
+
+    def encode(self, frames):  # noqa: ANN001, ANN201
+        self.passed += list(frames.numpy())
+        return frames
+
+    def decode(self, latents):  # noqa: ANN001, ANN201
+        return latents
+
+
+def test_clips_of_other_robots_pass_the_autoencoder_alone(data, tmp_path, monkeypatch):
+    """A world model dreams the robot that it knows; what its autoencoder does to pictures holds for all."""
+    world, again = Shown(), []
+    monkeypatch.setattr("dreamgen.stages.drawn.redream", lambda _, v, *a, **o: again.extend(v.numpy()) or v)
+    options = OPTIONS | {"steps": 2, "degraded_clips": 3, "redream_up_to": 0.9}
+    train_labeler(make(), data["own"], others={"a": data["one"]}, world_model=world, out=tmp_path, **options)
+    assert len(world.passed) == len(again) == 3 and not (tmp_path / "drawn").exists()
+    for clips, name, count in ((again, "own", 5), (world.passed, "one", 4)):
+        whole = [data[name].canvas(i, np.arange(21)) for i in range(count)]
+        assert all(any(clip[0].tobytes() in episode.tobytes() for episode in whole) for clip in clips), name
+
+
 def test_dreams_of_the_other_robot_are_labelled_as_its_actions(data, trained, tmp_path):
     with Stage(tmp_path / "dreams", "dream", config={}) as run:
         for i in range(2):

@@ -194,3 +194,19 @@ def test_what_does_not_fit_is_named(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="stage.others.hoist.real reads actions"):
         blind = opened(tmp_path, strip(folder / "hoist", tmp_path / "hoist_blind").name, actions=False)
         train(folder, tmp_path / "q", others={"hoist": {"real": blind}})
+    with pytest.raises(
+        ValueError, match="no data train the robot 'hoist', of the bodies .'hoist', 'hoist_dream'.; give"
+    ):
+        train(folder, tmp_path / "r", others={})
+    twin = replace(ROBOT, name="twin")  # of the same widths and views
+    write_dataset(tmp_path / "twin", episodes(2, 1), twin)
+    with pytest.raises(ValueError, match="stage.validation, .*twin, was made for another(.|\n)*here point, saved twin"):
+        train(folder, tmp_path / "v", validation=Dataset(tmp_path / "twin", twin))
+
+
+def test_memory_is_that_of_all_datasets_together(folder: Path):
+    """10 episodes of 9 pictures of 16 x 32 take 138 KB, 40 with two views eight times as much, 4 dreams 55 KB."""
+    made = feed(tiny(), folder, options=dict(memory_gb=200e-6), others={"hoist": {"real": opened(folder, "hoist")}})
+    assert [round(1e6 * chunks.held_gb) for chunks in made.chunks] == [138, 0, 55]
+    made = feed(tiny(), folder, options=dict(memory_gb=190e-6), others={"hoist": {"real": opened(folder, "hoist")}})
+    assert [round(1e6 * chunks.held_gb) for chunks in made.chunks] == [138, 0, 0]
