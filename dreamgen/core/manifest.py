@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dreamgen.core.lock import LOCK, hold
+
 FILE = "manifest.json"
 RUN = "run.json"
 STORED = 2**26  # bytes of a folder from which on its digests are kept for other processes
@@ -110,7 +112,7 @@ def tree_digest(path: Path) -> str:
     """
     if path.is_file():
         return file_digest(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (FILE, RUN) and p.suffix != ".log")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (FILE, RUN, LOCK) and p.suffix != ".log")
     stats = {p: p.stat() for p in files}
     if sum(stat.st_size for stat in stats.values()) < STORED:
         return digest([[str(p.relative_to(path)), file_digest(p)] for p in files])
@@ -206,10 +208,12 @@ class Stage:
     its `peak_mb` is the largest resident memory of this process plus that of its largest child, not of all children.
 
     config: the resolved configuration, plain JSON, free of paths; parents: name to input path. Together they name
-    the result: `run.id`. writes: False for all but one of several processes that run a stage together. anew: what an
-    earlier run of this stage says of its input is forgotten.
+    the result: `run.id`. writes: False for all but one of several processes that run a stage together. shared: its
+    items may be made by several processes at once, each its share. anew: what an earlier run of this stage says of its
+    input is forgotten.
 
-    Raises ValueError if `out` holds the output of another configuration or of another stage.
+    Raises ValueError if `out` holds the output of another configuration or of another stage, and where another process
+    is at work in it, but for a shared one.
     """
 
     out: Path
@@ -218,11 +222,12 @@ class Stage:
     parents: Mapping[str, Path | str] = field(default_factory=dict)
     seed: int = 0
     writes: bool = True
+    shared: bool = False
     anew: bool = False
 
     def __post_init__(self) -> None:
         self.out = Path(self.out)
-        self.started = time.time()
+        self.started, self.held = time.time(), contextlib.ExitStack()
         spec = {
             "stage": self.name,
             "config": json.loads(json.dumps(self.config, default=str)),
@@ -249,6 +254,8 @@ class Stage:
         self.before = 0.0
         if not self.complete and self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
+            if not self.shared:
+                self.held.enter_context(hold(self.out))
             if not (self.out / RUN).is_file() or read_json(self.out / RUN).get("id") != self.id:
                 write_json(self.out / RUN, {"id": self.id, "seconds": 0.0, **spec})
             self.before = float(read_json(self.out / RUN).get("seconds", 0.0))
@@ -256,7 +263,7 @@ class Stage:
     def _nothing_made(self) -> bool:
         """True where a run only said what it was about to do, as one that was refused its settings. What lies in
         `cache` is named by what it was made of."""
-        return all(p.name in (RUN, "cache") or p.suffix == ".log" for p in self.out.iterdir())
+        return all(p.name in (RUN, LOCK, "cache") or p.suffix == ".log" for p in self.out.iterdir())
 
     def _read(self, name: str, path: Path | str) -> str:
         try:
@@ -268,6 +275,7 @@ class Stage:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.held.close()
         # time spent by a run that was interrupted in an orderly way counts; that of a killed one is lost
         if not self.complete and self.writes and (self.out / RUN).is_file():
             seconds = self.before + time.time() - self.started
@@ -292,7 +300,7 @@ class Stage:
             return manifest
         settle(self.out)
         write_json(self.out / FILE, manifest)
-        for file in (RUN, WRITING):
+        for file in (RUN, WRITING, LOCK):
             (self.out / file).unlink(missing_ok=True)
         self.complete = True
         return manifest

@@ -91,7 +91,7 @@ def curate(
     parents |= {f"filter_{name}": found for name, filter in filters.items() if (found := _made_of(filter))}
     if dataset is not None:
         require_free(out)
-    with Stage(out, "curate", config=record, parents=parents, seed=seed) as run:
+    with Stage(out, "curate", config=record, parents=parents, seed=seed, shared=True) as run:
         if run.complete:
             return run.manifest()
         if not len(candidates):

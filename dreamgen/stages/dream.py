@@ -48,7 +48,7 @@ def dream(
     names, a budget smaller than a clip, and best_of without a filter.
     """
     mine, best = Shard(shard, num_shards), Best(best_of, filter, labeler)
-    with Stage(out, "dream", config=record, parents=parents(parent, prompts, labeler), seed=seed) as run:
+    with Stage(out, "dream", config=record, parents=parents(parent, prompts, labeler), seed=seed, shared=True) as run:
         if run.complete:
             return run.manifest()
         listed = _listed(prompts) if num_shards > 1 else tuple(prompts())

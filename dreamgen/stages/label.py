@@ -121,7 +121,7 @@ def label(
     robot, kind = labeler.robot, "recordings" if recorded else "dreams"
     parents = {kind: clips} | ({"labeler": labeler.path} if getattr(labeler, "path", None) else {})
     require_free(out)
-    with Stage(out, "label", config=record, parents=parents, seed=seed) as run:
+    with Stage(out, "label", config=record, parents=parents, seed=seed, shared=True) as run:
         if run.complete:
             return run.manifest()
         folder, parts = recordings or ClipFolder(clips / "clips"), Parts(Path(out) / "parts")

@@ -2,6 +2,10 @@
 
 import errno
 import os
+import signal
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -76,3 +80,33 @@ def test_a_file_system_that_cannot_tell_is_believed_and_a_broken_one_is_not(numb
     with pytest.raises(OSError, match="no") if raised else nullcontext():
         write_json(tmp_path / "a.json", {"a": 1})
     assert (tmp_path / "a.json").exists() != raised
+
+
+HOLDER = """
+import sys, time
+from dreamgen.core.manifest import Stage
+with Stage(sys.argv[1], "train", config={}):
+    print("begun", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_write_into_one_folder_and_a_killed_one_frees_it(tmp_path):
+    """Its children, which may outlive it for a moment, hold nothing."""
+    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "begun\n"
+        with pytest.raises(ValueError, match=f"is being written by another run .process {other.pid} on .* wait for it"):
+            Stage(tmp_path, "train", config={})
+        Stage(tmp_path, "train", config={}, shared=True)
+        Stage(tmp_path, "train", config={}, writes=False)
+        other.kill()
+    with Stage(tmp_path, "train", config={}) as run:
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+    again = Stage(tmp_path, "train", config={})
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    again.finish()
+    assert run.id == again.id and [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
