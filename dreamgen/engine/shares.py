@@ -1,7 +1,8 @@
 """Parts of one global batch: which rows a process works on, and the noise that belongs to those rows.
 
 A step's batch and its noise are functions of the step alone. A process that works on rows [a, b) of B draws the noise
-of all B rows and keeps its own, so the result does not depend on how the batch was cut.
+of all B rows and keeps its own, so the result does not depend on how the batch was cut. Dropout alone
+is each part's own: a network that has it (policy=tiny) comes to other weights from another cut.
 """
 
 import contextlib
