@@ -130,15 +130,15 @@ def finetune(
         forks = possible(replicas, best_device()) if count == 1 else 1
         require_rows(min(buckets.sizes), count * forks, accumulate)
         clips = [-(-size // (count * accumulate * forks)) for size in buckets.sizes]
+        if lora:  # targets that fit nowhere are told before anything is encoded
+            torch.manual_seed(seed_for(seed, "adapter"))  # whatever was drawn before, here or before a kill
+            world.train_lora(rank=rank, alpha=alpha)
         latents.build(out, rank=process, count=count, replicas=replicas)
         embedded, which = latents.texts(where, base=base, first=process == 0)
         if decoder_steps:
             _train_decoder(world, latents, rows, out / "decoder", steps=decoder_steps, lr=decoder_lr,
                            replicas=replicas, seed=seed)  # fmt: skip
-        if lora:
-            torch.manual_seed(seed_for(seed, "adapter"))  # whatever was drawn before, here or before a kill
-            world.train_lora(rank=rank, alpha=alpha)
-        else:
+        if not lora:
             world.train_full()
         check = Validation(world, latents, embedded, which, held, out, samples=samples, seed=seed, write=process == 0,
                            clips=dict(zip(buckets.shapes, clips, strict=True)))  # fmt: skip

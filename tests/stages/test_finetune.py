@@ -184,6 +184,9 @@ def test_what_is_known_before_is_said_before_anything_is_encoded(make, dataset, 
     with pytest.raises(ValueError, match="adapters and step_cache are for dreaming; leave them out"):
         finetune(make(step_cache=FirstBlockCacheConfig(threshold=0.1)), dataset, out=tmp_path, **OPTIONS)
     assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match=r"LoRA targets \['to_p'\] name no layer"):
+        finetune(make(lora={"targets": ["to_p"]}), dataset, out=tmp_path, method="lora", **OPTIONS)
+    assert not (tmp_path / "cache").exists()
     with pytest.raises(ValueError, match="a prompt has 14 tokens, .* text_length is 9.*'put the red block"):
         finetune(make(text_length=9), dataset, out=tmp_path, **OPTIONS)
     assert not (tmp_path / "cache").exists()
