@@ -1,6 +1,7 @@
 """Which number format pays on this machine."""
 
 import contextlib
+import warnings
 from contextlib import AbstractContextManager
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from dreamgen.engine.onednn import OneDnn, available
 
 PRECISIONS = ("auto", "fp32", "bf16")
+# torch says so of every norm whose weights stay as they are under `autocast`
+warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
 def resolve(precision: str, device: torch.device | str = "cpu") -> str:
