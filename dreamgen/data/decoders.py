@@ -2,6 +2,7 @@
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import decord
 
 OPEN_FILES = 16
+_ALL: "weakref.WeakSet[Decoders]" = weakref.WeakSet()
 _INHERITED: list[OrderedDict] = []  # decoders of a parent process, never used again
 
 
@@ -25,12 +27,10 @@ class Decoders:
     def __init__(self) -> None:
         self._even: dict[Path, bool] = {}
         self._forget()
+        _ALL.add(self)
 
     def read(self, path: Path, rows: np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
         """Frames `rows` of a file, in any order. ValueError names the file if it cannot be read or lacks a row."""
-        if self._owner != os.getpid():
-            _INHERITED.append(self._open)  # closing them would wait for threads that did not follow the fork
-            self._forget()
         with self._lock:
             if path not in self._open and len(self._open) == OPEN_FILES and self._may_stay_closed(path):
                 return read_once(path, rows)
@@ -53,8 +53,18 @@ class Decoders:
 
     def _forget(self) -> None:
         self._open: OrderedDict[Path, decord.VideoReader] = OrderedDict()
-        self._owner = os.getpid()
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple:
         return Decoders, ()
+
+
+def _leave() -> None:
+    """In a forked process: closing its parent's decoders would wait for threads that did not follow, or end it, also
+    where they were garbage that nobody has collected yet."""
+    for each in list(_ALL):
+        _INHERITED.append(each._open)
+        each._forget()
+
+
+os.register_at_fork(after_in_child=_leave)
