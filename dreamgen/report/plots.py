@@ -54,8 +54,13 @@ def lines(curves: Sequence[Line], *, title: str, x_name: str = "", log: bool = F
              f'<text x="{LEFT}" y="{HEIGHT - 6}">{number(x0)}</text>',
              f'<text x="{WIDTH - 6}" y="{HEIGHT - 6}" text-anchor="end">{number(x1)} {escape(x_name)}</text>',
              ]  # fmt: skip
-    parts += [f'<polyline class="{c.style}" points="{place(x, y)}"><title>{escape(c.name)}</title></polyline>'
-              for c, x, y in kept]  # fmt: skip
+    for c, x, y in kept:  # a single value has no line: it is a point
+        tip = f"<title>{escape(c.name)}</title>"
+        if len(x) == 1:
+            px, py = place(x, y).split(",")
+            parts.append(f'<circle class="{c.style}" cx="{px}" cy="{py}" r="2.5">{tip}</circle>')
+        else:
+            parts.append(f'<polyline class="{c.style}" points="{place(x, y)}">{tip}</polyline>')
     label = escape(f"{title}: {', '.join(c.name for c, *_ in kept)}")
     return f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 

@@ -18,6 +18,10 @@ from dreamgen.report.tree import trees
 CARD = {"r": "r", "r_drop_one": "r, one left out", "rho": "rho", "mmrv": "MMRV", "mae": "MAE", "bias": "bias",
         "regret": "regret", "episode_auroc": "AUROC", "tpr": "TPR", "tnr": "TNR"}  # fmt: skip
 
+# the counts of a step that its card may tell, the first three that it has
+COUNTS = ("episodes", "clips", "held_out", "successes", "steps", "parameters", "first_frames", "instructions", "frames",
+          "rows", "pairs")  # fmt: skip
+
 
 def report(
     robot: Embodiment,
@@ -68,7 +72,7 @@ def report(
             "errors": errors(results),
             "pipeline": [(name, m["stage"], counts(m["results"])) for name, m in found.items()],
             "pairs": scenes.pairs(dreamed, recordings, clips) if dreamed else [],
-            "counterfactuals": scenes.counterfactuals(many, groups, 8) if many else [],
+            "counterfactuals": scenes.counterfactuals(many, groups) if many else [],
             "trees": trees(alternatives, alternatives_truth, groups),
             "curves": scenes.recovered(labelled, recordings, 3) if labelled else [],
             "calibrations": calibrations(results),
@@ -77,7 +81,9 @@ def report(
                 (name, cards(m["results"]["correlation"])) for name, m in found.items() if m["stage"] == "correlation"
             ],
             "card_heads": list(CARD.values()),
-            "executed": sheets(found, Path(folder), "evaluate_counterfactuals", "dreamed, judged and executed"),
+            "executed": sheets(
+                found, Path(folder), "evaluate_counterfactuals", "dreamed, judged and executed", 2 * groups
+            ),
             "curated": sheets(found, Path(folder), "curate", "best and worst clips"),
             "losses": [plotted for name in found for plotted in loss_plots(name, Path(folder) / name)],
             "instructions": by_instruction(found, policies or {}),
@@ -101,9 +107,15 @@ def render(page: Mapping[str, Any]) -> str:
 
 
 def counts(results: Mapping) -> str:
-    """Whole numbers among a step's results that are not 0: "280 episodes, 10080 rows"."""
-    whole = [f"{value} {key.replace('_', ' ')}" for key, value in results.items() if type(value) is int and value]
-    return ", ".join(whole[:3])
+    """A step in a few words: its success, or up to three of its counts ("280 episodes, 10,080 frames"), or ""."""
+    if card := results.get("correlation"):
+        r = "" if card.get("r") is None else f", r {card['r']:.2f}"
+        return f"{len(card['policies'])} policies{r}"
+    if "rate" in (success := results.get("success", {})):
+        return f"{success['successes']:,} of {success['n']:,} succeed"
+    known = {key.removeprefix("final_"): value for key, value in results.items()}
+    told = [f"{known[key]:,} {key.replace('_', ' ')}" for key in COUNTS if type(known.get(key)) is int and known[key]]
+    return ", ".join(told[:3])
 
 
 def loss_plots(name: str, step: Path) -> list[tuple[str, str]]:
@@ -137,7 +149,9 @@ def correlations(found: Mapping[str, Mapping]) -> list[tuple[str, str]]:
     plotted = []
     for name, results in ((n, m["results"]["correlation"]) for n, m in found.items() if m["stage"] == "correlation"):
         points = [(policy, row["real"], row["dream"]) for policy, row in results["policies"].items()]
-        told = ", ".join(f"{key} {results[key]:.3f}" for key in ("r", "mmrv", "bias") if results.get(key) is not None)
+        told = ", ".join(
+            f"{CARD[key]} {results[key]:.2f}" for key in ("r", "mmrv", "bias") if results.get(key) is not None
+        )
         plot = plots.scatter(points, title=name, x_name="success in the simulator", y_name="in the dream")
         plotted.append((f"{name}: {len(points)} policies{', ' if told else ''}{told}", plot))
     return plotted
@@ -163,11 +177,13 @@ def figure(card: Mapping, key: str) -> str:
     return f"{value:.2f}" + (f" [{card['r_low']:.2f}, {card['r_high']:.2f}]" if known else "")
 
 
-def sheets(found: Mapping[str, Mapping], folder: Path, stage: str, told: str) -> list[tuple[str, str]]:
-    """(caption, picture) of the contact sheets that every step of `stage` has left."""
+def sheets(
+    found: Mapping[str, Mapping], folder: Path, stage: str, told: str, count: int | None = None
+) -> list[tuple[str, str]]:
+    """(caption, picture) of the contact sheets that every step of `stage` has left, of each at most `count`."""
     pictures = []
     for name in (n for n, manifest in found.items() if manifest["stage"] == stage):
-        for sheet in sorted((folder / name / "sheets").glob("*.png")):
+        for sheet in sorted((folder / name / "sheets").glob("*.png"))[:count]:
             data = base64.b64encode(sheet.read_bytes()).decode()
             pictures.append((f"{name}: {sheet.stem}, {told}", f"data:image/png;base64,{data}"))
     return pictures

@@ -104,8 +104,8 @@ def pairs(folder: ClipFolder, recordings: Recordings, count: int) -> list[Shown]
     return shown
 
 
-def counterfactuals(folder: ClipFolder, groups: int, wide: int) -> list[tuple[Shown, list[Shown]]]:
-    """One first frame and what was dreamed from it under several instructions."""
+def counterfactuals(folder: ClipFolder, groups: int) -> list[tuple[Shown, list[Shown]]]:
+    """First frames and what was dreamed from each under its instructions, every one of them."""
     by_pair = defaultdict(list)
     for id in folder.ids():
         info = folder.info(id)
@@ -116,7 +116,7 @@ def counterfactuals(folder: ClipFolder, groups: int, wide: int) -> list[tuple[Sh
     out = []
     for pair in many[:groups]:
         first = {text: id for text, id in sorted(by_pair[pair], reverse=True)}
-        clips = [folder.read(first[text]) for text in spread_out(sorted(first), wide)]
+        clips = [folder.read(first[text]) for text in sorted(first)]
         shown = [Shown(uri=clip_uri(clip.video, clip.video_hz), title=clip.instruction) for clip in clips]
         out.append((Shown(uri=frame_uri(clips[0].video[0]), title="first frame"), shown))
     return out

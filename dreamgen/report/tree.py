@@ -14,7 +14,7 @@ from dreamgen.core.manifest import is_complete, read_json
 from dreamgen.data.clips import ClipFolder
 from dreamgen.video.sheet import evenly, png
 
-SIDE, GAP, TEXT = 64, 6, 150  # height of a picture and space between branches, width of a branch's name
+SIDE, GAP, LETTER = 64, 6, 5.8  # height of a picture, space between branches, width of a letter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class Branch:
     """name: of the stream or instruction; frames: a few of its clip; dreamt, real: did it succeed, if known."""
 
     name: str
+    instruction: str
     frames: UInt8[np.ndarray, "n h w 3"]
     dreamt: float | None = None
     real: bool | None = None
@@ -50,7 +51,7 @@ def branches(folder: ClipFolder, truth: Path | None, count: int, *, frames: int 
         for id in ids:
             clip, row = folder.read(id), known.get(id, {})
             made.append(Branch(name=clip.origin.get("stream") or clip.instruction, real=row.get("real"),
-                               frames=clip.video[evenly(len(clip.video), frames)],
+                               instruction=clip.instruction, frames=clip.video[evenly(len(clip.video), frames)],
                                dreamt=row.get("probability")))  # fmt: skip
         found[pair] = sorted(made, key=lambda branch: (branch.name != "own", branch.name))
     return found
@@ -66,6 +67,7 @@ def drawn(made: Sequence[Branch]) -> str:
     wide, row = SIDE * w / h, SIDE + GAP
     height, start = row * len(made), wide + 40
     middle = height / 2
+    room = 12 + LETTER * max(len(text) for branch in made for text in (branch.name, branch.verdict))
     parts = [f'<image href="{uri(made[0].frames[0])}" x="0" y="{middle - SIDE / 2:.1f}" width="{wide:.1f}" '
              f'height="{SIDE}"/>']  # fmt: skip
     for k, branch in enumerate(made):
@@ -75,17 +77,20 @@ def drawn(made: Sequence[Branch]) -> str:
         parts.append(f'<text x="{start + 4:.1f}" y="{y - 4:.1f}">{escape(branch.name)}</text>'
                      f'<text x="{start + 4:.1f}" y="{y + 10:.1f}">{escape(branch.verdict)}</text>')  # fmt: skip
         for n, frame in enumerate(branch.frames[1:]):
-            x = start + TEXT + n * (wide + 2)
+            x = start + room + n * (wide + 2)
             parts.append(f'<image href="{uri(frame)}" x="{x:.1f}" y="{k * row}" width="{wide:.1f}" height="{SIDE}"/>')
     most = max(len(branch.frames) for branch in made) - 1
     label = escape(f"{len(made)} streams from one first frame")
-    return (f'<svg class="plot tree" viewBox="0 0 {start + TEXT + most * (wide + 2):.0f} {height}" role="img" '
+    return (f'<svg class="plot tree" viewBox="0 0 {start + room + most * (wide + 2):.0f} {height}" role="img" '
             f'aria-label="{label}">{"".join(parts)}</svg>')  # fmt: skip
 
 
 def trees(clips: Path | None, truth: Path | None, count: int) -> list[tuple[str, str]]:
-    """(pair, SVG) of the first `count` pairs of a finished dream step; empty where there is none."""
+    """(pair and, where there is one, its instruction; SVG) of the first `count` pairs of a finished dream step; empty
+    where there is none."""
     if clips is None or not is_complete(Path(clips)):
         return []
     found = branches(ClipFolder(Path(clips) / "clips"), truth, count)
-    return [(pair, drawn(made)) for pair, made in found.items()]
+    asked = {pair: {branch.instruction for branch in made} for pair, made in found.items()}
+    return [(f"{pair}: {texts.pop()}" if len(texts := asked[pair]) == 1 else pair, drawn(made))
+            for pair, made in found.items()]  # fmt: skip

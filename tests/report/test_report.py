@@ -19,7 +19,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.data.writer import write_dataset
 from dreamgen.report import plots, scenes
-from dreamgen.report.report import calibrations, report
+from dreamgen.report.report import calibrations, counts, report
 from dreamgen.report.results import gather
 from dreamgen.report.table import table
 from dreamgen.stages.export import export
@@ -96,12 +96,32 @@ def test_a_run_becomes_one_file_and_its_figures(folder: Path) -> None:
     assert 'aria-label="error of x: RMS error, error = spread"' in page
     assert "A &lt;run&gt;" in page and "a=&#39;&lt;b&gt;&#39;" in page and "go <left>" not in page
     assert page.count("<video") == 3 + 3 and page.count('class="frame"') == 1
-    assert page.count("<polyline") == 2 * 3 + 2 + 2 + 1
+    assert page.count("<polyline") == 2 * 3 + 2 + 1 and page.count("<circle") == 2  # a single value is a point
     assert "<figcaption>policy: regression</figcaption>" in page
     assert 'aria-label="loss: loss, val_loss"' in page  # other figures of a validation have other units
     assert "+25.0 points [-26.4, +66.4], 3 won and 1 lost of 8, p 0.62" in page
     assert "same first frame" in page and "left out by choice" not in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+
+
+def test_a_step_is_told_in_a_few_words(folder: Path) -> None:
+    trained = {"parameters": 1159000, "processes": 1, "final_steps": 250, "episodes": ["a"], "rows": 0}
+    assert counts(trained) == "250 steps, 1,159,000 parameters"
+    assert counts({"success": SUCCESS, "episodes": 4}) == "3 of 4 succeed"
+    assert counts({"correlation": {"policies": {"a": {}, "b": {}}, "r": 0.928}}) == "2 policies, r 0.93"
+    assert counts({"correlation": {"policies": {"a": {}}, "r": None}}) == "1 policies" and counts({"idm": {}}) == ""
+    for k in range(30):  # a long recipe is folded, a short one is not
+        finish(folder / f"s{k}", "collect", episodes=1)
+    report(ROBOT, out=folder / "few", folder=folder, steps=["heldout", "policy"], record={})
+    report(ROBOT, out=folder / "many", folder=folder, steps=[f"s{k}" for k in range(30)], record={})
+    few, many = ((folder / name / "report.html").read_text() for name in ("few", "many"))
+    assert few.count("<details open>") == few.count("<details") == 3
+    assert many.count("<details>") == many.count("<details") == 2 and "30 steps</summary>" in many
+
+
+def test_a_single_value_is_a_point() -> None:
+    line = plots.lines([plots.Line("loss", [3], [0.5], "c"), plots.Line("other", [3, 4], [1, 2], "a")], title="loss")
+    assert line.count("<circle") == line.count("<polyline") == 1 and 'class="c" cx="' in line
 
 
 def test_bad_episodes_are_listed_as_stages_leave_them_out(folder: Path) -> None:
@@ -153,7 +173,7 @@ def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
     report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=["compared", "executed", "kept"],
            record={})  # fmt: skip
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "compared: 2 policies, r 1.000, bias 0.100" in page and "good &lt;one&gt;: 0.90, 0.80" in page
+    assert "compared: 2 policies, r 1.00, bias 0.10" in page and "good &lt;one&gt;: 0.90, 0.80" in page
     (x1, y1), (x0, y0) = ((float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', page))
     assert x1 < x0 and y1 > y0 and (x0 - x1) / (y1 - y0) == pytest.approx(2, abs=0.01)
     cells = re.findall(r"<tr><td>([^<]+)</td>((?:<td class=\"num\">[^<]*</td>){10})", page)

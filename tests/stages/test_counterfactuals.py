@@ -108,7 +108,7 @@ def test_dreamt_streams_come_true(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(ClipFolder, "read", lambda self, id, once=ClipFolder.read: read.append(id) or once(self, id))
     ((pair, tree), *_) = trees(tmp_path / "dreams", tmp_path / "truth", 2)
     assert len(read) == 12  # of the pairs that are shown
-    assert pair == "a000000" and tree.count("<path") == 6 and tree.count("<image") == 1 + 6 * 4
+    assert pair == "a000000: home" and tree.count("<path") == 6 and tree.count("<image") == 1 + 6 * 4
     assert "judged 0.00, really failed" in tree and trees(tmp_path / "none", None, 2) == []
 
 
