@@ -25,7 +25,7 @@ from dreamgen.core.kinematics import within
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.core.seeding import seed_for, torch_rng_for
 from dreamgen.worlds.action_frames import latent_actions, pose_maps
-from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks
+from dreamgen.worlds.action_hooks import ActionExtension, Given, Hooks, require_extendable
 from dreamgen.worlds.rollout import follow_prompts, frame_rows, rollout
 from dreamgen.worlds.stored import name_of, named
 
@@ -43,7 +43,8 @@ class ActionWorld(nn.Module):
     is not lost in the background. Actions alone say where that is, so the model's mean stays what it was.
 
     Raises ValueError: a transformer that cannot be hooked; maps for an embodiment without cameras or tools; tool_weight
-    without maps; a step cache under action guidance; a world model of several windows, since a chunk is one.
+    without maps; a step cache under action guidance; a world model of several windows, since a chunk is one; a level,
+    context_noise or action_dropout beyond 0 to 1; ages of the history that are not above 0.
     """
 
     def __init__(
@@ -62,19 +63,18 @@ class ActionWorld(nn.Module):
         tool_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        if world.windows != 1:
-            raise ValueError(f"windows is {world.windows}; an action-conditioned world model dreams one window a chunk "
-                             "and goes on from it, as long as there are actions: leave windows at 1")  # fmt: skip
-        if world.sampler.cache is not None and action_guidance != 1:
-            raise ValueError(f"step_cache reuses what was computed last, and action_guidance={action_guidance} makes a "
-                             "prediction with the actions and one without in turn, each of which would be given the "
-                             "other's; leave out stage.world_model.step_cache or set action_guidance=1")  # fmt: skip
+        require_extendable(world, action_guidance)
         world.chunked = True
         self.world, self.width, self.maps, self.anchor = world, width, maps, anchor
         self.history = tuple(sorted((float(age) for age in history), reverse=True))
         self.level, self.context_noise = level, context_noise
         self.action_guidance, self.action_dropout = action_guidance, action_dropout
         self.instructions, self.tool_weight = instructions, tool_weight
+        for name in ("level", "context_noise", "action_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number from 0 to 1")
+        if any(age <= 0 for age in self.history):
+            raise ValueError(f"history is {list(history)}; expected ages in s, above 0")
         if tool_weight < 0 or (tool_weight and not maps):
             raise ValueError(f"tool_weight is {tool_weight}, maps is {maps}; expected 0 or more, and maps=true, which "
                              "draw where the tools are")  # fmt: skip

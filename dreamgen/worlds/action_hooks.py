@@ -48,6 +48,17 @@ class Given:
         return replace(self, **rows)
 
 
+def require_extendable(world: nn.Module, action_guidance: float) -> None:
+    """Raise ValueError for a world model of several windows, or with a step cache beside action guidance."""
+    if world.windows != 1:
+        raise ValueError(f"windows is {world.windows}; an action-conditioned world model dreams one window a chunk "
+                         "and goes on from it, as long as there are actions: leave windows at 1")  # fmt: skip
+    if world.sampler.cache is not None and action_guidance != 1:
+        raise ValueError(f"step_cache reuses what was computed last, and action_guidance={action_guidance} makes a "
+                         "prediction with the actions and one without in turn, each of which would be given the "
+                         "other's; leave out stage.world_model.step_cache or set action_guidance=1")  # fmt: skip
+
+
 class ActionExtension(nn.Module):
     """features: entries per latent frame; channels: of the pose maps, 0 without; width: of the encoder.
 

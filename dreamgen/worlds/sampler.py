@@ -28,13 +28,13 @@ class Sampler:
     interval: lowest and highest noise level, 0 to 1, at which there is guidance; beyond it the prediction with the
     prompt is made alone (Kynkaanniemi et al. 2024, arXiv:2404.07724). None: everywhere. backend: a name of diffusers'
     attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the repeated blocks,
-    at the first step (see `dreamgen.engine.compiling`). frames: latent frames of a window; steps: of its denoising.
+    at the first step (see `dreamgen.engine.compiling`). shape: of a window's latents, (c t h w); steps: of denoising.
 
-    Raises ValueError for an unknown mode or backend, for an interval that is none, stands beside a cache, or bounds
-    guidance that there is not, for a cache on a model that takes none, and as `require_cache` does.
+    Raises ValueError for an unknown mode or backend, for an interval that is none, holds no step, stands beside a
+    cache, or bounds guidance that there is not, for a cache on a model that takes none, and as `require_cache` does.
     """
 
-    def __init__(self, layout: Layout, *, frames: int, steps: int, mode: str, guidance: float,
+    def __init__(self, layout: Layout, *, shape: Sequence[int], steps: int, mode: str, guidance: float,
                  interval: Sequence[float] | None, backend: str | None, cache: Any,
                  compile: bool | str) -> None:  # fmt: skip
         if mode not in MODES:
@@ -49,8 +49,14 @@ class Sampler:
             raise ValueError("guidance_interval leaves out predictions from which step_cache would go on; set one of "
                              "the two")  # fmt: skip
         require_cache(cache, mode=mode, steps=steps, guidance=guidance, experts=len(layout.experts))
-        self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, frames, torch.zeros(())
+        self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, shape[1], torch.zeros(())
         self.interval = interval
+        if interval is not None:
+            levels = [self._level(time, shape) for time in layout.schedule(steps, shape, torch.device("cpu"))[1]]
+            if not any(interval[0] <= level <= interval[1] for level in levels):
+                told = ", ".join(f"{level:.3g}" for level in levels)
+                raise ValueError(f"guidance_interval is {list(interval)}, and none of the {steps} steps lies there: "
+                                 f"their noise levels are {told}; widen it, or set guidance to 1")  # fmt: skip
         if isinstance(cache, FasterCacheConfig):  # Wan2.1's view of the picture is a row each as well
             named = FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers
             cache._unconditional_conditional_input_kwargs_identifiers = (*named, "encoder_hidden_states_image")
@@ -116,8 +122,11 @@ class Sampler:
         """Whether there is guidance at the model's time."""
         if self.interval is None:
             return True
-        level = float(time.max()) / self.layout.process(x.shape[1:]).unit
-        return self.interval[0] <= level <= self.interval[1]
+        return self.interval[0] <= self._level(time, x.shape[1:]) <= self.interval[1]
+
+    def _level(self, time: Tensor, shape: Sequence[int]) -> float:
+        """The noise level, 0 to 1, of the model's time."""
+        return float(time.max()) / self.layout.process(shape).unit
 
     def _holds(self, text: Tensor, given: Tensor) -> bool:
         """Whether the machine holds the doubled batch; its size, not what is free now, so that shards agree."""

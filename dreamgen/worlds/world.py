@@ -96,7 +96,7 @@ class VideoWorld(Stored):
         self.adapters = [*([{"path": adapter}] if adapter else []), *map(dict, adapters)]
         load_adapters(self.pipe, self.layout.experts, self.adapters)
         self.sampler = Sampler(self.layout, mode=guidance_mode, interval=guidance_interval, backend=attention_backend,
-                               cache=step_cache, compile=compile, frames=self.latent_shape[1],
+                               cache=step_cache, compile=compile, shape=self.latent_shape,
                                steps=steps, guidance=guidance)  # fmt: skip
         self.texts = Texts(self.layout)
         self.requires_grad_(False).eval()

@@ -73,6 +73,11 @@ def test_a_chunk_is_one_window(make):  # noqa: F811
     with pytest.raises(ValueError, match="windows is 2.*leave windows at 1"):
         ActionWorld(world=world)
     world.windows = 1
+    for name in ("level", "context_noise", "action_dropout"):
+        with pytest.raises(ValueError, match=f"{name} is -0.1; expected a number from 0 to 1"):
+            ActionWorld(world=world, **{name: -0.1})
+    with pytest.raises(ValueError, match="history is .0.4, -1.; expected ages in s, above 0"):
+        ActionWorld(world=world, history=[0.4, -1])
     late = [Past.begin(p, 4) for p in prompts(steps=8)]
     with pytest.raises(AssertionError, match="one frame for each"):
         rollout(lambda pasts, _: [np.zeros((5, 32, 48, 3), np.uint8) for _ in pasts], robot(), world.clock, late,

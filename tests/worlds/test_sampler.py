@@ -58,10 +58,9 @@ def test_guidance_within_an_interval_of_noise_levels(make, plain):
     assert len(levels) == 3 and 1 >= levels[0] > levels[1] > levels[2] > 0.01
     rows, everywhere = dreamt(guidance_interval=[0.0, 1.0])
     assert rows == [4] * 3 and np.array_equal(everywhere, plain)
-    rows, nowhere = dreamt(guidance_interval=[0.0, 0.01])
-    assert rows == [2] * 3 and np.array_equal(nowhere, dreamt(guidance=1.0)[1])
     rows, upper = dreamt(guidance_interval=[levels[1], 1.0])
-    assert rows == [4, 4, 2] and not np.array_equal(upper, plain) and not np.array_equal(upper, nowhere)
+    assert rows == [4, 4, 2] and not np.array_equal(upper, plain)
+    assert not np.array_equal(upper, dreamt(guidance=1.0)[1])
     assert dreamt(guidance_interval=[levels[1], 1.0], guidance_mode="two_pass")[0] == [2] * 5
     with pytest.raises(ValueError, match=r"guidance_interval is \[0.5, 0.5\]; expected the lowest"):
         make(guidance_interval=[0.5, 0.5])
@@ -69,6 +68,8 @@ def test_guidance_within_an_interval_of_noise_levels(make, plain):
         make(guidance_interval=[0.5, 1.0], step_cache=diffusers.FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match=r"guidance_interval is \[0.5, 1.0\], but guidance is 1.0, which is none"):
         make(guidance_interval=[0.5, 1.0], guidance=1.0)
+    with pytest.raises(ValueError, match=rf"none of the 3 steps lies there: their noise levels are {levels[0]:.3g}, "):
+        make(guidance_interval=[0.0, 0.01])
 
 
 def test_auto_goes_by_memory(make, monkeypatch):
