@@ -1,6 +1,7 @@
 """Success rates and their differences, with the intervals that go with them."""
 
 import math
+from collections.abc import Sequence
 
 Z = 1.959963984540054  # 97.5% quantile of the normal distribution
 
@@ -31,3 +32,17 @@ def difference_interval(won: int, lost: int, n: int) -> dict:
     tail = sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1))
     return {"n": n, "won": won, "lost": lost, "difference": (won - lost) / n, "low": max(-1.0, p1 - p2 - half),
             "high": min(1.0, p1 - p2 + half), "p": min(1.0, 2 * tail / 2 ** (won + lost))}  # fmt: skip
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's 95% interval of the mean that values like these have, such as what another training would gain.
+
+    Raises ValueError for fewer than two values.
+    """
+    from scipy.stats import t
+
+    if (n := len(values)) < 2:
+        raise ValueError(f"an interval of a mean needs two values or more; there is {n}")
+    mean = sum(values) / n
+    half = float(t.ppf(0.975, n - 1)) * math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
+    return mean - half, mean + half

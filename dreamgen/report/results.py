@@ -10,7 +10,8 @@
 A success is {successes, n, rate, low, high}, the last two the 95% Wilson interval; a difference {n, won, lost,
 difference, low, high, p} of the same first states (see `dreamgen.core.intervals`). Where a policy was trained several
 times, both add up what all trainings did and have `trainings`, a list of the rates or differences of each; give each
-training first states of its own, and the intervals hold for these trainings. What was not measured is absent.
+training first states of its own, and the intervals hold for these trainings. A difference also has `trainings_low` and
+`trainings_high`, Student's 95% interval of the mean over trainings. What was not measured is absent.
 """
 
 import math
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamgen.core.intervals import difference_interval, success_interval
+from dreamgen.core.intervals import difference_interval, mean_interval, success_interval
 from dreamgen.core.manifest import FILE, is_complete, read_json
 
 
@@ -67,9 +68,14 @@ def pooled(rates: Sequence[Mapping]) -> dict[str, Any]:
 
 
 def pooled_difference(pairs: Sequence[Mapping]) -> dict[str, Any]:
-    """The paired difference of all trainings together, and that of each where there are several."""
+    """The paired difference of all trainings together; where there are several, that of each, and the interval of their
+    mean, which also covers what other trainings would give."""
     total = difference_interval(*(sum(pair[key] for pair in pairs) for key in ("won", "lost", "n")))
-    return total | ({"trainings": [pair["difference"] for pair in pairs]} if len(pairs) > 1 else {})
+    if len(pairs) < 2:
+        return total
+    each = [pair["difference"] for pair in pairs]
+    low, high = mean_interval(each)
+    return total | {"trainings": each, "trainings_low": max(-1.0, low), "trainings_high": min(1.0, high)}
 
 
 def finite(value: Any) -> Any:

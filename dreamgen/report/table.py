@@ -34,7 +34,10 @@ def differences(results: Mapping) -> list[tuple[str, str]]:
 def each(measured: Mapping) -> str:
     """What each of several trainings gave, in words; "" for one."""
     rates = [f"{100 * rate:+.1f}" for rate in measured.get("trainings", ())]
-    return f"; of {len(rates)} trainings {', '.join(rates)}" if rates else ""
+    if not rates:
+        return ""
+    low, high = measured["trainings_low"], measured["trainings_high"]
+    return f"; of {len(rates)} trainings {', '.join(rates)}, their mean [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def errors(results: Mapping) -> list[tuple[str, float]]:

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
-from dreamgen.core.intervals import Z, difference_interval, success_interval
+from dreamgen.core.intervals import Z, difference_interval, mean_interval, success_interval
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 9), (9, 9), (37, 100), (1, 3)])
@@ -31,3 +31,11 @@ def test_a_difference_by_hand_and_mcnemar(won: int, lost: int, n: int) -> None:
     assert (found["low"], found["high"]) == pytest.approx((max(-1, p1 - p2 - half), min(1, p1 - p2 + half)))
     other = difference_interval(lost, won, n)
     assert other["p"] == found["p"] and other["low"] == pytest.approx(-found["high"])
+
+
+def test_interval_of_a_mean_is_students() -> None:
+    values = [0.30, 0.30, 0.125, 0.32, 0.40]
+    student = ttest_1samp(values, 0).confidence_interval(0.95)
+    assert mean_interval(values) == pytest.approx((student.low, student.high), abs=1e-9)
+    with pytest.raises(ValueError, match="two values or more; there is 1"):
+        mean_interval([0.3])

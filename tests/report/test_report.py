@@ -12,7 +12,7 @@ import pytest
 
 from dreamgen.core.clip import Clip, Episode
 from dreamgen.core.embodiment import Embodiment, Part, View
-from dreamgen.core.intervals import difference_interval, success_interval
+from dreamgen.core.intervals import difference_interval, mean_interval, success_interval
 from dreamgen.core.manifest import Stage, fingerprint
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
@@ -153,9 +153,12 @@ def test_trainings_are_added_up(tmp_path: Path) -> None:
     rates = {"real": success_interval(6, 12) | {"trainings": [0.25, 0.75, 0.5]},
              "real_dreams": success_interval(10, 12) | {"trainings": [0.75, 0.75, 1.0]}}  # fmt: skip
     assert results["policy"] == rates
-    assert results["difference"] == {"real_dreams": difference_interval(9, 3, 20) | {"trainings": [0.25, 0.0, 1.0]}}
+    found = results["difference"]["real_dreams"]
+    low, high = found.pop("trainings_low"), found.pop("trainings_high")
+    assert low == pytest.approx(mean_interval([0.25, 0.0, 1.0])[0]) and high == 1.0
+    assert found == difference_interval(9, 3, 20) | {"trainings": [0.25, 0.0, 1.0]}
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "9 won and 3 lost of 20, p 0.15; of 3 trainings +25.0, +0.0, +100.0" in page
+    assert "9 won and 3 lost of 20, p 0.15; of 3 trainings +25.0, +0.0, +100.0, their mean [-87.6, +100.0]" in page
 
 
 def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
