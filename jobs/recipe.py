@@ -66,7 +66,9 @@ def load(job: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, list[str]
     register()
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):
-        every = with_step(compose(job, overrides=list(overrides)), job, overrides)
+        # what is set within a group may be of one that the step chooses
+        which = [word for word in overrides if word.startswith("steps.") or "." not in word.partition("=")[0]]
+        every = with_step(compose(job, overrides=which), job, overrides)
         cfg = compose(job, overrides=every)
     GlobalHydra.instance().clear()
     unknown = sorted(set(cfg) - {f.name for f in fields(Recipe)})

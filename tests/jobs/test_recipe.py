@@ -102,6 +102,12 @@ def test_the_command_line_wins_over_the_step() -> None:
     assert load("collect", ["experiment=demo", "step=heldout", "seed=7"])[0].seed == 7
 
 
+def test_a_setting_may_be_one_of_the_stage_that_the_step_chooses() -> None:
+    cfg, _ = load("evaluate", ["experiment=evaluator", "step=correlation", "stage.blind=[demos]"])
+    assert cfg.stage.blind == ["demos"] and cfg.stage._target_.endswith(".correlation")
+    assert "blind" in refused("evaluate", "experiment=evaluator", "step=tried", "stage.blind=[]")
+
+
 def test_a_record_holds_what_changes_the_result_and_no_place() -> None:
     def of(*overrides: str) -> dict:
         return record(load("label", overrides)[0].stage)
