@@ -104,8 +104,8 @@ def pairs(folder: ClipFolder, recordings: Recordings, count: int) -> list[Shown]
     return shown
 
 
-def counterfactuals(folder: ClipFolder, groups: int) -> list[tuple[Shown, list[Shown]]]:
-    """First frames and what was dreamed from each under its instructions, every one of them."""
+def counterfactuals(folder: ClipFolder, groups: int, most: int = 24) -> list[tuple[Shown, list[Shown]]]:
+    """First frames and what was dreamed from each under its instructions, at most `most` of them, which is said."""
     by_pair = defaultdict(list)
     for id in folder.ids():
         info = folder.info(id)
@@ -116,9 +116,10 @@ def counterfactuals(folder: ClipFolder, groups: int) -> list[tuple[Shown, list[S
     out = []
     for pair in many[:groups]:
         first = {text: id for text, id in sorted(by_pair[pair], reverse=True)}
-        clips = [folder.read(first[text]) for text in sorted(first)]
+        clips = [folder.read(first[text]) for text in spread_out(sorted(first), most)]
         shown = [Shown(uri=clip_uri(clip.video, clip.video_hz), title=clip.instruction) for clip in clips]
-        out.append((Shown(uri=frame_uri(clips[0].video[0]), title="first frame"), shown))
+        cut = f", {len(clips)} of its {len(first)} instructions" if len(clips) < len(first) else ""
+        out.append((Shown(uri=frame_uri(clips[0].video[0]), title=f"first frame{cut}"), shown))
     return out
 
 

@@ -119,6 +119,14 @@ def test_a_step_is_told_in_a_few_words(folder: Path) -> None:
     assert many.count("<details>") == many.count("<details") == 2 and "30 steps</summary>" in many
 
 
+def test_a_first_frame_is_shown_under_all_its_instructions_or_it_is_said(folder: Path) -> None:
+    clips = ClipFolder(folder / "dreams" / "clips")
+    ((first, shown),) = scenes.counterfactuals(clips, 2)
+    assert first.title == "first frame" and [one.title for one in shown] == sorted(TEXTS)
+    ((first, shown),) = scenes.counterfactuals(clips, 2, most=2)
+    assert first.title == "first frame, 2 of its 3 instructions" and len(shown) == 2
+
+
 def test_a_single_value_is_a_point() -> None:
     line = plots.lines([plots.Line("loss", [3], [0.5], "c"), plots.Line("other", [3, 4], [1, 2], "a")], title="loss")
     assert line.count("<circle") == line.count("<polyline") == 1 and 'class="c" cx="' in line
