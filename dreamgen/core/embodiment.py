@@ -17,7 +17,7 @@ ORIENTATIONS = ("", "upright", "rotated", "mirrored", "flipped")
 FITS = ("squeeze", "crop", "pad")
 UNSAID = {"fit": "squeeze"}  # what a contract does not spell out
 # what a saved contract may lack: data need not know of it
-OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "tools", "rotation", "turned_by")
+OPTIONAL = ("camera", "orientation", "positive", "sets", "travel", "reach", "tools", "rotation", "turned_by")
 LEARNED = {"rotation", "turned_by"}  # of these, what changes the numbers that networks see
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,9 @@
 """What a robot's state becomes when its commands are followed exactly: the embodiment's rule, no simulator.
 
 A delta adds `scale` times itself to the part it moves, along the axes that the hand has then if it is `turned_by`
-another part; a delta rotation turns it (see `dreamgen.core.rotations`); an absolute part sets it; a binary part moves
-it towards the value that the embodiment's `sets` names, within `travel` seconds. Parts that no such command moves keep
-their value.
+another part; a delta rotation turns it (see `dreamgen.core.rotations`); an absolute part sets it; neither leaves the
+`reach` of what it moves; a binary part moves it towards the value that the embodiment's `sets` names, within `travel`
+seconds. Parts that no such command moves keep their value.
 """
 
 from typing import Any
@@ -37,9 +37,10 @@ def follow(
         elif part.kind == "delta":
             wrist = robot.turning(part)[1] if part.turned_by else None
             begun = None if wrist is None else rotations.read(wrist, first[wrist.slice])
-            state[1:, target] = first[target] + (part.scale * along(robot, part, action, begun)).cumsum(0)
+            steps = part.scale * along(robot, part, action, begun)
+            state[1:, target] = _reached(parts[part.moves], first[target], steps)
         elif part.kind == "absolute":
-            state[1:, target] = part.scale * entry
+            state[1:, target] = np.clip(part.scale * entry, *(parts[part.moves].reach or (-np.inf, np.inf)))
         else:
             low, high = commands(part)
             goal = np.where(entry > (low + high) / 2, part.sets[1], part.sets[0])
@@ -49,6 +50,18 @@ def follow(
                 before = state[row, target]
                 state[row + 1, target] = before + np.clip(goal[row] - before, -most, most)
     return state, known
+
+
+def _reached(moved: Part, first: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Values (s d) of a state part after each of the displacements (s d), from the value (d,) before them on. One that
+    begins beyond its reach is not drawn into it."""
+    if moved.reach is None:
+        return first + steps.cumsum(0)
+    low, high = (side(first, np.array(edge)) for side, edge in zip((np.minimum, np.maximum), moved.reach, strict=True))
+    values = np.empty_like(steps)
+    for row, step in enumerate(steps):
+        first = values[row] = np.clip(first + step, low, high)
+    return values
 
 
 def along(robot: Embodiment, part: Part, action: Any, start: Any = None, *, back: bool = False) -> Any:

@@ -40,6 +40,8 @@ class Part:
     positive: what high values do, in a word, where the sign is a convention: a gripper `closes` or `opens`.
     sets: for a binary action part, what its low and its high command make of the state part that it moves, and
         `travel`, the seconds that the whole way takes.
+    reach: for a state part, the lowest and the highest value of each entry that commands can bring it to, if known,
+        ([...], [...]): a robot whose controller keeps its hand inside a box.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Part:
     positive: str = ""
     sets: Sequence[float | int] | None = None
     travel: float = 0.0
+    reach: Sequence[Sequence[float | int]] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -75,6 +78,13 @@ class Part:
             object.__setattr__(self, "limits", (float(self.limits[0]), float(self.limits[1])))
         if self.sets is not None:
             object.__setattr__(self, "sets", (float(self.sets[0]), float(self.sets[1])))
+        if self.reach is not None:
+            reach = tuple(tuple(map(float, side)) for side in self.reach)
+            fits = len(reach) == 2 and {len(side) for side in reach} == {self.width} and not self.rotation
+            if not fits or any(low >= high for low, high in zip(*reach, strict=True)):
+                raise ValueError(f"part '{self.name}' has the reach {self.reach}; expected the lowest and the "
+                                 f"highest value of each of its {self.width} entries, of no rotation")  # fmt: skip
+            object.__setattr__(self, "reach", reach)
 
     @property
     def width(self) -> int:

@@ -1,19 +1,18 @@
-"""The video files of a dataset: a few stay open, and of the others only what is asked for is read."""
+"""The video files of a dataset, of which a few stay open."""
 
 import os
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
-from dreamgen.video.mp4 import is_even, open_mp4, read_frames, read_once
-
-if TYPE_CHECKING:
-    import decord
+from dreamgen.video.mp4 import open_mp4, read_frames
+from dreamgen.video.opened import OpenVideo, is_even
 
 OPEN_FILES = 16
 _ALL: "weakref.WeakSet[Decoders]" = weakref.WeakSet()
@@ -21,8 +20,9 @@ _INHERITED: list[OrderedDict] = []  # decoders of a parent process, never used a
 
 
 class Decoders:
-    """Frames of video files by number, for any number of threads. A decoder reads its file whole when it is opened, so
-    the first files keep theirs; it is neither shared with a forked process nor pickled."""
+    """Frames of video files by number, for any number of threads. An even file is read by PyAV, a part at a time and by
+    the thread that asks; any other by decord, which reads the file whole and counts its frames as they are stored. A
+    decoder is neither shared with a forked process nor pickled."""
 
     def __init__(self) -> None:
         self._even: dict[Path, bool] = {}
@@ -32,27 +32,20 @@ class Decoders:
     def read(self, path: Path, rows: np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
         """Frames `rows` of a file, in any order. ValueError names the file if it cannot be read or lacks a row."""
         with self._lock:
-            if path not in self._open and len(self._open) == OPEN_FILES and self._may_stay_closed(path):
-                return read_once(path, rows)
-            return read_frames(self._reader(path), rows, path)
+            if path not in self._open:
+                self._open[path] = self._opened(path)
+                if len(self._open) > OPEN_FILES:
+                    self._open.popitem(last=False)  # the one that was not used for longest
+            self._open.move_to_end(path)
+            return self._open[path](rows)
 
-    def _may_stay_closed(self, path: Path) -> bool:
+    def _opened(self, path: Path) -> Callable[[np.ndarray], np.ndarray]:
         if path not in self._even:
             self._even[path] = is_even(path)
-        return self._even[path]
-
-    def _reader(self, path: Path) -> "decord.VideoReader":
-        """An open decoder; the one that was not used for longest makes room."""
-        if path in self._open:
-            self._open.move_to_end(path)
-        else:
-            self._open[path] = open_mp4(path)
-            if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        return self._open[path]
+        return OpenVideo(path).read if self._even[path] else partial(read_frames, open_mp4(path), path=path)
 
     def _forget(self) -> None:
-        self._open: OrderedDict[Path, decord.VideoReader] = OrderedDict()
+        self._open: OrderedDict[Path, Callable[[np.ndarray], np.ndarray]] = OrderedDict()
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple:

@@ -14,7 +14,7 @@ from dreamgen.data.findings import Findings
 from dreamgen.data.instructions import find_instruction
 from dreamgen.data.layout import Entry, Layout, cameras, check_owner
 from dreamgen.data.rows import whole
-from dreamgen.video.mp4 import require_whole
+from dreamgen.video.whole import require_whole
 
 TOLERANCE = 1e-4  # seconds, as lerobot's
 ANEW = "`dreamgen export` writes it anew"

@@ -15,7 +15,8 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import FILE, RUN
 from dreamgen.data.layout import INFO, Entry
 from dreamgen.data.lerobot import Dataset
-from dreamgen.video.mp4 import frame_times, open_mp4, require_turned
+from dreamgen.video.mp4 import frame_times, open_mp4
+from dreamgen.video.opened import require_turned
 from dreamgen.video.tiling import fit, untile
 
 ENDINGS = ("mp4", "mkv", "webm", "mov")

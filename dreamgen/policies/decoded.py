@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dreamgen.data.lerobot import Dataset
-from dreamgen.video.mp4 import key_frames
+from dreamgen.video.opened import key_frames
 
 ROWS = 128  # of a run that are decoded at a time
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamgen.video.mp4 import require_whole
+from dreamgen.video.whole import require_whole
 
 
 def frame_rate(stream: Any) -> Fraction:

@@ -80,7 +80,7 @@ def test_files_beyond_those_that_stay_open_read_the_same(tmp_path, robot, make_e
         for (i, rows), views in zip(windows, expected, strict=True):
             found = data.views(i, rows)
             assert all(np.array_equal(found[name], frames) for name, frames in views.items())
-        assert len(data._videos._open) == 3 and len(data._videos._even) == 2 * N - 3
+        assert len(data._videos._open) == 3 and len(data._videos._even) == 2 * N
     monkeypatch.setattr(decoders, "is_even", lambda path: False)
     uneven = Dataset(tmp_path / "d", robot, cache_mb=0)
     assert all(np.array_equal(uneven.views(i, rows)["side"], views["side"])

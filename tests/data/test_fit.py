@@ -15,7 +15,8 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import FolderPrompts
 from dreamgen.data.video_folder import VideoFolder
 from dreamgen.data.writer import write_dataset
-from dreamgen.video.mp4 import encode, read_mp4, read_once, write_mp4
+from dreamgen.video.mp4 import encode, read_mp4, write_mp4
+from dreamgen.video.opened import OpenVideo
 from dreamgen.video.tiling import fit
 
 CAMERA = View(name="front", key="observation.images.front", height=48, width=80)
@@ -74,11 +75,11 @@ def test_what_a_phone_wrote_sideways_enters_upright(tmp_path: Path, scene: np.nd
         return VideoFolder(path.parent, robot)
 
     for other, size in ((scene, (48, 80)), (np.pad(scene, ((0, 8), (0, 8), (0, 0)), "edge"), (56, 88))):
-        stored = np.rot90(other, -turns)  # decord reads the second one, PyAV those of the first size, and `read_once`
+        stored = np.rot90(other, -turns)  # decord reads the second one, PyAV those of the first size, and `OpenVideo`
         data = shown(cos, -sin, 0, sin, cos)
         assert np.abs(data.canvas(0, [2])[0].astype(int) - fit(other, 32, 32, "crop")).max() <= 12  # encoded
-        assert read_once(path, [2]).shape[1:3] == size
-        assert np.abs(read_once(path, [2])[0].astype(int) - read_mp4(path, [2])[0]).max() <= 3
+        assert OpenVideo(path).read([2]).shape[1:3] == size
+        assert np.abs(OpenVideo(path).read([2])[0].astype(int) - read_mp4(path, [2])[0]).max() <= 3
     with pytest.raises(ValueError, match="a.mp4 is to be shown mirrored.*ffmpeg -i a.mp4 upright.mp4"):
         shown(-cos, sin, 0, sin, cos)
 

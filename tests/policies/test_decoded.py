@@ -14,7 +14,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.policies import decoded
 from dreamgen.policies.chunks import Chunks
-from dreamgen.video.mp4 import key_frames
+from dreamgen.video.opened import key_frames
 from tests.engine.test_processes import forked
 from tests.policies.toy import STEPS, A, D, H, W, robot
 

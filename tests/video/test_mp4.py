@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from dreamgen.video.metrics import psnr, ssim
-from dreamgen.video.mp4 import count_frames, encode, enlarge, is_even, read_mp4, read_once, write_mp4
+from dreamgen.video.mp4 import count_frames, encode, enlarge, read_mp4, write_mp4
+from dreamgen.video.opened import OpenVideo, is_even
 from dreamgen.video.remux import Joined
 
 T, H, W = 13, 40, 56
@@ -146,7 +147,7 @@ def test_metrics():
 
 @pytest.mark.parametrize("shape", [(64, 96), (40, 56), (16, 24)])
 @pytest.mark.parametrize("kind", ["h264", "B-frames", "av1"])
-def test_frames_of_a_file_that_is_not_kept_open(tmp_path, shape, kind):
+def test_frames_by_index_and_by_decord_are_the_same(tmp_path, shape, kind):
     import av
 
     rng, path = np.random.default_rng(3), tmp_path / "a.mp4"
@@ -162,23 +163,17 @@ def test_frames_of_a_file_that_is_not_kept_open(tmp_path, shape, kind):
         write_mp4(path, frames, Fraction(50, 3), codec=kind)
     assert is_even(path)
     whole = read_mp4(path)
-    for rows in (
-        [0],
-        [26],
-        [9, 3, 3],
-        [25, 26],
-        [0, 8, 16, 24],
-        [20, 6],
-        list(range(27)),
-        [],
-        *([k] for k in range(27)),
-    ):
-        assert np.array_equal(read_once(path, rows), whole[np.array(rows, int)]), rows
-    with pytest.raises(ValueError, match="a.mp4 cannot be decoded: it ends before frame 27"):
-        read_once(path, [27])
+    kept = OpenVideo(path)
+    asked = ([0], [26], [9, 3, 3], [25, 26], [0, 8, 16, 24], [20, 6], [7, 8], [9], [10, 12], list(range(27)), [])
+    for rows in (*asked, *([k] for k in range(27)), *([k] for k in reversed(range(27)))):
+        assert np.array_equal(kept.read(rows), whole[np.array(rows, int)]), rows
+        assert np.array_equal(OpenVideo(path).read(rows), whole[np.array(rows, int)]), rows
+    for row in (27, -1):
+        with pytest.raises(ValueError, match=f"a.mp4 has 27 frames; frame {row} was asked for"):
+            kept.read([3, row])
     path.write_bytes(b"no video")
-    with pytest.raises(ValueError, match="a.mp4 cannot be decoded"):
-        read_once(path, [0])
+    with pytest.raises(ValueError, match="a.mp4 .*no mp4 file"):
+        OpenVideo(path)
     assert not is_even(path)
 
 
@@ -194,3 +189,21 @@ def test_a_video_that_stands_still_for_a_while_is_not_even(tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert not is_even(tmp_path / "a.mp4")
+
+
+def test_a_spoilt_part_of_a_file_does_not_spoil_the_rest(tmp_path):
+    frames, _ = moving_blocks(30)
+    write_mp4(tmp_path / "a.mp4", frames, 10, gop=5)
+    whole, data = read_mp4(tmp_path / "a.mp4"), bytearray((tmp_path / "a.mp4").read_bytes())
+    import av
+
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        entry = container.streams.video[0].index_entries[10]
+    data[entry.pos : entry.pos + entry.size] = bytes(entry.size)
+    (tmp_path / "a.mp4").write_bytes(data)
+    kept = OpenVideo(tmp_path / "a.mp4")
+    for _ in range(2):
+        assert np.array_equal(kept.read([7, 9]), whole[[7, 9]])
+        with pytest.raises(ValueError, match="a.mp4 cannot be decoded"):
+            kept.read([9, 10])
+        assert np.array_equal(kept.read([16, 29]), whole[[16, 29]])
