@@ -1,7 +1,9 @@
 """What an action-conditioned world model is trained on: windows of recordings, their latents, actions and past.
 
 Latents are cached once per dataset, where several runs may share them. The first latent frame of a window is the
-encoding of its first picture alone, so the earlier frames that are remembered cost nothing to encode.
+encoding of its first picture alone, so the earlier frames that are remembered cost nothing to encode. The state at
+which a window begins is, as in a dream, what the episode's first state becomes under its commands: a measured one would
+say of a gripper how wide the thing is that it holds, which nobody knows in a dream.
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import fingerprint
 from dreamgen.core.rotations import straightened
 from dreamgen.core.seeding import rng_for
@@ -26,9 +29,23 @@ from dreamgen.worlds.action_frames import entries_read
 from dreamgen.worlds.autoencoder import clips_at_once
 
 
+def group_of(dataset: Dataset, i: int) -> str | int:
+    """What episode i shares with those that begin in the same state (meta `pair`), else its number."""
+    return dataset.episode(i).meta.get("pair") or i
+
+
+def others(groups: Sequence[object]) -> list[int]:
+    """For each item the next one, round about, of another group (of which nothing may be known but the next one)."""
+    count = len(groups)
+    after = [[(k + step) % count for step in range(1, count + 1)] for k in range(count)]
+    return [
+        next((k for k in round_ if groups[k] != mine), round_[0]) for mine, round_ in zip(groups, after, strict=True)
+    ]
+
+
 def held_out(dataset: Dataset, count: int, seed: int) -> set[int]:
-    """`count` episodes to validate on, or a few more: those that share a first state (meta `pair`) stay together."""
-    group = [dataset.episode(i).meta.get("pair") or i for i in range(len(dataset))]
+    """`count` episodes to validate on, or a few more: those that share a first state stay together."""
+    group = [group_of(dataset, i) for i in range(len(dataset))]
     held: set[int] = set()
     for first in rng_for(seed, "validation").permutation(len(dataset)).tolist():
         if len(held) >= count:
@@ -52,6 +69,7 @@ class Source:
         self.cache = Cache(root, key, count=len(self.windows), size=size)
         self.held = held_out(dataset, min(validation, len(dataset) // 5), seed)
         self.read = entries_read(world.robot, maps=world.maps)
+        self.states: dict[int, np.ndarray | None] = {}  # of episodes, at every hop-th row, once they are asked for
         self.kept = [k for k in range(len(self.places)) if not world.maps or self.state(k).size]
         self.unknown = len(self.places) - len(self.kept)
         self.train = np.array([k for k in self.kept if self.places[k][0] not in self.held])
@@ -86,10 +104,17 @@ class Source:
         return self.dataset.instruction(self.places[k][0])
 
     def state(self, k: int) -> np.ndarray:
-        """The state at which window k begins, empty where an entry that the world model looks at is not known."""
+        """The state at which window k begins by the embodiment's rule, empty where an entry that the world model looks
+        at is not known when the episode begins."""
         episode, start = self.places[k]
-        state = known_states(self.dataset.episode(episode), start)
-        return np.nan_to_num(state) if np.isfinite(state[self.read]).all() else state[:0]
+        if episode not in self.states:
+            recorded = self.dataset.episode(episode)
+            first = known_states(recorded, 0)
+            known = np.isfinite(first[self.read]).all()
+            followed = follow(self.world.robot, np.nan_to_num(first), recorded.action)[0] if known else None
+            self.states[episode] = None if followed is None else followed[:: self.hop].copy()
+        states = self.states[episode]
+        return np.empty(0, np.float32) if states is None else states[start // self.hop]
 
     def row(self, k: int, frames: int) -> dict[str, np.ndarray]:
         """Latents, features, maps, memory and ages of window k, cut to `frames` frames."""

@@ -22,6 +22,7 @@ from dreamgen.data.streams import noisy, still
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import begin
+from dreamgen.stages.action_windows import group_of, others
 from dreamgen.stages.train_tracker import truth_of
 from dreamgen.video.metrics import by_frame, psnr_by_frame
 from dreamgen.video.mp4 import write_mp4
@@ -125,7 +126,7 @@ def actions_of(robot: object, dataset: Dataset, chosen: Sequence[int], steps: in
     """The streams (s a) of every episode."""
     own = [dataset.episode(i).action[:steps] for i in chosen]
     rngs = [rng_for(seed, "disturbed", i) for i in chosen]
-    return {"true": own, "shuffled": own[1:] + own[:1],
+    return {"true": own, "shuffled": [own[k] for k in others([group_of(dataset, i) for i in chosen])],
             "small": [noisy(robot, a, small, rng, smooth=0.6) for a, rng in zip(own, rngs, strict=True)],
             "large": [noisy(robot, a, large, rng, smooth=0.6) for a, rng in zip(own, rngs, strict=True)],
             "still": [still(robot, a) for a in own]}  # fmt: skip

@@ -167,7 +167,7 @@ def finetune(
         result = train(world, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, ema=ema,
                        precision=world.precision, replicas=replicas, seed=seed, accumulate=accumulate,
                        sharding=sharding, patience=patience, tracker=tracker, flops=flops,
-                       checkpoint_every=validate_every, validate=check if check.batch else None,
+                       checkpoint_every=validate_every or 250, validate=check if check.batch else None,
                        validate_every=validate_every, name="finetune")  # fmt: skip
         world.requires_grad_(False)
         if checkpointing:

@@ -5,6 +5,7 @@ earlier frames of the same episodes. On one process or, as `finetune`, on severa
 """
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dreamgen.engine.processes import join, require_sharding, wait
 from dreamgen.engine.replicas import possible
 from dreamgen.engine.shares import Rows, require_rows
 from dreamgen.engine.train import clear_state, train
-from dreamgen.stages.action_windows import Source, scales, stacked
+from dreamgen.stages.action_windows import Source, group_of, others, scales, stacked
 from dreamgen.stages.latents import build, embeddings
 from dreamgen.stages.memory import require_memory
 from dreamgen.video.metrics import psnr
@@ -74,12 +75,12 @@ def finetune_actions(
     drawn uniformly; the others are drawn by how much is commanded in them, since robots often wait. method: "full",
     "lora" (an adapter and the action encoder) or "actions" (the encoder alone); adapters that the world model came with
     become part of its weights. validation: episodes of each dataset held out, with all that share their first state;
-    the loss at fixed noise under true, shuffled and no actions is written every `validate_every` steps, and samples
-    real above dreamt. batch_size: rows of all processes together. cache: a folder of latents to share between runs;
-    `out/cache` where None. accumulate: parts of a batch whose gradients are added up; these, and the shares of
-    processes, have errors weighted within themselves (`tool_weight`). checkpointing: keep only the inputs of blocks,
-    and compute these again in the backward pass. compile: the transformers' blocks (see `dreamgen.engine.compiling`).
-    sharding, replicas: see `dreamgen.engine.train`.
+    the loss at fixed noise under true, shuffled and no actions is written every `validate_every` steps (0: never), and
+    samples real above dreamt, both of all datasets in turn. batch_size: rows of all processes together. cache: a folder
+    of latents to share between runs; `out/cache` where None. accumulate: parts of a batch whose gradients are added up;
+    these, and the shares of processes, have errors weighted within themselves (`tool_weight`). checkpointing: keep only
+    the inputs of blocks, and compute these again in the backward pass. compile: the transformers' blocks (see
+    `dreamgen.engine.compiling`). sharding, replicas: see `dreamgen.engine.train`.
 
     Windows that begin in a state which nobody knows are left out where pose maps show it, and counted.
 
@@ -148,8 +149,8 @@ def finetune_actions(
                          write=process == 0)  # fmt: skip
         result = train(world, batch_at, out=out, steps=steps, lr=lr, muon_lr=muon_lr, warmup=warmup, ema=ema,
                        precision=world.precision, replicas=replicas, seed=seed, accumulate=accumulate,
-                       sharding=sharding, checkpoint_every=validate_every, validate=check_up if check_up.rows else None,
-                       validate_every=validate_every, name="finetune_actions")  # fmt: skip
+                       sharding=sharding, checkpoint_every=validate_every or 250, validate_every=validate_every,
+                       validate=check_up if check_up.rows else None, name="finetune_actions")  # fmt: skip
         world.requires_grad_(False)
         for module in transformers if checkpointing else ():
             module.disable_gradient_checkpointing()
@@ -203,11 +204,13 @@ class Check:
                  embed: Callable[[Sequence[str]], Tensor], *, samples: int, size: int, seed: int,
                  write: bool) -> None:  # fmt: skip
         self.out, self.size, self.write, self.prompts, self.real = out, size, write, [], []
-        first = []
+        held = []
         for source in sources:
             begun = {source.places[k][0]: k for k in reversed(source.kept)}
-            first += [(source, begun[episode]) for episode in sorted(source.held) if episode in begun]
+            held.append([(source, begun[episode]) for episode in sorted(source.held) if episode in begun])
+        first = [row for turn in zip_longest(*held) for row in turn if row is not None]  # of all datasets in turn
         self.rows = (first * -(-16 // max(1, len(first))))[:16] if len(first) > 1 else []
+        self.other = others([(id(source), group_of(source.dataset, source.places[k][0])) for source, k in self.rows])
         if not self.rows:
             return
         batch = stacked([source.row(k, world.clock.frames) for source, k in self.rows])
@@ -231,7 +234,7 @@ class Check:
             world.read([prompt.instruction if world.instructions else "" for prompt in self.prompts])
 
     def __call__(self, world: ActionWorld, step: int) -> dict[str, float]:
-        other = {key: self.batch[key].roll(1, 0) for key in ("features", "maps") if key in self.batch}
+        other = {key: self.batch[key][self.other] for key in ("features", "maps") if key in self.batch}
         none = {"present": torch.zeros_like(self.batch["present"])}
         streams = {"loss": {}, "loss_shuffled": other, "loss_without": none}
         figures = {name: self._loss(world, self.batch | changed) for name, changed in streams.items()}

@@ -190,7 +190,7 @@ def plan(
         "latent_cache_bytes": windows and 4 * windows * found.planes(latents) * math.prod(latents),
         "encoded_frames": windows and windows * frames, "recorded_frames": recorded,
         "validation_seconds": check / speed,
-        "validation_gpu_hours": gpus * -(-steps // validate_every) * check / speed / 3600,
+        "validation_gpu_hours": gpus * (-(-steps // validate_every) if validate_every else 1) * check / speed / 3600,
         "seconds_a_step": done / (speed * gpus), "train_gpu_hours": steps * done / speed / 3600,
         "dream_flops": dream, "dream_seconds": dream / speed, "dream_seconds_at_peak": dream / machine.bf16,
         "dreams_an_hour": 3600 * speed * gpus / dream, "dream_gpu_hours": dreams * dream / speed / 3600,

@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from dreamgen.core.clip import Episode, Prompt
+from dreamgen.core.clip import Episode, Past, Prompt
 from dreamgen.core.kinematics import follow
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.train import read_losses
-from dreamgen.stages.action_windows import Source
+from dreamgen.stages.action_windows import Source, others
 from dreamgen.stages.evaluate_world import evaluate_world
-from dreamgen.stages.finetune_actions import finetune_actions
+from dreamgen.stages.finetune_actions import Check, finetune_actions
 from dreamgen.stages.train_tracker import train_tracker
 from dreamgen.worlds.action import ActionWorld
 from dreamgen.worlds.prefix import PrefixWorld, open_pipeline
+from dreamgen.worlds.rollout import rollout
 from dreamgen.worlds.tracker import KeypointTracker
 from tests.worlds.conftest import pipeline_folder  # noqa: F401
 from tests.worlds.test_action import CAMERA, robot
@@ -44,8 +45,9 @@ def dataset(tmp_path_factory) -> Dataset:
         action = rng.uniform(-0.2, 0.2, (25, 4)).astype(np.float32)
         action[:, 2], action[:, 3] = 0, np.sign(action[:, 3])
         state = follow(robot(), np.array([0, 0, 0, 1], np.float32), action)[0][:-1]
+        measured = state + np.array([0.02, 0, 0.01, 0.4], np.float32) * (np.arange(25)[:, None] > 0)  # not as commanded
         episodes.append(Episode(
-            instruction=TEXTS[i % 2], state=state, action=action,
+            instruction=TEXTS[i % 2], state=measured, action=action,
             video={"front": np.stack([drawn(s[:3]) for s in state])}, extra={"object.hand": state[:, :3]},
             meta={"seed": i, "success": bool(i % 2)},
         ))  # fmt: skip
@@ -81,8 +83,27 @@ def test_a_row_of_a_batch_is_what_a_rollout_sees(make, dataset, tmp_path):
     frames = torch.from_numpy(dataset.canvas(2, [0, 4]))[:, None]
     assert np.allclose(row["memory"], world.encode(frames)[:, :, 0].transpose(0, 1).numpy(), atol=1e-5)
     assert world.memory_rows(4) == [0, 2]  # the same moments, in frames of a video at 10 Hz
-    assert np.allclose(row["maps"], world.drawn(np.arange(0, 9, 2), dataset.episode(2).action[8:16],
-                                                dataset.episode(2).state[8]))  # fmt: skip
+    episode, seen = dataset.episode(2), []
+    prompt = Prompt(id="x", image=dataset.canvas(2, [0])[0], instruction="", seed=0, state=episode.state[0])
+
+    def chunk(pasts: list, actions: list) -> list:
+        seen.append(world.drawn(np.arange(0, 9, 2), actions[0], pasts[0].state))
+        return [np.zeros((4, 32, 48, 3), np.uint8)]
+
+    for part in (episode.action[:8], episode.action[:16]):
+        rollout(chunk, world.robot, world.clock.with_frames(5), [Past.begin(prompt, 4)], [part])
+    assert np.allclose(row["maps"], seen[-1]) and len(seen) == 3
+    assert not np.allclose(row["maps"], world.drawn(np.arange(0, 9, 2), episode.action[8:16], episode.state[8]))
+
+
+def test_other_actions_are_those_of_another_first_state(make, dataset, tmp_path):
+    assert others(["a", "a", "b", "b", "c"]) == [2, 2, 4, 4, 0] and others(["a", "a"]) == [1, 0] and others([]) == []
+    held = [Source(make(), dataset, hop=4, validation=1, root=tmp_path, seed=seed) for seed in (0, 1, 2)]
+    for source in held:
+        list(source.cache.build(source.encode))
+    check = Check(make(), held, tmp_path, lambda texts: torch.zeros(len(texts), 15, 32), samples=3, size=4, seed=0,
+                  write=False)  # fmt: skip
+    assert [source for source, _ in check.rows[:3]] == held and len(check.rows) == 16 and len(check.prompts) == 3
 
 
 def test_windows_in_which_much_is_commanded_are_drawn_more_often(make, dataset, tmp_path):
@@ -100,7 +121,7 @@ def test_windows_in_which_much_is_commanded_are_drawn_more_often(make, dataset, 
 
 
 def test_it_trains_saves_and_dreams_on(make, dataset, tmp_path):
-    options = dict(steps=4, batch_size=3, lr=1e-2, warmup=1, hop=4, validation=2, validate_every=2, samples=1, seed=1,
+    options = dict(steps=4, batch_size=3, lr=1e-2, warmup=1, hop=4, validation=2, validate_every=0, samples=1, seed=1,
                    method="actions", record={})  # fmt: skip
     done = finetune_actions(make(), [dataset, dataset], out=tmp_path, shares=[1, 2], **options)
     assert done["results"]["lengths"] == [5, 9] and done["results"]["validation"] == 2
