@@ -55,7 +55,7 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise ValueError("launcher=ray needs Ray: pip install 'dreamgen[ray]'") from None
+            raise ValueError("launcher=ray needs Ray: pip install -e '.[ray]' in dreamgen's folder") from None
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
         if "OMP_NUM_THREADS" in os.environ:  # sums depend on it
             options["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}}

@@ -20,6 +20,13 @@ def hints(code: Any) -> dict[str, Any]:
         return {}
 
 
+def settings(code: Any) -> set[str]:
+    """Names of all that what a `_target_` names can be given; of a class also what it hands on to its bases."""
+    made = [base.__init__ for base in code.__mro__ if "__init__" in vars(base)] if inspect.isclass(code) else [code]
+    found = [argument for each in made for argument in inspect.signature(each).parameters.values()]
+    return {argument.name for argument in found if argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)}
+
+
 def expected(value: Any, hint: Any) -> str:
     """What an annotation asks for in place of a plain `value`, in words; "" where it fits or nobody can tell."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

@@ -15,7 +15,11 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
+
+from jobs.kinds import settings
 
 
 @dataclass
@@ -69,7 +73,12 @@ def load(job: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, list[str]
         # what is set within a group may be of one that the step chooses
         which = [word for word in overrides if word.startswith("steps.") or "." not in word.partition("=")[0]]
         every = with_step(compose(job, overrides=which), job, overrides)
-        cfg = compose(job, overrides=every)
+        try:
+            cfg = compose(job, overrides=every)
+        except ConfigCompositionException:
+            listed = compose(job, overrides=[word for word in every if "." not in word.partition("=")[0]])
+            every = [unlisted(listed, word) for word in every]
+            cfg = compose(job, overrides=every)
     GlobalHydra.instance().clear()
     unknown = sorted(set(cfg) - {f.name for f in fields(Recipe)})
     if unknown:  # `+foo=1` slips past Hydra
@@ -78,8 +87,22 @@ def load(job: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, list[str]
     return cfg, every
 
 
+def unlisted(cfg: DictConfig, word: str) -> str:
+    """An override; `+` in front of one for a setting that the constructor knows and no file lists."""
+    where, _, name = word.partition("=")[0].rpartition(".")
+    node = OmegaConf.select(cfg, where) if re.fullmatch(r"[\w.]+", where) else None
+    if (
+        not isinstance(node, DictConfig)
+        or name in node
+        or not str(node.get("_target_")).startswith(("dreamgen.", "idm."))
+    ):
+        return word
+    return f"+{word}" if name in settings(get_object(node._target_)) else word
+
+
 def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
-    """The step's own overrides, then the command line's, which therefore win.
+    """The step's own overrides, then the command line's, which therefore win; but a step's own seed is moved by that of
+    the command line, so that the steps of a recipe differ under any: what is held out stays held out.
 
     Where the command line names no step, it is the one that the job's primary config proposes, and for a stage of
     another name, as `evaluate stage=labels`, a folder of that name. `plan` takes what it knows of the first `finetune`.
@@ -93,7 +116,11 @@ def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
         return [*own, *overrides, f"step={name}"]
     owner, *own = shlex.split(lines(cfg)[name]) if name in cfg.steps else ["", ""]
     if owner == job:
-        return [*own, *overrides, f"step={name}"]
+        seeds = [
+            [int(word[5:]) for word in words if re.fullmatch(r"seed=\d+", word)][-1:] for words in (own, overrides)
+        ]
+        moved = [f"seed={seeds[0][0] + seeds[1][0]}"] if all(seeds) else []
+        return [*own, *overrides, *moved, f"step={name}"]
     if asked and owner:
         raise ValueError(f"step '{name}' of recipe '{cfg.name}' is run by jobs.{owner}, not by jobs.{job}")
     if asked and cfg.steps:

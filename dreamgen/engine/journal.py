@@ -23,7 +23,7 @@ def require_tracker(tracker: str | None) -> None:
     if tracker is not None and tracker not in TRACKERS:
         raise ValueError(f"tracker is '{tracker}'; expected one of {', '.join(TRACKERS)}, or null for none")
     if tracker is not None and find_spec(tracker) is None:
-        package = tracker if tracker == "tensorboard" else f"'dreamgen[{tracker}]'"  # the others are extras
+        package = tracker if tracker == "tensorboard" else f"-e '.[{tracker}]' in dreamgen's folder"
         raise ValueError(f"tracker '{tracker}' is not installed; pip install {package}, or choose null")
 
 

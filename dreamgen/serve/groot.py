@@ -36,7 +36,7 @@ def zeromq() -> Any:
     try:
         import zmq
     except ImportError:
-        raise ValueError("the GR00T protocol needs pyzmq: pip install 'dreamgen[serve]'") from None
+        raise ValueError("the GR00T protocol needs pyzmq: pip install -e '.[serve]' in dreamgen's folder") from None
     return zmq
 
 

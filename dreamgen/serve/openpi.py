@@ -36,7 +36,9 @@ def require_websockets() -> None:
     try:
         import websockets  # noqa: F401
     except ImportError:
-        raise ValueError("the openpi protocol needs websockets: pip install 'dreamgen[serve]'") from None
+        raise ValueError(
+            "the openpi protocol needs websockets: pip install -e '.[serve]' in dreamgen's folder"
+        ) from None
 
 
 class OpenpiServer:

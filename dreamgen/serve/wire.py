@@ -36,7 +36,7 @@ def _msgpack() -> Any:
     try:
         import msgpack
     except ImportError:
-        raise ValueError("servers need msgpack: pip install 'dreamgen[serve]'") from None
+        raise ValueError("servers need msgpack: pip install -e '.[serve]' in dreamgen's folder") from None
     return msgpack
 
 

@@ -109,7 +109,7 @@ class MetaWorld:
         try:
             from metaworld.env_dict import ENV_CLS_MAP
         except ImportError as error:
-            raise ValueError("Meta-World is not installed: pip install 'dreamgen[sim]'") from error
+            raise ValueError("Meta-World is not installed: pip install -e '.[sim]' in dreamgen's folder") from error
         env = ENV_CLS_MAP[INSTRUCTIONS[instruction]]()
         env.seeded_rand_vec, env._freeze_rand_vec = True, False
         env._set_task_called, env._partially_observable = True, False

@@ -25,7 +25,7 @@ try:
     import gymnasium
     from gymnasium.vector import AutoresetMode, VectorEnv
 except ImportError as error:
-    raise ImportError("DreamEnv needs the package gymnasium: pip install 'dreamgen[sim]'") from error
+    raise ImportError("DreamEnv needs the package gymnasium: pip install -e '.[sim]' in dreamgen's folder") from error
 
 LOOKS = ("last", "every")
 log = logging.getLogger(__name__)

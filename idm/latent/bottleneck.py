@@ -51,8 +51,8 @@ class Quantised(nn.Module):
         try:
             from vector_quantize_pytorch import VectorQuantize
         except ImportError as error:
-            raise ValueError("quantised latent actions need vector-quantize-pytorch: pip install 'dreamgen[latent]', "
-                             "or choose labeler=latent_continuous") from error  # fmt: skip
+            raise ValueError("quantised latent actions need vector-quantize-pytorch: pip install -e '.[latent]' in "
+                             "dreamgen's folder, or choose labeler=latent_continuous") from error  # fmt: skip
         if latent % tokens:
             raise ValueError(f"{latent} latent entries cannot be shared by {tokens} tokens; choose a multiple")
         self.tokens, self.renewed = tokens, renewed

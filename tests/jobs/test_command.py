@@ -32,7 +32,9 @@ def test_help_says_what_a_command_does_and_its_settings() -> None:
 
     assert all(summary(job).endswith((".", "success.", "(ZeroMQ).")) for job in commands())
     told = usage("train_policy", ["stage=train_policy_large"])
-    assert "Train a policy on real and dreamed" in told and "stage=train_policy_large" in told and "siglip2" in told
+    assert "Train `policy` on a real:dream mixture" in told and "stage=train_policy_large" in told and "siglip2" in told
+    assert "defaults" not in told and told.index("  steps: 1000\n") < told.index("  steps: 20000\n")
+    assert "autoencoder are scored too" in usage("evaluate", ["stage=labels"])
     done = run("-m", "jobs.plan", "--help")
     assert done.returncode == 0 and done.stdout == usage("plan", []) and "gpu: h100 # or" in done.stdout
 

@@ -32,6 +32,18 @@ def test_unknown_keys_are_named() -> None:
     assert "+" not in refused("collect", "nonsense=1")
 
 
+def test_a_setting_that_no_file_lists_is_taken_where_the_constructor_knows_it() -> None:
+    words = ["world_model.precision=fp32", "world_model.windows=2", "stage.steps=3"]
+    cfg, every = load("finetune", words)
+    assert (cfg.stage.world_model.precision, cfg.world_model.windows) == ("fp32", 2) and words[2] in every
+    check(cfg.stage)
+    assert (
+        load("finetune", ["world_model=wan22_i2v_a14b", "world_model.precision=fp32"])[0].world_model.expert == "both"
+    )
+    for word in ("world_model.precise=fp32", "world_model.robot.x=1", "nowhere.precision=fp32"):
+        assert word.partition("=")[0] in refused("finetune", word)
+
+
 def test_unknown_options_list_the_known() -> None:
     assert "tabletop_random" in refused("collect", "sim=moon")
     assert "demos, heldout" in refused("collect", "experiment=demo", "step=moon")
@@ -98,8 +110,20 @@ def test_only_code_of_known_origin_is_run() -> None:
 
 
 def test_the_command_line_wins_over_the_step() -> None:
-    assert load("collect", ["experiment=demo", "step=heldout"])[0].seed != 7
-    assert load("collect", ["experiment=demo", "step=heldout", "seed=7"])[0].seed == 7
+    assert load("collect", ["experiment=demo", "step=heldout"])[0].stage.episodes == 56
+    assert load("collect", ["experiment=demo", "step=heldout", "stage.episodes=7"])[0].stage.episodes == 7
+
+
+def test_the_seeds_of_a_recipe_move_together() -> None:
+    recipe = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf/experiment/tabletop.yaml"))[
+        "steps"
+    ]
+    job = {name: line.split()[0] for name, line in recipe.items()}
+    for name in ("demos", "heldout", "policy_real", "policy_real_1", "success_real", "success_real_4"):
+        own, moved = (load(job[name], ["experiment=tabletop", f"step={name}", *words])[0].seed
+                      for words in ((), ("seed=1",)))  # fmt: skip
+        assert moved == own + 1, name
+    assert load("collect", ["seed=1"])[0].seed == 1
 
 
 def test_a_setting_may_be_one_of_the_stage_that_the_step_chooses() -> None:

@@ -115,7 +115,7 @@ def _compiled() -> mujoco.MjModel:
     try:
         import metaworld
     except ImportError as error:
-        raise ValueError("the tabletop needs the package metaworld: pip install 'dreamgen[sim]'") from error
+        raise ValueError("the tabletop needs metaworld: pip install -e '.[sim]' in dreamgen's folder") from error
     assets = Path(metaworld.__file__).parent / "assets"
     with tempfile.TemporaryDirectory(prefix="tabletop_") as folder:
         for name in ("objects", "scene", "textures"):
