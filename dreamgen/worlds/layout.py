@@ -6,6 +6,7 @@ prediction.
 """
 
 import contextlib
+import logging
 from collections.abc import Iterable, Sequence
 from copy import copy, deepcopy
 from importlib.resources import files
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, tree_digest, write_json
+from dreamgen.engine.precision import best_device
 from dreamgen.worlds.flow import Diffusion, Flow
 
+log = logging.getLogger(__name__)
 TINY = "tiny"  # the base that ships with the package
 
 
@@ -91,6 +94,9 @@ class Layout:
                 raise ValueError(f"{path} is a {name}; this world model takes {' or '.join(cls.opens)}. Choose the "
                                  "`world_model` that is made for it.")  # fmt: skip
             if weights is not None:
+                if best_device().type == "cpu":
+                    log.warning("%s is a model for a GPU (its weights are held in bf16), and none is seen here: all of "
+                                "it will be read, and run very slowly", path)  # fmt: skip
                 low = dict.fromkeys(("transformer", "transformer_2", "text_encoder", "image_encoder"), weights)
                 options["torch_dtype"] = low | {"default": torch.float32}
             return cls.pipeline.from_pretrained(path, **options, **parts)

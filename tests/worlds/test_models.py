@@ -197,9 +197,10 @@ def test_loss_is_zero_at_the_true_prediction_and_sampling_it_returns_the_clip(na
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_held_in_bf16_is_trained_in_fp32_on_texts_read_before(name, folders):
+def test_what_is_held_in_bf16_is_trained_in_fp32_on_texts_read_before(name, folders, caplog):
     experts = {"expert": "low"} if name == "wan22_i2v_a14b" else {}  # the other one stays in bf16
     world, (prompt,) = zoo.world(name, folders[name], weights="bf16", **experts), prompts(name, 1)
+    assert torch.cuda.is_available() or "a model for a GPU" in caplog.text
     text, picture = world.embed([prompt.instruction]), torch.from_numpy(prompt.image)[None, None]
     world.train_full()
     assert text.dtype == torch.bfloat16 and all(part.dtype == torch.float32 for part in world.trained().values())
