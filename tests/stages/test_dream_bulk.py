@@ -1,6 +1,8 @@
 """Dreaming many: batches by tokens, decoding behind, best of n, shares of one list, and what cannot be done."""
 
+from concurrent.futures import wait
 from functools import partial
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,6 +105,44 @@ def test_an_error_of_the_thread_is_told_and_stops_the_run(tmp_path):
     assert len(world.batches) < 5 and not (tmp_path / "manifest.json").exists()
     run(DrawnWorld(), lambda: prompts(7), out=tmp_path, batch_size=1, overlap=True)
     assert len(ClipFolder(tmp_path / "clips")) == 7
+
+
+def test_nothing_is_begun_behind_an_error():
+    begun, handed = [], Event()
+
+    def work(k: int) -> None:
+        begun.append(k)
+        handed.wait()
+        raise ValueError(f"piece {k}")
+
+    with pytest.raises(ValueError, match="piece 0"), Behind(work) as behind:
+        behind(0)
+        behind(1)
+        handed.set()
+        wait(behind.pending)
+        behind(2)
+    assert begun == [0]
+
+
+def test_an_error_leaves_no_choice_among_the_seeds_of_two_prompts(tmp_path):
+    """More seeds than a batch holds: a batch that could not be decoded has some of them."""
+    options = dict(best_of=3, filter=Brightness(), batch_size=2, overlap=True)
+    run(DrawnWorld(), lambda: prompts(5), out=tmp_path / "good", **options)
+    world = DrawnWorld(delay=0.05)
+    clips, calls = world.clips, []
+
+    def once(group, latents):
+        calls.append(0)
+        if len(calls) == 2:
+            raise ValueError("out of memory")
+        return clips(group, latents)
+
+    world.clips = once
+    with pytest.raises(ValueError, match="out of memory"):
+        run(world, lambda: prompts(5), out=tmp_path / "bad", **options)
+    assert not ClipFolder(tmp_path / "bad" / "clips").ids()
+    run(DrawnWorld(), lambda: prompts(5), out=tmp_path / "bad", **options)
+    assert tree_digest(tmp_path / "bad" / "clips") == tree_digest(tmp_path / "good" / "clips")
 
 
 def test_the_best_of_three_seeds_is_kept_and_its_score_with_it(tmp_path):
