@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dreamgen.core.clip import Clip, Draft, Labels
-from dreamgen.core.manifest import tree_digest
+from dreamgen.core.manifest import tree_digest, write_json
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.prompts import FolderPrompts
 from dreamgen.engine.behind import Behind
@@ -204,7 +204,8 @@ def test_texts_are_read_before_the_transformer_takes_its_place(tmp_path):
     calls, world = [], DrawnWorld()
     world.read, world.place = calls.append, partial(calls.append, "place")
     run(world, lambda: prompts(7), out=tmp_path, batch_size=2, shard=1, num_shards=2)
-    assert calls == [["do 2", "do 0"], "place"]  # of its own prompts, which are p2, p3 and p6
+    # of its own prompts, which are p2, p3 and p6, then of those that it may be given next
+    assert calls == [["do 2", "do 0", "do 1"], "place"]
 
 
 def test_a_choice_needs_something_to_choose_by(tmp_path):
@@ -267,6 +268,11 @@ def test_what_first_frames_come_from_is_a_parent(tmp_path):
     listed = Listed(folder=tmp_path / "data", robot=tiny_robot())
     done = run(DrawnWorld(), listed, out=tmp_path / "out")
     assert done["parents"] == {"prompts": tree_digest(tmp_path / "data")}
+    opened = DrawnWorld()
+    opened.folder = tmp_path / "other"  # from which a world model was loaded
+    opened.folder.mkdir()
+    write_json(opened.folder / "manifest.json", {"id": "tuned"})
+    assert run(opened, listed, out=tmp_path / "more")["parents"] == {**done["parents"], "world_model": "tuned"}
     (tmp_path / "data" / "a.txt").write_text("other pictures")
     with pytest.raises(ValueError, match="another configuration.*parents.prompts"):
         run(DrawnWorld(), listed, out=tmp_path / "out")
