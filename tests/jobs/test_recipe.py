@@ -48,6 +48,11 @@ def test_the_plan_of_a_recipe_is_that_of_its_fine_tuning() -> None:
     assert (stage.method, stage.steps, stage.hop, stage.accumulate, stage.short) == ("lora", 2000, 4, 16, "pad")
     assert load("plan", [*own, "stage.steps=7"])[0].stage.steps == 7 and load("plan")[0].stage.steps == 1000
     check(stage)
+    words = "finetune world_model=ltx_video world_model.frames=49 data.root=other stage.copies=3 stage.shift=2"
+    stage = load("plan", [*own[:2], f'steps.world="{words}"', "world_model.steps=7"])[0].stage
+    tuned = load("finetune", [*own[:2], f'steps.world="{words}"', "step=world"])[0].stage
+    assert (stage.model, stage.frames, stage.dataset) == (tuned.world_model.path, 49, "other")
+    assert (stage.copies, stage.denoising_steps, tuned.world_model.frames) == (3, 7, 49)
 
 
 @pytest.mark.parametrize(
