@@ -105,14 +105,17 @@ def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
     the command line, so that the steps of a recipe differ under any: what is held out stays held out.
 
     Where the command line names no step, it is the one that the job's primary config proposes, and for a stage of
-    another name, as `evaluate stage=labels`, a folder of that name. `plan` takes what it knows of the first `finetune`.
+    another name, as `evaluate stage=labels`, a folder of that name. `plan` takes what it knows of the first `finetune`:
+    the settings that it has too, the world model, the robot and the dataset.
     """
     asked = any(word.startswith("step=") for word in overrides)
     stage = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("stage=")), job)
     name = cfg.step or (job if stage == job else f"{job}_{stage}")
     if job == "plan":  # what the recipe's fine-tuning is asked to do
         tuning = next((words for words in map(shlex.split, lines(cfg).values()) if words[0] == "finetune"), [])
-        own = [word for word in tuning if word.partition("=")[0] in {f"stage.{key}" for key in cfg.stage}]
+        known = {f"stage.{key}" for key in cfg.stage}
+        own = [word for word in tuning if (key := word.lstrip("+").partition("=")[0]) in known
+               or key.partition(".")[0] in ("embodiment", "world_model", "data")]  # fmt: skip
         return [*own, *overrides, f"step={name}"]
     owner, *own = shlex.split(lines(cfg)[name]) if name in cfg.steps else ["", ""]
     if owner == job:

@@ -17,7 +17,7 @@ import hydra
 from hydra.utils import get_method, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dreamgen.core.manifest import FILE, fingerprint, require_complete
+from dreamgen.core.manifest import FILE, fingerprint, is_complete, require_complete
 from dreamgen.core.seeding import seed_for
 from jobs.errors import speaking
 from jobs.help import usage
@@ -29,7 +29,7 @@ ALLOWED = ("dreamgen.", "idm.", "torch.", "diffusers.", "transformers.")
 # where and how a stage runs, which never changes its result: not part of what a manifest remembers. The inputs of a
 # stage are remembered by what they hold (their fingerprints), not by where they lie. Bad episodes that `skip_bad` left
 # out stand in the manifest's results.
-PLACES = frozenset("out root path start folder parent against clips dreams dream_clips counterfactuals demos heldout "
+PLACES = frozenset("out root path start folder against clips dreams dream_clips counterfactuals demos heldout "
                    "labels scored truth alternatives alternatives_truth question world".split())  # fmt: skip
 NAMED = frozenset(["path", "start", "question"])  # also an id of a hub, an address or a name of ours
 MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description skip_bad "
@@ -113,8 +113,10 @@ def prepare(cfg: DictConfig) -> Callable[..., dict]:
     function = check(cfg.stage)
     shareable(cfg)
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
-        if key in ("root", "path", "world") and Path(text).is_relative_to(cfg.out):
-            require_complete(Path(text), "the input")  # made by an earlier step, which must have ended
+        if key in ("root", "path", "world") and (path := Path(text)).is_relative_to(cfg.out):
+            inside = [path, *path.parents][: len(path.relative_to(cfg.out).parts) or 1]
+            if not any(map(is_complete, inside)):
+                require_complete(inside[-1], "the input")  # made by an earlier step, which must have ended
     log.info("%s -> %s", cfg.step, cfg.stage.out)
     return function
 

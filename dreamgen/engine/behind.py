@@ -17,16 +17,25 @@ class Behind:
     """
 
     def __init__(self, work: Callable[..., Any]) -> None:
-        self.work = work
+        self.work, self.failed = work, False
         # sums depend on the number of threads, and a new thread does not inherit it
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
         self.pending: deque[Future] = deque()
 
     def __call__(self, *piece: Any) -> None:
         """Hand over a piece; waits while too many are under way."""
-        while len(self.pending) > DEPTH:
+        while self.pending and (len(self.pending) > DEPTH or self.pending[0].done()):
             self.pending.popleft().result()
-        self.pending.append(self.pool.submit(self.work, *piece))
+        self.pending.append(self.pool.submit(self._run, *piece))
+
+    def _run(self, *piece: Any) -> None:
+        if self.failed:  # what was handed over before the error was known
+            return
+        try:
+            self.work(*piece)
+        except BaseException:
+            self.failed = True
+            raise
 
     def __enter__(self) -> "Behind":
         return self

@@ -95,10 +95,11 @@ def train(
     if replicas > 1 and any(getattr(part, "moves_in_loss", False) for part in model.modules()):
         raise ValueError(f"replicas is {replicas}, but this model moves a codebook of its own while it computes a "
                          f"loss, which replicas would share: set stage.replicas=1")  # fmt: skip
-    movers = optimisers(model, lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, betas=betas, rates=rates)
-    average = Ema(model, ema) if ema else None
     state = out / STATE
-    start = restore(state, model, average, movers)
+    with memory(name, 0, accumulate, sharding, model):
+        movers = optimisers(model, lr=lr, muon_lr=muon_lr, weight_decay=weight_decay, betas=betas, rates=rates)
+        average = Ema(model, ema) if ema else None
+        start = restore(state, model, average, movers)
     weights = [p for p in model.parameters() if p.requires_grad]
     journal = Journal(out, name, team, start=start, steps=steps, tracker=tracker, flops=flops, replicas=replicas)
     journal.log.info("%d trainable parameters, %s, steps %d to %d", sum(p.numel() for p in weights), chosen, start,
@@ -170,15 +171,15 @@ def train(
             clock, waited = time.perf_counter(), ahead[0].waited if ahead else 0.0
             with memory(name, step, accumulate, sharding, model):
                 metrics = group.run(step)
-            require_finite("loss", metrics["loss"], step)
-            require_finite("norm of the gradient", float(whole(nn.utils.clip_grad_norm_(weights, clip))), step)
-            for mover in movers:
-                mover.step()
-            model.zero_grad(set_to_none=True)
-            if hasattr(model, "after_step"):
-                model.after_step()
-            if average:
-                average.update(model, step)
+                require_finite("loss", metrics["loss"], step)
+                require_finite("norm of the gradient", float(whole(nn.utils.clip_grad_norm_(weights, clip))), step)
+                for mover in movers:
+                    mover.step()
+                model.zero_grad(set_to_none=True)
+                if hasattr(model, "after_step"):
+                    model.after_step()
+                if average:
+                    average.update(model, step)
             stopped = step + 1
             journal.add(metrics, time.perf_counter() - clock, ahead[0].waited - waited)
             due = bool(validate_every) and stopped % validate_every == 0 or stopped == steps

@@ -33,7 +33,6 @@ def dream(
     shard: int = 0,
     num_shards: int = 1,
     seed: int = 0,
-    parent: Path | None = None,
     record: dict,
 ) -> dict:
     """Dream one clip per prompt into `out/clips`; returns the manifest once the clips of all shards are there.
@@ -41,24 +40,26 @@ def dream(
     prompts: makes the list (see `dreamgen.data.prompts`); first frames of drafts are read with their group. A forward
     pass takes `batch_size` clips, or as many as hold `token_budget` latent tokens. best_of: seeds for each prompt, of
     which `filter` keeps the best (a filter of labels needs a `labeler`); with a filter the scores stand with the clips.
-    overlap: decode and write while the next batch is denoised (None: where it pays). parent: the checkpoint's folder,
-    for the manifest.
+    overlap: decode and write while the next batch is denoised (None: where it pays).
 
     Raises ValueError for a shard out of range, no prompts, ids that two prompts share or that are not fit for file
     names, a budget smaller than a clip, and best_of without a filter.
     """
     mine, best = Shard(shard, num_shards), Best(best_of, filter, labeler)
-    with Stage(out, "dream", config=record, parents=parents(parent, prompts, labeler), seed=seed, shared=True) as run:
+    made_of = parents(world_model, prompts, labeler)
+    with Stage(out, "dream", config=record, parents=made_of, seed=seed, shared=True) as run:
         if run.complete:
             return run.manifest()
         listed = _listed(prompts) if num_shards > 1 else tuple(prompts())
         ids = _ids(listed)
         folder = ClipFolder(Path(out) / "clips")
         stored, size = set(folder.ids()), clips_at_once(world_model, batch_size, token_budget)
-        groups = mine.of(grouped(listed, max(1, size // best_of)))
-        left = [group for group in groups if not stored.issuperset(prompt.id for prompt in group)]
-        if left and hasattr(world_model, "read"):  # before the transformer takes the text encoder's place
-            world_model.read(list(dict.fromkeys(prompt.instruction for group in left for prompt in group)))
+        groups = grouped(listed, max(1, size // best_of))
+        left, others = ([group for group in some if not stored.issuperset(prompt.id for prompt in group)]
+                        for some in (mine.of(groups), groups if num_shards > 1 else ()))  # fmt: skip
+        if left and hasattr(world_model, "read"):
+            # before the transformer takes the text encoder's place; also for the shards that a worker is given later
+            world_model.read(list(dict.fromkeys(prompt.instruction for group in [*left, *others] for prompt in group)))
         judging = vars(filter).values() if filter is not None else ()  # models that a filter scores by
         if left:
             place(world_model, labeler, *judging)
@@ -95,9 +96,9 @@ def _picture(prompt: Prompt | Draft, before: str) -> str:
     return f"{before}{prompt.origin['picture']}" if "picture" in prompt.origin else ""
 
 
-def parents(world_model: Path | None, prompts: object, labeler: object) -> dict[str, Path]:
+def parents(world_model: object, prompts: object, labeler: object) -> dict[str, Path]:
     """What the dreams are made of, by name, as far as it lies on disk."""
-    found = {"world_model": world_model, "prompts": getattr(prompts, "source", None),
+    found = {"world_model": getattr(world_model, "folder", None), "prompts": getattr(prompts, "source", None),
              "labeler": getattr(labeler, "path", None)}  # fmt: skip
     return {name: Path(path) for name, path in found.items() if path is not None}
 

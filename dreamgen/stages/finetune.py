@@ -14,6 +14,7 @@ from torch import Tensor
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.buckets import Buckets, ClipPool, Shape
+from dreamgen.data.cache import require_known
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.compiling import compile_blocks, wanted
@@ -123,6 +124,8 @@ def finetune(
                              f"validation ({validation}); hold out fewer")  # fmt: skip
         where = out / "cache" if cache is None else Path(cache)
         latents = Latents(world, pool, where, transform={"hop": hop, "copies": copies, "shift": shift if copies else 0})
+        if cache is not None:
+            require_known(where, [kept.key for kept in latents.caches.values()])
         sizes = Transformer.of({**world.transformer.config, "_class_name": type(world.transformer).__name__})
         video = {shape: sizes.tokens(_latent(world, shape)) for shape in latents.members}
         buckets = Buckets(rows, [latents.shapes[k] for k in rows], batch_size=batch_size, budget=token_budget,
@@ -137,9 +140,14 @@ def finetune(
         embedded, which = latents.texts(where, base=base, first=process == 0)
         if decoder_steps:
             _train_decoder(world, latents, rows, out / "decoder", steps=decoder_steps, lr=decoder_lr,
-                           replicas=replicas, seed=seed)  # fmt: skip
+                           batch_size=max(4, count * forks), replicas=replicas, seed=seed)  # fmt: skip
+        text = embedded.length
+        require_memory(world.trained().values(), sizes,
+                       [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text, held=world.weights,
+                       lora=lora, checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate,
+                       shards=shards)  # fmt: skip
         if not lora:
-            world.train_full()
+            world.train_full()  # in fp32: for that there is room
         check = Validation(world, latents, embedded, which, held, out, samples=samples, seed=seed, write=process == 0,
                            clips=dict(zip(buckets.shapes, clips, strict=True)))  # fmt: skip
         for module in world.trained().values():
@@ -149,11 +157,6 @@ def finetune(
                 module.enable_gradient_checkpointing()
             if wanted(compile, steps=steps):
                 compile_blocks(module)
-        text = embedded.length
-        require_memory(world.trained().values(), sizes,
-                       [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text, held=world.weights,
-                       lora=lora, checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate,
-                       shards=shards)  # fmt: skip
 
         def batch_at(step: int) -> Rows:
             rng = rng_for(seed, "finetune", step)
@@ -202,7 +205,7 @@ def _latent(world: VideoWorld, shape: Shape) -> tuple[int, int, int]:
 
 
 def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: Path,
-                   *, steps: int, lr: float, replicas: int, seed: int) -> None:  # fmt: skip
+                   *, steps: int, lr: float, batch_size: int, replicas: int, seed: int) -> None:  # fmt: skip
     model = Autoencoding(world.pipe.vae)
     for part in (world.pipe.vae.decoder, world.pipe.vae.post_quant_conv):
         part.requires_grad_(True)
@@ -211,7 +214,7 @@ def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: P
     rows = np.array([k for k in rows if latents.shapes[k] == longest])
 
     def batch_at(step: int) -> dict[str, Tensor]:
-        chosen = rows[rng_for(seed, "decoder", step).integers(0, len(rows), 4)]
+        chosen = rows[rng_for(seed, "decoder", step).integers(0, len(rows), batch_size)]
         video = np.stack([latents.pool.frames(int(k)) for k in chosen])
         z = latents.take(chosen)[:, : len(mean)]
         return {"video": torch.from_numpy(video), "latents": z * std + mean}

@@ -123,15 +123,17 @@ def finetune_actions(
         if method == "lora":
             torch.manual_seed(seed_for(seed, "adapter"))  # whatever was drawn before, here or before a kill
             world.train_lora(rank=rank, alpha=alpha)
-        else:
-            world.train_full() if method == "full" else world.train_actions()
+        elif method == "actions":
+            world.train_actions()
+        _require_memory(world, -(-batch_size // (count * accumulate * forks)), embedded.length, lora=method != "full",
+                        checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate, shards=shards)  # fmt: skip
+        if method == "full":
+            world.train_full()  # in fp32: for that there is room
         transformers = world.world.trained().values()
         for module in transformers if checkpointing else ():
             module.enable_gradient_checkpointing()
         if wanted(compile, steps=steps):
             compile_blocks(*transformers)
-        _require_memory(world, -(-batch_size // (count * accumulate * forks)), embedded.length, lora=method != "full",
-                        checkpointing=checkpointing, ema=bool(ema), accumulate=accumulate, shards=shards)  # fmt: skip
 
         def batch_at(step: int) -> Rows:
             rng = rng_for(seed, "finetune_actions", step)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dreamgen.core.manifest import digest, fingerprint
 from dreamgen.data.buckets import ClipPool, Shape
-from dreamgen.data.cache import Cache, Embeddings, require_known
+from dreamgen.data.cache import Cache, Embeddings
 from dreamgen.data.lerobot import Dataset
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.processes import wait
@@ -25,8 +25,8 @@ from dreamgen.worlds.world import VideoWorld
 class Latents:
     """Normalised latents of all clips of `pool`, one cache for each shape, under `root`.
 
-    transform: what the pool made of the datasets. Raises ValueError if `root` is a cache of another VAE, dataset,
-    choice of episodes or cameras, or transform, and for a video that has no instruction or too long a one.
+    transform: what the pool made of the datasets. Raises ValueError for a video that has no instruction or too long a
+    one.
     """
 
     def __init__(self, world: VideoWorld, pool: ClipPool, root: Path, *, transform: dict) -> None:
@@ -47,7 +47,6 @@ class Latents:
                  "episodes": [taken(d) for d in pool.datasets], "views": [seen(d) for d in pool.datasets],
                  "clips": sorted(f"{k} {n}" for k, n in pool.counts().items())}  # fmt: skip
         keys = {shape: {**about, "shape": list(shape)} for shape in self.members}
-        require_known(root, list(keys.values()))
         self.caches = {shape: Cache(root, key, count=len(self.members[shape]), size=shard_size(shape))
                        for shape, key in keys.items()}  # fmt: skip
 

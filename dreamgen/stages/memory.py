@@ -24,13 +24,14 @@ def require_memory(
 ) -> None:
     """ValueError, saying what would fit, if a step over any of `parts` (clips, tokens) is too large for this GPU.
 
-    modules: those that are trained, of these `sizes`; held: "bf16" or "fp32", what is frozen of them. The rest is as in
+    modules: those that are trained, of these `sizes`: with lora what asks for gradients, else all of them, which need
+    not be in fp32 yet; held: "bf16" or "fp32", what is frozen of them. The rest is as in
     `dreamgen.engine.cost.training_memory`.
     """
     if best_device().type != "cuda":
         return
     weights = [p for module in modules for p in module.parameters()]
-    total, trained = (sum(p.numel() for p in of) for of in (weights, [p for p in weights if p.requires_grad]))
+    total, trained = (sum(p.numel() for p in weights if p.requires_grad or some) for some in (True, not lora))
     left = memory_left() + sum(p.numel() * p.element_size() for p in weights if p.is_cuda)
 
     def needed(clips: int, video: int, checkpointing: bool) -> float:

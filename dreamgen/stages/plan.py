@@ -8,7 +8,7 @@ are FLOPs over the device's peak times the share of it that is expected.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,9 +19,11 @@ import torch
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, write_json
+from dreamgen.data.layout import INFO, read_layout
 from dreamgen.data.windows import Windows
 from dreamgen.engine.cost import Memory, Transformer, lora_parameters, training_memory
 from dreamgen.engine.devices import device
+from dreamgen.engine.devices import table as devices
 from dreamgen.engine.processes import require_sharding
 from dreamgen.engine.shares import require_rows
 from dreamgen.stages.plan_vae import vae_memory
@@ -121,8 +123,11 @@ def plan(
     sharding: str = "ddp",
     steps: int = 1000,
     batch_size: int = 16,
+    token_budget: int | None = None,
     accumulate: int = 1,
+    lengths: Sequence[int] | None = None,
     hop: int = 1,
+    copies: int = 0,
     short: str = "drop",
     method: str = "full",
     rank: int | None = None,
@@ -142,22 +147,35 @@ def plan(
     peak that is expected. guidance above 1 doubles the forwards of a dream. lora: the world model's, whose rank is
     taken where `rank` is None; expert: of two, which are trained. The rest is as in `finetune` and `dream`.
 
-    Raises ValueError for an unknown model, device, method, sharding or expert, for sizes that the model cannot take,
-    and for a batch of fewer clips than parts.
+    Raises ValueError for an unknown model, device, method, sharding or expert, a GPU in use whose peak is not known,
+    clips of several lengths, sizes that the model cannot take, a batch of fewer clips than parts, a dataset whose list
+    of episodes cannot be read, and one in which no clip fits.
     """
     require_sharding(sharding)
-    require_rows(batch_size, gpus, accumulate)
+    if len(set(lengths or ())) > 1:
+        raise ValueError(f"lengths is {list(lengths)}; a plan is of clips of one length: give stage.lengths=[n], once "
+                         "for each of them")  # fmt: skip
+    frames = lengths[0] if lengths else frames
     if method not in ("full", "lora") or not 0 < efficiency <= 1 or gpus < 1:
         raise ValueError(f"method is '{method}', efficiency {efficiency}, gpus {gpus}; expected 'full' or 'lora', a "
                          "share of the peak in (0, 1], and at least 1")  # fmt: skip
     found, machine, adapter = Model.of(model), device(gpu), method == "lora"
+    if not machine.bf16:
+        raise ValueError(f"gpu is '{gpu}', {machine.name}, whose peak is not known; name one like it as stage.gpu: "
+                         f"{', '.join(devices())}")  # fmt: skip
     if expert != "both" and (expert not in ("high", "low") or found.experts < 2):
         raise ValueError(f"expert is '{expert}'; expected 'both' or, for a model of two experts, 'high' or 'low'")
     sizes, canvas = Transformer.of(found.config), (height or robot.canvas[0], width or robot.canvas[1])
     found.require(model, canvas, frames, sizes.patch[1])
     time, side = found.scale
     latents = ((frames - 1) // time + 1, canvas[0] // side, canvas[1] // side)
-    video, each = sizes.tokens(latents), found.parameters()
+    video = sizes.tokens(latents)
+    if token_budget is not None and token_budget < video:
+        raise ValueError(f"token_budget is {token_budget}; one clip has {video} tokens. Raise the budget or take "
+                         "shorter clips.")  # fmt: skip
+    batch_size = token_budget // video if token_budget is not None else batch_size
+    require_rows(batch_size, gpus, accumulate)
+    each = found.parameters()
     parameters = each * found.experts
     trained = lora_parameters(sizes, rank or (lora or {}).get("rank", LORA["rank"])) if adapter else each
     trained *= found.experts if expert == "both" else 1
@@ -175,6 +193,7 @@ def plan(
     speed = machine.bf16 * efficiency
     dream = forward * denoising_steps * (2 if guidance > 1 else 1)
     windows, recorded = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop, short)
+    windows = windows and windows * (1 + copies)
     check = ROWS * forward + samples * dream
     vae = vae_memory(found.vae, (found.channels, *latents), (frames, *canvas))
     dreaming = parameters * (2 if weights == "bf16" else 4) + vae["weights"] + vae["decode"]
@@ -217,13 +236,11 @@ def _bytes(memory: Memory) -> dict[str, float]:
 
 
 def _windows(dataset: Path | None, clock: Clock, hop: int, short: str) -> tuple[int | None, int | None]:
-    """Clips and frames of a LeRobot folder; None where there is none. Lengths as they are on average."""
-    info = Path(dataset) / "meta" / "info.json" if dataset is not None else None
-    if info is None or not info.is_file():
+    """Clips and frames of a LeRobot folder, by its list of episodes; None where there is none."""
+    if dataset is None or not (Path(dataset) / INFO).is_file():
         return None, None
-    about = read_json(info)
-    count, frames = int(about["total_episodes"]), int(about["total_frames"])
-    return len(Windows([frames // max(count, 1)] * count, clock, hop=hop, short=short)), frames
+    rows = [entry.length for entry in read_layout(Path(dataset)).entries]
+    return len(Windows(rows, clock, hop=hop, short=short)), sum(rows)
 
 
 def si(value: float, unit: str) -> str:

@@ -298,7 +298,7 @@ class ActionWorld(nn.Module):
         mine = {key: changed.pop(key) for key in list(changed) if key in signature(cls).parameters}
         world = kind.load(path, robot=robot, **changed)
         self = cls(world=world, **{**saved["spec"], **mine})
-        self.moved = saved.get("moved", False)
+        self.moved, self.folder = saved.get("moved", False), path
         self.extension.load_state_dict(load_file(path / WEIGHTS))
         return self
 

@@ -17,9 +17,11 @@ from diffusers import Cosmos2_5_PredictBasePipeline, Cosmos2VideoToWorldPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from dreamgen.engine.precision import best_device
 from dreamgen.worlds.flow import Flow
 from dreamgen.worlds.layout import Layout
 from dreamgen.worlds.prefix import PrefixWorld
+from dreamgen.worlds.sampler import enough
 
 SYSTEM = "You are a helpful assistant who will provide prompts to an image generator."  # the stock pipeline's
 
@@ -105,15 +107,26 @@ class CosmosLayout(Layout):
         return found + guidance * (found - plain)
 
     def allow(self, texts: Sequence[str]) -> None:
-        for text in texts:
+        asked = [text for text in texts if text]  # it refuses an empty one, which is no prompt
+        if asked:
+            with enough("with the guardrail of Cosmos", "a larger device, or world_model.guardrail=false"):
+                self.pipe.safety_checker.to(best_device())
+        for text in asked:
             if not self.pipe.safety_checker.check_text_safety(text):
                 raise ValueError(f"the guardrail of Cosmos refuses the prompt '{text}'")
 
-    def censor(self, video: Tensor) -> Tensor:
+    def censor(self, video: Tensor, names: Sequence[str] = ()) -> Tensor:
         if isinstance(self.pipe.safety_checker, Unguarded):
             return video
-        frames = [self.pipe.safety_checker.check_video_safety(clip) for clip in video.numpy(force=True)]
-        return torch.stack([torch.from_numpy(clip) for clip in frames])
+        frames = []
+        for k, clip in enumerate(video.numpy(force=True)):
+            seen = self.pipe.safety_checker.check_video_safety(clip)
+            if seen is None:
+                which = f"clip '{names[k]}'" if names else f"clip {k + 1} of {len(video)}"
+                raise ValueError(f"the guardrail of Cosmos refuses the video of {which}; take another seed or "
+                                 "instruction, or set world_model.guardrail=false if you use another")  # fmt: skip
+            frames.append(torch.from_numpy(seen))
+        return torch.stack(frames)
 
 
 class Cosmos2Layout(CosmosLayout):

@@ -230,6 +230,7 @@ class Layout:
     def allow(self, texts: Sequence[str]) -> None:
         """Raise ValueError for prompts that the model's licence asks to be refused."""
 
-    def censor(self, video: Any) -> Any:
-        """Pictures (b t h w 3) uint8 as the model's licence asks for them."""
+    def censor(self, video: Any, names: Sequence[str] = ()) -> Any:
+        """Pictures (b t h w 3) uint8 as the model's licence asks for them; names: of the clips, for errors. Raises
+        ValueError for a clip that it asks to be refused."""
         return video

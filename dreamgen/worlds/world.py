@@ -147,17 +147,17 @@ class VideoWorld(Stored):
         return torch.cat(found)
 
     @torch.no_grad()
-    def decode(self, latents: Float[Tensor, "b c lt lh lw"], *, windows: int = 1) -> UInt8[Tensor, "b t h w 3"]:
-        """The inverse of `encode`, as pictures; of `windows` on end each begins with the last frame before it."""
-        length, (time, side) = latents.shape[2] // windows, self.layout.scale
+    def decode(self, latents: Float[Tensor, "b c lt lh lw"], *, windows: int = 1,
+               names: Sequence[str] = ()) -> UInt8[Tensor, "b t h w 3"]:  # fmt: skip
+        """The inverse of `encode`; of `windows` on end each begins with the last frame before it. names: of clips."""
+        length, (time, side), clips = latents.shape[2] // windows, self.layout.scale, []
         size = clips_at_once((length - 1) * time + 1, side * latents.shape[3], side * latents.shape[4])
-        clips = []
         with fitting(self, len(latents)), autocast(self.precision, self.device):
             for some in latents[:, : len(self.mean)].split(size):
                 parts = [to_frames(self.layout.decode(twin(z * self.std + self.mean)))[: len(z)]
                          for z in some.split(length, 2)]  # fmt: skip
                 clips.append(torch.cat([parts[0], *(part[:, 1:] for part in parts[1:])], 1))
-        return self.layout.censor(torch.cat(clips))
+        return self.layout.censor(torch.cat(clips), names)
 
     def prompt(self, instruction: str) -> str:
         """The text that the model reads for an instruction, none for none."""
@@ -261,15 +261,14 @@ class VideoWorld(Stored):
                 start = self.noise(prompts, k) if noise is None else noise.split(self.latent_shape[1], 2)[k]
                 found.append(self._window(images, start, text, plain))
                 if k + 1 < self.windows:
-                    images = self.decode(found[-1])[:, -1:]
+                    images = self.decode(found[-1], names=[prompt.id for prompt in prompts])[:, -1:]
         return torch.cat(found, 2)
 
     def _window(self, images: Tensor, noise: Tensor, text: Tensor, plain: Tensor | None) -> Tensor:
         """Latents of one window for pictures (b 1 h w 3), each distinct picture conditioned once."""
-        distinct = {image.numpy(force=True).tobytes(): i for i, image in enumerate(images)}
-        place = {key: k for k, key in enumerate(distinct)}
-        rows = [place[image.numpy(force=True).tobytes()] for image in images]
-        given = self.condition(images[list(distinct.values())])[rows]
+        keys = [image.numpy(force=True).tobytes() for image in images]
+        distinct = list(dict.fromkeys(keys))
+        given = self.condition(images[[keys.index(key) for key in distinct]])[[distinct.index(key) for key in keys]]
         scheduler, times = self.layout.schedule(self.steps, noise.shape[1:], self.device)
         return self.descend(self.layout.begin(noise), given, text, plain, scheduler, times)
 
@@ -286,7 +285,8 @@ class VideoWorld(Stored):
 
     def clips(self, prompts: Sequence[Prompt], latents: Float[Tensor, "b c lt lh lw"]) -> list[Clip]:
         """The last part of `dream`: decoded latents of all windows with the provenance of their prompts."""
-        videos, hz = self.decode(latents, windows=self.windows).cpu().numpy(), self.clock.video_hz
+        names, hz = [prompt.id for prompt in prompts], self.clock.video_hz
+        videos = self.decode(latents, windows=self.windows, names=names).cpu().numpy()
         return [Clip(id=p.id, video=v, video_hz=hz, instruction=p.instruction, seed=p.seed, pair=p.pair, state=p.state,
                      origin=p.origin) for p, v in zip(prompts, videos, strict=True)]  # fmt: skip
 

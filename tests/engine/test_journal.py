@@ -138,8 +138,8 @@ def test_trackers_that_are_not_there_are_named(tmp_path, monkeypatch):
             run(tmp_path, tracker=tracker)
 
 
-def test_out_of_memory_says_what_would_fit(tmp_path):
-    def large(step):
+def test_out_of_memory_says_what_would_fit(tmp_path, monkeypatch):
+    def large(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
 
     what = r"checkpointing=true, accumulate=4 \(the same result\), method=lora, sharding=fsdp2 .*, a smaller batch"
@@ -149,6 +149,10 @@ def test_out_of_memory_says_what_would_fit(tmp_path):
         run(tmp_path, make_batch=large, accumulate=1)
     with pytest.raises(ValueError, match=r"in this order: a smaller batch \("):  # of what the stage has
         run(tmp_path, validate=lambda model, step: large(step), validate_every=1)
+    for place in ("torch.optim.AdamW.step", "dreamgen.engine.train.Ema"):  # moments; the average
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="out of memory at step 0"):
+            patch.setattr(place, large)
+            run(tmp_path / place, ema=0.9)
 
 
 def test_parts_are_those_of_tensor_split():

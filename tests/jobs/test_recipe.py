@@ -12,7 +12,7 @@ from dreamgen.core.manifest import Stage, write_json
 from jobs import steps
 from jobs.errors import explain
 from jobs.recipe import load
-from jobs.running import check, parts, record, run_stage
+from jobs.running import check, parts, prepare, record, run_stage
 from jobs.steps import inputs
 
 
@@ -60,6 +60,11 @@ def test_the_plan_of_a_recipe_is_that_of_its_fine_tuning() -> None:
     assert (stage.method, stage.steps, stage.hop, stage.accumulate, stage.short) == ("lora", 2000, 4, 16, "pad")
     assert load("plan", [*own, "stage.steps=7"])[0].stage.steps == 7 and load("plan")[0].stage.steps == 1000
     check(stage)
+    words = "finetune world_model=ltx_video world_model.frames=49 data.root=other stage.copies=3 stage.shift=2"
+    stage = load("plan", [*own[:2], f'steps.world="{words}"', "world_model.steps=7"])[0].stage
+    tuned = load("finetune", [*own[:2], f'steps.world="{words}"', "step=world"])[0].stage
+    assert (stage.model, stage.frames, stage.dataset) == (tuned.world_model.path, 49, "other")
+    assert (stage.copies, stage.denoising_steps, tuned.world_model.frames) == (3, 7, 49)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +154,21 @@ def test_an_unfinished_input_is_said(tmp_path) -> None:
     (tmp_path / "labeler").mkdir()
     with pytest.raises(ValueError, match="labeler is unfinished"):
         run_stage(cfg)
+
+
+def test_what_lies_within_a_finished_step_is_finished(tmp_path) -> None:
+    more = ["stage.world_model.path=${out}/high", "stage.world_model.adapters=[{path: ${out}/low/adapter}]"]
+    cfg, _ = load("dream", [f"out={tmp_path}", *more])
+    (tmp_path / "low" / "adapter").mkdir(parents=True)
+    for step in ("high", "low"):
+        with pytest.raises(ValueError, match=f"the input {tmp_path}/{step} (does not exist|is unfinished)"):
+            prepare(cfg)
+        write_json(tmp_path / step / "manifest.json", {"id": step})
+    prepare(cfg)
+    own = [f"out={tmp_path}", "data=folder", "data.root=path/to/it"]
+    prepare(load("finetune", [*own, "world_model.path=${out}/high/model"])[0])
+    with pytest.raises(ValueError, match=f"the input {tmp_path} is unfinished"):
+        prepare(load("finetune", [*own, "world_model.path=${out}"])[0])
 
 
 def test_errors_become_one_sentence() -> None:

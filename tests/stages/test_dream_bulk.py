@@ -1,6 +1,8 @@
 """Dreaming many: batches by tokens, decoding behind, best of n, shares of one list, and what cannot be done."""
 
+from concurrent.futures import wait
 from functools import partial
+from threading import Event
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from PIL import Image
 
 from dreamgen.core.clip import Clip, Draft, Labels
-from dreamgen.core.manifest import tree_digest
+from dreamgen.core.manifest import tree_digest, write_json
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.prompts import FolderPrompts
 from dreamgen.engine.behind import Behind
@@ -105,6 +107,44 @@ def test_an_error_of_the_thread_is_told_and_stops_the_run(tmp_path):
     assert len(ClipFolder(tmp_path / "clips")) == 7
 
 
+def test_nothing_is_begun_behind_an_error():
+    begun, handed = [], Event()
+
+    def work(k: int) -> None:
+        begun.append(k)
+        handed.wait()
+        raise ValueError(f"piece {k}")
+
+    with pytest.raises(ValueError, match="piece 0"), Behind(work) as behind:
+        behind(0)
+        behind(1)
+        handed.set()
+        wait(behind.pending)
+        behind(2)
+    assert begun == [0]
+
+
+def test_an_error_leaves_no_choice_among_the_seeds_of_two_prompts(tmp_path):
+    """More seeds than a batch holds: a batch that could not be decoded has some of them."""
+    options = dict(best_of=3, filter=Brightness(), batch_size=2, overlap=True)
+    run(DrawnWorld(), lambda: prompts(5), out=tmp_path / "good", **options)
+    world = DrawnWorld(delay=0.05)
+    clips, calls = world.clips, []
+
+    def once(group, latents):
+        calls.append(0)
+        if len(calls) == 2:
+            raise ValueError("out of memory")
+        return clips(group, latents)
+
+    world.clips = once
+    with pytest.raises(ValueError, match="out of memory"):
+        run(world, lambda: prompts(5), out=tmp_path / "bad", **options)
+    assert not ClipFolder(tmp_path / "bad" / "clips").ids()
+    run(DrawnWorld(), lambda: prompts(5), out=tmp_path / "bad", **options)
+    assert tree_digest(tmp_path / "bad" / "clips") == tree_digest(tmp_path / "good" / "clips")
+
+
 def test_the_best_of_three_seeds_is_kept_and_its_score_with_it(tmp_path):
     plain, chosen = DrawnWorld(), DrawnWorld()
     run(plain, lambda: prompts(5), out=tmp_path / "plain")
@@ -164,7 +204,8 @@ def test_texts_are_read_before_the_transformer_takes_its_place(tmp_path):
     calls, world = [], DrawnWorld()
     world.read, world.place = calls.append, partial(calls.append, "place")
     run(world, lambda: prompts(7), out=tmp_path, batch_size=2, shard=1, num_shards=2)
-    assert calls == [["do 2", "do 0"], "place"]  # of its own prompts, which are p2, p3 and p6
+    # of its own prompts, which are p2, p3 and p6, then of those that it may be given next
+    assert calls == [["do 2", "do 0", "do 1"], "place"]
 
 
 def test_a_choice_needs_something_to_choose_by(tmp_path):
@@ -227,6 +268,11 @@ def test_what_first_frames_come_from_is_a_parent(tmp_path):
     listed = Listed(folder=tmp_path / "data", robot=tiny_robot())
     done = run(DrawnWorld(), listed, out=tmp_path / "out")
     assert done["parents"] == {"prompts": tree_digest(tmp_path / "data")}
+    opened = DrawnWorld()
+    opened.folder = tmp_path / "other"  # from which a world model was loaded
+    opened.folder.mkdir()
+    write_json(opened.folder / "manifest.json", {"id": "tuned"})
+    assert run(opened, listed, out=tmp_path / "more")["parents"] == {**done["parents"], "world_model": "tuned"}
     (tmp_path / "data" / "a.txt").write_text("other pictures")
     with pytest.raises(ValueError, match="another configuration.*parents.prompts"):
         run(DrawnWorld(), listed, out=tmp_path / "out")

@@ -141,6 +141,14 @@ def test_a_cache_of_another_vae_is_refused(make, dataset, tmp_path):
             finetune(make(), some, out=tmp_path / "d", cache=tmp_path / "a" / "cache", **OPTIONS)
 
 
+def test_an_encoding_that_was_killed_may_begin_anew_under_other_settings(make, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Latents, "texts", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    for hop in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(make(), dataset, out=tmp_path, hop=hop, **OPTIONS)
+        assert len(list((tmp_path / "cache").glob("*/key.json"))) == hop
+
+
 def test_a_cache_of_other_cameras_is_another(make, tmp_path):
     robot, rng = tiny_robot(), np.random.default_rng(3)
     side = View(name="side", key="observation.images.side", height=32, width=48)
@@ -161,6 +169,7 @@ def test_a_cache_of_other_cameras_is_another(make, tmp_path):
 
 def test_what_cannot_fit_is_said_before_the_first_step(make, dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "best_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(PrefixWorld, "train_full", lambda _: pytest.fail("fp32 copies of the weights are made"))
     size = sum(p.numel() for p in make().transformer.parameters())  # 22 bytes each, and 0.7 MB of activations
     fits = r"stage.checkpointing=false with 2 clips at a time \(stage.accumulate=2\)"
     monkeypatch.setattr(memory, "memory_left", lambda: 22 * size + 0.6e6)

@@ -1,17 +1,23 @@
 """The plan against published anchors, closed forms, and FLOPs and bytes counted another way."""
 
-import json
 import warnings
+from functools import partial
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from dreamgen.core.clip import Episode
+from dreamgen.core.clock import Clock
+from dreamgen.data.buckets import ClipPool
+from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
 from dreamgen.engine.cost import SAVED, Transformer, lora_parameters, training_memory
-from dreamgen.engine.devices import device, table
+from dreamgen.engine.devices import Device, device, table
 from dreamgen.stages import plan_vae
 from dreamgen.stages.plan import Model, plan
 from dreamgen.worlds.adapters import add_lora
@@ -157,19 +163,37 @@ def test_an_adapter_has_the_weights_that_are_planned():
 
 
 def test_a_plan_of_a_folder_counts_its_dataset(pipeline_folder, tmp_path):  # noqa: F811
-    (tmp_path / "data" / "meta").mkdir(parents=True)
-    (tmp_path / "data" / "meta" / "info.json").write_text(json.dumps({"total_episodes": 3, "total_frames": 57}))
-    found = plan(model=str(pipeline_folder), robot=tiny_robot(), out=tmp_path / "plan", frames=9, hop=2, batch_size=4,
-                 steps=10, dataset=tmp_path / "data", gpu="cpu", record={})  # fmt: skip
-    assert found["windows"] == 3 * 2 and found["epochs"] == pytest.approx(40 / 6)
+    data = recorded(tmp_path / "data", [9, 29, 19])
+    planned = partial(plan, model=str(pipeline_folder), robot=tiny_robot(), out=tmp_path / "plan", hop=2, steps=10,
+                      dataset=data.root, gpu="cpu", record={})  # fmt: skip
+    found = planned(frames=9, batch_size=4)
+    assert found["windows"] == 7 + 2 and found["epochs"] == pytest.approx(40 / 9)
     assert found["video_tokens"] == 3 * 2 * 3 and 0 < found["dreams_an_hour"]
-    assert found["latent_cache_bytes"] == 4 * 6 * LAYOUT.z_dim * 3 * 4 * 6  # fp32 latents (c 3 4 6) of six clips
-    assert (found["encoded_frames"], found["recorded_frames"]) == (6 * 9, 57)
-    assert "54 frames, 0.947 for each one recorded (stage.hop=2)" in found["text"]
+    assert found["latent_cache_bytes"] == 4 * 9 * LAYOUT.z_dim * 3 * 4 * 6  # fp32 latents (c 3 4 6) of nine clips
+    assert (found["encoded_frames"], found["recorded_frames"]) == (9 * 9, 57)
+    assert "81 frames, 1.42 for each one recorded (stage.hop=2)" in found["text"]
     check = 32 * found["forward_flops"] + 4 * found["dream_flops"]  # once, at the end
     assert found["validation_seconds"] / found["dream_seconds"] == pytest.approx(check / found["dream_flops"])
     assert found["validation_gpu_hours"] == pytest.approx(found["validation_seconds"] / 3600)
-    assert "6 clips, 6.67 epochs" in found["text"] and (tmp_path / "plan" / "plan.json").is_file()
+    assert "9 clips, 4.44 epochs" in found["text"] and (tmp_path / "plan" / "plan.json").is_file()
+    other = planned(frames=5, lengths=[9], token_budget=4 * 18 + 17, copies=2)
+    pool = ClipPool([data], Clock(robot_hz=20, video_hz=10, frames=9), hop=2, copies=2, shift=1)
+    assert other["windows"] == len(pool) == 3 * 9 and other["step_flops"] == found["step_flops"]
+
+
+def recorded(root, lengths) -> Dataset:
+    write_dataset(root, [
+        Episode(instruction="go", state=np.zeros((rows, 2), np.float32), action=np.zeros((rows, 3), np.float32),
+                video={"front": np.zeros((rows, 32, 48, 3), np.uint8)}, meta={}) for rows in lengths
+    ], tiny_robot())  # fmt: skip
+    return Dataset(root, tiny_robot())
+
+
+def test_episodes_may_be_shorter_than_a_clip_on_average(tmp_path, small):
+    data = recorded(tmp_path / "data", [8, 8, 40])
+    assert made(tmp_path, "tiny", (64, 64), 17, dataset=data.root)["windows"] == 40 - 33 + 1
+    with pytest.raises(ValueError, match="no window of 49 rows fits: 3 episodes, the longest has 40 rows"):
+        made(tmp_path, "tiny", (64, 64), 25, dataset=data.root)
 
 
 @pytest.mark.parametrize("name", zoo.WORLDS)
@@ -264,7 +288,7 @@ def test_autoencoders_that_are_published(tmp_path, monkeypatch):
     assert wan["weights"] == pytest.approx(0.508e9, rel=1e-3)
 
 
-def test_bad_plans_are_named(tmp_path):
+def test_bad_plans_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"19 frames of 64x64; tiny takes 1 \+ a multiple of 4"):
         made(tmp_path, "tiny", (64, 64), 19)
     with pytest.raises(ValueError, match="learned positions, for 49 frames of 480x720 alone"):
@@ -273,8 +297,16 @@ def test_bad_plans_are_named(tmp_path):
         made(tmp_path, "tiny", (64, 64), 17, expert="low")
     with pytest.raises(ValueError, match="16 rows cannot be cut into 17 parts"):
         made(tmp_path, "tiny", (64, 64), 17, gpus=17)
+    with pytest.raises(ValueError, match=r"lengths is \[17, 9\]; .* of one length: give stage.lengths=\[n\]"):
+        made(tmp_path, "tiny", (64, 64), 17, lengths=[17, 9])
+    with pytest.raises(ValueError, match="token_budget is 9; one clip has 144 tokens"):
+        made(tmp_path, "tiny", (64, 64), 17, token_budget=9)
     with pytest.raises(ValueError, match="gpu is 'h300'; expected one of h200"):
         device("h300")
+    monkeypatch.setattr("dreamgen.stages.plan.device", lambda name: Device(name="NVIDIA B200", bf16=0.0, memory=1e9))
+    with pytest.raises(ValueError, match="NVIDIA B200, whose peak is not known; name one like it as stage.gpu: h200"):
+        made(tmp_path, "tiny", (64, 64), 17, gpu="here")
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="no published one is known; known are Wan-AI"):
         made(tmp_path, "somebody/else", (480, 832), 81)
     with pytest.raises(ValueError, match="82 frames of 480x832; .* takes 1 . a multiple of 4"):

@@ -70,6 +70,21 @@ def test_the_decoder_learns_the_look_and_latents_stay(make, dataset, tmp_path):
     assert near < far and (tmp_path / "decoder" / "losses.jsonl").is_file()
 
 
+def test_a_decoder_learns_from_a_clip_for_each_replica(make, dataset, tmp_path, monkeypatch):
+    sizes = []
+
+    def train(model, batch_at, **options):
+        sizes.append(len(batch_at(0)["video"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dreamgen.stages.finetune.train", train)
+    monkeypatch.setattr("dreamgen.stages.latents.in_forks", lambda work, count: work(0))
+    for replicas in (5, 2):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(make(), dataset, out=tmp_path, decoder_steps=2, replicas=replicas, **{**OPTIONS, "batch_size": 5})
+    assert sizes == [5, 4]
+
+
 def test_finetune_killed_and_continued_saves_the_same(make, dataset, tmp_path, monkeypatch):
     finetune(make(), dataset, out=tmp_path / "whole", copies=1, **OPTIONS)
     calls = []

@@ -276,7 +276,7 @@ def test_files_bring_back_the_same_model(make, tmp_path, method):
     world.requires_grad_(False).eval()
     world.save(tmp_path)
     again = ActionWorld.load(tmp_path, steps=2)
-    assert again.spec() == world.spec() and again.robot == world.robot
+    assert again.spec() == world.spec() and again.robot == world.robot and again.folder == tmp_path
     before = read_json(tmp_path / "action_world.json")
     del before["spec"]["tool_weight"]  # as 0.10.0 wrote it
     write_json(tmp_path / "action_world.json", before)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from dreamgen.core.clip import Prompt
 from dreamgen.video.tiling import describe, tile, untile
 from dreamgen.worlds.cogvideox import CogVideoXWorld
+from dreamgen.worlds.cosmos import Unguarded
 from dreamgen.worlds.ltx import LtxWorld
 from dreamgen.worlds.sampler import Sampler, capacity
 from tests.worlds import zoo
@@ -271,3 +272,38 @@ def test_cosmos_asks_for_its_guardrail(tmp_path):
         world.embed(["take the knife"])
     with pytest.raises(ValueError, match="cosmos_guardrail"):
         zoo.world("cosmos_predict2_2b", tmp_path, guardrail=True)
+
+
+class Guard:
+    """As NVIDIA's: an empty prompt is unsafe, and a video that is blocked becomes nothing."""
+
+    def __init__(self) -> None:
+        self.devices, self.blocked = [], False
+
+    def to(self, device):
+        self.devices.append(device)
+
+    def check_text_safety(self, text):
+        assert self.devices  # it is an LLM: not on the CPU where there is a GPU
+        return bool(text)
+
+    def check_video_safety(self, frames):
+        return None if self.blocked else frames[:, :, ::-1].copy()
+
+
+def test_the_guardrail_is_asked_of_prompts_alone_and_may_block_a_video():
+    pipe, guard = zoo.build("cosmos_predict2_2b"), Guard()
+    pipe.safety_checker = guard
+    world = zoo.WORLDS["cosmos_predict2_2b"](robot=zoo.robot(), pipeline=pipe, frames=zoo.FRAMES, steps=1)
+    assert world.prompts([""]) == [""] and not guard.devices
+    assert world.prompts(["open it", ""]) == ["open it", ""]
+    given = prompts("cosmos_predict2_2b", 2)
+    seen = world.dream(given)[1].video
+    guard.blocked = True
+    remedy = "take another seed or instruction, or set world_model.guardrail=false"
+    with pytest.raises(ValueError, match=f"refuses the video of clip 'p0'; {remedy}"):
+        world.dream(given)
+    with pytest.raises(ValueError, match="refuses the video of clip 1 of 2;"):
+        world.decode(world.denoise(given))
+    pipe.safety_checker = Unguarded()
+    assert np.array_equal(seen, world.dream(given)[1].video[:, :, ::-1])
