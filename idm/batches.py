@@ -57,8 +57,8 @@ class Batches:
         self.episodes = [i for i in episodes if dataset.length(i) > longest]
         if not self.episodes:
             raise ValueError(f"none of {len(list(episodes))} episodes of robot '{dataset.robot.name}' has the "
-                             f"{longest + 1} rows that a training clip spans; lower the labeler's `train_frames`, or "
-                             f"record longer episodes")  # fmt: skip
+                             f"{longest + 1} rows that a training clip spans; lower the labeler's `train_frames`, "
+                             f"label video of a rate that divides the robot's, or record longer episodes")  # fmt: skip
         self.rows, self.first = {i: dataset.episode(i) for i in self.episodes}, first
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0
