@@ -183,7 +183,7 @@ class Robots(nn.Module):
     def load(cls: type[checkpoint.Model], path: Path | str, robot: Embodiment | None = None,
              **changes: object) -> checkpoint.Model:  # fmt: skip
         """From a directory written by `save`, a labeler of `robot`, or of the first robot that it was trained for.
-        changes: inference settings to replace, e.g. flow_steps, rule.
+        changes: inference settings to replace, e.g. flow_steps, rule; None leaves them.
 
         Raises ValueError if `robot` is none that it was trained for, or a file is missing.
         """
