@@ -62,6 +62,14 @@ def test_a_trained_labeler_is_used_as_it_was_saved_but_for_what_is_said(job: str
     assert opened(*words("latent_continuous"), "stage.labeler.output=actions").output == "actions"
 
 
+def test_the_published_labeler_has_its_published_training() -> None:
+    words = ["labeler=flow_published", "stage=train_labeler_published", "embodiment.robot_hz=30",
+             "labeler.clock.video_hz=15/8"]  # fmt: skip
+    stage = load("train_labeler", words)[0].stage
+    assert (stage.steps, stage.batch_size, stage.lr, list(stage.betas)) == (10000, 16, 1e-4, [0.95, 0.999])
+    assert instantiate(stage.labeler.clock).stride == 16 and stage.out == "runs/default/labeler"
+
+
 def test_the_first_weights_are_those_of_before() -> None:
     """Under seed 0, which recipes have."""
     made = instantiate(load("label", ["labeler=flow"])[0].labeler, _convert_="all")
