@@ -10,7 +10,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.rotations import straightened
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.mixture import shares
 from dreamgen.data.motion import motion_of, weights
@@ -58,8 +57,8 @@ class Batches:
         self.episodes = [i for i in episodes if dataset.length(i) > longest]
         if not self.episodes:
             raise ValueError(f"none of {len(list(episodes))} episodes of robot '{dataset.robot.name}' has the "
-                             f"{longest + 1} rows that a training clip spans; lower the labeler's `train_frames`, or "
-                             f"record longer episodes")  # fmt: skip
+                             f"{longest + 1} rows that a training clip spans; lower the labeler's `train_frames`, "
+                             f"label video of a rate that divides the robot's, or record longer episodes")  # fmt: skip
         self.rows, self.first = {i: dataset.episode(i) for i in self.episodes}, first
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0
@@ -72,8 +71,8 @@ class Batches:
     def _starts(self, clock: Clock, rest: float) -> tuple[np.ndarray, np.ndarray]:
         """All (episode, first row) of clips on `clock` (n 2), and the sums (n,) of their probabilities up to each."""
         found, means = [], []
-        actions = straightened(self.dataset.robot.action, [e.action for e in self.rows.values()])
-        for index, motion in zip(self.rows, motion_of(actions), strict=True):
+        motions = motion_of(self.dataset.robot.action, [e.action for e in self.rows.values()])
+        for index, motion in zip(self.rows, motions, strict=True):
             moved = sliding_window_view(motion, clock.steps)[:-1].mean(-1)
             found.append(np.column_stack([np.full(len(moved), index), np.arange(len(moved))]))
             means.append(moved)

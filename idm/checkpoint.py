@@ -38,8 +38,8 @@ def save(model: nn.Module, config: dict, robots: Sequence[Embodiment], path: Pat
 
 
 def load(kind: type[Model], path: Path | str, robot: Embodiment | None, changes: dict) -> Model:
-    """A model of this kind from a directory written by `save`, its config updated by `changes`, for `robot`, or for the
-    first robot that it was trained for.
+    """A model of this kind from a directory written by `save`, its config updated by `changes`, of which None changes
+    nothing, for `robot`, or for the first robot that it was trained for.
 
     Raises ValueError if `robot` is none that it was trained for, for a labeler of another kind, or if a file is
     missing.
@@ -51,7 +51,7 @@ def load(kind: type[Model], path: Path | str, robot: Embodiment | None, changes:
     if robot is not None:
         require_known(robot, contracts, f"labeler {path}", learned=bool(saved.get("labelled", True)))
         robots[robot.name] = robot
-    config = {**saved, **changes}
+    config = {**saved, **{key: value for key, value in changes.items() if value is not None}}
     config["clock"] = Clock(**config["clock"])
     first, *others = robots.values()
     model = kind(robot=first, **config)

@@ -36,7 +36,8 @@ class FlowIDM(Robots):
         share all but what `Heads` holds, and one is chosen to be labelled (`choose`), the first by default.
     frames: frames of a window. spacings: robot steps per frame gap that it is trained for and accepts ("2", "3/2"), the
         clock's own among them; that alone by default.
-    train_frames: frames of a training clip, all of whose windows share one encoding.
+    train_frames: frames of a training clip, all of whose windows share one encoding; more where the rates do not divide
+        and it takes them to show a window in every phase of the clock (5 + 3 of windows of 5 at 5/4 robot steps a gap).
     vision: keyword arguments of ConvVision, or of PretrainedVision if they name a `path`.
     width, layers, heads: of the denoiser. draws: noise draws per window and training step.
     time_shape: noise level 1 - t ~ Beta(*time_shape) * 0.999, as published: most draws are noisy.

@@ -4,6 +4,7 @@ The robots of one labeler see time alike: the videos of each come at the rates o
 two frames is as long for all of them, and spans as many of a robot's steps as its own rate makes of it.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from idm.batches import Alternating, Batches, Degrade, Recorded
 from idm.flow import Denoiser
 from idm.heads import Heads
 from idm.merge import horizon
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,18 @@ class Robots(nn.Module):
     @property
     def clocks(self) -> list[Clock]:
         """One clock of a training clip per spacing."""
-        return self.seen[self.robot.name].clocks(self.train_frames)
+        return self._clocks(self.robot.name)
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of the longest training clip."""
+        return max(clock.frames for name in self.seen for clock in self._clocks(name))
+
+    def _clocks(self, name: str) -> list[Clock]:
+        """Of clips that have `train_frames`, and as many more as it takes until a window has begun in each phase of the
+        clock: where a frame gap is p/q robot steps, q windows in a row differ in where their frames lie."""
+        return [clock.with_frames(max(self.train_frames, self.frames - 1 + clock.stride.denominator))
+                for clock in self.seen[name].clocks(self.train_frames)]  # fmt: skip
 
     def add(self, robot: Embodiment) -> None:
         """A head for one more robot, whose videos come at the same rates; before training or weights are loaded.
@@ -143,13 +157,17 @@ class Robots(nn.Module):
                 **options: Any) -> Batches | Alternating:  # fmt: skip
         """Training batches by step; options: see `Batches`. others: recordings of robots that were added, which
         episodes of them, and their `degrade`; each batch is then of one robot, see `Alternating`."""
+        if self.clip_frames > self.train_frames:
+            log.warning("training clips have up to %d frames in place of labeler.train_frames=%d: fewer would not show "
+                        "a window of %d frames in all phases of a video whose rate does not divide the robot's",
+                        self.clip_frames, self.train_frames, self.frames)  # fmt: skip
         own = Batches(dataset, episodes, self.clocks, seed=seed, **options)
         if not others:
             return own
         parts = {self.robot.name: own}
         for data, chosen, degrade in others:
-            clocks = self.seen[data.robot.name].clocks(self.train_frames)
-            parts[data.robot.name] = Batches(data, chosen, clocks, seed=seed, **options | {"degrade": degrade})
+            parts[data.robot.name] = Batches(data, chosen, self._clocks(data.robot.name), seed=seed,
+                                             **options | {"degrade": degrade})  # fmt: skip
         return Alternating(parts, own_share=own_share, seed=seed)
 
     def save(self, path: Path) -> None:
@@ -165,7 +183,7 @@ class Robots(nn.Module):
     def load(cls: type[checkpoint.Model], path: Path | str, robot: Embodiment | None = None,
              **changes: object) -> checkpoint.Model:  # fmt: skip
         """From a directory written by `save`, a labeler of `robot`, or of the first robot that it was trained for.
-        changes: inference settings to replace, e.g. flow_steps, rule.
+        changes: inference settings to replace, e.g. flow_steps, rule; None leaves them.
 
         Raises ValueError if `robot` is none that it was trained for, or a file is missing.
         """

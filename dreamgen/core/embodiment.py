@@ -72,8 +72,16 @@ def _made(kind: Any, node: Any) -> Any:
         raise ValueError(f"{what} '{node.get('name', '')}' {why}; a {what} has {', '.join(known)}") from error
 
 
+def _require_names(kind: str, named: Sequence[Any]) -> None:
+    """Raise ValueError where two of them have one name."""
+    names = [each.name for each in named]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two {kind}s are named '{twice[0]}'; give each a name of its own, by which it is found")
+
+
 def _cover(kind: str, parts: Sequence[Part]) -> int:
-    """Total width of `parts`; they must cover [0, width) in order, without a gap."""
+    """Total width of `parts`; they must cover [0, width) in order, without a gap, each with a name of its own."""
+    _require_names(f"{kind} part", parts)
     at = 0
     for part in parts:
         if part.start != at:
@@ -133,6 +141,7 @@ class Embodiment:
         object.__setattr__(self, "robot_hz", str(self.robot_hz))
         if not self.views:
             raise ValueError(f"embodiment '{self.name}' has no views; name at least one camera")
+        _require_names("view", self.views)
         grid = tuple(tuple(row) for row in self.grid) or (tuple(view.name for view in self.views),)
         object.__setattr__(self, "grid", grid)
         if len({len(row) for row in grid}) != 1:

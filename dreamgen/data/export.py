@@ -6,6 +6,7 @@ mended. Statistics are of the data; those of depth cameras, which only their wri
 """
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,18 @@ from dreamgen.video.remux import cut, decoded
 
 FORMATS = ("v3.0", "v2.1", "groot")
 RATES = ("robot", "video")
+RATE = re.compile(r"[1-9]\d*(/[1-9]\d*)?")
 log = logging.getLogger(__name__)
 
 
-def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str = "robot", horizon: int = 16,
+def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str | int = "robot", horizon: int = 16,
                    codec: str = "h264", workers: int = 1) -> dict:  # fmt: skip
     """Write all kept episodes of `data` to a new dataset at `out`.
 
     format: "v3.0", "v2.1" or "groot". rate: rows as they are ("robot"), or one per new picture of what `label` wrote
-    ("video"), see `dreamgen.data.video_rate`; the contract then is that of the slower robot. horizon: rows of a chunk
-    for which GR00T's relative statistics are computed. codec: for what must be encoded again.
+    ("video"), or so many a second ("10"), of recordings too, see `dreamgen.data.video_rate`; the contract then is that
+    of the slower robot. horizon: rows of a chunk for which GR00T's relative statistics are computed. codec: for what
+    must be encoded again.
 
     Returns {"episodes", "frames", "encoded": videos that were encoded, "left_out": columns and cameras}.
     Raises ValueError for an unknown format or rate, episodes that have not one video rate, and if `out` holds anything
@@ -48,10 +51,11 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str 
     """
     if format not in FORMATS:
         raise ValueError(f"format is '{format}'; expected one of {', '.join(FORMATS)}")
-    if rate not in RATES:
-        raise ValueError(f"rate is '{rate}'; expected one of {', '.join(RATES)}")
+    if rate not in RATES and not RATE.fullmatch(str(rate)):
+        raise ValueError(f"rate is '{rate}'; expected one of {', '.join(RATES)}, or rows a second, as 10 or 25/2")
     data.require_actions("stage.data")
-    source = _Source(data, format, codec, _video_hz(data) if rate == "video" else None)
+    asked = None if rate in RATES else str(rate)
+    source = _Source(data, format, codec, _video_hz(data) if rate == "video" else asked, asked)
     start(out, workers)
     ledger = Ledger(rate=source.robot.rate, columns=source.columns, said=source.said)
     contract = read_json(data.root / CONTRACT)["contract"] if (data.root / CONTRACT).is_file() else None
@@ -88,10 +92,11 @@ def _video_hz(data: Dataset) -> str:
 
 
 class _Source:
-    """Episodes of a dataset as items; with `video_hz`, at that rate of their new pictures."""
+    """Episodes of a dataset as items; with `video_hz`, at that rate of their new pictures, which they tell
+    themselves where none was `asked` for."""
 
-    def __init__(self, data: Dataset, format: str, codec: str, video_hz: str | None) -> None:
-        self.data, self.codec, self.encoded, self.left_out = data, codec, 0, []
+    def __init__(self, data: Dataset, format: str, codec: str, video_hz: str | None, asked: str | None) -> None:
+        self.data, self.codec, self.encoded, self.left_out, self.asked = data, codec, 0, [], asked
         self.video_hz = video_hz
         if video_hz is not None:
             self.episode(0)  # says at once what is no labelled video
@@ -144,7 +149,7 @@ class _Source:
         if self.video_hz is None:
             return self.data.episode(i), None
         try:
-            return at_video_rate(self.data.episode(i), self.data.robot)
+            return at_video_rate(self.data.episode(i), self.data.robot, self.asked)
         except ValueError as error:
             raise ValueError(f"episode {self.data.index(i)} of {self.data.root}: {error}") from error
 

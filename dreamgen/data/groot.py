@@ -21,12 +21,16 @@ STATS = ("mean", "std", "min", "max", "q01", "q99")  # one value per entry each:
 
 
 def modality(robot: Embodiment, cameras: Sequence[str], annotations: Sequence[str]) -> dict:
-    """`modality.json`: parts by name, views by name (other cameras by the end of their key), annotation columns."""
+    """`modality.json`: parts by name, views by name (other cameras by the end of their key, or all of it where another
+    has that name), annotation columns."""
     names = {view.key: view.name for view in robot.views}
+    for key in cameras:
+        short = key.rpartition(".")[2]
+        names.setdefault(key, key if short in names.values() else short)
     return {
         "state": {part.name: _part(part, robot.state_key) for part in robot.state},
         "action": {part.name: _part(part, robot.action_key) for part in robot.action},
-        "video": {names.get(key, key.rpartition(".")[2]): {"original_key": key} for key in cameras},
+        "video": {names[key]: {"original_key": key} for key in cameras},
         "annotation": {name.removeprefix("annotation."): {"original_key": name} for name in annotations},
     }
 

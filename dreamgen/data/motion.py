@@ -4,13 +4,33 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dreamgen.core import rotations
+from dreamgen.core.embodiment import Part
 
-def motion_of(actions: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each episode's actions (s a), how much is commanded in each row (s,): the size of each entry in units of its
-    spread over all episodes, as far as it lies above its median over the episode, mean over entries."""
-    scale = np.concatenate(list(actions)).std(0) + 1e-6
-    size = [np.abs(action / scale) for action in actions]
+
+def motion_of(parts: Sequence[Part], actions: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """For each episode's actions (s a), how much motion is commanded in each row (s,): the size of each displacement
+    in units of its spread over all episodes, as far as it lies above its median over the episode, mean over entries.
+    Deltas are displacements, absolute parts are displaced from row to row, and binary parts count as 0."""
+    moved = [_displacements(parts, action) for action in rotations.straightened(parts, actions)]
+    scale = np.concatenate(moved).std(0) + 1e-6
+    size = [np.abs(each / scale) for each in moved]
     return [(one - np.median(one, axis=0)).clip(0).mean(1) for one in size]
+
+
+def _displacements(parts: Sequence[Part], action: np.ndarray) -> np.ndarray:
+    """Displacements (s a) that actions (s a) command; of an absolute rotation the angle, in each of its entries."""
+    moved = action.copy()
+    for part in parts:
+        entry = action[:, part.slice]
+        if part.kind == "delta":
+            continue
+        moved[:, part.slice] = 0
+        if part.kind == "absolute" and part.rotation:
+            moved[1:, part.slice] = rotations.apart(part, entry[:-1], entry[1:])[:, None]
+        elif part.kind == "absolute":
+            moved[1:, part.slice] = np.diff(entry, axis=0)
+    return moved
 
 
 def weights(moved: np.ndarray, rest: float) -> np.ndarray:

@@ -3,8 +3,8 @@
     standard   offset = mean, scale = standard deviation
     quantile   offset = (q99 + q01) / 2, scale = (q99 - q01) / 2: most values land in [-1, 1], nothing is cut off
 
-Entries of binary parts, and entries that do not vary, keep their scale (1); the former also keep their offset (0).
-The two vectors are buffers, so they lie inside the checkpoint.
+The two commands of a binary part with limits become -1 and 1, one without limits stays as it is, whatever the values.
+Entries that do not vary keep their scale (1). The two vectors are buffers, so they lie inside the checkpoint.
 
 A rotation has many tellings (angles wrap, quaternions have two signs). Networks see the one whose entries are nearest
 to the offset, which does not jump where most rotations lie; back come angles within half a turn and unit quaternions,
@@ -79,10 +79,11 @@ class Normaliser(nn.Module):
             offset, scale = (high + low) / 2, (high - low) / 2
             # mostly at rest: the quantiles coincide though the entry moves
             scale = np.where(scale < floor, values.std(0), scale)
-        scale = np.where(scale < floor, 1.0, scale)
         for part in parts:
             if part.kind == "binary":
-                offset[part.slice], scale[part.slice] = 0.0, 1.0
+                low, high = part.limits or (-1.0, 1.0)
+                offset[part.slice], scale[part.slice] = (low + high) / 2, (high - low) / 2
+        scale = np.where(scale < floor, 1.0, scale)
         self = cls(values.shape[1], parts)
         self.offset.copy_(torch.from_numpy(offset))
         self.scale.copy_(torch.from_numpy(scale))

@@ -1,11 +1,14 @@
 """Recorded episodes as clips, as a labeler, a judge or a filter sees them, and what was not taken of them."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from dreamgen.core.clip import Clip, Episode
 from dreamgen.core.clock import Clock
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.prompts import ORIGIN
 
 
 def whole_clock(dataset: Dataset | Joined, index: int, clock: Clock) -> Clock:
@@ -33,17 +36,22 @@ def recorded_clip(dataset: Dataset | Joined, index: int, clock: Clock, *,
 
 
 class Recordings:
-    """The episodes of `dataset` as clips by id, at the video rate of `clock`; their actions are not looked at."""
+    """The episodes of `dataset` as clips by id, at the video rate of `clock`; their actions are not looked at. name:
+    the fingerprint of the dataset."""
 
-    def __init__(self, dataset: Dataset, clock: Clock) -> None:
-        self.dataset, self.clock = dataset, clock
+    def __init__(self, dataset: Dataset, clock: Clock, name: str) -> None:
+        self.dataset, self.clock, self.name = dataset, clock, name
         self.index = {_id(dataset, index): index for index in range(len(dataset))}
 
     def ids(self) -> list[str]:
         return list(self.index)
 
     def read(self, id: str) -> Clip:
-        return recorded_clip(self.dataset, self.index[id], self.clock)[0]
+        index = self.index[id]
+        clip = recorded_clip(self.dataset, index, self.clock)[0]
+        return replace(
+            clip, origin={**clip.origin, "dataset": self.name, "episode": self.dataset.index(index), "row": 0}
+        )
 
 
 def noted(*datasets: Dataset | None) -> dict[str, list]:
@@ -57,8 +65,8 @@ def noted(*datasets: Dataset | None) -> dict[str, list]:
 
 
 def _origin(episode: Episode) -> dict:
-    """Which file an episode of a folder of videos is."""
-    return {"video": episode.meta["video"]} if "video" in episode.meta else {}
+    """What the episode says of where it began: simulator, seed and instruction, or a file of a folder of videos."""
+    return {key: value for key, value in episode.meta.items() if key in ORIGIN}
 
 
 def _id(dataset: Dataset | Joined, index: int) -> str:

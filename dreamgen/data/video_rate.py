@@ -1,9 +1,9 @@
 """Labelled video at the rate of its pictures: one row per new picture, with what the robot does until the next one.
 
 Rows at the robot's rate repeat each picture until the next (`frame_fresh`), so a trainer that does not know the column
-pairs old pictures with later actions. Over the gap between two pictures, which `Clock` gives, displacements add up,
-turns are composed, commands are voted on, and of positions the last one counts: `kinematics.follow` arrives where it
-arrived.
+pairs old pictures with later actions. Recordings, whose pictures are all new, come to the same rate for it. Over the
+gap between two pictures, which `Clock` gives, displacements add up, turns are composed, commands are voted on, and of
+positions the last one counts: `kinematics.follow` arrives where it arrived.
 """
 
 from dataclasses import replace
@@ -32,30 +32,34 @@ def slowed(robot: Embodiment, video_hz: str) -> Embodiment:
     return replace(robot, robot_hz=video_hz, action=tuple(wide))
 
 
-def at_video_rate(episode: Episode, robot: Embodiment) -> tuple[Episode, np.ndarray]:
-    """The episode, which `robot` recorded, with its new pictures' rows alone, and which rows (k,) these were.
+def at_video_rate(episode: Episode, robot: Embodiment, hz: str | None = None) -> tuple[Episode, np.ndarray]:
+    """The episode, which `robot` recorded, with its new pictures' rows alone, and which rows (k,) these were. hz: their
+    rate, by default that of what `label` wrote; recordings need it.
 
     Rows after the last whole gap are left out. Other columns are those of the row; `label_spread` is that of a sum of
     independent errors for displacements, of the last row for positions, the mean for commands.
 
-    Raises ValueError if the episode does not tell its new pictures as `label` does, or has not one whole gap.
+    Raises ValueError if the episode has no new pictures at that rate, or does not tell it, or has not one whole gap.
     """
-    hz, fresh, steps = episode.meta.get("video_hz"), episode.extra.get("frame_fresh"), len(episode.action)
-    if hz is None or fresh is None:
+    told, fresh, steps = episode.meta.get("video_hz"), episode.extra.get("frame_fresh"), len(episode.action)
+    if hz is None and (told is None or fresh is None):
         raise ValueError("it does not tell which of its pictures are new (column frame_fresh, video_hz), as what "
-                         "`label` writes does; export it at rate=robot")  # fmt: skip
+                         "`label` writes does; say their rate (rate=10), or export it at rate=robot")  # fmt: skip
+    hz = hz or told
     clock = Clock(robot_hz=robot.robot_hz, video_hz=str(hz), frames=2)
     if steps < clock.steps:
         raise ValueError(f"it has {steps} rows; one gap at {hz} Hz needs {clock.steps}")
     gaps = clock.with_frames(clock.frames_in(steps + 1)).gaps()
     rows = np.array([first for first, _ in gaps])
-    if not fresh[rows].all():
-        raise ValueError(f"its new pictures are not those of {hz} Hz; label it again")
+    if fresh is not None and not fresh[rows].all():
+        raise ValueError(f"its new pictures are not those of {hz} Hz; export it at the rate of its pictures, or label "
+                         f"it again")  # fmt: skip
     action = np.concatenate([_composed(part, episode.action, gaps, robot) for part in robot.action], axis=1)
     extra = {name: values[rows] for name, values in episode.extra.items()}
     if SPREAD in extra:
         extra[SPREAD] = np.concatenate([_spread(part, episode.extra[SPREAD], gaps) for part in robot.action], axis=1)
     meta = {key: value for key, value in episode.meta.items() if key != "frame_rows"}
+    meta |= {} if told is None else {"video_hz": hz}
     video = {name: frames[rows] for name, frames in episode.video.items()}
     return replace(episode, state=episode.state[rows], action=action, video=video, extra=extra, meta=meta), rows
 

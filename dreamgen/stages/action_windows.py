@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import fingerprint
-from dreamgen.core.rotations import straightened
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.cache import Cache
 from dreamgen.data.lerobot import Dataset
@@ -79,8 +78,7 @@ class Source:
                 f"state that is not known, which pose maps need, and {len(self.held)} episodes are held out. Hold out "
                 "fewer (stage.validation), or leave out the maps (stage.world_model.maps=false)."
             )
-        actions = [dataset.episode(i).action for i in range(len(dataset))]
-        motion = motion_of(straightened(dataset.robot.action, actions))
+        motion = motion_of(dataset.robot.action, [dataset.episode(i).action for i in range(len(dataset))])
         spans = (self.places[k] for k in self.train)
         moved = np.array([motion[i][start : start + world.clock.steps].mean() for i, start in spans])
         upto = weights(moved, rest).cumsum()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dreamgen.core.clip import Clip, Episode, Labels
+from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.intervals import success_interval
@@ -151,7 +151,7 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
         scores["decoded"] = decoded(labeler, world_model, dataset, chosen[:decoded_clips]) if world_model else {}
         dreamt = Dataset(dreams, robot) if dreams else None
         if dreamt is not None:
-            pairs = beside_recorded(dreamt, [dataset.episode(i) for i in chosen], episodes)
+            pairs = beside_recorded(dreamt, dataset, chosen, run.spec["parents"]["dataset"], episodes)
             scores["dreamt"] = by_part(*pairs, robot, labeler.clock)
         results: dict = {"idm": scores, "replay": {}}
         if sim is not None:
@@ -188,16 +188,28 @@ def decoded(labeler: Any, world_model: Any, dataset: Dataset, episodes: Sequence
     return by_part(labels, true, labeler.robot, labeler.clock)
 
 
-def beside_recorded(dreams: Dataset, recorded: Sequence[Episode],
+def beside_recorded(dreams: Dataset, dataset: Dataset, chosen: Sequence[int], name: str,
                     count: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
-    """Labels of dreams, and what was recorded from the same first state under the same instruction, (s a) each."""
-    known = {(e.instruction, str(e.meta.get("seed"))): e.action for e in recorded if "seed" in e.meta}
+    """Labels of dreams, and what was recorded from the same first frame under the same instruction, (s a) each: in the
+    `chosen` episodes of `dataset`, found by the seed of a simulator, or by the dataset's fingerprint `name`, the number
+    of the episode and the row."""
+    by_seed, by_number = {}, {}
+    for i in chosen:
+        e = dataset.episode(i)
+        by_number[name, dataset.index(i), e.instruction] = e.action
+        if "seed" in e.meta:
+            by_seed[e.instruction, str(e.meta["seed"])] = e.action
     labels, actions = [], []
-    for text, scene, seed, _, action in dreamed(dreams, count):
-        true = known.get((text, str(seed))) if scene == text else None
-        if true is not None and len(true) >= len(action):
-            labels.append(action)
-            actions.append(true[: len(action)])
+    for index in range(min(len(dreams), count or len(dreams))):
+        dream = dreams.episode(index)
+        origin, text = dream.meta.get("origin") or {}, dream.instruction
+        true = by_seed.get((text, str(origin.get("seed")))) if origin.get("instruction") == text else None
+        if true is None:
+            true = by_number.get((origin.get("dataset"), origin.get("episode"), text), dream.action[:0])
+            true = true[origin.get("row", 0) :]
+        if len(true) >= len(dream.action):
+            labels.append(dream.action)
+            actions.append(true[: len(dream.action)])
     return labels, actions
 
 

@@ -68,7 +68,8 @@ def pseudo_states(robot: Embodiment, clips: Sequence[Clip], labels: Sequence[Lab
 
 def labelled_episode(robot: Embodiment, clip: Clip, label: Labels, state: np.ndarray, known: np.ndarray,
                      source: dict) -> Episode:  # fmt: skip
-    """One row per robot step; the last frame only ends the last step and has no row."""
+    """One row per robot step; the last frame only ends the last step and has no row. The seed is that of the dream, or
+    that which a simulator began the recording with."""
     clock = Clock(robot_hz=robot.robot_hz, video_hz=clip.video_hz, frames=len(clip.video))
     steps = np.arange(len(label.value))
     frame = np.searchsorted(clock.rows, steps, side="right") - 1
@@ -77,7 +78,8 @@ def labelled_episode(robot: Embodiment, clip: Clip, label: Labels, state: np.nda
     extra = {"label_spread": label.spread, "state_known": known, "frame_fresh": fresh[:, None].astype(np.float32)}
     if not robot.state_dim:
         extra.pop("state_known")
-    meta = {"prompt": clip.id, "seed": clip.seed, "pair": clip.pair, "origin": clip.origin,
+    seed = clip.seed if source["source"] == "dream" else clip.origin.get("seed")
+    meta = {"prompt": clip.id, **({} if seed is None else {"seed": seed}), "pair": clip.pair, "origin": clip.origin,
             "scores": {**clip.scores, "label_spread": float(label.spread.mean())},
             "frame_rows": np.flatnonzero(fresh).tolist(), "video_hz": clip.video_hz, **source}  # fmt: skip
     return Episode(instruction=clip.instruction, state=state, action=label.value, video=views, extra=extra, meta=meta)
@@ -117,14 +119,15 @@ def label(
     made = {} if recorded else require_complete(clips, "dreams")
     # a labeler of latent actions reads the videos of one embodiment and writes the actions of another
     getattr(labeler, "source", labeler.robot).require(robot.contract(), "the dreams' robot")
-    recordings = None if dataset is None else Recordings(dataset, labeler.clock)
     robot, kind = labeler.robot, "recordings" if recorded else "dreams"
     parents = {kind: clips} | ({"labeler": labeler.path} if getattr(labeler, "path", None) else {})
     require_free(out)
     with Stage(out, "label", config=record, parents=parents, seed=seed, shared=True) as run:
         if run.complete:
             return run.manifest()
-        folder, parts = recordings or ClipFolder(clips / "clips"), Parts(Path(out) / "parts")
+        parts = Parts(Path(out) / "parts")
+        folder = (ClipFolder(clips / "clips") if dataset is None else
+                  Recordings(dataset, labeler.clock, run.spec["parents"][kind]))  # fmt: skip
         batches = grouped(folder.ids(), batch_size)
         if not batches:
             raise ValueError(f"{clips} holds no {kind}; give its stage at least one prompt")

@@ -53,8 +53,10 @@ def votes(labels: Labels, part: Part) -> np.ndarray:
 
 def lag(predicted: Sequence[np.ndarray], true: Sequence[np.ndarray], reach: int = REACH) -> int | None:
     """Robot steps by which labels (s k) come late: the shift up to `reach`, and up to half of a clip, with the highest
-    correlation. None where that cannot be said: nothing moves, or the highest is the last that was looked at.
+    correlation of how they leave their mean over the clip. None where that cannot be said: nothing moves, or the
+    highest is the last that was looked at.
     """
+    predicted, true = ([each - each.mean(0, dtype=np.float64) for each in side] for side in (predicted, true))
     reach = min(reach, (max(map(len, true)) - 1) // 2)
     best = {}
     for shift in range(-reach, reach + 1):

@@ -185,7 +185,7 @@ def train_labeler(
             with reading(labeler, other.name):
                 labeler.fit(other.dataset, other.training)
         place(world_model)
-        least = max(labeler.clock.frames, getattr(labeler, "train_frames", 2))
+        least = max(labeler.clock.frames, getattr(labeler, "clip_frames", 2))
 
         def drawn(**how: Any) -> Drawn | None:
             return None if world_model is None else drawn_by(world_model, out, seed=seed, **how)

@@ -284,7 +284,7 @@ class LatentActions(nn.Module):
 
     @classmethod
     def load(cls, path: Path | str, robot: Embodiment | None = None, **changes: object) -> "LatentActions":
-        """From a directory written by `save`. changes: e.g. output="actions".
+        """From a directory written by `save`. changes: e.g. output="actions"; None leaves what was saved.
 
         Raises ValueError if `robot` is not the one whose videos it was trained on, or a file is missing.
         """

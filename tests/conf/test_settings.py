@@ -47,6 +47,29 @@ def test_settings_reach_the_labeler() -> None:
     assert OmegaConf.to_container(tower.vision)["edge"] == 56 and tower.vision.frozen
 
 
+@pytest.mark.parametrize(("job", "stage"), [("label", "label"), ("evaluate", "labels")])
+def test_a_trained_labeler_is_used_as_it_was_saved_but_for_what_is_said(job: str, stage: str, tmp_path: Path) -> None:
+    """Also one that does not know all of these settings."""
+    for option in ("flow", "latent_continuous"):
+        instantiate(load(job, [f"labeler={option}"])[0].labeler, _convert_="all").save(tmp_path / option)
+    words = lambda option: [f"stage={stage}", f"labeler={option}", f"stage.labeler.path={tmp_path / option}"]  # noqa: E731
+    opened = lambda *of: instantiate(load(job, [*of])[0].stage.labeler, _convert_="all")  # noqa: E731
+    made = opened(*words("flow"), "labeler.rule=first")
+    assert (made.rule, made.samples, made.flow_steps, made.correct) == ("mean", 2, 4, 1.0)
+    made = opened(*words("flow"), "stage.labeler.rule=first", "stage.labeler.correct=0.0")
+    assert (made.rule, made.samples, made.correct) == ("first", 2, 0.0)
+    assert opened(*words("latent_continuous")).output == "latent"
+    assert opened(*words("latent_continuous"), "stage.labeler.output=actions").output == "actions"
+
+
+def test_the_published_labeler_has_its_published_training() -> None:
+    words = ["labeler=flow_published", "stage=train_labeler_published", "embodiment.robot_hz=30",
+             "labeler.clock.video_hz=15/8"]  # fmt: skip
+    stage = load("train_labeler", words)[0].stage
+    assert (stage.steps, stage.batch_size, stage.lr, list(stage.betas)) == (10000, 16, 1e-4, [0.95, 0.999])
+    assert instantiate(stage.labeler.clock).stride == 16 and stage.out == "runs/default/labeler"
+
+
 def test_the_first_weights_are_those_of_before() -> None:
     """Under seed 0, which recipes have."""
     made = instantiate(load("label", ["labeler=flow"])[0].labeler, _convert_="all")

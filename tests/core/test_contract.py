@@ -141,6 +141,14 @@ def test_a_command_without_its_two_values_is_refused() -> None:
         grip(limits=None)
 
 
+def test_two_of_one_name_are_refused() -> None:
+    """Elsewhere they are told apart by it."""
+    with pytest.raises(ValueError, match="two action parts are named 'move'; give each a name of its own"):
+        replace(ROBOT, action=(ROBOT.action[0], replace(ROBOT.action[1], name="move")))
+    with pytest.raises(ValueError, match="two views are named 'front'"):
+        replace(ROBOT, views=(FRONT, replace(FRONT, key="observation.images.other")), grid=())
+
+
 def test_a_contract_without_a_fit_squeezes() -> None:
     assert "fit" not in json.dumps(ROBOT.contract())
     padded = view(fit="pad")

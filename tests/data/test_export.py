@@ -15,7 +15,7 @@ from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.manifest import read_json
 from dreamgen.data import statistics
 from dreamgen.data.export import export_dataset
-from dreamgen.data.groot import relative_stats
+from dreamgen.data.groot import modality, relative_stats
 from dreamgen.data.inspection import inspect
 from dreamgen.data.layout import read_layout
 from dreamgen.data.lerobot import Dataset
@@ -135,6 +135,17 @@ def test_groot_finds_its_parts(exported, source):
         column = modality["annotation"][name]["original_key"]
         assert {tasks[k] for k in table[column].to_pylist()} == {text}
     assert not (root / "meta/relative_stats.json").exists()  # its only arm part is a delta
+
+
+def test_every_camera_has_a_name_of_its_own(robot):
+    """Views their own, whatever the keys of other cameras end with."""
+    (view,) = robot.views[:1]
+    robot = replace(robot, views=(replace(view, name="front", key="observation.images.cam_high"),), grid=())
+    cameras = ["observation.images.front", "observation.images.cam_high", "left.rgb", "right.rgb"]
+    found = modality(robot, cameras, [])["video"]
+    assert {name: part["original_key"] for name, part in found.items()} == {
+        "observation.images.front": "observation.images.front", "front": "observation.images.cam_high",
+        "rgb": "left.rgb", "right.rgb": "right.rgb"}  # fmt: skip
 
 
 def test_relative_statistics():

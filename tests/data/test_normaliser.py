@@ -39,6 +39,18 @@ def test_normalise_and_denormalise_are_inverse(rule):
         assert np.allclose(np.percentile(z[:, :3], [1, 99], axis=0), [[-1] * 3, [1] * 3], atol=1e-3)
 
 
+@pytest.mark.parametrize("rule", ["standard", "quantile"])
+@pytest.mark.parametrize("limits", [(-1.0, 1.0), (0.0, 0.08), (0.0, 255.0)])
+def test_the_two_commands_of_a_binary_part_are_minus_one_and_one(rule, limits):
+    part = Part(name="hand", start=0, stop=1, kind="binary", limits=limits)
+    values = np.array(limits, np.float32)[[0, 0, 0, 1, 0]][:, None]
+    n = Normaliser.fit(values, [part], rule=rule, floor=1e-3)
+    if limits == (-1.0, 1.0):
+        assert (n.offset.item(), n.scale.item()) == (0, 1)
+    np.testing.assert_allclose(n.normalise(values)[:, 0], [-1, -1, -1, 1, -1], rtol=1e-5)
+    np.testing.assert_allclose(n.denormalise(n.normalise(values)), values, rtol=1e-5, atol=1e-6)
+
+
 def test_constant_entries_are_safe():
     n = Normaliser.fit(np.full((6, 2), -2.1, np.float32))
     assert np.allclose(n.normalise(np.array([-2.1, -1.1])), [0, 1], atol=1e-6)

@@ -101,8 +101,9 @@ def test_videos_stand_in_order_with_their_instructions(tmp_path):
     assert np.array_equal(again.canvas(2, [4]), told.canvas(2, [4]))
     pool = ClipPool([told], Clock(robot_hz="20", video_hz="10", frames=5))
     assert shown(pool.frames(1)) == [1, 4, 7, 10, 13] and pool.instruction(1) == "open the drawer"
-    clip = Recordings(data, Clock(robot_hz="20", video_hz="10", frames=2)).read("episode_000002")
-    assert clip.origin == {"video": "b/last.webm"} and shown(clip.video) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
+    clip = Recordings(data, Clock(robot_hz="20", video_hz="10", frames=2), "name").read("episode_000002")
+    assert clip.origin == {"video": "b/last.webm", "dataset": "name", "episode": 2, "row": 0}
+    assert shown(clip.video) == [0, 3, 6, 9, 12, 15, 18, 21, 24]
     prompts = read_prompts(DatasetPrompts(dataset=data, instructions=["push", "pull"])())
     assert [p.instruction for p in prompts] == ["push", "pull", "push"]  # none has one of these
     origin = {"video": "b/first.mkv", "dataset": fingerprint(data.root), "episode": 1, "row": 0}

@@ -85,6 +85,31 @@ def test_a_part_of_a_gap_is_left_out():
         at_video_rate(replace(cut, extra={}), ROBOT)
 
 
+def recorded(rows: int) -> Episode:
+    """What a robot recorded, with a new picture in every row; row k is of the grey 20 k."""
+    given = labelled("10", rows, rows + 1)
+    return replace(given, extra={}, meta={"seed": 4})
+
+
+def test_recordings_come_to_the_same_rate(tmp_path):
+    given, dream = recorded(11), labelled("4", 11, 5)
+    found, rows = at_video_rate(given, ROBOT, "4")
+    alike, same = at_video_rate(first(dream, 10), ROBOT)
+    assert rows.tolist() == same.tolist() == [0, 2, 5, 7] and found.meta == given.meta
+    assert np.array_equal(found.action, alike.action) and np.array_equal(found.state, given.state[rows])
+    fast = labelled("10", 8, 9)
+    slow, rows = at_video_rate(fast, ROBOT, "5")  # of new pictures every second one
+    assert rows.tolist() == [0, 2, 4, 6] and slow.meta["video_hz"] == "5"
+    with pytest.raises(ValueError, match="new pictures are not those of 10 Hz; export it at the rate of its pictures"):
+        at_video_rate(dream, ROBOT, "10")
+    write_dataset(tmp_path / "real", [given, recorded(9)], ROBOT)
+    source = Dataset(tmp_path / "real", ROBOT)
+    assert export_dataset(source, tmp_path / "out", rate=5)["frames"] == 5 + 4
+    data = Dataset(tmp_path / "out", slowed(ROBOT, "5"))
+    assert np.array_equal(data.episode(0).action, at_video_rate(given, ROBOT, "5")[0].action)
+    assert np.abs(data.views(0)["eye"].mean((1, 2, 3)) - 40 * np.arange(5)).max() < 2
+
+
 @pytest.mark.parametrize("format", ["v3.0", "v2.1", "groot"])
 def test_export(tmp_path, format):
     episodes = [labelled("5", 8, 5), labelled("5", 12, 7, seed=1)]

@@ -16,6 +16,7 @@ from dreamgen.data.mixture import shares
 from dreamgen.engine.train import read_losses, train
 from dreamgen.stages.label_scores import score_labels
 from idm.batches import Alternating, Batches
+from idm.merge import Windows
 from idm.model import FlowIDM
 from idm.robots import Seen
 
@@ -59,6 +60,22 @@ def test_robots_see_videos_of_the_same_rates():
         first.beside(replace(ROBOT, name="still", action=()))
     with pytest.raises(ValueError, match="head for a robot 'square' already.*another name.*stage.more"):
         small().add(SMALL)
+
+
+@pytest.mark.parametrize(
+    ("hz", "spacings", "wanted"), [("20", (), [4]), ("16", (), [6]), ("10", ("2", "3/2", "9/5"), [4, 4, 7])]
+)
+def test_training_clips_show_the_windows_of_every_phase(caplog, hz, spacings, wanted):
+    """What a long clip asks for has been trained: the places of the frames in each of its windows."""
+    model = small((SMALL,), clock=Clock(robot_hz="20", video_hz=hz, frames=9), spacings=spacings, train_frames=4)
+    assert [clock.frames for clock in model.clocks] == wanted and model.clip_frames == max(wanted)
+    for clock in model.clocks:
+        asked, trained = (Windows.of(clock.with_frames(n), 3).at for n in (60, clock.frames))
+        assert {tuple(at) for at in asked} == {tuple(at) for at in trained}
+    batches = model.batches(Small(2), range(2), batch_size=2, seed=0, degrade=lambda asked, count:
+                            [asked(n)[0] for n in range(count)], degrade_frames=model.clip_frames)  # fmt: skip
+    assert {batches(step)["video"].shape[1] for step in range(12)} == set(wanted)
+    assert ("training clips have up to" in caplog.text) == (max(wanted) > 4)
 
 
 def test_a_head_that_is_added_leaves_the_first_weights_as_they_are():

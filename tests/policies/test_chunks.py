@@ -92,6 +92,15 @@ def test_idle_observations_are_bounded():
         Chunks(asleep, horizon=STEPS, keep_idle=0)
 
 
+@pytest.mark.parametrize("limits", [(0.0, 0.04), (-1.0, 1.0), (0.0, 255.0)])
+def test_a_change_of_command_is_no_rest_whatever_its_values(limits):
+    action = np.zeros((20, A), np.float32)
+    action[:, 6] = np.array(limits)[(np.arange(20) >= 12).astype(int)]
+    hand = replace(robot().action[1], limits=limits)
+    data = Recorded(replace(episode(20), action=action), of=robot(action=(robot().action[0], hand)))
+    assert [row for _, row in Chunks(data, horizon=4, keep_idle=0)] == [9, 10, 11]
+
+
 def reach(scale: float) -> Recorded:
     """An arm that rests, reaches, and rests again, its places absolute and its turns deltas, both without limits; an
     entry that is never used; in metres and radians times `scale`."""

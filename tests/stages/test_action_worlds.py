@@ -109,7 +109,7 @@ def test_other_actions_are_those_of_another_first_state(make, dataset, tmp_path)
 def test_windows_in_which_much_is_commanded_are_drawn_more_often(make, dataset, tmp_path):
     make = partial(Source, make(), dataset, hop=4, validation=1, root=tmp_path, seed=0)
     source = make(rest=0.2)
-    motion = motion_of([dataset.episode(i).action for i in range(len(dataset))])
+    motion = motion_of(dataset.robot.action, [dataset.episode(i).action for i in range(len(dataset))])
     moved = np.array([motion[i][start : start + 16].mean() for i, start in (source.places[k] for k in source.train)])
     wanted = weights(moved, 0.2) / weights(moved, 0.2).sum()
     assert wanted.max() > 1.2 * wanted.min()

@@ -7,11 +7,12 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from dreamgen.core import rotations
-from dreamgen.core.clip import Labels
+from dreamgen.core.clip import Episode, Labels
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.part import ROTATIONS
-from dreamgen.stages.evaluate_labels import state_errors
+from dreamgen.data.lerobot import Dataset
+from dreamgen.stages.evaluate_labels import beside_recorded, state_errors
 from dreamgen.stages.label_scores import auroc, calibration, drift, lag, r2, score_labels, votes
 
 ROBOT = Embodiment(
@@ -46,6 +47,17 @@ def test_lag_is_the_shift():
         assert lag([t.cumsum(0) for t in late], [t.cumsum(0) for t in true], reach) in (None, -reach + 1, reach - 1)
     assert lag([np.zeros((19, 2))], [np.zeros((19, 2))]) is None
     assert lag([np.zeros((1, 2))], [np.zeros((1, 2))]) is None
+
+
+def test_what_does_not_move_has_no_lag():
+    """Joints that are held, each at a place of its own, in every clip at another, and labels with some noise."""
+    rng = np.random.default_rng(5)
+    for held in ([[0.4, -2.1, 255.0]] * 3, rng.normal(size=(3, 3))):
+        true = [np.tile(np.float32(place), (41, 1)) for place in held]
+        noisy = [(t + rng.normal(size=t.shape) * 0.03).astype(np.float32) for t in true]
+        assert lag(noisy, true) is None
+    moving = [np.concatenate([t, rng.normal(size=(41, 1))], 1) for t in true]
+    assert lag([np.roll(t, 2, axis=0) for t in moving], moving) == 2
 
 
 def test_lag_is_looked_for_over_two_frame_gaps():
@@ -132,3 +144,47 @@ def test_rotations_are_scored_by_angles(rotation):
     made = [Labels(value=s.astype(np.float32), spread=np.zeros(s.shape, np.float32)) for s in states]
     after = [np.concatenate([s[:1], s[:-1]]).astype(np.float32) for s in states]
     assert state_errors(held, after, made, after, [])["integrated"]["wrist"] < 1e-5
+
+
+class Kept(Dataset):
+    """Episodes in memory, by their numbers in a dataset."""
+
+    def __init__(self, episodes: dict[int, Episode]) -> None:
+        self.numbers, self.episodes = list(episodes), list(episodes.values())
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def index(self, i: int) -> int:
+        return self.numbers[i]
+
+    def episode(self, i: int) -> Episode:
+        return self.episodes[i]
+
+
+def acted(text: str, action: np.ndarray, **meta) -> Episode:
+    return Episode(instruction=text, state=np.zeros((len(action), 2), np.float32), action=action, meta=meta)
+
+
+def test_dreams_are_compared_with_what_was_recorded_from_their_first_frame():
+    """In a simulator by its seed, on a robot by the numbers of dataset, episode and row."""
+    rng = np.random.default_rng(6)
+    actions = rng.normal(size=(3, 19, 3)).astype(np.float32)
+    scored = Kept({1: acted("push", actions[0]), 4: acted("lift", actions[1]), 5: acted("lift", actions[2], seed=7)})
+
+    def dream(text: str, action: np.ndarray, **origin) -> Episode:
+        return acted(text, action[:12], seed=43, origin=origin)
+
+    here = {"dataset": "abc"}
+    fit = [dream("push", actions[0], **here, episode=1, row=0), dream("lift", actions[1][2:], **here, episode=4, row=2),
+           dream("lift", actions[2], sim="plane", instruction="lift", seed=7)]  # fmt: skip
+    unfit = [dream("lift", actions[0], **here, episode=1, row=0),  # another instruction
+             dream("push", actions[0], **here, episode=2, row=0),  # an episode that is not scored
+             dream("push", actions[0], dataset="abd", episode=1, row=0),  # of another dataset
+             dream("push", actions[0], **here, episode=1, row=9),  # for which too little is recorded
+             dream("lift", actions[2], sim="plane", instruction="push", seed=7), dream("lift", actions[2])]  # fmt: skip
+    dreams = Kept(dict(enumerate([*fit, *unfit])))
+    labels, true = beside_recorded(dreams, scored, range(3), "abc", None)
+    np.testing.assert_array_equal(np.stack(labels), np.stack([actions[0][:12], actions[1][2:14], actions[2][:12]]))
+    np.testing.assert_array_equal(labels, true)
+    assert len(beside_recorded(dreams, scored, [0, 2], "abc", 2)[0]) == 1

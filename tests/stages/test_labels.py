@@ -118,8 +118,20 @@ def test_recordings_are_labelled_as_dreams_are(dataset, tmp_path):
     for i in range(6):
         episode, source = made.episode(i), dataset.episode(i)
         assert episode.instruction == source.instruction and episode.meta["source"] == "recording"
+        assert episode.meta["seed"] == 40 + i and episode.meta["origin"] == {
+            "seed": 40 + i, "dataset": fingerprint(dataset.root), "episode": i, "row": 0}  # fmt: skip
         np.testing.assert_allclose(episode.action, source.action[:18], atol=1e-6)
         assert np.abs(made.canvas(i, [4])[0].astype(int) - dataset.canvas(i, [4])[0].astype(int)).mean() < 4
+
+
+def test_a_recording_of_a_robot_has_no_seed(dataset, tmp_path):
+    """As none has that no simulator made."""
+    real = [replace(dataset.episode(i), video=dataset.views(i), meta={}) for i in range(2)]
+    write_dataset(tmp_path / "real", real, ROBOT)
+    label(Oracle(dataset), tmp_path / "real", out=tmp_path / "l", robot=ROBOT, record={})
+    meta = Dataset(tmp_path / "l", ROBOT).episode(1).meta
+    assert "seed" not in meta
+    assert meta["origin"] == {"dataset": fingerprint(tmp_path / "real"), "episode": 1, "row": 0}
 
 
 def test_labels_killed_between_dataset_and_manifest(dataset, tmp_path, monkeypatch):

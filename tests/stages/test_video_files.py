@@ -62,9 +62,9 @@ def test_latent_actions_learn_from_a_folder_and_label_it(tmp_path: Path) -> None
     made = Dataset(tmp_path / "run/labels", robot)
     assert sorted(made.instruction(i) for i in range(4)) == [f"film {k}" for k in range(4)]
     assert np.isfinite(made.actions()).all() and made.robot.action_dim == 16
-    assert [made.episode(i).meta["origin"] for i in range(4)] == [
-        {"video": f"part_{k % 2}/film_{k}.mp4"} for k in (0, 2, 1, 3)
-    ]
+    origins = [made.episode(i).meta["origin"] for i in range(4)]
+    assert [origin["video"] for origin in origins] == [f"part_{k % 2}/film_{k}.mp4" for k in (0, 2, 1, 3)]
+    assert [origin["episode"] for origin in origins] == [0, 1, 2, 3] and "seed" not in made.episode(0).meta
     assert len(read_json(tmp_path / "run/labels/manifest.json")["results"]["skipped"]) == 1
     (root / "part_0/film_2.txt").unlink()  # an instruction for those that bring none, by the dataset's own setting
     job("label", *common, *data, "data.instruction=look", "stage.clips=${data}", f"stage.out={tmp_path / 'told'}")
