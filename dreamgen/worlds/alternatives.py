@@ -15,6 +15,7 @@ import numpy as np
 
 from dreamgen.core.clip import Draft, Past, Prompt
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.kinematics import clipped
 from dreamgen.core.manifest import fingerprint
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
@@ -23,7 +24,7 @@ from dreamgen.data.streams import late, mirrored, noisy, still, stuck
 from dreamgen.engine.precision import place
 from dreamgen.sims.rollout import ask
 from dreamgen.video.tiling import tile
-from dreamgen.worlds.env import clipped, seen_of
+from dreamgen.worlds.env import seen_of
 from dreamgen.worlds.rollout import extend
 from dreamgen.worlds.search import AdversarialSearch
 

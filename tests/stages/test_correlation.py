@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dreamgen.core.clip import Prompt
-from dreamgen.core.manifest import read_json, write_json
+from dreamgen.core.manifest import read_json
 from dreamgen.data.lerobot import Dataset
 from dreamgen.filters.rates import Rates
 from dreamgen.policies.degraded import Delayed, Mistaken, Noisy
@@ -115,23 +115,13 @@ class Doubtful(Column):
              "imagined": Rates(tpr=0.7, tnr=0.6, positives=50, negatives=50)}  # fmt: skip
 
 
-def test_answers_are_corrected_by_the_rates_on_video_of_their_kind(tmp_path, caplog) -> None:
-    options, judge = {**OPTIONS, "blind": []}, Doubtful()
-    real = correlation(None, judge, Point, POLICIES, out=tmp_path / "r", video_hz=5, probe=Doubtful(), **options)
+def test_answers_are_corrected_by_the_rates_on_video_of_their_kind(tmp_path) -> None:
+    options = {**OPTIONS, "blind": []}
+    real = correlation(None, Doubtful(), Point, POLICIES, out=tmp_path / "r", video_hz=5, probe=Doubtful(), **options)
     real = real["results"]["correlation"]
     assert real["corrected"]["mae"] == real["probe"]["corrected"]["mae"] == pytest.approx(0)
-    judge.path = tmp_path / "judge"
-    write_json(judge.path / "manifest.json", {"config": {"world_model": {"path": "0123", "steps": 8}}})
-    dream, other = (
-        correlation(oracle(), judge, Point, POLICIES, out=tmp_path / path,
-                    **options | {"record": {"world_model": {"path": path, "steps": 8}}})["results"]["correlation"]
-        for path in ("0123", "4567")
-    )  # fmt: skip
-    assert dream["mae"] == 0 and dream["corrected"]["mae"] > 0.1
-    row = dream["policies"]["speed 0.6"]["corrected"]
-    assert row["low"] <= row["rate"] <= row["high"] and row["n"] == 9 and row["observed"] == 1
-    assert "corrected" not in other and "corrected" not in other["policies"]["speed 0.6"]
-    assert caplog.text.count("path: '0123' -> '4567'") == 1
+    dream = correlation(oracle(), Doubtful(), Point, POLICIES, out=tmp_path / "d", **options)["results"]["correlation"]
+    assert dream["mae"] == 0 and "corrected" not in dream  # nobody says on whose dreams its rates were measured
 
 
 def test_demonstrations_are_known_of_all_or_of_none(tmp_path, caplog) -> None:

@@ -22,6 +22,7 @@ from dreamgen.policies.realtime import Ensembled, RealTime
 from dreamgen.sims.rollout import rollout
 from dreamgen.stages import evaluate_dreamt as stage
 from dreamgen.stages.collect import collect
+from dreamgen.stages.correlation import correlation
 from dreamgen.stages.evaluate_dreamt import evaluate_dreamt
 from dreamgen.video.mp4 import read_mp4
 from dreamgen.worlds.env import DreamEnv, dream_episodes
@@ -140,6 +141,20 @@ def test_rates_on_other_dreams_correct_nothing(tmp_path, caplog, theirs, told) -
     found = evaluate_dreamt(oracle(), judge, Steady(0.3), prompts(4), out=tmp_path, **IN_WORLD)["results"]
     assert found["corrected"] is None and found["success"]["n"] == 4
     assert caplog.text.count("is not corrected") == 1 and told in caplog.text and str(judge.path) in caplog.text
+
+
+def test_policies_are_correlated_by_rates_on_the_same_dreams(tmp_path, caplog) -> None:
+    judge, policies = Knowing(tmp_path / "judge", WORLD), {f"speed {s}": Steady(s) for s in (0.1, 0.3, 0.6)}
+    options = dict(episodes=9, instructions=["home"], blind=[], **OPTIONS)
+    same, other = (
+        correlation(oracle(), judge, Point, policies, out=tmp_path / path, **options
+                    | {"record": {"world_model": WORLD | {"path": path}}})["results"]["correlation"]
+        for path in ("0123", "4567")
+    )  # fmt: skip
+    assert same["mae"] == 0 < same["corrected"]["mae"]
+    assert all(row["corrected"] == RATES.corrected(round(9 * row["dream"]), 9) for row in same["policies"].values())
+    assert "corrected" not in other and "corrected" not in other["policies"]["speed 0.6"]
+    assert caplog.text.count("path: '0123' -> '4567'") == 1
 
 
 def test_only_the_same_first_frames_in_the_same_dream_are_compared(tmp_path) -> None:
