@@ -102,14 +102,15 @@ def rates_in_dreams(judge: Judge, world_model: Mapping[str, Any] | None) -> Rate
 
     They hold for the model and the sampling on which they were measured; None for others, with a warning.
     """
-    found, made = rates_on(judge, "imagined"), Path(getattr(judge, "path", None) or "none") / FILE
+    found, path = rates_on(judge, "imagined"), getattr(judge, "path", None)
     if found is None:
         return None
-    theirs = read_json(made)["config"].get("world_model") if made.is_file() else None
+    known = path is not None and (Path(path) / FILE).is_file()
+    theirs = read_json(Path(path) / FILE)["config"].get("world_model") if known else None
     if theirs and not differences(theirs, world_model):
         return found
-    other = differences(theirs or {}, world_model) or "it does not say which"
-    log.warning("success in the dream is not corrected: the rates of the judge %s were measured on dreams of another "
-                "world model or sampling than this stage's (%s). Train the judge with this stage's world model as its "
-                "stage.world_model.", made.parent, other)  # fmt: skip
+    made_on = f"others ({differences(theirs, world_model)})" if theirs else "a world model that it does not name"
+    log.warning("success in the dream is not corrected: the rates of the judge %s were measured on dreams of %s, "
+                "expected those of this stage's world_model. Train the judge with it as stage.world_model.",
+                path or type(judge).__name__, made_on)  # fmt: skip
     return None

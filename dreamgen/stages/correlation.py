@@ -115,7 +115,7 @@ def correlation(
         if looks == "last":  # a judge's rates are of one look at a whole episode
             shown = run.spec["config"].get("world_model")
             own = {key: rates_on(one, "real") if world_model is None else rates_in_dreams(one, shown)
-                   for key, one in (("probability", judge), ("probe", probe))}  # fmt: skip
+                   for key, one in (("probability", judge), ("probe", probe)) if one is not None}  # fmt: skip
         rows = {}
         for name in progress(policies, len(policies), "correlation", run.out, unit="policy"):
             path = run.out / "policies" / f"{name}.json"

@@ -134,7 +134,7 @@ def test_the_rates_of_one_look_correct_no_other(tmp_path, caplog) -> None:
 @pytest.mark.parametrize(
     ("theirs", "told"),
     [(WORLD | {"path": "4567"}, "path: '4567' -> '0123'"), (WORLD | {"steps": 4}, "steps: 4 -> 8"),
-     (None, "path: None -> '0123'")],
+      (None, "that it does not name")],
 )  # fmt: skip
 def test_rates_on_other_dreams_correct_nothing(tmp_path, caplog, theirs, told) -> None:
     judge = Knowing(tmp_path / "judge", theirs)
