@@ -156,6 +156,17 @@ def test_the_evaluators_judge_is_calibrated_on_the_dreams_that_it_judges() -> No
     assert judge["steps"] == 8 and [differences(judge, other) for other in others] == ["", ""]
 
 
+def test_streams_of_actions_need_actions() -> None:
+    """Prompts that bring none are refused by the mode; which prompts they are is no other result."""
+    words = ["mode=actions", "prompts.sim=null", "prompts.dataset=${heldout}", "prompts.keyframes=[0,0.5]"]
+    stage = load("dream", words)[0].stage
+    check(stage)
+    assert stage.prompts._target_.endswith(".ActionPrompts") and stage.prompts.dataset.root == "runs/default/heldout"
+    other = load("dream", ["mode=actions", "prompts=dataset"])[0].stage
+    assert stage.needs_actions and other.needs_actions and not load("dream")[0].stage.needs_actions
+    assert "needs_actions" not in record(stage)
+
+
 def test_an_experiment_says_which_question_it_answers() -> None:
     for option in EXPERIMENTS:
         first = (CONF / "experiment" / f"{option}.yaml").read_text().splitlines()[:2]
