@@ -34,7 +34,7 @@ PLACES = frozenset("out root path start folder against clips dreams dream_clips 
 NAMED = frozenset(["path", "start", "question"])  # also an id of a hub, an address or a name of ours
 MANNER = frozenset("workers shard num_shards overlap command cache_mb memory_gb checkpoint_every description skip_bad "
                    "cache accumulate checkpointing compile sharding tracker url key_variable timeout retries pause "
-                   "parallel".split())  # fmt: skip
+                   "parallel needs_actions".split())  # fmt: skip
 # artefacts lie where `out` says, never in Hydra's dated folders, and logging is ours
 HYDRA = ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of parts that are not used here

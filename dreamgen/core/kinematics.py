@@ -101,6 +101,15 @@ def command(robot: Embodiment, action: Float32[np.ndarray, "*s a"]) -> Float32[n
     return action
 
 
+def clipped(robot: Embodiment, action: Float[np.ndarray, "*s a"]) -> Float32[np.ndarray, "*s a"]:
+    """Within the limits of `robot`: what its controller would execute. Binary entries between their two values stay."""
+    made = np.array(action, np.float32)
+    for part in robot.action:
+        if part.limits is not None:
+            made[..., part.slice] = made[..., part.slice].clip(*part.limits)
+    return made
+
+
 def within(robot: Embodiment, action: Float[np.ndarray, "*s a"], where: str, *, slack: float = 1e-3) -> np.ndarray:
     """`action`, if it has the robot's width, is finite and stays inside the limits of its parts.
 

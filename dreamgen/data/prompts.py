@@ -72,13 +72,12 @@ class DatasetPrompts:
         own = [data.episode(i).instruction if given else data.instruction(i) for i in range(len(data))]
         texts = _require_text(list(self.instructions), "prompts") if given else list(dict.fromkeys(own))
         chosen = rng_for(self.seed, "prompts").permutation(len(data))[: self.episodes]
-        if wrong := [share for share in self.keyframes if not 0 <= share < 1] or not self.keyframes:
-            raise ValueError(f"prompts.keyframes holds {wrong}; expected shares of an episode's rows, 0 <= share < 1")
+        require_shares(self.keyframes)
         frames, held = [], fingerprint(data.root)
         for i in sorted(chosen.tolist()):
             text = own[i] if own[i] in texts else texts[i % len(texts)]
             meta = data.episode(i).meta
-            for row in dict.fromkeys(int(share * data.length(i)) for share in self.keyframes):
+            for row in key_rows(self.keyframes, data.length(i)):
                 begun = ORIGIN if row == 0 else ("video",)  # no simulator begins in the middle of this episode
                 frames.append({
                     "first": partial(_recorded, data, i, row), "instruction": text,
@@ -87,6 +86,19 @@ class DatasetPrompts:
                               | {"dataset": held, "episode": data.index(i), "row": row},
                 })  # fmt: skip
         return _spread(frames, texts, every=self.every_instruction, count=self.repeats, seed=self.seed)
+
+
+def require_shares(keyframes: Sequence[float | int]) -> None:
+    """ValueError unless they are shares of an episode's rows, one or more."""
+    wrong = [share for share in keyframes if not 0 <= share < 1]
+    if wrong or not keyframes:
+        raise ValueError(f"prompts.keyframes holds {wrong or 'nothing'}; expected shares of an episode's rows, "
+                         "0 <= share < 1")  # fmt: skip
+
+
+def key_rows(keyframes: Sequence[float | int], length: int) -> list[int]:
+    """The rows of an episode of this length at which the keyframes lie, each once."""
+    return list(dict.fromkeys(int(share * length) for share in keyframes))
 
 
 def _recorded(data: Dataset, i: int, row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dreamgen.core.clip import Clip, Labels, Past, Prompt
+from dreamgen.core.kinematics import clipped
 from dreamgen.core.protocols import ActionWorldModel
 from dreamgen.filters.reference import Referenced
 
@@ -47,7 +48,7 @@ class Cycle(Referenced):
             if frames < 2:
                 continue
             clock = model.clock.with_frames(frames)
-            action = self._possible(label, clock.steps)
+            action = clipped(model.robot, label.value[: clock.steps])
             asked.setdefault((clock.frames, clip.video.shape[1:]), []).append((k, clip, action))
         found = np.full((len(clips), 1), np.nan)
         for (frames, _), group in asked.items():
@@ -57,14 +58,6 @@ class Cycle(Referenced):
                 seen = clip.video[1:frames]
                 found[k] = squared(seen, other[: frames - 1]) / max(squared(seen, clip.video[:1]), 1e-12)
         return found
-
-    def _possible(self, label: Labels, steps: int) -> np.ndarray:
-        """The labels of the first `steps` as the robot would carry them out: within its limits."""
-        action = label.value[:steps].copy()
-        for part in self.world_model.robot.action:
-            if part.limits is not None:
-                action[:, part.slice] = action[:, part.slice].clip(*part.limits)
-        return action
 
     def _prompt(self, clip: Clip) -> Prompt:
         text = clip.instruction if self.instruction else ""

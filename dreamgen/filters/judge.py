@@ -44,7 +44,7 @@ class VideoJudge(nn.Module):
     encoder: as of a policy (`words`, tokens of `width`, `config`). instructions: those it is trained on. frames: that
     it looks at. proprioception: names of the parts of the state that it is told, as they follow from the commands;
     where a clip has none it judges by the video. threshold, slope, offset: from calibration. rates: its tpr and tnr,
-    {"real": ..., "dreamt": ...}.
+    {"real": ..., "imagined": ...}.
     """
 
     name = "judge"

@@ -7,13 +7,19 @@ Of episodes that succeed with rate p a judge calls `p tpr + (1 - p)(1 - tnr)` su
 clipped to [0, 1]. The interval is that of Lang and Reiczigel (2014), which counts the uncertainty of both rates too.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dreamgen.core.intervals import Z
+from dreamgen.core.manifest import FILE, differences, read_json
 from dreamgen.core.protocols import Judge
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +91,26 @@ def threshold_for(precision: float, probability: np.ndarray, success: np.ndarray
     return float((score[k] + below) / 2), float(right[k])
 
 
-def rates_on(judge: Judge, kinds: Sequence[str]) -> Rates | None:
-    """A judge's rates on the first of these kinds of video on which they are known and better than chance."""
-    known = getattr(judge, "rates", {})
-    return next((known[kind] for kind in kinds if kind in known and known[kind].tpr + known[kind].tnr > 1), None)
+def rates_on(judge: Judge, kind: str) -> Rates | None:
+    """A judge's rates on a kind of video (see `train_judge`), where they are known and better than chance."""
+    found = getattr(judge, "rates", {}).get(kind)
+    return found if found is not None and found.tpr + found.tnr > 1 else None
+
+
+def rates_in_dreams(judge: Judge, world_model: Mapping[str, Any] | None) -> Rates | None:
+    """A judge's rates on dreams under actions, for the dreams of `world_model`, as a stage records it.
+
+    They hold for the model and the sampling on which they were measured; None for others, with a warning.
+    """
+    found, path = rates_on(judge, "imagined"), getattr(judge, "path", None)
+    if found is None:
+        return None
+    known = path is not None and (Path(path) / FILE).is_file()
+    theirs = read_json(Path(path) / FILE)["config"].get("world_model") if known else None
+    if theirs and not differences(theirs, world_model):
+        return found
+    made_on = f"others ({differences(theirs, world_model)})" if theirs else "a world model that it does not name"
+    log.warning("success in the dream is not corrected: the rates of the judge %s were measured on dreams of %s, "
+                "expected those of this stage's world_model. Train the judge with it as stage.world_model.",
+                path or type(judge).__name__, made_on)  # fmt: skip
+    return None

@@ -57,9 +57,12 @@ def auroc_within(score: np.ndarray, positive: np.ndarray, groups: Sequence[str])
 
 
 def chosen_rate(score: np.ndarray, positive: np.ndarray, share: float) -> float:
-    """Share of successes among the best `share` of clips; an abstention ranks in the middle."""
-    count = max(1, round(share * len(score)))
-    return float(np.asarray(positive, float)[np.argsort(-middling(score), kind="stable")[:count]].mean())
+    """Share of successes among the best `share` of clips; an abstention ranks in the middle. Of clips that tie at the
+    cut it is expected that they succeed as often as all of them."""
+    count, score, positive = max(1, round(share * len(score))), middling(score), np.asarray(positive, float)
+    cut = np.sort(score)[-count]
+    sure = score > cut
+    return float((positive[sure].sum() + (count - sure.sum()) * positive[score == cut].mean()) / count)
 
 
 def calibration(probability: np.ndarray, success: np.ndarray, bins: int = 10) -> dict:

@@ -23,10 +23,9 @@ from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
-from dreamgen.filters.rates import rates_on
+from dreamgen.filters.rates import Rates, rates_in_dreams, rates_on
 from dreamgen.sims.rollout import Rollout, film, rollout
 from dreamgen.stages.blind import BLIND, first_frame, shuffled_actions
-from dreamgen.stages.evaluate_dreamt import DREAMT
 from dreamgen.stages.label_scores import auroc
 from dreamgen.stages.open_loop import open_loop_error
 from dreamgen.stages.report_card import card
@@ -76,8 +75,9 @@ def correlation(
 
     Writes `policies/<name>.json` ({real, probability, agreement, probe, ... per episode}), films real | dreamt, and
     `results/correlation.json`: k, r, r_low, r_high, rho, mmrv, mae, bias, regret, episode_auroc, tpr, tnr of the dream,
-    and the same of the `probe` and of each of `blind`; `corrected` by the judge's own rates, which are those on video
-    of the kind that it judged here; `seen`; `policies`. Episodes on which the judge abstains count on neither side.
+    and the same of the `probe` and of each of `blind`; `corrected` by the judge's own rates, where they are of what it
+    judged here: of recordings, or of dreams of this world model in this sampling, at one look a whole episode; `seen`;
+    `policies`. Episodes on which the judge abstains count on neither side.
 
     Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, `demos` of some policies and
     not of others, a judge or probe that knows none of the instructions, is of another robot or abstains on every
@@ -111,8 +111,11 @@ def correlation(
         env = DreamEnv(world=world, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
                        confidence=confidence)  # fmt: skip
         world.robot.require_same(probe, "the probe")
-        trusted = ("real",) if world_model is None else DREAMT
-        trusted = trusted if looks == "last" else ()  # a judge's rates are of one look at a whole episode
+        own = {}
+        if looks == "last":  # a judge's rates are of one look at a whole episode
+            shown = run.spec["config"].get("world_model")
+            own = {key: rates_on(one, "real") if world_model is None else rates_in_dreams(one, shown)
+                   for key, one in (("probability", judge), ("probe", probe)) if one is not None}  # fmt: skip
         rows = {}
         for name in progress(policies, len(policies), "correlation", run.out, unit="policy"):
             path = run.out / "policies" / f"{name}.json"
@@ -123,7 +126,7 @@ def correlation(
             rows[name] = read_json(path)
             if name in known_demos:
                 rows[name]["demos"] = float(known_demos[name])
-        results = summary(rows, judge, probe, seen, env.threshold, trusted)
+        results = summary(rows, probe, seen, env.threshold, own)
         write_json(run.out / "results" / "correlation.json", results)
         return run.finish(correlation=results, **noted(validation))
 
@@ -239,28 +242,28 @@ def outcome(rows: Mapping[str, dict], key: str, threshold: float) -> dict:
             **{k: float(v.mean()) if len(v) else math.nan for k, v in share.items()}}  # fmt: skip
 
 
-def compared(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, threshold: float,
-             trusted: Sequence[str]) -> dict:  # fmt: skip
+def compared(rows: Mapping[str, dict], probe: Judge | None, threshold: float,
+             own: Mapping[str, Rates | None]) -> dict:  # fmt: skip
     """Report cards of the dream, by judge and by probe, and of the blind evaluators over the policies of `rows`.
 
-    trusted: the kinds of video, by whose rates answers are corrected.
+    own: the rates by which what stands under a key of the rows is corrected.
     """
 
     def rates(key: str, threshold: float) -> np.ndarray:
         """Real, judged and number of episodes, each of all policies."""
         return np.array([rates_of(name, key, row, threshold) for name, row in rows.items()]).T
 
-    def told(by: Judge, key: str, threshold: float) -> dict:
+    def told(key: str, threshold: float) -> dict:
         real, said, each = rates(key, threshold)
         found = card(real, said) | outcome(rows, key, threshold)
-        if own := rates_on(by, trusted):
-            mended = [own.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(said, each, strict=True)]
+        if by := own.get(key):
+            mended = [by.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(said, each, strict=True)]
             found["corrected"] = card(real, np.array(mended))
         return found
 
-    found = told(judge, "probability", threshold)
+    found = told("probability", threshold)
     if probe is not None:
-        found["probe"] = told(probe, "probe", probe.threshold)
+        found["probe"] = told("probe", probe.threshold)
     blind = {}
     for key in ("shuffled_actions", "first_frame"):
         if all(np.isfinite(known(row.get(key, []))).any() for row in rows.values()):
@@ -276,21 +279,21 @@ def compared(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, thresh
     return found | {"blind": blind}
 
 
-def summary(rows: Mapping[str, dict], judge: Judge, probe: Judge | None, seen: Sequence[str], threshold: float,
-            trusted: Sequence[str]) -> dict:  # fmt: skip
+def summary(rows: Mapping[str, dict], probe: Judge | None, seen: Sequence[str], threshold: float,
+            own: Mapping[str, Rates | None]) -> dict:  # fmt: skip
     """The content of results/correlation.json."""
     fresh = {name: row for name, row in rows.items() if name not in seen}
     headline = fresh if len(fresh) >= 2 else rows
-    found = compared(headline, judge, probe, threshold, trusted)
+    found = compared(headline, probe, threshold, own)
     found["headline"] = "unseen policies" if headline is fresh else "all"
     if seen and len(seen) >= 2:
-        found["seen"] = compared({name: rows[name] for name in seen}, judge, probe, threshold, trusted)
+        found["seen"] = compared({name: rows[name] for name in seen}, probe, threshold, own)
     found["policies"] = {}
     for name, row in rows.items():
         real, dream, n = rates_of(name, "probability", row, threshold)
         found["policies"][name] = {"real": real, "dream": dream, "n": n, "seen": name in seen}
-        if own := rates_on(judge, trusted):
-            found["policies"][name]["corrected"] = own.corrected(round(dream * n), n)
+        if by := own.get("probability"):
+            found["policies"][name]["corrected"] = by.corrected(round(dream * n), n)
     return clean(found)
 
 

@@ -4,15 +4,14 @@ Scores are stored batch by batch and filter by filter as soon as they are there,
 out the batches, and `scored` takes the scores of an earlier run over. What is kept is a pure function of the scores.
 """
 
-import fcntl
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreamgen.core.clip import Labels
-from dreamgen.core.manifest import Stage, read_json, replacing, require_complete, write_json
+from dreamgen.core.manifest import Stage, is_complete, read_json, replacing, require_complete, write_json
 from dreamgen.core.protocols import Filter, Labeler
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.clips import ClipFolder
@@ -23,6 +22,7 @@ from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.stages.candidates import Candidates, recorded
 from dreamgen.stages.selection import best, best_of, passing, quantile_thresholds, require_settings, totals
+from dreamgen.stages.sharing import Shard, alone, grouped
 from dreamgen.video.sheet import captioned, grid, png
 
 SCORES = "scores.json"
@@ -77,8 +77,7 @@ def curate(
     Raises ValueError for clips that a filter cannot score, unknown names, thresholds that keep nothing, a `scored` or
     a `truth` of another dataset. A shard that is not the last returns {"complete": False}.
     """
-    if not 0 <= shard < num_shards:
-        raise ValueError(f"shard is {shard} of {num_shards}; expected 0 <= shard < num_shards")
+    mine = Shard(shard, num_shards)
     wrong = (control and keep is None and best_per is None) or ((control == "oracle") != bool(truth))
     if control not in (None, "random", "oracle") or wrong:
         raise ValueError(f"control is {control}, keep is {keep}, truth is {truth}; expected null, or 'random' with "
@@ -108,18 +107,19 @@ def curate(
         names, unknown = with_scored(scored, names, unknown) if scored else (names, unknown)
         require_settings(unknown, names, drop=drop, least=least or {}, rank_by=rank_by, best_count=best_count,
                          keep=keep, abstained=abstained)  # fmt: skip
-        groups = [range(i, min(i + batch_size, len(candidates))) for i in range(0, len(candidates), batch_size)]
+        groups = grouped(range(len(candidates)), batch_size)
         work = Work(out, candidates, filters, groups)
-        if any(work.missing(name, group) for name in filters for group in groups[shard::num_shards]):
+        if any(work.missing(name, group) for name in filters for group in mine.of(groups)):
             place(*(part for filter in filters.values() for part in vars(filter).values()))
             work.refer(reference, reference_clips, labeler, batch_size, seed)
-        name = "curate" if num_shards == 1 else f"curate {shard} of {num_shards}"
-        for group in progress(groups[shard::num_shards], len(groups[shard::num_shards]), name, out, unit="batch"):
+        for group in progress(mine.of(groups), len(mine.of(groups)), mine.title("curate"), out, unit="batch"):
             work.score(group)
         left = sum(work.missing(name, group) for name in filters for group in groups)
-        with (Path(out) / "write.lock").open("w") as lock:
-            if left or not _taken(lock):  # the last shard writes; two that end together do not write twice
-                return {"complete": False, "left": left}
+        if left:
+            return {"complete": False, "left": left}
+        with alone(out):  # shards that end together do not write twice
+            if is_complete(out):
+                return run.manifest()
             names, scores = work.table()
             known = [candidates.describe(i) for i in range(len(candidates))]
             if scored:
@@ -152,7 +152,8 @@ def curate(
 class Work:
     """The scores of a run: `scores/<filter>/<first clip of the batch>.json`, and the reference of each filter."""
 
-    def __init__(self, out: Path, candidates: Candidates, filters: Mapping[str, Filter], groups: list[range]) -> None:
+    def __init__(self, out: Path, candidates: Candidates, filters: Mapping[str, Filter],
+                 groups: Sequence[range]) -> None:  # fmt: skip
         self.out, self.candidates, self.filters, self.groups = Path(out), candidates, filters, groups
 
     def _path(self, name: str, group: range) -> Path:
@@ -306,12 +307,3 @@ def _mean(scores: np.ndarray) -> float | None:
 def _made_of(filter: Any) -> Path | None:
     """The folder that a filter's model was loaded from."""
     return next((part.path for part in vars(filter).values() if isinstance(getattr(part, "path", None), Path)), None)
-
-
-def _taken(lock: Any) -> bool:
-    """Whether this process has the lock; it falls with the process."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

@@ -79,6 +79,7 @@ def _drafted(layout: Layout, name: str) -> Iterator[str]:
     moved = {part["name"]: part for part in _parts(layout, "state", STATE)} if STATE in features else {}
     yield "# unit: rad, deg or m, where it has one; limits: the lowest and highest value, where they are known."
     yield f"# rotation: {', '.join(ROTATIONS)}, where the entries tell one (docs/datasets.md)."
+    yield "# reach: lowest and highest value of each entry that commands can bring a state part to, [[...], [...]]."
     yield "state:" if moved else "state: []"
     for part in moved.values():
         values = states[:, part["start"] : part["stop"]]

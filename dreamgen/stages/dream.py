@@ -33,6 +33,7 @@ def dream(
     shard: int = 0,
     num_shards: int = 1,
     seed: int = 0,
+    needs_actions: bool = False,
     record: dict,
 ) -> dict:
     """Dream one clip per prompt into `out/clips`; returns the manifest once the clips of all shards are there.
@@ -40,10 +41,11 @@ def dream(
     prompts: makes the list (see `dreamgen.data.prompts`); first frames of drafts are read with their group. A forward
     pass takes `batch_size` clips, or as many as hold `token_budget` latent tokens. best_of: seeds for each prompt, of
     which `filter` keeps the best (a filter of labels needs a `labeler`); with a filter the scores stand with the clips.
-    overlap: decode and write while the next batch is denoised (None: where it pays).
+    overlap: decode and write while the next batch is denoised (None: where it pays). needs_actions: refuse prompts
+    without actions, of which a world model that takes actions would dream one window under the instruction alone.
 
     Raises ValueError for a shard out of range, no prompts, ids that two prompts share or that are not fit for file
-    names, a budget smaller than a clip, and best_of without a filter.
+    names, prompts that lack actions, a budget smaller than a clip, and best_of without a filter.
     """
     mine, best = Shard(shard, num_shards), Best(best_of, filter, labeler)
     made_of = parents(world_model, prompts, labeler)
@@ -52,6 +54,8 @@ def dream(
             return run.manifest()
         listed = _listed(prompts) if num_shards > 1 else tuple(prompts())
         ids = _ids(listed)
+        if needs_actions:
+            _require_actions(listed)
         folder = ClipFolder(Path(out) / "clips")
         stored, size = set(folder.ids()), clips_at_once(world_model, batch_size, token_budget)
         groups = grouped(listed, max(1, size // best_of))
@@ -89,6 +93,15 @@ def _ids(prompts: Sequence[Prompt | Draft]) -> list[str]:
                              "ending alone make the same: rename one of them")  # fmt: skip
         known[prompt.id] = prompt
     return list(known)
+
+
+def _require_actions(prompts: Sequence[Prompt | Draft]) -> None:
+    """ValueError for prompts that bring no actions, and that nothing will bring any."""
+    bare = [p.id for p in prompts if (p.finish is None if isinstance(p, Draft) else not p.action.size)]
+    if bare:
+        raise ValueError(f"{len(bare)} of {len(prompts)} prompts bring no actions ('{bare[0]}' is the first), and "
+                         "mode=actions dreams what follows from actions; use prompts=actions, which takes recorded "
+                         "first frames, too (prompts.sim=null prompts.dataset=...)")  # fmt: skip
 
 
 def _picture(prompt: Prompt | Draft, before: str) -> str:

@@ -20,13 +20,12 @@ from dreamgen.data.clips import require_name
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
-from dreamgen.filters.rates import Rates, rates_on
+from dreamgen.filters.rates import rates_in_dreams
 from dreamgen.stages.pairs import episodes_of, paired
 from dreamgen.stages.sharing import grouped
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.env import DreamEnv, dream_episodes
 
-DREAMT = ("imagined", "dreamt")  # the kinds of video on which a judge's rates speak of dreams
 SAME = ("world_model", "judge", "steps", "execute", "looks")  # what two evaluations that are compared must share
 
 
@@ -54,8 +53,9 @@ def evaluate_dreamt(
     from the same prompts, with which this one is compared episode by episode. films: of how many episodes.
 
     Results: success {successes, n, rate, low, high} as the judge answers, abstentions not counted; corrected {observed,
-    rate, low, high, n} by its rates on dreams, null where it has none that are better than chance, and with
-    looks="every", since they are of one look at a whole episode; by_instruction {text: {success, corrected}};
+    rate, low, high, n} by its rates on dreams, null where it has none that are better than chance and of dreams of this
+    world model in this sampling (`rates_in_dreams`), and with looks="every", since they are of one look at a whole
+    episode; by_instruction {text: {success}}, not corrected, since the rates are of all instructions together;
     abstained; agreement with a second dream (`confidence`); against {see `paired`}. Every episode is a line of
     `episodes.json` ({id, instruction, seed, first, success, probability, agreement}; null: not judged; first names the
     first frame and state by their bytes). A killed run goes on with the batch that it was at.
@@ -79,6 +79,7 @@ def evaluate_dreamt(
             raise ValueError(f"there are {len(ids)} prompts with {len(set(ids))} ids; give one or more, each with its "
                              "own")  # fmt: skip
         require_known(judge, sorted({prompt.instruction for prompt in listed}))
+        own = rates_in_dreams(judge, run.spec["config"].get("world_model")) if looks == "last" else None
         place(world_model, judge, policy)
         env = DreamEnv(world=world_model, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
                        confidence=confidence)  # fmt: skip
@@ -92,13 +93,14 @@ def evaluate_dreamt(
             rows += read_json(part)
         write_json(run.out / "episodes.json", rows)
         texts = list(dict.fromkeys(row["instruction"] for row in rows))
+        success = told(rows)
         found = {
-            **told(rows, judge, looks),
+            "success": success,
+            "corrected": own.corrected(success["successes"], success["n"]) if own and success else None,
             "abstained": sum(row["success"] is None for row in rows),
-            "by_instruction": {
-                text: told([r for r in rows if r["instruction"] == text], judge, looks) for text in texts
-            },  # fmt: skip
-        }
+            "by_instruction": {text: {"success": told([r for r in rows if r["instruction"] == text])}
+                               for text in texts},
+        }  # fmt: skip
         if known := [row["agreement"] for row in rows if row["agreement"] is not None]:
             found["agreement"] = float(np.mean(known))
         if against is not None:
@@ -136,11 +138,7 @@ def require_comparable(mine: Mapping, against: Path) -> None:
                          "world model by one judge: evaluate both with the same ones")  # fmt: skip
 
 
-def told(rows: Sequence[dict], judge: Judge, looks: str) -> dict:
-    """success and corrected of the episodes on which the judge speaks; None where it speaks of none."""
+def told(rows: Sequence[dict]) -> dict | None:
+    """Success of the episodes on which the judge speaks; None where it speaks of none."""
     said = [row["success"] for row in rows if row["success"] is not None]
-    if not said:
-        return {"success": None, "corrected": None}
-    own: Rates | None = rates_on(judge, DREAMT) if looks == "last" else None
-    return {"success": success_interval(sum(said), len(said)),
-            "corrected": own.corrected(sum(said), len(said)) if own else None}  # fmt: skip
+    return success_interval(sum(said), len(said)) if said else None

@@ -71,7 +71,8 @@ def train_judge(
     """Train `judge(instructions=...)` on the episodes of `datasets`, whose meta says `success` (or `labels` does).
 
     labels: a CSV or JSON file of rows {episode_index, success} for a single dataset. dreams: labelled dreams, judged
-    at the end and replayed in `sim` for the rates on dreamt video; dream_clips: the stage that dreamed them.
+    at the end and replayed in `sim` for the rates on dreams under instructions, which correct no success in a dream
+    under actions; dream_clips: the stage that dreamed them.
     video_hz: rate at which clips are seen. held_out_share: of episodes; half of them calibrates, half measures;
     episodes of one dataset with the same meta `pair` share a first state and are not parted.
     least_precision: the threshold is the lowest whose yes is right so often on the calibrating half.

@@ -15,15 +15,17 @@ import numpy as np
 
 from dreamgen.core.clip import Draft, Past, Prompt
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.kinematics import clipped
 from dreamgen.core.manifest import fingerprint
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.prompts import key_rows, require_shares
 from dreamgen.data.streams import late, mirrored, noisy, still, stuck
 from dreamgen.engine.precision import place
 from dreamgen.sims.rollout import ask
 from dreamgen.video.tiling import tile
-from dreamgen.worlds.env import clipped, seen_of
+from dreamgen.worlds.env import seen_of
 from dreamgen.worlds.rollout import extend
 from dreamgen.worlds.search import AdversarialSearch
 
@@ -32,19 +34,22 @@ STREAMS = ("small", "large", "mirrored", "stuck", "late", "still", "other", "pol
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ActionPrompts:
-    """first_frames: how many, from `sim` (spread over `instructions`, all by default) or from the start of episodes of
-    `dataset`; exactly one of the two is given. rows: robot steps of each stream.
+    """first_frames: how many, from `sim` (spread over `instructions`, all by default) or from episodes of `dataset`;
+    exactly one of the two is given. keyframes: where in each recorded episode, shares of its rows in [0, 1); 0 is its
+    first row. rows: robot steps of each stream, which the episode must still hold from there on.
 
     streams: which, of small and large noise, mirrored, stuck, late, still, other (another first frame's own actions),
     policy (needs `policy`, and the `world` in whose dream it acts), adversarial (needs `search`; origin holds the
     `probability` of success that it came down to).
 
-    Raises ValueError for streams that are unknown, lack what they need, or could only repeat the first frame's own.
+    Raises ValueError for streams that are unknown, lack what they need, or could only repeat the first frame's own,
+    for other keyframes, or keyframes of a simulator, and for fewer recorded first frames than were asked for.
     """
 
     sim: Callable[[], Sim] | None = None
     dataset: Dataset | None = None
     first_frames: int = 8
+    keyframes: Sequence[float | int] = (0,)
     rows: int = 32
     instructions: Sequence[str] | None = None
     streams: Sequence[str] = ("small", "large", "mirrored", "stuck", "other")
@@ -60,6 +65,11 @@ class ActionPrompts:
         if (self.sim is None) == (self.dataset is None):
             raise ValueError("first frames come from either a simulator or a dataset; give exactly one of prompts.sim "
                              "and prompts.dataset")  # fmt: skip
+        require_shares(self.keyframes)
+        if self.sim is not None and any(self.keyframes):
+            raise ValueError(f"prompts.keyframes is {list(self.keyframes)} and first frames come from a simulator, "
+                             "which begins episodes at their start; give recordings (prompts.sim=null "
+                             "prompts.dataset=...), or one that begins midway (sim=tabletop_midway)")  # fmt: skip
         if "policy" in self.streams and (self.policy is None or self.world is None):
             raise ValueError("the stream 'policy' needs a policy and a world in whose dream it acts; give "
                              "prompts.policy and prompts.world, or leave the stream out")  # fmt: skip
@@ -134,18 +144,23 @@ class ActionPrompts:
     def _recorded(self) -> list[Prompt]:
         data, made = self.dataset, []
         data.require_actions("prompts.dataset")
-        fit = [i for i in range(len(data)) if data.length(i) >= self.rows]
-        if len(fit) < self.first_frames:
-            raise ValueError(f"{data.root} has {len(fit)} episodes of {self.rows} rows or more; {self.first_frames} "
-                             "first frames were asked for")  # fmt: skip
+        begun = {i: [row for row in key_rows(self.keyframes, data.length(i)) if row + self.rows <= data.length(i)]
+                 for i in range(len(data))}  # fmt: skip
+        order = rng_for(self.seed, "first frames").permutation([i for i, rows in begun.items() if rows]).tolist()
+        chosen = [(row, i) for i in order for row in begun[i]][: self.first_frames]
+        if len(chosen) < self.first_frames:
+            raise ValueError(f"{data.root} has {len(chosen)} first frames with {self.rows} rows or more from there on; "
+                             f"{self.first_frames} were asked for. Ask for fewer (prompts.first_frames), or shorter "
+                             "streams (prompts.rows)")  # fmt: skip
         held = fingerprint(data.root)
-        for i in sorted(rng_for(self.seed, "first frames").permutation(fit)[: self.first_frames].tolist()):
+        for row, i in sorted(chosen):  # the next one, whose actions are `other`, is of another episode where it can be
             episode = data.episode(i)
-            origin = {k: v for k, v in episode.meta.items() if k in ("sim", "seed", "instruction")}
-            name = f"e{data.index(i):06d}"
-            made.append(Prompt(id=name, pair=name, image=data.canvas(i, [0])[0], instruction=data.instruction(i),
-                               seed=i, state=data.first_state(i), action=episode.action[: self.rows],
-                               origin=origin | {"dataset": held, "episode": data.index(i), "row": 0}))  # fmt: skip
+            known = ("sim", "seed", "instruction") if row == 0 else ()  # no simulator begins in its middle
+            origin = {k: v for k, v in episode.meta.items() if k in known}
+            name = f"e{data.index(i):06d}" + (f"_r{row}" if row else "")
+            made.append(Prompt(id=name, pair=name, image=data.canvas(i, [row])[0], instruction=data.instruction(i),
+                               seed=i, state=data.state(i, row), action=episode.action[row : row + self.rows],
+                               origin=origin | {"dataset": held, "episode": data.index(i), "row": row}))  # fmt: skip
         return made
 
     def _acted(self, first: Mapping[str, Prompt], prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dreamgen.core.clip import Clip, Observation, Past, Prompt
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.kinematics import follow, within
+from dreamgen.core.kinematics import clipped, follow, within
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.sims.rollout import ask
@@ -230,12 +230,3 @@ def dream_episodes(env: DreamEnv, policy: Policy, prompts: Sequence[Prompt], see
         done += [Dreamt(past=past, probability=float(p), agreement=float(a))
                  for past, p, a in zip(env.pasts, env.probability, env.agreement, strict=True)]  # fmt: skip
     return done
-
-
-def clipped(robot: Any, actions: np.ndarray) -> np.ndarray:
-    """Actions within the robot's limits: what its controller would execute of a policy's chunk."""
-    made = np.array(actions, np.float32)
-    for part in robot.action:
-        if part.limits is not None:
-            made[..., part.slice] = made[..., part.slice].clip(*part.limits)
-    return made

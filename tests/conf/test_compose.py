@@ -11,9 +11,10 @@ from hydra.utils import _locate, instantiate
 from omegaconf import OmegaConf
 
 import conf
+from dreamgen.core.manifest import differences
 from jobs.cli import commands
 from jobs.recipe import Recipe, lines, load
-from jobs.running import ALLOWED, check, walk
+from jobs.running import ALLOWED, check, record, walk
 
 CONF = Path(conf.__file__).parent
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
@@ -145,6 +146,25 @@ def test_the_sweep_scores_each_labeler_on_its_labels_of_the_same_dreams() -> Non
                         for job, step in (("label", "labels"), ("evaluate", "scores")))  # fmt: skip
         assert scored.dreams == made.out and scored.labeler.path == made.labeler.path
         assert made.clips.endswith("heldout_dreams")
+
+
+def test_the_evaluators_judge_is_calibrated_on_the_dreams_that_it_judges() -> None:
+    judge, *others = (
+        record(load(job, ["experiment=evaluator", f"step={step}"])[0].stage)["world_model"]
+        for job, step in (("train_judge", "judge"), ("evaluate", "tried"), ("evaluate", "correlation"))
+    )
+    assert judge["steps"] == 8 and [differences(judge, other) for other in others] == ["", ""]
+
+
+def test_streams_of_actions_need_actions() -> None:
+    """Prompts that bring none are refused by the mode; which prompts they are is no other result."""
+    words = ["mode=actions", "prompts.sim=null", "prompts.dataset=${heldout}", "prompts.keyframes=[0,0.5]"]
+    stage = load("dream", words)[0].stage
+    check(stage)
+    assert stage.prompts._target_.endswith(".ActionPrompts") and stage.prompts.dataset.root == "runs/default/heldout"
+    other = load("dream", ["mode=actions", "prompts=dataset"])[0].stage
+    assert stage.needs_actions and other.needs_actions and not load("dream")[0].stage.needs_actions
+    assert "needs_actions" not in record(stage)
 
 
 def test_an_experiment_says_which_question_it_answers() -> None:

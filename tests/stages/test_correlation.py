@@ -121,9 +121,7 @@ def test_answers_are_corrected_by_the_rates_on_video_of_their_kind(tmp_path) -> 
     real = real["results"]["correlation"]
     assert real["corrected"]["mae"] == real["probe"]["corrected"]["mae"] == pytest.approx(0)
     dream = correlation(oracle(), Doubtful(), Point, POLICIES, out=tmp_path / "d", **options)["results"]["correlation"]
-    assert dream["mae"] == 0 and dream["corrected"]["mae"] > 0.1
-    row = dream["policies"]["speed 0.6"]["corrected"]
-    assert row["low"] <= row["rate"] <= row["high"] and row["n"] == 9 and row["observed"] == 1
+    assert dream["mae"] == 0 and "corrected" not in dream  # nobody says on whose dreams its rates were measured
 
 
 def test_demonstrations_are_known_of_all_or_of_none(tmp_path, caplog) -> None:

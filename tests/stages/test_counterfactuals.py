@@ -12,6 +12,7 @@ from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import read_json
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.prompts import DatasetPrompts
 from dreamgen.data.streams import late, mirrored, noisy, resting, still, stuck
 from dreamgen.report.tree import trees
 from dreamgen.stages.collect import collect
@@ -155,6 +156,30 @@ def test_streams_of_recordings_and_policies(recordings) -> None:
     for both in ({}, {"sim": Seen, "dataset": recordings}):
         with pytest.raises(ValueError, match="either a simulator or a dataset"):
             ActionPrompts(streams=("small",), **both)()
+
+
+def test_streams_begin_at_any_row_of_a_recording(recordings) -> None:
+    made = ActionPrompts(dataset=recordings, first_frames=7, keyframes=(0, 0.35), rows=6, streams=("other",), seed=4)()
+    own = [p for p in made if p.origin["stream"] == "own"]
+    assert len(own) == 7 and [p.origin["row"] for p in own] == sorted([0] * 4 + [3] * 3, key=bool)
+    for p in own:
+        i, row = p.origin["episode"], p.origin["row"]
+        assert p.id == f"e{i:06d}{'_r3' * (row > 0)}_own" and ("seed" in p.origin) == ("sim" in p.origin) == (row == 0)
+        assert np.array_equal(p.action, recordings.episode(i).action[row : row + 6])
+        assert np.array_equal(p.image, recordings.canvas(i, [row])[0]) and p.state == recordings.state(i, row)
+    assert all(a.origin["episode"] != b.origin["episode"] for a, b in zip(own, own[1:], strict=False))
+    with pytest.raises(ValueError, match="has 5 first frames with 6 rows or more from there on; 7 were asked for"):
+        ActionPrompts(dataset=recordings, first_frames=7, keyframes=(0, 0.5), rows=6, streams=("other",))()
+    with pytest.raises(ValueError, match=r"keyframes is \[0, 0.5\] and first frames come from a simulator"):
+        ActionPrompts(sim=Seen, keyframes=[0, 0.5])()
+
+
+def test_prompts_without_actions_are_refused_where_they_are_needed(recordings, tmp_path) -> None:
+    with pytest.raises(ValueError, match="5 of 5 prompts bring no actions .'e000000_s0' is the first.*prompts=actions"):
+        dream(oracle(), DatasetPrompts(dataset=recordings), out=tmp_path / "no", needs_actions=True, record={})
+    more = dict(dataset=recordings, first_frames=2, rows=6, policy=Walker(), world=oracle(), execute=3)
+    some = ActionPrompts(streams=("policy",), **more)
+    assert dream(oracle(), some, out=tmp_path / "yes", needs_actions=True, record={})["results"]["clips"] == 4
 
 
 def test_a_policy_acts_in_all_clips_of_a_batch_at_once(recordings, tmp_path) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from dreamgen.core.clip import read_prompts
 from dreamgen.core.embodiment import Part
-from dreamgen.core.manifest import fingerprint, read_json
+from dreamgen.core.manifest import fingerprint, read_json, write_json
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import DatasetPrompts, SimPrompts
@@ -22,6 +22,7 @@ from dreamgen.policies.realtime import Ensembled, RealTime
 from dreamgen.sims.rollout import rollout
 from dreamgen.stages import evaluate_dreamt as stage
 from dreamgen.stages.collect import collect
+from dreamgen.stages.correlation import correlation
 from dreamgen.stages.evaluate_dreamt import evaluate_dreamt
 from dreamgen.video.mp4 import read_mp4
 from dreamgen.worlds.env import DreamEnv, dream_episodes
@@ -31,10 +32,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "sims"))
 from point import ROBOT, Point, Steady  # noqa: E402
 
 OPTIONS = dict(steps=6, execute=3, batch_size=4, films=2, seed=3, record={})
+WORLD = {"path": "0123", "steps": 8}  # as a manifest records it
+IN_WORLD = {**OPTIONS, "record": {"world_model": {**WORLD, "precision": None}}}
+RATES = Rates(tpr=0.9, tnr=0.8, positives=40, negatives=40)
 
 
 class Knowing(Column):
-    rates = {"imagined": Rates(tpr=0.9, tnr=0.8, positives=40, negatives=40)}
+    """Its rates were measured on dreams of a world model, as its manifest says."""
+
+    rates = {"imagined": RATES, "dreamt": RATES}
+
+    def __init__(self, path: Path, world_model: dict | None = None) -> None:
+        super().__init__()
+        self.path = path
+        write_json(path / "manifest.json", {"config": {"world_model": world_model}})
 
 
 def prompts(count: int = 9, instructions=("home",)) -> SimPrompts:
@@ -42,15 +53,15 @@ def prompts(count: int = 9, instructions=("home",)) -> SimPrompts:
 
 
 def test_the_dream_says_what_the_simulator_says(tmp_path) -> None:
-    policy = Steady(0.3)
-    found = evaluate_dreamt(oracle(), Knowing(), policy, prompts(), out=tmp_path, **OPTIONS)["results"]
+    policy, judge = Steady(0.3), Knowing(tmp_path / "judge", WORLD)
+    found = evaluate_dreamt(oracle(), judge, policy, prompts(), out=tmp_path, **IN_WORLD)["results"]
     plan = [(p.origin["instruction"], p.origin["seed"]) for p in prompts()()]
     real = [episode.success for episode in rollout(Point, policy, plan, steps=6, execute=3)]
     rows = read_json(tmp_path / "episodes.json")
     assert [row["success"] for row in rows] == real and 0 < sum(real) < 9
     assert (found["success"]["successes"], found["success"]["n"], found["abstained"]) == (sum(real), 9, 0)
-    assert found["corrected"] == Knowing.rates["imagined"].corrected(sum(real), 9)
-    assert found["by_instruction"]["home"]["success"] == found["success"] and "agreement" not in found
+    assert found["corrected"] == RATES.corrected(sum(real), 9)
+    assert found["by_instruction"] == {"home": {"success": found["success"]}} and "agreement" not in found
     assert sorted(p.stem for p in (tmp_path / "films").glob("*.mp4")) == ["f000000_s0", "f000001_s0"]
     assert len(read_mp4(tmp_path / "films" / "f000000_s0.mp4")) == 7
 
@@ -61,7 +72,7 @@ def test_policies_are_compared_episode_by_episode_where_the_judge_speaks(tmp_pat
                   for speed, more in ((0.1, {}), (0.6, {"against": tmp_path / "0.1", "confidence": True})))  # fmt: skip
     results = fast["results"]
     assert results["abstained"] == 4 and results["success"]["n"] == 4 and results["corrected"] is None
-    assert results["by_instruction"]["away"] == {"success": None, "corrected": None}
+    assert results["by_instruction"]["away"] == {"success": None}
     assert results["against"]["n"] == 4 and results["against"]["won"] > 0 == results["against"]["lost"]
     assert results["agreement"] == 1 and slow["results"]["success"]["rate"] < results["success"]["rate"]
 
@@ -113,9 +124,37 @@ def test_a_policy_that_acts_for_another_robot_is_refused(tmp_path) -> None:
         FlowPolicy.load(path, robot=replace(ROBOT, name="line"))
 
 
-def test_the_rates_of_one_look_correct_no_other(tmp_path) -> None:
-    found = evaluate_dreamt(oracle(), Knowing(), Steady(0.3), prompts(), out=tmp_path, looks="every", **OPTIONS)
+def test_the_rates_of_one_look_correct_no_other(tmp_path, caplog) -> None:
+    judge = Knowing(tmp_path / "judge", WORLD)
+    found = evaluate_dreamt(oracle(), judge, Steady(0.3), prompts(), out=tmp_path, looks="every", **IN_WORLD)
     assert found["results"]["corrected"] is None and found["results"]["success"]["n"] == 9
+    assert "corrected" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [(WORLD | {"path": "4567"}, "path: '4567' -> '0123'"), (WORLD | {"steps": 4}, "steps: 4 -> 8"),
+      (None, "that it does not name")],
+)  # fmt: skip
+def test_rates_on_other_dreams_correct_nothing(tmp_path, caplog, theirs, told) -> None:
+    judge = Knowing(tmp_path / "judge", theirs)
+    found = evaluate_dreamt(oracle(), judge, Steady(0.3), prompts(4), out=tmp_path, **IN_WORLD)["results"]
+    assert found["corrected"] is None and found["success"]["n"] == 4
+    assert caplog.text.count("is not corrected") == 1 and told in caplog.text and str(judge.path) in caplog.text
+
+
+def test_policies_are_correlated_by_rates_on_the_same_dreams(tmp_path, caplog) -> None:
+    judge, policies = Knowing(tmp_path / "judge", WORLD), {f"speed {s}": Steady(s) for s in (0.1, 0.3, 0.6)}
+    options = dict(episodes=9, instructions=["home"], blind=[], **OPTIONS)
+    same, other = (
+        correlation(oracle(), judge, Point, policies, out=tmp_path / path, **options
+                    | {"record": {"world_model": WORLD | {"path": path}}})["results"]["correlation"]
+        for path in ("0123", "4567")
+    )  # fmt: skip
+    assert same["mae"] == 0 < same["corrected"]["mae"]
+    assert all(row["corrected"] == RATES.corrected(round(9 * row["dream"]), 9) for row in same["policies"].values())
+    assert "corrected" not in other and "corrected" not in other["policies"]["speed 0.6"]
+    assert caplog.text.count("path: '0123' -> '4567'") == 1
 
 
 def test_only_the_same_first_frames_in_the_same_dream_are_compared(tmp_path) -> None:

@@ -135,6 +135,11 @@ def test_a_filters_interval_counts_first_states_and_not_their_repeats():
 def test_choosing_and_calibration():
     score, positive = np.array([0.1, 0.9, np.nan, 0.8, 0.4]), np.array([0, 1, 1, 0, 0], bool)
     assert chosen_rate(score, positive, 0.6) == pytest.approx(2 / 3)  # the abstention ranks at the median, 0.6
+    tied = np.array([0.9, 0.5, 0.5, 0.5, 0.1])
+    for order in (positive, positive[[0, 3, 2, 1, 4]], positive[[0, 2, 3, 1, 4]]):  # whichever comes first
+        assert chosen_rate(tied, order, 0.6) == pytest.approx((0 + 2 * 2 / 3) / 3)
+    found = worth(np.ones(5), positive, ["go"] * 5, list("abcde"), share=0.4, draws=5, seed=0)
+    assert found["chosen"] == pytest.approx(2 / 5) and found["gain"] == pytest.approx(0)  # it says nothing
     p = np.repeat([0.2, 0.7], 50)
     y = np.concatenate([np.arange(50) < 10, np.arange(50) < 40])
     found = calibration(p, y, bins=2)
