@@ -17,7 +17,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import differences
 from dreamgen.serve.asked import going_on
-from dreamgen.serve.groot import to_groot, zeromq
+from dreamgen.serve.groot import LANGUAGE, to_groot, zeromq
 from dreamgen.serve.messages import keys, to_message
 from dreamgen.serve.openpi import require_websockets
 from dreamgen.serve.wire import pack_groot, pack_openpi, unpack_groot, unpack_openpi
@@ -212,8 +212,8 @@ class OpenpiPolicy(_Remote):
 class GrootPolicy(_Remote):
     """The policy behind `address` (tcp://host:port), asked for whole batches.
 
-    Raises ValueError: no answer within `timeout` seconds, a server for another robot or with other keys, an error that
-    the server reports.
+    Raises ValueError: no answer within `timeout` seconds, a server for another robot, with other keys, of several
+    instructions or that looks at more than the present, an error that the server reports.
     """
 
     def __init__(
@@ -231,12 +231,22 @@ class GrootPolicy(_Remote):
                 if sorted(here) != sorted(there):
                     raise ValueError(f"the policy at {address} has the {kind} keys {there}; embodiment "
                                      f"'{self.robot.name}' has {here}")  # fmt: skip
+                steps = modality[kind][0]
+                if kind != "action" and wanted and len(steps) != 1:
+                    raise ValueError(f"the policy at {address} looks at {len(steps)} steps of {kind} (delta_indices "
+                                     f"{steps!s:.80}); expected one, for this client sends the present alone: serve a "
+                                     f"policy that looks at no others")  # fmt: skip
+            names = modality["language"][1] if "language" in modality else [LANGUAGE]
+            if len(names) != 1:
+                raise ValueError(f"the policy at {address} has the language keys {names}; expected one instruction")
+            self.language = names[0]
 
     def _introduced(self) -> dict[str, Any]:
         """What the server says of itself: its modality, and one of ours its contract, horizon and prefix."""
         where = f"the GR00T server at {self.address}"
         nodes = _require_map(self.ask("get_modality_config"), ["video", "state", "action"], where)
-        modality = {name: _modality(nodes[name], where) for name in ("video", "state", "action")}
+        kinds = [kind for kind in ("video", "state", "action", "language") if kind in nodes]
+        modality = {kind: _modality(nodes[kind], where) for kind in kinds}
         try:
             told = self.ask("contract")
         except ValueError:
@@ -279,7 +289,8 @@ class GrootPolicy(_Remote):
             with self._kept_if_right():
                 self._require_same(self.metadata, self._introduced(), self.address)
         options = {"seed": [int(seed) for seed in seeds], **more}
-        reply = self.ask("get_action", {"observation": to_groot(observations, self.robot), "options": options})
+        seen = to_groot(observations, self.robot, self.language)
+        reply = self.ask("get_action", {"observation": seen, "options": options})
         where, parts = f"the GR00T server at {self.address}", self.robot.action
         if not isinstance(reply, list | tuple) or len(reply) != 2:
             got = f"a list of {len(reply)}" if isinstance(reply, list | tuple) else type(reply).__name__

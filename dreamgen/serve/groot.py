@@ -4,8 +4,8 @@ A request is {"endpoint": name, "data": {...}, ["api_token": key]}. Endpoints: p
 reset, get_modality_config, and ours, contract. What cannot be answered gets {"error": text}. N1.6 and later speak so;
 N1.5 has flat observations, which are refused, and sends the `as_json` of a modality, here a map, as text.
 
-Observations are {"video": {view: (B, T, H, W, 3) uint8}, "state": {part: (B, T, D) float32}, "language": {"task":
-[[text]]}}, of which the last step T counts; actions are {part: (B, T, D) float32} in the units of the embodiment.
+Observations are {"video": {view: (B, T, H, W, 3) uint8}, "state": {part: (B, T, D) float32}, "language": {key:
+[[text]]}} under any one key, of which the last step T counts; actions are {part: (B, T, D) float32} in the units of the embodiment.
 Options of get_action: {"seed": int or [int], "realtime": {"rests": [(p, a)], "delay": int, "mode": text, "beta":
 float}}; `realtime` (ours) has each row go on from the rest of its last chunk.
 """
@@ -27,8 +27,8 @@ from dreamgen.serve.asked import answer, instruction_of, said, seed_of
 from dreamgen.serve.wire import pack_groot, peek, unpack_groot
 
 log = logging.getLogger(__name__)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LANGUAGE = "task"
+LOOPBACK = ("127.0.0.1", "localhost")
+LANGUAGE = "task"  # what our server calls its instruction
 
 
 def zeromq() -> Any:
@@ -52,13 +52,13 @@ def modality_config(robot: Embodiment, horizon: int) -> dict[str, Any]:
             for name, (names, steps) in found.items()}  # fmt: skip
 
 
-def to_groot(seen: Sequence[Observation], robot: Embodiment) -> dict[str, Any]:
-    """A batch of observations as one message, with T = 1."""
+def to_groot(seen: Sequence[Observation], robot: Embodiment, language: str = LANGUAGE) -> dict[str, Any]:
+    """A batch of observations as one message, with T = 1; language: key of the instruction."""
     return {
         "video": {view.name: np.stack([o.views[view.name] for o in seen])[:, None] for view in robot.views},
         "state": {part.name: np.stack([o.state[part.slice] for o in seen])[:, None].astype(np.float32)
                   for part in robot.state},
-        "language": {LANGUAGE: [[o.instruction] for o in seen]},
+        "language": {language: [[o.instruction] for o in seen]},
     }  # fmt: skip
 
 
