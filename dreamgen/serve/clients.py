@@ -2,10 +2,12 @@
 
 A server of ours says for which robot it was made; a client compares that with its own and names each difference. Of a
 server of another stack the robot must be told, and the horizon of openpi's, which has no place for it. Where a
-connection has to be made anew, another policy than before is refused.
+connection has to be made anew, another policy than before is refused. A server's key, where none is given, is what the
+environment variable DREAMGEN_KEY holds.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +25,7 @@ from dreamgen.serve.openpi import require_websockets
 from dreamgen.serve.wire import pack_groot, pack_openpi, unpack_groot, unpack_openpi
 
 ACTING = frozenset(["compile", "euler_steps", "speaks"])  # settings of a policy that is loaded from a directory
-TOLD = ("horizon", "keys", "prefix", "modality")  # what a server says of itself, beside its contract
+TOLD = ("policy", "horizon", "keys", "prefix", "modality")  # what a server says of itself, beside its contract
 
 
 def _require_chunk(chunk: Any, shape: tuple, where: str) -> np.ndarray:
@@ -39,6 +41,10 @@ def _prefix(told: Mapping[str, Any]) -> int | None:
     """What a server of ours says of going on from a chunk; None for one of another stack."""
     prefix = told.get("prefix")
     return int(prefix) if isinstance(prefix, int) else None
+
+
+def _key(given: str | None) -> str | None:
+    return given or os.environ.get("DREAMGEN_KEY") or None
 
 
 def _require_map(value: Any, wanted: Sequence[str], where: str) -> dict:
@@ -68,6 +74,13 @@ class _Remote:
     """A connection that is made on first use, so that a client can be handed to other processes."""
 
     _link: Any = None
+    metadata: dict[str, Any]
+
+    @property
+    def served(self) -> str | None:
+        """What the server calls its policy; None where it does not say (one of another stack)."""
+        told = self.metadata.get("policy")
+        return told if isinstance(told, str) else None
 
     @classmethod
     def load(cls: Any, path: str, *, robot: Embodiment | None = None, **options: Any) -> Any:
@@ -141,7 +154,7 @@ class OpenpiPolicy(_Remote):
         timeout: float = 60.0,
     ) -> None:
         require_websockets()
-        self.address, self.key, self.timeout = address, key, timeout
+        self.address, self.key, self.timeout = address, _key(key), timeout
         self.metadata = self._connect()
         with self._kept_if_right():
             self._introduce(robot, horizon, names)
@@ -219,7 +232,7 @@ class GrootPolicy(_Remote):
     def __init__(
         self, address: str, *, robot: Embodiment | None = None, key: str | None = None, timeout: float = 60.0
     ) -> None:
-        self.address, self.key, self.timeout = address, key, timeout
+        self.address, self.key, self.timeout = address, _key(key), timeout
         with self._kept_if_right():
             self.metadata = self._introduced()
             modality = self.metadata["modality"]

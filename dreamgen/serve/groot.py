@@ -5,9 +5,9 @@ reset, get_modality_config, and ours, contract. What cannot be answered gets {"e
 N1.5 has flat observations, which are refused, and sends the `as_json` of a modality, here a map, as text.
 
 Observations are {"video": {view: (B, T, H, W, 3) uint8}, "state": {part: (B, T, D) float32}, "language": {key:
-[[text]]}} under any one key, of which the last step T counts; actions are {part: (B, T, D) float32} in the units of the embodiment.
-Options of get_action: {"seed": int or [int], "realtime": {"rests": [(p, a)], "delay": int, "mode": text, "beta":
-float}}; `realtime` (ours) has each row go on from the rest of its last chunk.
+[[text]]}} under any one key, of which the last step T counts; actions are {part: (B, T, D) float32} in the units of the
+embodiment. Options of get_action: {"seed": int or [int], "realtime": {"rests": [(p, a)], "delay": int, "mode": text,
+"beta": float}}; `realtime` (ours) has each row go on from the rest of its last chunk.
 """
 
 import hmac
@@ -23,7 +23,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
-from dreamgen.serve.asked import answer, instruction_of, said, seed_of
+from dreamgen.serve.asked import answer, instruction_of, named, require_port, said, seed_of
 from dreamgen.serve.wire import pack_groot, peek, unpack_groot
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,9 @@ class GrootServer:
         seed: int = 0,
     ) -> None:
         zmq = zeromq()
+        require_port(port)
         self.policy, self.host, self.key, self.seed, self.max_rows = policy, host, key, seed, max_rows
+        self.named = named(policy)
         self.most = int(max_mb * 2**20)
         self._running, self._served, self._thread = True, 0, None
         self._context = zmq.Context()
@@ -234,7 +236,7 @@ class GrootServer:
                 return modality_config(self.policy.robot, self.policy.horizon)
             case "contract":
                 return {"contract": self.policy.robot.contract(), "horizon": self.policy.horizon,
-                        "prefix": getattr(self.policy, "prefix", None)}  # fmt: skip
+                        "prefix": getattr(self.policy, "prefix", None), "policy": self.named}  # fmt: skip
             case "get_action":
                 return self._act(data if isinstance(data, dict) else {})
         raise ValueError(f"Unknown endpoint: {said(endpoint)}")
