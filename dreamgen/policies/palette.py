@@ -118,8 +118,8 @@ class PaletteEncoder(nn.Module):
             start = stop
 
     def lookup(self) -> Float[Tensor, "cells k"]:
-        """How much each cell of colour space belongs to each colour; rows sum to 1 near a colour, to 0 far off. Computed
-        when it is first asked for on a device; what is compiled must find it there."""
+        """How much each cell of colour space belongs to each colour; rows sum to 1 near a colour, to 0 far off.
+        Computed when it is first asked for on a device; what is compiled must find it there."""
         if self._table is None or self._table.device != self.palette.device:
             level = (torch.arange(LEVELS, device=self.palette.device) + 0.5) * 256 / LEVELS
             cells = torch.stack(torch.meshgrid(level, level, level, indexing="ij"), -1).view(-1, 3)
