@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import hydra  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from dreamgen.core.clip import Observation  # noqa: E402
@@ -36,6 +35,7 @@ from dreamgen.policies.encoder import TinyEncoder  # noqa: E402
 from dreamgen.policies.flow import euler  # noqa: E402
 from dreamgen.policies.inference import compiled  # noqa: E402
 from dreamgen.policies.policy import FlowPolicy  # noqa: E402
+from jobs.recipe import load  # noqa: E402
 
 ROBOT = Embodiment(
     name="arm", robot_hz="20", views=(View(name="front", key="observation.images.front", height=64, width=64),),
@@ -43,7 +43,6 @@ ROBOT = Embodiment(
     action=(Part(name="move", start=0, stop=3, kind="delta", moves="hand", limits=(-1, 1)),
             Part(name="grip", start=3, stop=4, kind="binary", limits=(-1, 1))),
 )  # fmt: skip
-CONF = Path(__file__).parents[1] / "conf" / "policy"
 TOY = dict(layers=2, heads=2, head_width=8)  # for tests
 TOY_ENCODER = dict(width=16, channels=(4, 6), keypoints=2, patches=2)
 
@@ -52,7 +51,7 @@ def policy_of(size: str) -> FlowPolicy:
     """The untrained policy of conf/policy/<size>.yaml, for ROBOT, where it acts best."""
     if size == "toy":
         return FlowPolicy(robot=ROBOT, encoder=TinyEncoder(**TOY_ENCODER), **TOY).eval().to(best_device())
-    config = OmegaConf.load(CONF / f"{size}.yaml")
+    config = load("train_policy", [f"policy={size}"])[0].policy
     config.robot = None
     return hydra.utils.instantiate(config)(robot=ROBOT).eval().to(best_device())
 

@@ -198,7 +198,7 @@ def record(stage: DictConfig) -> dict:
     def clean(node: Any) -> Any:
         if isinstance(node, dict):
             kept = {key: held(key, value) for key, value in node.items() if key not in MANNER}
-            if "address" in kept:
+            if "address" in kept or "://" in str(kept.get("path")):
                 kept.pop("key", None)  # what a server is shown is no part of a result, and nobody else's to read
             return {key: clean(value) for key, value in kept.items() if value is not DROPPED}
         return [clean(item) for item in node] if isinstance(node, list) else node

@@ -48,6 +48,8 @@ class Acting(nn.Module):
             raise ValueError("the state of an observation is unknown (NaN), and this policy's chunks are told relative "
                              "to it; give the state, or train with frame=recorded")  # fmt: skip
         words = self.encoder.words([o.instruction for o in observations]).to(device)
+        if hasattr(self.encoder, "lookup"):
+            self.encoder.lookup()
         return pictures, words, F.pad(states, (0, self.spaces.state_dim - states.shape[1])), known
 
     @torch.no_grad()

@@ -117,8 +117,9 @@ class PaletteEncoder(nn.Module):
             self.std[start:stop] = have.std(0) + 0.02
             start = stop
 
-    def _lookup(self) -> Float[Tensor, "cells k"]:
-        """How much each cell of colour space belongs to each colour; rows sum to 1 near a colour, to 0 far off."""
+    def lookup(self) -> Float[Tensor, "cells k"]:
+        """How much each cell of colour space belongs to each colour; rows sum to 1 near a colour, to 0 far off.
+        Computed when it is first asked for on a device; what is compiled must find it there."""
         if self._table is None or self._table.device != self.palette.device:
             level = (torch.arange(LEVELS, device=self.palette.device) + 0.5) * 256 / LEVELS
             cells = torch.stack(torch.meshgrid(level, level, level, indexing="ij"), -1).view(-1, 3)
@@ -136,7 +137,7 @@ class PaletteEncoder(nn.Module):
             cell = (x[..., 0].int() * LEVELS + x[..., 1]) * LEVELS + x[..., 2]  # (b*v h*w)
             places = grid(h, w, self.std)
             moments = torch.cat([torch.ones_like(places[:, :1]), places, places.square()], 1)
-            sums = moments.T @ F.embedding(cell, self._lookup())  # (b*v 5 k)
+            sums = moments.T @ F.embedding(cell, self.lookup())  # (b*v 5 k)
             total, centre, square = sums.transpose(1, 2).split([1, 2, 2], -1)
             centre, square = centre / (total + FEW), square / (total + FEW)
             extent = (square - centre.square()).clamp(min=0).sqrt()

@@ -57,6 +57,7 @@ class SiglipEncoder(Pretrained):
         x = F.adaptive_avg_pool2d(x.mT.unflatten(2, (self.side, self.side)), self.tokens).flatten(2).mT
         return x.unflatten(0, pictures.shape[:2]).flatten(1, 2)
 
+    @torch.compiler.disable  # what is remembered is no part of a graph: it would be compiled anew at every instruction
     def _text(self, words: Int64[Tensor, "b l"]) -> Float[Tensor, "b d"]:
         each, row = words.unique(dim=0, return_inverse=True)
         if self.tune:

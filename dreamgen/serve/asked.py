@@ -1,5 +1,5 @@
 """What both protocols ask of a policy beside pictures and states: an instruction, a seed, and to go on from the chunk
-being executed; and what is required of its answer."""
+being executed; what is required of its answer, and of where it is served."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from dreamgen.core.clip import Observation
+from dreamgen.core.manifest import fingerprint
 from dreamgen.core.protocols import Policy
 
 FEW = 60  # letters of what came that an error repeats
@@ -24,6 +25,19 @@ def said(value: Any) -> str:
     if isinstance(value, dict):
         return f"a map of {', '.join(map(said, islice(value, 8)))}" if value else "an empty map"
     return repr(value) if value is None or isinstance(value, bool | int | float) else type(value).__name__
+
+
+def named(policy: Policy) -> str | None:
+    """What names a policy to its clients: the hash of the run that made it; None for one that was not opened from a
+    folder."""
+    path = getattr(policy, "path", None)
+    return None if path is None else fingerprint(path)
+
+
+def require_port(port: int) -> None:
+    """ValueError for a number that no port has: ZeroMQ would take it modulo 65536."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"cannot serve at port {port}; choose one from 0 (any free one) to {2**16 - 1}")
 
 
 def instruction_of(value: Any, where: str) -> str:

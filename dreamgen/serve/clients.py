@@ -2,10 +2,12 @@
 
 A server of ours says for which robot it was made; a client compares that with its own and names each difference. Of a
 server of another stack the robot must be told, and the horizon of openpi's, which has no place for it. Where a
-connection has to be made anew, another policy than before is refused.
+connection has to be made anew, another policy than before is refused. A server's key, where none is given, is what the
+environment variable DREAMGEN_KEY holds.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,13 +19,13 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import differences
 from dreamgen.serve.asked import going_on
-from dreamgen.serve.groot import to_groot, zeromq
+from dreamgen.serve.groot import LANGUAGE, to_groot, zeromq
 from dreamgen.serve.messages import keys, to_message
 from dreamgen.serve.openpi import require_websockets
 from dreamgen.serve.wire import pack_groot, pack_openpi, unpack_groot, unpack_openpi
 
 ACTING = frozenset(["compile", "euler_steps", "speaks"])  # settings of a policy that is loaded from a directory
-TOLD = ("horizon", "keys", "prefix", "modality")  # what a server says of itself, beside its contract
+TOLD = ("policy", "horizon", "keys", "prefix", "modality")  # what a server says of itself, beside its contract
 
 
 def _require_chunk(chunk: Any, shape: tuple, where: str) -> np.ndarray:
@@ -39,6 +41,10 @@ def _prefix(told: Mapping[str, Any]) -> int | None:
     """What a server of ours says of going on from a chunk; None for one of another stack."""
     prefix = told.get("prefix")
     return int(prefix) if isinstance(prefix, int) else None
+
+
+def _key(given: str | None) -> str | None:
+    return given or os.environ.get("DREAMGEN_KEY") or None
 
 
 def _require_map(value: Any, wanted: Sequence[str], where: str) -> dict:
@@ -68,6 +74,13 @@ class _Remote:
     """A connection that is made on first use, so that a client can be handed to other processes."""
 
     _link: Any = None
+    metadata: dict[str, Any]
+
+    @property
+    def served(self) -> str | None:
+        """What the server calls its policy; None where it does not say (one of another stack)."""
+        told = self.metadata.get("policy")
+        return told if isinstance(told, str) else None
 
     @classmethod
     def load(cls: Any, path: str, *, robot: Embodiment | None = None, **options: Any) -> Any:
@@ -141,7 +154,7 @@ class OpenpiPolicy(_Remote):
         timeout: float = 60.0,
     ) -> None:
         require_websockets()
-        self.address, self.key, self.timeout = address, key, timeout
+        self.address, self.key, self.timeout = address, _key(key), timeout
         self.metadata = self._connect()
         with self._kept_if_right():
             self._introduce(robot, horizon, names)
@@ -212,14 +225,14 @@ class OpenpiPolicy(_Remote):
 class GrootPolicy(_Remote):
     """The policy behind `address` (tcp://host:port), asked for whole batches.
 
-    Raises ValueError: no answer within `timeout` seconds, a server for another robot or with other keys, an error that
-    the server reports.
+    Raises ValueError: no answer within `timeout` seconds, a server for another robot, with other keys, of several
+    instructions or that looks at more than the present, an error that the server reports.
     """
 
     def __init__(
         self, address: str, *, robot: Embodiment | None = None, key: str | None = None, timeout: float = 60.0
     ) -> None:
-        self.address, self.key, self.timeout = address, key, timeout
+        self.address, self.key, self.timeout = address, _key(key), timeout
         with self._kept_if_right():
             self.metadata = self._introduced()
             modality = self.metadata["modality"]
@@ -231,12 +244,22 @@ class GrootPolicy(_Remote):
                 if sorted(here) != sorted(there):
                     raise ValueError(f"the policy at {address} has the {kind} keys {there}; embodiment "
                                      f"'{self.robot.name}' has {here}")  # fmt: skip
+                steps = modality[kind][0]
+                if kind != "action" and wanted and len(steps) != 1:
+                    raise ValueError(f"the policy at {address} looks at {len(steps)} steps of {kind} (delta_indices "
+                                     f"{steps!s:.80}); expected one, for this client sends the present alone: serve a "
+                                     f"policy that looks at no others")  # fmt: skip
+            names = modality["language"][1] if "language" in modality else [LANGUAGE]
+            if len(names) != 1:
+                raise ValueError(f"the policy at {address} has the language keys {names}; expected one instruction")
+            self.language = names[0]
 
     def _introduced(self) -> dict[str, Any]:
         """What the server says of itself: its modality, and one of ours its contract, horizon and prefix."""
         where = f"the GR00T server at {self.address}"
         nodes = _require_map(self.ask("get_modality_config"), ["video", "state", "action"], where)
-        modality = {name: _modality(nodes[name], where) for name in ("video", "state", "action")}
+        kinds = [kind for kind in ("video", "state", "action", "language") if kind in nodes]
+        modality = {kind: _modality(nodes[kind], where) for kind in kinds}
         try:
             told = self.ask("contract")
         except ValueError:
@@ -279,7 +302,8 @@ class GrootPolicy(_Remote):
             with self._kept_if_right():
                 self._require_same(self.metadata, self._introduced(), self.address)
         options = {"seed": [int(seed) for seed in seeds], **more}
-        reply = self.ask("get_action", {"observation": to_groot(observations, self.robot), "options": options})
+        seen = to_groot(observations, self.robot, self.language)
+        reply = self.ask("get_action", {"observation": seen, "options": options})
         where, parts = f"the GR00T server at {self.address}", self.robot.action
         if not isinstance(reply, list | tuple) or len(reply) != 2:
             got = f"a list of {len(reply)}" if isinstance(reply, list | tuple) else type(reply).__name__

@@ -4,10 +4,10 @@ A request is {"endpoint": name, "data": {...}, ["api_token": key]}. Endpoints: p
 reset, get_modality_config, and ours, contract. What cannot be answered gets {"error": text}. N1.6 and later speak so;
 N1.5 has flat observations, which are refused, and sends the `as_json` of a modality, here a map, as text.
 
-Observations are {"video": {view: (B, T, H, W, 3) uint8}, "state": {part: (B, T, D) float32}, "language": {"task":
-[[text]]}}, of which the last step T counts; actions are {part: (B, T, D) float32} in the units of the embodiment.
-Options of get_action: {"seed": int or [int], "realtime": {"rests": [(p, a)], "delay": int, "mode": text, "beta":
-float}}; `realtime` (ours) has each row go on from the rest of its last chunk.
+Observations are {"video": {view: (B, T, H, W, 3) uint8}, "state": {part: (B, T, D) float32}, "language": {key:
+[[text]]}} under any one key, of which the last step T counts; actions are {part: (B, T, D) float32} in the units of the
+embodiment. Options of get_action: {"seed": int or [int], "realtime": {"rests": [(p, a)], "delay": int, "mode": text,
+"beta": float}}; `realtime` (ours) has each row go on from the rest of its last chunk.
 """
 
 import hmac
@@ -23,12 +23,12 @@ from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
-from dreamgen.serve.asked import answer, instruction_of, said, seed_of
+from dreamgen.serve.asked import answer, instruction_of, named, require_port, said, seed_of
 from dreamgen.serve.wire import pack_groot, peek, unpack_groot
 
 log = logging.getLogger(__name__)
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-LANGUAGE = "task"
+LOOPBACK = ("127.0.0.1", "localhost")
+LANGUAGE = "task"  # what our server calls its instruction
 
 
 def zeromq() -> Any:
@@ -52,13 +52,13 @@ def modality_config(robot: Embodiment, horizon: int) -> dict[str, Any]:
             for name, (names, steps) in found.items()}  # fmt: skip
 
 
-def to_groot(seen: Sequence[Observation], robot: Embodiment) -> dict[str, Any]:
-    """A batch of observations as one message, with T = 1."""
+def to_groot(seen: Sequence[Observation], robot: Embodiment, language: str = LANGUAGE) -> dict[str, Any]:
+    """A batch of observations as one message, with T = 1; language: key of the instruction."""
     return {
         "video": {view.name: np.stack([o.views[view.name] for o in seen])[:, None] for view in robot.views},
         "state": {part.name: np.stack([o.state[part.slice] for o in seen])[:, None].astype(np.float32)
                   for part in robot.state},
-        "language": {LANGUAGE: [[o.instruction] for o in seen]},
+        "language": {language: [[o.instruction] for o in seen]},
     }  # fmt: skip
 
 
@@ -139,7 +139,9 @@ class GrootServer:
         seed: int = 0,
     ) -> None:
         zmq = zeromq()
+        require_port(port)
         self.policy, self.host, self.key, self.seed, self.max_rows = policy, host, key, seed, max_rows
+        self.named = named(policy)
         self.most = int(max_mb * 2**20)
         self._running, self._served, self._thread = True, 0, None
         self._context = zmq.Context()
@@ -234,7 +236,7 @@ class GrootServer:
                 return modality_config(self.policy.robot, self.policy.horizon)
             case "contract":
                 return {"contract": self.policy.robot.contract(), "horizon": self.policy.horizon,
-                        "prefix": getattr(self.policy, "prefix", None)}  # fmt: skip
+                        "prefix": getattr(self.policy, "prefix", None), "policy": self.named}  # fmt: skip
             case "get_action":
                 return self._act(data if isinstance(data, dict) else {})
         raise ValueError(f"Unknown endpoint: {said(endpoint)}")

@@ -1,6 +1,7 @@
 """The openpi protocol: a websocket on which observations come in and action chunks go out.
 
-The server speaks first: its metadata (the robot's contract, the horizon, the keys of an observation). Then each frame
+The server speaks first: its metadata (the robot's contract, the horizon, the keys of an observation, what names the
+policy). Then each frame
 
     {"observation/<view>": (h, w, 3) uint8, ..., "observation/state": (d,), "prompt": text, ["seed": int],
      ["realtime": {"rests": [(p, a)], "delay": int, "mode": text, "beta": float}]}
@@ -24,7 +25,7 @@ from typing import Any
 
 from dreamgen.core.protocols import Policy
 from dreamgen.core.seeding import seed_for
-from dreamgen.serve.asked import answer, seed_of
+from dreamgen.serve.asked import answer, named, require_port, seed_of
 from dreamgen.serve.messages import from_message, keys, require_names
 from dreamgen.serve.wire import pack_openpi, unpack_openpi
 
@@ -63,13 +64,14 @@ class OpenpiServer:
         seed: int = 0,
     ) -> None:
         require_websockets()
+        require_port(port)
         from websockets.sync.server import serve
 
         self.policy, self.host, self.key, self.seed, self.limit = policy, host, key, seed, clients
         self.names = keys(policy.robot) if names is None else require_names(names, policy.robot)
         self.instruction = instruction
         self.metadata = {"contract": policy.robot.contract(), "horizon": policy.horizon, "keys": self.names,
-                         "prefix": getattr(policy, "prefix", None)}  # fmt: skip
+                         "prefix": getattr(policy, "prefix", None), "policy": named(policy)}  # fmt: skip
         self._turn, self._count, self._served = threading.Lock(), threading.Lock(), 0
         self._thread: threading.Thread | None = None
         # without an origin: a page in a browser on this machine is no robot; a queue: websockets would keep 16 frames

@@ -27,6 +27,7 @@ from dreamgen.data.writer import require_free, write_dataset
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import ask, one_thread
 from dreamgen.sims.workers import shared_out
+from dreamgen.stages.served import served
 
 SOURCES = ("expert", "play", "policy", "perturbed")
 PERTURBED = ("small noise", "large noise", "stuck gripper", "delay", "wrong instruction")
@@ -72,7 +73,7 @@ def collect(
     if pairs > 1 and source == "expert":
         raise ValueError("experts from one first state are all alike; for pairs use source=perturbed, play or policy")
     require_free(out)
-    with Stage(out, "collect", config=record, seed=seed) as run:
+    with Stage(out, "collect", config=record | served({"policy": policy}), seed=seed) as run:
         if run.complete:
             shutil.rmtree(out / "parts", ignore_errors=True)  # killed after the manifest
             return run.manifest()

@@ -29,6 +29,7 @@ from dreamgen.stages.blind import BLIND, first_frame, shuffled_actions
 from dreamgen.stages.label_scores import auroc
 from dreamgen.stages.open_loop import open_loop_error
 from dreamgen.stages.report_card import card
+from dreamgen.stages.served import served
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile
 from dreamgen.worlds.env import DreamEnv, Dreamt, dream_episodes, looked
@@ -99,7 +100,8 @@ def correlation(
     parents = {name: path for name, p in policies.items() if (path := getattr(p, "path", None)) is not None}
     if validation is not None:
         parents["validation"] = validation.root
-    with Stage(out, "correlation", config=record, parents=parents, seed=seed) as run, ExitStack() as opened:
+    config = record | served(policies)
+    with Stage(out, "correlation", config=config, parents=parents, seed=seed) as run, ExitStack() as opened:
         if run.complete:
             return run.manifest()
         world = world_model

@@ -18,7 +18,8 @@ from dreamgen.core.seeding import seed_for
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import GROUP, Rollout, film, rollouts
-from dreamgen.stages.pairs import episodes_of, paired
+from dreamgen.stages.pairs import episodes_of, paired, require_shared
+from dreamgen.stages.served import served
 from dreamgen.stages.sharing import Parts, grouped
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile
@@ -59,7 +60,8 @@ def evaluate(
         raise ValueError(f"episodes is {episodes}; expected 1 or more")
     path = getattr(policy, "path", None)
     parents = ({} if path is None else {"policy": path}) | ({} if against is None else {"against": against})
-    with Stage(out, "evaluate", config=record, parents=parents, seed=seed) as run:
+    config = record | served({"policy": policy})
+    with Stage(out, "evaluate", config=config, parents=parents, seed=seed) as run:
         if run.complete:
             shutil.rmtree(run.out / "parts", ignore_errors=True)  # killed after the manifest
             return run.manifest()
@@ -72,6 +74,8 @@ def evaluate(
             wanted = list(instructions or world.instructions)
             each = -(-episodes // len(wanted))
             plan = [(text, seed_for(seed, "evaluate", text, i)) for text in wanted for i in range(each)]
+            if against is not None:
+                require_shared(({"instruction": text, "seed": own} for text, own in plan), against)
             groups, parts = grouped(plan, GROUP), Parts(run.out / "parts")
             left = sorted(set(range(len(groups))) - parts.stored())
             found = rollouts(sim, policy, [groups[number] for number in left], steps=steps, execute=execute,

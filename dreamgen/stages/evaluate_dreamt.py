@@ -21,7 +21,8 @@ from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
 from dreamgen.filters.rates import rates_in_dreams
-from dreamgen.stages.pairs import episodes_of, paired
+from dreamgen.stages.pairs import episodes_of, paired, require_shared
+from dreamgen.stages.served import served
 from dreamgen.stages.sharing import grouped
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.env import DreamEnv, dream_episodes
@@ -66,7 +67,8 @@ def evaluate_dreamt(
     """
     path = getattr(policy, "path", None)
     parents = ({} if path is None else {"policy": path}) | ({} if against is None else {"against": against})
-    with Stage(out, "evaluate_dreamt", config=record, parents=parents, seed=seed) as run:
+    config = record | served({"policy": policy})
+    with Stage(out, "evaluate_dreamt", config=config, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
         if against is not None:
@@ -80,12 +82,17 @@ def evaluate_dreamt(
                              "own")  # fmt: skip
         require_known(judge, sorted({prompt.instruction for prompt in listed}))
         own = rates_in_dreams(judge, run.spec["config"].get("world_model")) if looks == "last" else None
+        batches = grouped(listed, batch_size)
+        if against is not None:
+            each = (prompt for batch in batches for prompt in read_prompts(batch))
+            require_shared(
+                ({"instruction": p.instruction, "seed": p.seed, "first": first_of(p)} for p in each), against
+            )
         place(world_model, judge, policy)
         env = DreamEnv(world=world_model, judge=judge, num_envs=batch_size, steps=steps, execute=execute, looks=looks,
                        confidence=confidence)  # fmt: skip
         acting, filmed = policy if execution is None else execution(policy), set(ids[:films])
         rows: list[dict] = []
-        batches = grouped(listed, batch_size)
         for number, batch in enumerate(progress(batches, len(batches), "evaluate_dreamt", run.out, unit="batch")):
             part = run.out / "parts" / f"{number:05d}.json"
             if not part.is_file():

@@ -19,6 +19,7 @@ from dreamgen.data.states import known_states
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.stages.label_scores import errors, middle
+from dreamgen.stages.served import served
 
 
 def evaluate_open_loop(
@@ -39,7 +40,8 @@ def evaluate_open_loop(
     """
     path = getattr(policy, "path", None)
     parents = {"dataset": dataset.root, **({} if path is None else {"policy": path})}
-    with Stage(out, "evaluate_open_loop", config=record, parents=parents, seed=seed) as run:
+    config = record | served({"policy": policy})
+    with Stage(out, "evaluate_open_loop", config=config, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
         policy.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")

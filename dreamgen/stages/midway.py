@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -36,11 +36,11 @@ def _prepare() -> None:
         ctypes.CDLL(None).prctl(1, 9)
 
 
-def measure(kind: type, path: Path, sim: Callable[[], Sim], episodes: int, steps: int, execute: int, seed: int,
-            target: Path) -> None:  # fmt: skip
+def measure(kind: type, path: Path, sim: Callable[[], Sim], instructions: Sequence[str] | None, episodes: int,
+            steps: int, execute: int, seed: int, target: Path) -> None:  # fmt: skip
     """Write the success of the policy saved at `path` to `target`, and remove the snapshot."""
     world = sim()
-    texts = list(world.instructions)
+    texts = list(instructions or world.instructions)
     world.close()
     plan = [(texts[i % len(texts)], seed_for(seed, "midway", i)) for i in range(episodes)]
     policy = kind.load(path)
@@ -50,16 +50,25 @@ def measure(kind: type, path: Path, sim: Callable[[], Sim], episodes: int, steps
 
 
 class Midway:
-    """episodes, steps, execute: as in the stage `evaluate`. sim must be picklable. kind: of the policy.
+    """instructions, episodes, steps, execute: as in the stage `evaluate`. sim must be picklable. kind: of the policy.
 
     A snapshot that has no result, left by a run that was killed, is evaluated before the next one.
     """
 
     def __init__(
-        self, out: Path, sim: Callable[[], Sim], kind: type, *, episodes: int, steps: int, execute: int, seed: int
+        self,
+        out: Path,
+        sim: Callable[[], Sim],
+        kind: type,
+        *,
+        instructions: Sequence[str] | None = None,
+        episodes: int,
+        steps: int,
+        execute: int,
+        seed: int,
     ) -> None:
-        self.folder, self.sim, self.options = Path(out) / "midway", sim, (episodes, steps, execute, seed)
-        self.kind = kind
+        self.folder, self.sim, self.kind = Path(out) / "midway", sim, kind
+        self.options = (instructions, episodes, steps, execute, seed)
         self.pool: ProcessPoolExecutor | None = None
         self.begun: dict[Path, Future] = {}
         self.again: set[Path] = set()  # what a killed process took along

@@ -1,6 +1,7 @@
 """The cells of a policy experiment in one table: success with n and interval, and the difference to a cell it answers.
 
-A cell is an evaluation of one policy. Cells that are not there yet are left out and counted.
+A cell is an evaluation of one policy. Cells that are not there yet are left out and counted; the table is always made
+anew.
 """
 
 import logging
@@ -36,9 +37,7 @@ def policy_table(
     if not there:
         raise ValueError(f"none of the evaluations {list(cells.values())} is in {folder}; run the experiment's steps")
     parents = {f"cell_{k}": path for k, path in enumerate(there.values())}
-    with Stage(out, "policy_table", config=record, parents=parents, seed=seed) as run:
-        if run.complete:
-            return run.manifest()
+    with Stage(out, "policy_table", config=record, parents=parents, seed=seed, anew=True) as run:
         found = {name: dict(read_json(path / FILE)["results"]["success"]) for name, path in there.items()}
         for name, other in against.items():
             if name in there and other in there:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from dreamgen.core.clip import Observation
+from dreamgen.core.lock import LOCK, hold
 from dreamgen.core.manifest import write_json
 from dreamgen.core.protocols import Policy
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import file_logger
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from dreamgen.serve.groot import LOOPBACK
 
 
 def serve(
@@ -35,9 +35,19 @@ def serve(
     must show. The policy is asked once before the port opens, so that the first robot does not wait.
 
     Returns what `server.json` holds: host, port, address, horizon, embodiment. Raises ValueError for an address that
-    is taken.
+    is taken, a port that there is not, and where another server writes to `out`.
     """
     out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        try:
+            return _serve(policy, protocol, out, host, port, key, seed)
+        finally:
+            (out / LOCK).unlink(missing_ok=True)
+
+
+def _serve(policy: Policy, protocol: Callable[..., Any], out: Path, host: str, port: int | None, key: str | None,
+           seed: int) -> dict:  # fmt: skip
     log = file_logger("serve", out / "serve.log")
     robot = policy.robot
     place(policy)

@@ -26,6 +26,7 @@ from dreamgen.policies.regression import FOLDER, Regression
 from dreamgen.policies.start import begin
 from dreamgen.stages.midway import Midway
 
+FEATURES = "features"
 log = logging.getLogger(__name__)
 
 
@@ -71,6 +72,7 @@ def train_policy(
     cache_features: bool = True,
     sim: Callable[[], Sim] | None = None,
     evaluate_every: int = 0,
+    evaluate_instructions: Sequence[str] | None = None,
     evaluate_episodes: int = 28,
     evaluate_steps: int = 48,
     evaluate_execute: int = 8,
@@ -99,7 +101,8 @@ def train_policy(
     validation: held-out episodes of the robot that the policy acts for; their loss is logged every `validate_every`
     steps. cache_features: pictures pass a frozen encoder once, not at every step, where training takes as many
     observations as there are. sim, evaluate_every: closed-loop success in a process beside training, a multiple of
-    `validate_every` where both are set (results: midway).
+    `validate_every` where both are set (results: midway), on `evaluate_instructions` (null: all that the simulator
+    knows).
 
     Normalisers of each robot are fitted to its real data, to its dreams where there are none. The manifest counts, for
     each dataset, episodes shorter than the horizon, idle observations, and those without a state that they need, all
@@ -117,7 +120,7 @@ def train_policy(
     parents |= {} if start is None else {"start": start}
     with Stage(out, "train_policy", config=record, parents=parents, seed=seed) as run:
         if run.complete:
-            clear_state(run.out, run.out / FOLDER)
+            clear(run.out)  # killed after the manifest
             return run.manifest()
         interval = validate_every or evaluate_every
         if evaluate_every and (sim is None or evaluate_every % interval):
@@ -139,13 +142,13 @@ def train_policy(
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, others=others, **named,
                     batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fit=fit,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
-        features, draws = run.out / "features", (regression_steps + steps) * batch_size
+        features, draws = run.out / FEATURES, (regression_steps + steps) * batch_size
         if cache_features and worthwhile(model, feed.chunks, features, draws=draws):
             feed.cache(features)
         midway = None
         if evaluate_every:
-            midway = Midway(run.out, sim, type(model), episodes=evaluate_episodes, steps=evaluate_steps,
-                            execute=evaluate_execute, seed=seed)  # fmt: skip
+            midway = Midway(run.out, sim, type(model), instructions=evaluate_instructions, episodes=evaluate_episodes,
+                            steps=evaluate_steps, execute=evaluate_execute, seed=seed)  # fmt: skip
         common |= dict(horizon=model.horizon, future_steps=model.future_steps, body=model.speaks)
         held_out = None if validation is None else validator(validation, batch_size, common)
 
@@ -181,9 +184,14 @@ def train_policy(
                               unknown_left_out=[c.unknown_left_out for c in feed.chunks],
                               short_left_out=[c.short_left_out for c in feed.chunks],
                               **noted(*feed.datasets, validation))  # fmt: skip
-        clear_state(run.out, run.out / FOLDER)
-        shutil.rmtree(features, ignore_errors=True)
+        clear(run.out)
         return manifest
+
+
+def clear(out: Path) -> None:
+    """Remove what only a training that has not ended needs."""
+    clear_state(out, out / FOLDER)
+    shutil.rmtree(out / FEATURES, ignore_errors=True)
 
 
 def validator(dataset: Dataset, batch_size: int, common: dict) -> Callable[[nn.Module, int], dict[str, float]]:

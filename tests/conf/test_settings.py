@@ -1,6 +1,7 @@
-"""Every setting of a labeler and of a dataset stands in its YAML, so that it can be set without a `+`."""
+"""Every setting of a labeler, a dataset and a policy stands in its YAML, so that it can be set without a `+`."""
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -9,21 +10,38 @@ from omegaconf import OmegaConf
 
 import conf
 from dreamgen.core.clock import Clock
+from dreamgen.policies.policy import FlowPolicy
 from idm.model import FlowIDM
 from jobs.recipe import load
 
 CONF = Path(conf.__file__).parent
 LABELERS = sorted(path.stem for path in (CONF / "labeler").glob("*.yaml") if "idm." in path.read_text())
+POLICIES = sorted(path.stem for path in (CONF / "policy").glob("*.yaml"))
 DATA = sorted(path.stem for path in (CONF / "data").glob("*.yaml") if "_target_" in path.read_text())
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [("labeler", option) for option in LABELERS] + [("data", option) for option in DATA]
-)
+    ("group", "option"),
+    [(group, option) for group, options in (("labeler", LABELERS), ("data", DATA), ("policy", POLICIES))
+     for option in options],
+)  # fmt: skip
 def test_every_setting_can_be_set(group: str, option: str) -> None:
     node = load("collect", [f"{group}={option}"])[0][group]
     known = set(inspect.signature(_locate(node._target_)).parameters)
-    assert set(node) - {"_target_"} == known - {"actions"}  # whose option is data=video
+    assert set(node) - {"_target_", "_partial_"} == known - {"actions"}  # whose option is data=video
+
+
+@pytest.mark.parametrize("option", POLICIES)
+def test_what_the_docs_name_can_be_set_of_every_policy(option: str) -> None:
+    rows = re.findall(r"^\| (`policy\..*?) \|", (CONF.parent / "docs" / "policies.md").read_text(), re.MULTILINE)
+    named = {key for row in rows for key in re.findall(r"`policy\.(\w+)`", row)}
+    assert {"frame", "target", "speaks"} < named <= set(load("train_policy", [f"policy={option}"])[0].policy)
+
+
+def test_a_policy_s_settings_are_the_constructor_s_own() -> None:
+    node = OmegaConf.to_container(load("train_policy", ["policy=flow"])[0].policy, resolve=True)
+    own = {key: a.default for key, a in inspect.signature(FlowPolicy).parameters.items() if key != "robot"}
+    assert {key: node[key] for key in own} == own | {"bodies": list(own["bodies"])}
 
 
 def test_the_settings_are_the_constructor_s_own() -> None:

@@ -11,7 +11,7 @@ from dreamgen.core.clip import Observation
 from dreamgen.policies.encoder import TinyEncoder
 from dreamgen.policies.policy import FlowPolicy
 from jobs.recipe import load
-from jobs.running import check
+from jobs.running import check, record
 
 
 def test_settings_of_acting(tmp_path: Path):
@@ -35,6 +35,13 @@ def test_settings_of_acting(tmp_path: Path):
     two = other.act(seen, [3])
     np.testing.assert_array_equal(two, saved.act(seen, [3]))
     assert np.abs(two - three).max() > 1e-4
+
+
+def test_what_a_server_of_another_stack_does_not_say_is_told_with_a_plus():
+    remote = ["stage.policy._target_=dreamgen.serve.clients.OpenpiPolicy.load", "stage.policy.path=ws://127.0.0.1:8000"]
+    node = load("evaluate", [*remote, "+stage.policy.horizon=50", "+stage.policy.key=secret"])[0].stage
+    check(node)
+    assert node.policy.horizon == 50 and "secret" not in str(record(node))
 
 
 def test_stages_that_ask_a_policy_are_alike():

@@ -269,10 +269,13 @@ def test_a_server_may_be_moved_and_waited_for_longer() -> None:
 
 
 def test_no_manifest_holds_what_a_server_is_shown() -> None:
-    policy = "{_target_: dreamgen.serve.clients.OpenpiPolicy, address: 'ws://a:1', key: secret}"
-    told = record(OmegaConf.create(f"{{out: runs/x, policy: {policy}, sim: {{views: [{{name: front, key: a.b}}]}}}}"))
-    assert "secret" not in str(told) and told["policy"]["address"] == "ws://a:1"
-    assert told["sim"]["views"][0]["key"] == "a.b"
+    for name, where in (("OpenpiPolicy", "address"), ("OpenpiPolicy.load", "path")):
+        policy = f"{{_target_: dreamgen.serve.clients.{name}, {where}: 'ws://a:1', key: secret}}"
+        told = record(
+            OmegaConf.create(f"{{out: runs/x, policy: {policy}, sim: {{views: [{{name: front, key: a.b}}]}}}}")
+        )
+        assert "secret" not in str(told) and told["policy"][where] == "ws://a:1"
+        assert told["sim"]["views"][0]["key"] == "a.b"
 
 
 @pytest.mark.parametrize(("job", "key"), [("train_policy", "policy"), ("collect", "sim"), ("train_judge", "judge")])

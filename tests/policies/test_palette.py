@@ -10,7 +10,7 @@ from dreamgen.policies.flow import euler
 from dreamgen.policies.inference import integrate
 from dreamgen.policies.palette import PaletteEncoder, choose_colours
 from dreamgen.policies.policy import FlowPolicy
-from tests.policies.toy import STEPS, observations, policy, robot
+from tests.policies.toy import STEPS, counted, observations, policy, robot
 
 GREY, RED, BLUE = (90, 92, 91), (250, 20, 25), (20, 30, 240)
 
@@ -123,6 +123,15 @@ def test_kept_features_give_the_same_tokens():
     for measures, off in ((kept, 1e-6), (kept.half().float(), 0.1)):  # half: a hundredth of the noise in training
         for a, b in zip(encoder.project(measures, words), want, strict=True):
             torch.testing.assert_close(a, b, atol=off, rtol=0)
+
+
+def test_it_is_compiled_once(monkeypatch):
+    graphs = counted(monkeypatch)
+    encoder = PaletteEncoder(colours=4, width=24, text_width=12, buckets=60, hidden=20)
+    model = FlowPolicy(robot=robot(), encoder=encoder, horizon=STEPS, layers=1, heads=2, head_width=8).eval()
+    for seen in observations(3):
+        model.act([seen], [1])
+        assert len(graphs) == 1
 
 
 @torch.no_grad()

@@ -1,23 +1,19 @@
 """The pieces of a policy: transformer, flow, bodies, encoder, augmentation."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from dreamgen.policies import augment
 from dreamgen.policies.body import BodyLinear
 from dreamgen.policies.dit import DiT, count, on_meta, repeat_context
 from dreamgen.policies.encoder import TinyEncoder
 from dreamgen.policies.flow import euler, interpolate, sample_time
-
-CONF = Path(__file__).parents[2] / "conf" / "policy"
+from jobs.recipe import load
 
 
 def configured(name: str) -> dict[str, int]:
     """The transformer of conf/policy/<name>.yaml."""
-    config = OmegaConf.load(CONF / f"{name}.yaml")
+    config = load("train_policy", [f"policy={name}"])[0].policy
     return {key: config[key] for key in ("layers", "heads", "head_width", "out_width")} | {
         "context_width": config.encoder.width
     }

@@ -2,6 +2,9 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +112,25 @@ def test_a_text_has_one_embedding_whatever_was_asked_before(folders, monkeypatch
         with autocast(precision):
             assert torch.equal(trained._text(trained.words(texts[::-1])).flip(0), want)
         assert torch.equal(trained._text(trained.words(texts)), want)
+
+
+SCRIPT = """
+import dataclasses, sys, pytest
+from tests.policies.test_pretrained import made
+from tests.policies.toy import counted, observations
+graphs, model = counted(pytest.MonkeyPatch()), made({"siglip": sys.argv[1]}, "siglip", layers=1).eval()
+for text in ("", "push", "open"):
+    model.act([dataclasses.replace(observations(1)[0], instruction=text)], [1])
+    print(len(graphs))
+"""
+
+
+def test_another_instruction_compiles_nothing_anew(folders):
+    """In a process of its own: under checks of shapes the texts are not traced at all."""
+    command, root = [sys.executable, "-c", SCRIPT, folders["siglip"]], Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    counts = done.stdout.split()
+    assert len(counts) == 3 and len(set(counts)) == 1, done.stdout + done.stderr
 
 
 def test_weights_and_layers_are_those_of_the_hub(folders):

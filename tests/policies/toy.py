@@ -1,13 +1,16 @@
 """A toy robot with two views and a small policy for it; sizes small and all different."""
 
 import dataclasses
+from collections.abc import Callable
 
+import jaxtyping
 import numpy as np
 import torch
 
 from dreamgen.core.clip import Observation
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.policies.encoder import TinyEncoder
+from dreamgen.policies.inference import chunk
 from dreamgen.policies.policy import FlowPolicy
 
 B, V, H, W, D, A, STEPS = 5, 2, 24, 16, 3, 7, 6
@@ -36,6 +39,21 @@ def policy(seed: int = 0, **changes) -> FlowPolicy:
     state, action = rng.normal(2, 3, (50, D)), rng.normal(0.1, 0.5, (50, made.horizon, A))
     made.fit(state.astype(np.float32), action.astype(np.float32))
     return made
+
+
+def counted(monkeypatch) -> list:  # noqa: ANN001
+    """Have policies act through torch.compile, without a compiler; the graphs that were made so far."""
+    graphs: list = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks of shapes cannot be traced
+    traced = torch.compile(chunk, backend=backend, dynamic=False)
+    monkeypatch.setattr("dreamgen.policies.acting.compiled", lambda mode, device: traced)
+    return graphs
 
 
 def batch(seed: int = 1) -> dict[str, torch.Tensor]:

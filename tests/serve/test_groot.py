@@ -192,6 +192,34 @@ def test_what_cannot_be_used_gets_an_error(server: GrootServer, name: str):
         assert link.ask(endpoint="ping")["status"] == "ok"
 
 
+def test_the_instruction_comes_under_the_key_that_the_server_names(server: GrootServer, monkeypatch):
+    """A server of another stack takes no other key, and no fewer steps than it names."""
+    ask, key, heard = GrootPolicy.ask, "annotation.human.action.task_description", []
+
+    def foreign(self, endpoint, data=None):
+        if endpoint == "contract":
+            raise ValueError("Unknown endpoint")
+        reply = ask(self, endpoint, data)
+        if endpoint == "get_modality_config":
+            reply |= {"language": {"as_json": {"delta_indices": [0], "modality_keys": keys}}}
+            reply |= {"video": {"as_json": {"delta_indices": steps, "modality_keys": ["front", "wrist"]}}}
+        elif endpoint == "get_action":
+            heard.append(data["observation"]["language"])
+        return reply
+
+    monkeypatch.setattr(GrootPolicy, "ask", foreign)
+    keys, steps = [key], [0]
+    with GrootPolicy(server.address, robot=ROBOT) as policy:
+        np.testing.assert_allclose(policy.act(observations(2), [3, 1]), Mean().act(observations(2), [3, 1]))
+    assert heard == [{key: [["push"], ["pushpush"]]}]
+    steps = [-1, 0]
+    with pytest.raises(ValueError, match=r"looks at 2 steps of video \(delta_indices \[-1, 0\]\); expected one"):
+        GrootPolicy(server.address, robot=ROBOT)
+    keys, steps = [key, "task"], [0]
+    with pytest.raises(ValueError, match=r"language keys \['annotation.*expected one instruction"):
+        GrootPolicy(server.address, robot=ROBOT)
+
+
 def test_a_server_of_n1_5_is_understood_and_named(server: GrootServer, monkeypatch):
     ask = GrootPolicy.ask
 

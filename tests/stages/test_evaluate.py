@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from dreamgen.core.manifest import fingerprint
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine import precision
+from dreamgen.serve.clients import OpenpiPolicy
+from dreamgen.serve.openpi import OpenpiServer
 from dreamgen.stages.evaluate import evaluate
 from dreamgen.stages.evaluate_open_loop import evaluate_open_loop
 from tests.sims.point import Point, Walker
@@ -83,6 +86,41 @@ def test_a_worker_that_is_killed(tmp_path: Path, whole):
         run(tmp_path, Fatal(), workers=2)
     run(tmp_path, Walker(), workers=2)
     assert made(tmp_path) == whole[0]
+
+
+def test_what_another_has_none_of_is_said_before_the_first_episode(tmp_path: Path):
+    run(tmp_path / "a", Walker())
+    other = dict(out=tmp_path / "b", episodes=20, steps=6, execute=2, films=0, seed=4)
+    with pytest.raises(ValueError, match="a has none of these episodes; evaluate both with the same seed"):
+        evaluate(Mortal(0), Point, against=tmp_path / "a", record={}, **other)
+    assert not (tmp_path / "b/parts").exists()
+    assert evaluate(Walker(), Point, record={"against": None}, **other)["results"]["success"]["n"] == 20  # not locked
+
+
+class Named(Walker):
+    """Was opened from a folder."""
+
+    def __init__(self, path: Path | None, text: str = "") -> None:
+        self.path = path
+        if path is not None:
+            path.mkdir()
+            (path / "config.json").write_text(text)
+
+
+def test_policies_behind_one_address_are_told_apart(tmp_path: Path, caplog):
+    pytest.importorskip("websockets")
+    one, other = Named(tmp_path / "one", "1"), Named(tmp_path / "other", "2")
+    with OpenpiServer(one, port=0) as server, OpenpiPolicy(server.address, robot=Walker.robot) as policy:
+        made = run(tmp_path / "e", policy)
+        named = made["config"]["served"]["policy"]
+        assert made["results"] == run(tmp_path / "f", Walker())["results"] and named == fingerprint(tmp_path / "one")
+    with OpenpiServer(other, port=server.port) as server, OpenpiPolicy(server.address, robot=Walker.robot) as policy:
+        with pytest.raises(ValueError, match=rf"another configuration \(config.served.policy: '{named}' -> "):
+            run(tmp_path / "e", policy)
+    assert "does not say" not in caplog.text
+    with OpenpiServer(Named(None), port=0) as server, OpenpiPolicy(server.address, robot=Walker.robot) as policy:
+        run(tmp_path / "g", policy)
+    assert caplog.text.count(f"{server.address} does not say which policy it serves") == 1
 
 
 class Heavy(nn.Module):

@@ -169,6 +169,7 @@ def test_only_the_same_first_frames_in_the_same_dream_are_compared(tmp_path) -> 
         evaluate_dreamt(
             oracle(), Column(), Steady(0.1), other, out=tmp_path / "two", against=tmp_path / "one", **options
         )
+    assert not (tmp_path / "two/parts").exists()  # said before the first dream
     options = OPTIONS | {"record": {"steps": 6, "world_model": {"path": "two"}}}
     with pytest.raises(ValueError, match=r"of other settings \(world_model.path: 'one' -> 'two'\)"):
         evaluate_dreamt(oracle(), Column(), Steady(0.1), first, out=tmp_path / "x", against=tmp_path / "one", **options)

@@ -1,4 +1,4 @@
-"""Paired comparison of evaluations, the table of cells, evaluation beside training."""
+"""Paired comparison of evaluations, the table of cells."""
 
 import json
 from pathlib import Path
@@ -45,6 +45,8 @@ def test_the_table_of_cells(tmp_path: Path):
     assert lines[1].split()[:2] == ["demos", "50.0%"] and "+50.0 [" in lines[2] and lines[2].endswith("to demos")
     assert made["cells"]["demos + dreams"]["against"]["won"] == 2
     assert (tmp_path / "t/table.txt").read_text().strip() == made["table"].strip()
+    cell(tmp_path, "success_c", "0111")
+    assert policy_table(cells, out=tmp_path / "t", **options)["results"]["missing"] == []  # once it is there
     with pytest.raises(ValueError, match="compares 'x' with 'demos'"):
         policy_table(cells, out=tmp_path / "u", folder=tmp_path, against={"x": "demos"}, record={})
     with pytest.raises(ValueError, match="none of the evaluations"):

@@ -137,7 +137,10 @@ def test_training_is_resumed_to_the_bit(folder: Path, tmp_path: Path):
     run(folder, tmp_path / "killed", checkpoint_every=4)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    for left in ("training", "features"):  # by a kill after the manifest
+        (tmp_path / "whole" / left).mkdir()
     assert run(folder, tmp_path / "whole", checkpoint_every=4) == done
+    assert not any((tmp_path / "whole" / left).exists() for left in ("training", "features"))
 
 
 def test_it_learns_and_succeeds(folder: Path, tmp_path: Path):

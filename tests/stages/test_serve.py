@@ -72,6 +72,28 @@ def test_the_policy_computes_on_the_accelerator(tmp_path: Path, monkeypatch):
     assert serve(Heavy(2, 3), Ends, out=tmp_path, port=0, record={})["horizon"] == 4
 
 
+@pytest.mark.parametrize("protocol", [OpenpiServer, GrootServer])
+def test_a_port_that_there_is_not(tmp_path: Path, protocol):
+    with pytest.raises(ValueError, match="cannot serve at port 80000; choose one from 0"):
+        serve(Mean(), protocol, out=tmp_path, port=80000, record={})
+
+
+def test_two_servers_do_not_share_a_folder(tmp_path: Path):
+    """Whichever ended first would take the other's `server.json` along."""
+    script = SCRIPT.format(module="openpi", name="OpenpiServer")
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=Path(__file__).parents[2]) as process:
+        try:
+            told = announced(tmp_path)
+            with pytest.raises(ValueError, match=rf"by another run \(process {process.pid} .*choose another `out`"):
+                serve(Mean(), GrootServer, out=tmp_path, port=0, record={})
+            assert announced(tmp_path) == told
+            process.terminate()
+            process.wait(15)
+        finally:
+            process.kill()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["serve.log"]
+
+
 SCRIPT = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background would ignore it

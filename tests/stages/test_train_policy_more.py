@@ -24,6 +24,7 @@ from dreamgen.policies.realtime import Ensembled, RealTime
 from dreamgen.stages import midway
 from dreamgen.stages.evaluate import evaluate
 from dreamgen.stages.train_policy import train_policy, validator
+from jobs.recipe import load
 from tests.data.video_only import strip
 from tests.stages.test_policy_stages import HORIZON, ROBOT, Oracle, Point, episodes, run, small
 
@@ -95,6 +96,20 @@ def test_an_evaluation_on_the_way_that_fails_costs_itself(folder: Path, tmp_path
     assert "midway/00000002 has failed: OSError: the simulator broke" in caplog.text
     assert FlowPolicy.load(tmp_path / "p/midway/00000002").horizon == HORIZON  # to look at what went wrong
     assert not (tmp_path / "p/training").exists() and run(folder, tmp_path / "p", **options) == done
+
+
+def test_an_evaluation_on_the_way_is_of_what_the_recipe_teaches(tmp_path: Path, monkeypatch):
+    plans: list = []
+    monkeypatch.setattr(midway, "rollout", lambda sim, policy, plan, **_: plans.append(plan) or iter(()))
+    monkeypatch.setattr(midway, "success_interval", lambda won, n: {"n": n})
+    small().save(tmp_path / "p")
+    for asked in (None, ["go right"]):
+        midway.measure(FlowPolicy, tmp_path / "p", Point, asked, 4, 6, 2, 0, tmp_path / "p.json")
+        small().save(tmp_path / "p")
+    assert [text for text, _ in plans[0]] == ["go left", "go right"] * 2
+    assert [text for text, _ in plans[1]] == ["go right"] * 4
+    cfg = load("train_policy", ["experiment=smoke", "step=policy_real"])[0]
+    assert cfg.instructions and cfg.stage.evaluate_instructions == cfg.instructions
 
 
 def dying(marker: Path) -> Point:
