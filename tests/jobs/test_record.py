@@ -60,6 +60,8 @@ def test_a_record_holds_what_the_world_of_a_feature_target_holds(tmp_path) -> No
         return record(cfg.stage)["labeler"]["target"]
 
     world.mkdir(parents=True)
+    (tmp_path / "run" / "demos").mkdir()
+    write_json(tmp_path / "run" / "demos" / "manifest.json", {"id": "recorded"})
     with pytest.raises(ValueError, match="run/world is unfinished"):
         run_stage(load("train_labeler", [*over, f"labeler.target={{world: {world}}}"])[0])
     write_json(world / "manifest.json", {"id": "first"})
