@@ -1,4 +1,4 @@
-# `make demo` and `make test` need CPython 3.11 or newer, git and make; they set up all the rest in .venv.
+# `make demo` and `make test` need CPython 3.11 to 3.13, git and make; they set up all the rest in .venv.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -40,8 +40,8 @@ check: $(STAMP)
 
 # a setup that failed or was stopped may have left a python without pip
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: dreamgen needs Python 3.11 or newer; '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Install one and call make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "error: dreamgen needs Python 3.11 to 3.13, as its simulator does; '$(PYTHON)' is `$(PYTHON) --version 2>&1`. Install one and call make PYTHON=python3.12" >&2; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV) || { \
 	  echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
 	$(BIN)/python -m pip install -qq --upgrade pip

@@ -23,9 +23,9 @@ def success_interval(successes: int, n: int) -> dict:
 def difference_interval(won: int, lost: int, n: int) -> dict:
     """{n, won, lost, difference, low, high, p} of n pairs, of which one side alone won `won` and the other `lost`.
 
-    The difference of success rates with its 95% interval (Wald with one half added to each cell; Bonett and Price
-    2012) and McNemar's exact p: of the pairs that one side alone won, each is as likely to be the other's if both are
-    equally good.
+    The difference of success rates with its 95% interval (Wald with one added to the pairs that each side won alone and
+    two to all; Bonett and Price 2012) and McNemar's exact p: of the pairs that one side alone won, each is as likely to
+    be the other's if both are equally good.
     """
     p1, p2 = (won + 1) / (n + 2), (lost + 1) / (n + 2)
     half = Z * math.sqrt((p1 + p2 - (p1 - p2) ** 2) / (n + 2))

@@ -37,6 +37,7 @@ def report(
     alternatives_truth: Path | None = None,
     labels: Path | None = None,
     policies: Mapping[str, str | Sequence[str]] | None = None,
+    revision: str | None = None,
     title: str = "",
     command: str = "",
     clips: int = 8,
@@ -45,21 +46,19 @@ def report(
 ) -> dict:
     """Write the report of the run in `folder`.
 
-    steps: the run's steps, in order; those that are not there are left out. demos, heldout: recordings (LeRobot);
-    dreams: output of `dream`; counterfactuals: the same, from which one first frame under many instructions is shown
-    (default: `dreams`); alternatives: the same under many streams of actions, shown as trees, with the outcomes that
-    `alternatives_truth` (of `evaluate stage=counterfactuals`) knows; labels: output of `label`. policies: key in
-    results.json to the step that evaluated the policy, or to those that evaluated its trainings. clips, groups: how
-    many pairs of clips and how many first frames are shown.
+    steps: the run's steps, in order; those that are not there are left out. demos, heldout: recordings (LeRobot), of
+    the hub at `revision`; dreams: output of `dream`; counterfactuals: the same, from which one first frame under many
+    instructions is shown (default: `dreams`); alternatives: the same under many streams of actions, shown as trees,
+    with the outcomes that `alternatives_truth` (of `evaluate stage=counterfactuals`) knows; labels: output of `label`.
+    policies: key in results.json to the step that evaluated the policy, or to those that evaluated its trainings.
+    clips, groups: how many pairs of clips and how many first frames are shown.
     """
     found = manifests({name: Path(folder) / name for name in steps if Path(folder) / name != out})
     parents = {name: Path(folder) / name for name in found}
     parents |= {"data": demos} if demos is not None and Path(demos).exists() and demos not in parents.values() else {}
-    with Stage(out, "report", config=record, parents=parents) as run:
-        if run.complete:
-            return run.manifest()
+    with Stage(out, "report", config=record, parents=parents, anew=True) as run:
         results = gather(found, policies or {})
-        recordings = scenes.Recordings([scenes.open_dataset(heldout, robot), scenes.open_dataset(demos, robot)])
+        recordings = scenes.Recordings([scenes.open_dataset(each, robot, revision) for each in (heldout, demos)])
         many = scenes.clips_of(counterfactuals) or scenes.clips_of(dreams)
         dreamed, labelled = scenes.clips_of(dreams), scenes.open_dataset(labels, robot)
         page = {
@@ -67,6 +66,7 @@ def report(
             "robot": robot,
             "command": command,
             "results": results,
+            "where": place_of(found, policies or {}),
             "successes": [(name, s, plots.interval(s["rate"], s["low"], s["high"])) for name, s in successes(results)],
             "differences": differences(results),
             "errors": errors(results),
@@ -111,7 +111,7 @@ def counts(results: Mapping) -> str:
     if card := results.get("correlation"):
         r = "" if card.get("r") is None else f", r {card['r']:.2f}"
         return f"{len(card['policies'])} policies{r}"
-    if "rate" in (success := results.get("success", {})):
+    if "rate" in (success := results.get("success") or {}):
         return f"{success['successes']:,} of {success['n']:,} succeed"
     known = {key.removeprefix("final_"): value for key, value in results.items()}
     told = [f"{known[key]:,} {key.replace('_', ' ')}" for key in COUNTS if type(known.get(key)) is int and known[key]]
@@ -195,8 +195,17 @@ def by_instruction(found: Mapping[str, dict], policies: Mapping[str, str | Seque
     for key, steps in policies.items():
         for one in evaluations(found, steps):
             for text, success in one.get("by_instruction", {}).items():
-                rows.setdefault(text, {}).setdefault(key, []).append(success)
+                if success:  # a judge may have abstained
+                    rows.setdefault(text, {}).setdefault(key, []).append(success)
     return {text: {key: pooled(rates) for key, rates in row.items()} for text, row in rows.items()}
+
+
+def place_of(found: Mapping[str, dict], policies: Mapping[str, str | Sequence[str]]) -> str:
+    """Where policies were tried, in words."""
+    steps = [step for one in policies.values() for step in ([one] if isinstance(one, str) else one)]
+    if any(found[step]["stage"] == "evaluate_dreamt" for step in steps if step in found):
+        return "in dreams of a world model, as its judge answers, from first frames of recordings"
+    return "in the simulator on seeds that nothing was trained on"
 
 
 def bad_episodes(found: Mapping[str, Mapping]) -> list[tuple[str, str, str, list[str]]]:

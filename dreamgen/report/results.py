@@ -42,18 +42,31 @@ def gather(found: Mapping[str, dict], policies: Mapping[str, str | Sequence[str]
     policy: dict[str, Any] = {}
     for key, steps in policies.items():
         measured = evaluations(found, steps)
-        if rates := [one["success"] for one in measured if "success" in one]:
+        if rates := [one["success"] for one in measured if one.get("success")]:
             policy[key] = pooled(rates)
             if against := [one["against"] for one in measured if "against" in one]:
                 results.setdefault("difference", {})[key] = pooled_difference(against)
         elif errors := [one["open_loop"] for one in measured if "open_loop" in one]:
-            policy.setdefault("open_loop", {})[key] = errors[0]
+            policy.setdefault("open_loop", {})[key] = averaged(errors)
     if policy:
         results["policy"] = policy
     results["stages"] = {
         name: {"stage": m["stage"], "seconds": m["seconds"], "peak_mb": m["peak_mb"]} for name, m in found.items()
     }
     return finite(results)
+
+
+def averaged(errors: Sequence[Mapping]) -> dict[str, Any]:
+    """Open-loop errors of all trainings: their means, and the mean absolute error of each where there are several."""
+
+    def mean(values: Sequence[Any]) -> Any:
+        if isinstance(values[0], Mapping):
+            return {key: mean([value[key] for value in values]) for key in values[0]}
+        if isinstance(values[0], list | tuple):
+            return [mean(each) for each in zip(*values, strict=True)]
+        return None if None in values else sum(values) / len(values)
+
+    return mean(errors) | ({"trainings": [one["mae"] for one in errors]} if len(errors) > 1 else {})
 
 
 def evaluations(found: Mapping[str, dict], steps: str | Sequence[str]) -> list[dict]:

@@ -39,12 +39,13 @@ def spread_out(items: Sequence, count: int) -> list:
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]
 
 
-def open_dataset(path: Path | None, robot: Embodiment) -> Dataset | None:
-    """The dataset at `path` (a folder or a hub id), without its bad episodes; None if there is none, which is said."""
+def open_dataset(path: Path | None, robot: Embodiment, revision: str | None = None) -> Dataset | None:
+    """The dataset at `path` (a folder, or a hub id at `revision`), without its bad episodes; None if there is none,
+    which is said."""
     if path is None:
         return None
     try:
-        root = locate(path)
+        root = locate(path, revision)
     except ValueError as error:
         log.info("not on the page: %s", error)
         return None

@@ -151,7 +151,7 @@ class MetaWorld:
                 model.geom_rgba[geom, :3] = look.fingers
         for name, colour in (("table_wood", look.table), ("basic_floor", look.floor)):
             model.mat(name).rgba[:3] = np.minimum(1.0, 1.3 * np.asarray(colour))  # multiplies a texture
-        rng = rng_for(seed, "objects")
+        rng = rng_for(seed if self.how == "random" else int(self.how), "objects")
         for material in range(model.nmat):  # what is not arm, table or floor keeps its hue and varies in shade
             if model.mat(material).name not in ("table_wood", "basic_floor"):
                 model.mat_rgba[material, :3] = np.clip(model.mat_rgba[material, :3] * rng.uniform(0.6, 1.25, 3), 0, 1)

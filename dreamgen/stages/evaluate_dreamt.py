@@ -56,7 +56,7 @@ def evaluate_dreamt(
     Results: success {successes, n, rate, low, high} as the judge answers, abstentions not counted; corrected {observed,
     rate, low, high, n} by its rates on dreams, null where it has none that are better than chance and of dreams of this
     world model in this sampling (`rates_in_dreams`), and with looks="every", since they are of one look at a whole
-    episode; by_instruction {text: {success}}, not corrected, since the rates are of all instructions together;
+    episode; by_instruction {text: success}, not corrected, since the rates are of all instructions together;
     abstained; agreement with a second dream (`confidence`); against {see `paired`}. Every episode is a line of
     `episodes.json` ({id, instruction, seed, first, success, probability, agreement}; null: not judged; first names the
     first frame and state by their bytes). A killed run goes on with the batch that it was at.
@@ -105,9 +105,8 @@ def evaluate_dreamt(
             "success": success,
             "corrected": own.corrected(success["successes"], success["n"]) if own and success else None,
             "abstained": sum(row["success"] is None for row in rows),
-            "by_instruction": {text: {"success": told([r for r in rows if r["instruction"] == text])}
-                               for text in texts},
-        }  # fmt: skip
+            "by_instruction": {text: told([row for row in rows if row["instruction"] == text]) for text in texts},
+        }
         if known := [row["agreement"] for row in rows if row["agreement"] is not None]:
             found["agreement"] = float(np.mean(known))
         if against is not None:

@@ -133,7 +133,7 @@ def test_trackers_that_are_not_there_are_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="tracker is 'paper'; expected one of tensorboard, wandb, trackio"):
         run(tmp_path, tracker="paper")
     monkeypatch.setattr("dreamgen.engine.journal.find_spec", lambda name: None)
-    for tracker, package in (("tensorboard", "tensorboard"), ("wandb", r"'dreamgen\[wandb\]'")):
+    for tracker, package in (("tensorboard", "tensorboard"), ("wandb", r"-e '\.\[wandb\]' in dreamgen's folder")):
         with pytest.raises(ValueError, match=f"'{tracker}' is not installed; pip install {package}, or choose null"):
             run(tmp_path, tracker=tracker)
 

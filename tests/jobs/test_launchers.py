@@ -61,7 +61,7 @@ def test_what_a_launcher_lacks_is_named(monkeypatch, tmp_path) -> None:
     from jobs.cluster import Ray
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"launcher=ray needs Ray: pip install 'dreamgen\[ray\]'"):
+    with pytest.raises(ValueError, match=r"launcher=ray needs Ray: pip install -e '\.\[ray\]' in dreamgen's folder"):
         Ray(workers=1).run(lambda: lambda shard, num_shards: {}, 1)
 
 

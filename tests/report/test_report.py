@@ -3,12 +3,14 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
 from dreamgen.core.clip import Clip, Episode
 from dreamgen.core.embodiment import Embodiment, Part, View
@@ -23,6 +25,7 @@ from dreamgen.report.report import calibrations, counts, report
 from dreamgen.report.results import gather
 from dreamgen.report.table import table
 from dreamgen.stages.export import export
+from jobs.steps import complete
 
 ROBOT = Embodiment(
     name="toy", robot_hz="10", views=(View(name="front", key="observation.images.front", height=16, width=24),),
@@ -117,6 +120,24 @@ def test_a_step_is_told_in_a_few_words(folder: Path) -> None:
     few, many = ((folder / name / "report.html").read_text() for name in ("few", "many"))
     assert few.count("<details open>") == few.count("<details") == 3
     assert many.count("<details>") == many.count("<details") == 2 and "30 steps</summary>" in many
+
+
+def test_a_report_of_half_a_run_is_made_anew_when_there_is_more(folder: Path) -> None:
+    stage = OmegaConf.create({"out": str(folder / "report"), "folder": str(folder)})
+    make = partial(report, ROBOT, out=folder / "report", folder=folder, policies={"real": "won", "more": "more"},
+                   record={"out": "", "folder": ""})  # fmt: skip
+    make(steps=["heldout", "dreams", "labels", "policy", "scores", "won", "more"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.steps.record", lambda stage: {})
+        assert complete(stage)
+        finish(folder / "more", "evaluate_dreamt", success=SUCCESS, by_instruction={"stay": SUCCESS, "go": None})
+        assert not complete(stage)
+    make(steps=["heldout", "dreams", "labels", "policy", "scores", "won", "more"])
+    page = (folder / "report" / "report.html").read_text()
+    assert "Success in dreams of a world model" in page and "<td>stay</td>" in page and "<td>go</td>" not in page
+    finish(folder / "none", "evaluate_dreamt", success=None, by_instruction={"stay": None})
+    report(ROBOT, out=folder / "judged", folder=folder, steps=["none"], policies={"real": "none"}, record={})
+    assert "policy" not in json.loads((folder / "judged" / "results.json").read_text())
 
 
 def test_a_first_frame_is_shown_under_all_its_instructions_or_it_is_said(folder: Path) -> None:
@@ -245,6 +266,17 @@ def test_a_plot_places_its_points() -> None:
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and y0 - y1 == pytest.approx(y1 - y2, abs=0.11)
     assert plots.lines([plots.Line("y", [0], [-1], "a")], title="t", log=True) == ""
     assert [plots.duration(s) for s in (5.25, 65.0, 3720.0)] == ["5.2 s", "1 min 05 s", "1 h 02 min"]
+
+
+def test_open_loop_errors_of_several_trainings_are_averaged() -> None:
+    by_part = [{"x": {"mae": value, "by_horizon": {"mae": [value, 1.0]}}} for value in (1.0, 3.0)]
+    found = {f"t{k}": {"stage": "evaluate_open_loop", "seconds": 1, "peak_mb": 1,
+                       "results": {"open_loop": {"mae": 1.0 + k, "mse": None, "by_part": by_part[k]}}}
+             for k in range(2)}  # fmt: skip
+    told = gather(found, {"real": ["t0", "t1"], "one": "t1"})["policy"]["open_loop"]
+    assert told["real"] == {"mae": 1.5, "mse": None, "trainings": [1.0, 2.0],
+                            "by_part": {"x": {"mae": 2.0, "by_horizon": {"mae": [2.0, 1.0]}}}}  # fmt: skip
+    assert told["one"]["mae"] == 2.0 and "trainings" not in told["one"]
 
 
 def test_the_control_of_open_loop_errors_is_called_what_it_is() -> None:

@@ -51,6 +51,17 @@ def test_experts_succeed_and_resets_are_exact(drawing: None) -> None:
     sim.close()
 
 
+def test_a_look_by_number_is_the_same_in_every_episode() -> None:
+    for appearance, same in ((7, True), ("random", False)):
+        sim = MetaWorld(robot=embodiment(("front", 8, 8)), instructions=["open the window"], appearance=appearance)
+        looks = []
+        for seed in (3, 4):
+            sim.reset("open the window", seed)
+            looks.append(sim._env.model.mat_rgba.copy())
+        assert np.array_equal(*looks) == same
+        sim.close()
+
+
 def test_unknown_names() -> None:
     robot = embodiment(("front", 8, 8))
     with pytest.raises(ValueError, match="does not know"):

@@ -61,7 +61,7 @@ def test_the_dream_says_what_the_simulator_says(tmp_path) -> None:
     assert [row["success"] for row in rows] == real and 0 < sum(real) < 9
     assert (found["success"]["successes"], found["success"]["n"], found["abstained"]) == (sum(real), 9, 0)
     assert found["corrected"] == RATES.corrected(sum(real), 9)
-    assert found["by_instruction"] == {"home": {"success": found["success"]}} and "agreement" not in found
+    assert found["by_instruction"] == {"home": found["success"]} and "agreement" not in found
     assert sorted(p.stem for p in (tmp_path / "films").glob("*.mp4")) == ["f000000_s0", "f000001_s0"]
     assert len(read_mp4(tmp_path / "films" / "f000000_s0.mp4")) == 7
 
@@ -72,7 +72,7 @@ def test_policies_are_compared_episode_by_episode_where_the_judge_speaks(tmp_pat
                   for speed, more in ((0.1, {}), (0.6, {"against": tmp_path / "0.1", "confidence": True})))  # fmt: skip
     results = fast["results"]
     assert results["abstained"] == 4 and results["success"]["n"] == 4 and results["corrected"] is None
-    assert results["by_instruction"]["away"] == {"success": None}
+    assert results["by_instruction"]["away"] is None
     assert results["against"]["n"] == 4 and results["against"]["won"] > 0 == results["against"]["lost"]
     assert results["agreement"] == 1 and slow["results"]["success"]["rate"] < results["success"]["rate"]
 
