@@ -104,8 +104,10 @@ class Robots(nn.Module):
 
     def _clocks(self, name: str) -> list[Clock]:
         """Of clips that have `train_frames`, and as many more as it takes until a window has begun in each phase of the
-        clock: where a frame gap is p/q robot steps, q windows in a row differ in where their frames lie."""
-        return [clock.with_frames(max(self.train_frames, self.frames - 1 + clock.stride.denominator))
+        clock, up to four windows: where a frame gap is p/q robot steps, q windows in a row differ in where their
+        frames lie."""
+        most = max(self.train_frames, 4 * self.frames)
+        return [clock.with_frames(max(self.train_frames, min(most, self.frames - 1 + clock.stride.denominator)))
                 for clock in self.seen[name].clocks(self.train_frames)]  # fmt: skip
 
     def add(self, robot: Embodiment) -> None:

@@ -117,7 +117,7 @@ def prepare(cfg: DictConfig) -> Callable[..., dict]:
             inside = [path, *path.parents][: len(path.relative_to(cfg.out).parts) or 1]
             if not any(map(is_complete, inside)):
                 require_complete(inside[-1], "the input")  # made by an earlier step, which must have ended
-    log.info("%s -> %s", cfg.step, cfg.stage.out)
+    log.info("%s -> %s%s", cfg.step, cfg.stage.out, f", seed {cfg.stage.seed}" if "seed" in cfg.stage else "")
     return function
 
 

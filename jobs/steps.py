@@ -20,7 +20,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from dreamgen.core.manifest import FILE, fingerprint, is_complete, read_json
+from dreamgen.core.manifest import FILE, differences, fingerprint, is_complete, read_json
 from jobs.recipe import lines, load
 from jobs.running import PLACES, record, run_stage, walk
 
@@ -102,7 +102,7 @@ def complete(stage: DictConfig) -> bool:
         return False
     manifest = read_json(Path(stage.out) / FILE)
     asked = json.loads(json.dumps(record(stage), default=str))
-    same = all(manifest["config"].get(key) == value for key, value in asked.items())  # a stage may add to it
+    same = not differences({key: manifest["config"].get(key) for key in asked}, asked)  # a stage may add to it
     made, now = set(manifest["parents"].values()), {fingerprint(path) for path in inputs(stage)}
     return same and (made == now if "folder" in stage else made <= now)  # of a whole run, as far as it had come
 

@@ -186,7 +186,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Any, new: Any) -> str:
-    """The keys in which two configurations differ, in words."""
+    """The keys in which two configurations differ, in words, "" if in none: one that is null may also be absent."""
     a, b = _flatten(old), _flatten(new)
     changed = [key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
     rows = [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in changed]
@@ -244,12 +244,12 @@ class Stage:
                 path.unlink()
                 continue
             if old.get("id") != self.id and not (file == RUN and self._nothing_made()):
-                was = {key: old.get(key) for key in spec}
                 if old.get("stage") != self.name:
                     raise ValueError(f"{self.out} holds the output of '{old.get('stage')}', not of '{self.name}'; "
                                      f"choose another `step` or `stage.out`")  # fmt: skip
-                raise ValueError(f"{self.out} holds the output of another configuration ({differences(was, spec)}). "
-                                 f"Choose another `out`, or delete {self.out} to make it again.")  # fmt: skip
+                if changed := differences({key: old.get(key) for key in spec}, spec):
+                    raise ValueError(f"{self.out} holds the output of another configuration ({changed}). Choose "
+                                     f"another `out`, or delete {self.out} to make it again.")  # fmt: skip
         self.complete = (self.out / FILE).is_file()
         self.before = 0.0
         if not self.complete and self.writes:

@@ -157,7 +157,7 @@ class _Source:
         """Episode i, with its pictures' histograms."""
         data, robot, table = self.data, self.robot, self.data.table(i, {*self.columns, *self.annotations})
         episode, taken = self.episode(i)
-        table = table if taken is None else table.take(taken)
+        whole, table = table, table if taken is None else table.take(taken)
         rows = len(episode.action)
         known = {robot.state_key: episode.state, robot.action_key: episode.action, **episode.extra}
         texts = {"task_index": [episode.instruction] * rows}
@@ -172,6 +172,9 @@ class _Source:
                 continue
             if name not in known and name not in table.column_names:
                 raise ValueError(f"episode {data.index(i)} of {data.root} has no column '{name}', the first one has")
+            if taken is not None and name.startswith("next."):
+                columns[name] = _outcome(name, _values(whole, name, column), taken)
+                continue
             columns[name] = known[name] if name in known else _values(table, name, column)
         videos = {key: self._video(i, key, rows, taken) for key in self.cameras}
         counts = {key: sum(statistics.histogram(frame[None]) for frame in decoded(video))
@@ -231,6 +234,14 @@ def _said(feature: dict) -> dict:
     shape = list(feature.get("shape") or [])
     channels = next((n for n in (shape[-1:], shape[:1]) if n in ([1], [3])), [3])[0]
     return {"video.channels": channels, **said}
+
+
+def _outcome(name: str, values: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """What came of each of the steps that begin at rows `taken` (k,): rewards of all its rows (s ...) together, of
+    other values the last."""
+    if name == "next.reward":
+        return np.add.reduceat(values, taken)
+    return values[np.append(taken[1:], len(values)) - 1]
 
 
 def _values(table: pa.Table, name: str, column: Column) -> np.ndarray:

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import fingerprint
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.cache import Cache
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.motion import motion_of, weights
-from dreamgen.data.states import known_states
+from dreamgen.data.states import commanded_states
 from dreamgen.data.windows import Windows
 from dreamgen.stages.latents import encoding, seen, shard_size, taken
 from dreamgen.stages.sharing import grouped
@@ -106,11 +105,8 @@ class Source:
         at is not known when the episode begins."""
         episode, start = self.places[k]
         if episode not in self.states:
-            recorded = self.dataset.episode(episode)
-            first = known_states(recorded, 0)
-            known = np.isfinite(first[self.read]).all()
-            followed = follow(self.world.robot, np.nan_to_num(first), recorded.action)[0] if known else None
-            self.states[episode] = None if followed is None else followed[:: self.hop].copy()
+            states = commanded_states(self.world.robot, self.dataset.episode(episode), self.read)
+            self.states[episode] = None if states is None else states[:: self.hop].copy()
         states = self.states[episode]
         return np.empty(0, np.float32) if states is None else states[start // self.hop]
 

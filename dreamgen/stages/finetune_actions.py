@@ -75,12 +75,12 @@ def finetune_actions(
     drawn uniformly; the others are drawn by how much is commanded in them, since robots often wait. method: "full",
     "lora" (an adapter and the action encoder) or "actions" (the encoder alone); adapters that the world model came with
     become part of its weights. validation: episodes of each dataset held out, with all that share their first state;
-    the loss at fixed noise under true, shuffled and no actions is written every `validate_every` steps (0: never), and
-    samples real above dreamt, both of all datasets in turn. batch_size: rows of all processes together. cache: a folder
-    of latents to share between runs; `out/cache` where None. accumulate: parts of a batch whose gradients are added up;
-    these, and the shares of processes, have errors weighted within themselves (`tool_weight`). checkpointing: keep only
-    the inputs of blocks, and compute these again in the backward pass. compile: the transformers' blocks (see
-    `dreamgen.engine.compiling`). sharding, replicas: see `dreamgen.engine.train`.
+    the loss at fixed noise under true, shuffled and no actions is written every `validate_every` steps (0: at the end
+    alone), and samples real above dreamt, both of all datasets in turn. batch_size: rows of all processes together.
+    cache: a folder of latents to share between runs; `out/cache` where None. accumulate: parts of a batch whose
+    gradients are added up; these, and the shares of processes, have errors weighted within themselves (`tool_weight`).
+    checkpointing: keep only the inputs of blocks, and compute these again in the backward pass. compile: the
+    transformers' blocks (see `dreamgen.engine.compiling`). sharding, replicas: see `dreamgen.engine.train`.
 
     Windows that begin in a state which nobody knows are left out where pose maps show it, and counted.
 

@@ -1,6 +1,7 @@
 """Video files read by number through PyAV: what their index tells, and frames of one that stays open."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -90,7 +91,7 @@ class OpenVideo:
             raise ValueError(f"video {path} cannot be decoded: {error}") from error
         self._stream.codec_context.thread_count = 1
         self._start, self._period = self._stream.start_time or 0, _period(self._stream)
-        self._frames, self._at = self._container.decode(self._stream), -1
+        self._frames, self._at = self._container.decode(self._stream), -1.0
 
     def read(self, rows: Sequence[int] | np.ndarray) -> UInt8[np.ndarray, "t h w 3"]:
         """Frames `rows`, in any order, the same as `read_frames` gives. ValueError for a row that there is not, or that
@@ -103,7 +104,7 @@ class OpenVideo:
         try:
             return self._decode(unique.tolist())[back[: rows.size]]
         except (ValueError, OSError, av.FFmpegError) as error:
-            self._at = unique[-1]  # wherever it stands now, the next rows are looked for
+            self._at = math.inf  # wherever it stands now, the next rows are looked for
             raise ValueError(f"video {self._path} cannot be decoded: {error}") from error
 
     def _decode(self, rows: list[int]) -> np.ndarray:

@@ -110,3 +110,12 @@ def test_two_runs_do_not_write_into_one_folder_and_a_killed_one_frees_it(tmp_pat
     os.waitpid(child, 0)
     again.finish()
     assert run.id == again.id and [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_setting_that_is_null_is_no_other_configuration(tmp_path):
+    with Stage(tmp_path, "dream", config={"steps": 3, "model": {"path": "a"}}) as run:
+        done = run.finish(clips=2)
+    with Stage(tmp_path, "dream", config={"steps": 3, "model": {"path": "a", "level": None}, "more": None}) as run:
+        assert run.complete and run.manifest()["id"] == done["id"]
+    with pytest.raises(ValueError, match="another configuration .config.model.level: None -> 0.1"):
+        Stage(tmp_path, "dream", config={"steps": 3, "model": {"path": "a", "level": 0.1}})

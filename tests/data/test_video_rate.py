@@ -9,7 +9,7 @@ import pytest
 from dreamgen.core.clip import Clip, Episode, Labels
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.kinematics import follow
-from dreamgen.data.export import export_dataset
+from dreamgen.data.export import _outcome, export_dataset
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.video_rate import at_video_rate, slowed
 from dreamgen.data.writer import write_dataset
@@ -108,6 +108,12 @@ def test_recordings_come_to_the_same_rate(tmp_path):
     data = Dataset(tmp_path / "out", slowed(ROBOT, "5"))
     assert np.array_equal(data.episode(0).action, at_video_rate(given, ROBOT, "5")[0].action)
     assert np.abs(data.views(0)["eye"].mean((1, 2, 3)) - 40 * np.arange(5)).max() < 2
+
+
+def test_what_comes_of_a_step_is_kept():
+    reward, done, taken = np.arange(6.0)[:, None], np.array([[False]] * 5 + [[True]]), np.array([0, 2, 5])
+    assert _outcome("next.reward", reward, taken).tolist() == [[1.0], [9.0], [5.0]]
+    assert _outcome("next.done", done, taken).tolist() == [[False], [False], [True]]
 
 
 @pytest.mark.parametrize("format", ["v3.0", "v2.1", "groot"])

@@ -13,7 +13,8 @@ from dreamgen.core.manifest import read_json
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import DatasetPrompts
-from dreamgen.data.streams import late, mirrored, noisy, resting, still, stuck
+from dreamgen.data.states import commanded_states
+from dreamgen.data.streams import resting
 from dreamgen.report.tree import trees
 from dreamgen.stages.collect import collect
 from dreamgen.stages.dream import dream
@@ -166,7 +167,8 @@ def test_streams_begin_at_any_row_of_a_recording(recordings) -> None:
         i, row = p.origin["episode"], p.origin["row"]
         assert p.id == f"e{i:06d}{'_r3' * (row > 0)}_own" and ("seed" in p.origin) == ("sim" in p.origin) == (row == 0)
         assert np.array_equal(p.action, recordings.episode(i).action[row : row + 6])
-        assert np.array_equal(p.image, recordings.canvas(i, [row])[0]) and p.state == recordings.state(i, row)
+        assert np.array_equal(p.image, recordings.canvas(i, [row])[0])
+        assert np.allclose(p.state, commanded_states(recordings.robot, recordings.episode(i))[row])
     assert all(a.origin["episode"] != b.origin["episode"] for a, b in zip(own, own[1:], strict=False))
     with pytest.raises(ValueError, match="has 5 first frames with 6 rows or more from there on; 7 were asked for"):
         ActionPrompts(dataset=recordings, first_frames=7, keyframes=(0, 0.5), rows=6, streams=("other",))()
@@ -298,23 +300,3 @@ def test_the_search_finds_a_failure_close_by() -> None:
     changed, least = search(prompt, action, seed=3)
     assert least < 14 / 23 and np.abs(changed - action).max() <= 0.3 + 1e-6
     assert np.array_equal(search(prompt, action, seed=3)[0], changed)
-
-
-def test_streams_in_closed_form() -> None:
-    view = View(name="eye", key="observation.images.eye", height=8, width=8)
-    arm = Embodiment(name="arm", robot_hz=5, views=[view],
-                     action=[Part(name="move", start=0, stop=3, kind="delta", limits=(-1, 1)),
-                             Part(name="joint", start=3, stop=4),
-                             Part(name="grip", start=4, stop=5, kind="binary", limits=(0, 1))])  # fmt: skip
-    action = np.arange(20, dtype=np.float32).reshape(4, 5) / 20
-    action[:, 4] = [0, 1, 1, 0]
-    assert np.allclose(mirrored(arm, action) * [1, -1, 1, 1, 1], action)
-    assert stuck(arm, action, high=True)[:, 4].tolist() == [1] * 4 and stuck(arm, action)[:, 4].tolist() == [0] * 4
-    moved = late(arm, action, 1)
-    assert np.allclose(moved[1:], action[:3]) and moved[0].tolist() == [0, 0, 0, action[0, 3], 0]
-    assert np.allclose(still(arm, action), [[0, 0, 0, action[0, 3], 0]] * 4)
-    long = np.zeros((4000, 5), np.float32)
-    drawn = noisy(arm, long, 0.2, np.random.default_rng(0), smooth=0.5)
-    assert np.allclose(drawn[:, :4].std(0), 0.2, atol=0.02) and (drawn[:, 4] == 0).all()
-    assert np.corrcoef(drawn[1:, 3], drawn[:-1, 3])[0, 1] == pytest.approx(0.5, abs=0.05)
-    assert np.abs(noisy(arm, long, 3.0, np.random.default_rng(0))[:, :3]).max() == 1
