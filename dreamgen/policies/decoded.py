@@ -77,7 +77,7 @@ class Decoded:
             try:
                 written = os.pwrite(self._file.fileno(), pictures.tobytes(), size * (first + start))
             except OSError as error:
-                if error.errno != errno.ENOSPC:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
                 written = 0
             if written < pictures.nbytes:

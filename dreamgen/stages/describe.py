@@ -1,6 +1,7 @@
 """A first description of a robot, from a dataset of it: an embodiment in YAML whose comments say what to check."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from fractions import Fraction
@@ -70,7 +71,7 @@ def _drafted(layout: Layout, name: str) -> Iterator[str]:
     yield f'robot_hz: "{Fraction(str(info["fps"])).limit_denominator(1001)}"'
     yield f"state_key: {STATE}"
     yield f"action_key: {ACTION}"
-    yield f"# height, width: pixels that the models see of a camera: multiples of {GRAIN}, the same for all."
+    yield "# height, width: pixels that the models see of a camera, the same for all."
     yield "# fit: crop or pad, where squeezing a picture to this size would distort it."
     yield "# Delete cameras that nothing is to see by."
     yield "views:"
@@ -101,13 +102,33 @@ def _seen(layout: Layout) -> list[str]:
 def _views(layout: Layout) -> Iterator[str]:
     """A line for each camera."""
     sizes = {key: _size(layout.info["features"][key]) for key in _seen(layout)}
-    height, width = (max(GRAIN, min(size[k] for size in sizes.values()) // GRAIN * GRAIN) for k in (0, 1))
+    columns = 2 if len(sizes) > 2 else len(sizes)
+    rows = -(-len(sizes) // columns)
+    shrunk = 2 if len(sizes) > 2 else 1  # of many cameras, so that their canvas has about the size of one
+    height, width = (_side(min(size[k] for size in sizes.values()) // shrunk, count)
+                     for k, count in ((0, rows), (1, columns)))  # fmt: skip
     called = {part["original_key"]: name for name, part in _modality(layout, "video").items() if "original_key" in part}
+    names: list[str | None] = []
     for key, (h, w) in sizes.items():
         rate = _rate(layout.info["features"][key])
         other = "" if rate in (None, layout.info["fps"]) else f", at {rate} Hz: its frames must be those of the rows"
-        name = called.get(key, re.sub(r"\W+", "_", key.removeprefix("observation.").removeprefix("images.")))
+        names.append(called.get(key, re.sub(r"\W+", "_", key.removeprefix("observation.").removeprefix("images."))))
+        name = names[-1]
         yield f"  - {_flow({'name': name, 'key': key, 'height': height, 'width': width})} # recorded at {h}x{w}{other}"
+    if len(names) < 2:
+        return
+    size = f"{rows * height}x{columns * width}"
+    yield f"# The canvas of all cameras, here {size}: sides are multiples of {GRAIN}; null is black."
+    yield "grid:"
+    names += [None] * (rows * columns - len(names))
+    for row in range(rows):
+        yield f"  - {_flow(names[row * columns : (row + 1) * columns])}"
+
+
+def _side(pixels: int, count: int) -> int:
+    """The longest side up to `pixels` of which `count` beside each other are a multiple of GRAIN."""
+    grain = GRAIN // math.gcd(GRAIN, count)
+    return max(grain, pixels // grain * grain)
 
 
 def _guessed(part: dict, values: np.ndarray, moved: dict[str, dict], states: np.ndarray) -> tuple[str, str]:

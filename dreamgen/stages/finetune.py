@@ -133,6 +133,10 @@ def finetune(
         forks = possible(replicas, best_device()) if count == 1 else 1
         require_rows(min(buckets.sizes), count * forks, accumulate)
         clips = [-(-size // (count * accumulate * forks)) for size in buckets.sizes]
+        drawn = round(steps * float(np.dot(buckets.share, buckets.sizes)))
+        if drawn < len(rows):
+            log.warning("%d steps draw %d clips at most, and all %d are encoded: stage.hop=%d makes about as many as "
+                        "are drawn", steps, drawn, len(rows), hop * -(-len(rows) // drawn))  # fmt: skip
         if lora:  # targets that fit nowhere are told before anything is encoded
             torch.manual_seed(seed_for(seed, "adapter"))  # whatever was drawn before, here or before a kill
             world.train_lora(rank=rank, alpha=alpha)

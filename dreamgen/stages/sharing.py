@@ -7,6 +7,7 @@ shard is called until it returns, anywhere and as often as it takes, and the res
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import struct
@@ -50,9 +51,14 @@ def grouped(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
-    """One process at a time, on any machine that locks files of `out`; the lock falls with its process."""
+    """One process at a time, on any machine that locks files of `out`; the lock falls with its process. Some network
+    file systems know no locks: there nobody waits."""
     with (Path(out) / ".alone").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
         yield
         (Path(out) / ".alone").unlink(missing_ok=True)
 

@@ -25,6 +25,7 @@ from dreamgen.policies.feed import Feed, Some, sources
 from dreamgen.policies.regression import FOLDER, Regression
 from dreamgen.policies.start import begin
 from dreamgen.stages.midway import Midway
+from dreamgen.stages.sharing import sweep
 
 FEATURES = "features"
 log = logging.getLogger(__name__)
@@ -143,6 +144,7 @@ def train_policy(
                     batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fit=fit,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
         features, draws = run.out / FEATURES, (regression_steps + steps) * batch_size
+        sweep(features)
         if cache_features and worthwhile(model, feed.chunks, features, draws=draws):
             feed.cache(features)
         midway = None

@@ -66,6 +66,7 @@ def test_a_draft_opens_the_dataset(recorded: Path, tmp_path: Path, version: str,
     data = Dataset(recorded / version, robot)
     assert len(data) == 2 and data.canvas(1, [3]).shape == (1, 64, 192, 3) and robot.name == "so_100"
     assert [view.name for view in robot.views] == ["front", "wrist"] and robot.rate == 30
+    assert robot.grid == (("front", "wrist"),) and robot.canvas == (64, 192)
     assert [part.name for part in robot.state] == [part.name for part in robot.action] == JOINTS
     assert [part.moves for part in robot.action] == ["shoulder_pan", None, None]
     assert [part.kind for part in robot.action] == ["absolute", "absolute", "binary"]
@@ -203,3 +204,18 @@ def test_a_delta_is_told_from_a_target_by_how_the_state_changes(tmp_path: Path, 
     assert (door.kind, door.moves) == ("absolute", "door")
     again = describe(str(tmp_path / "d"), out=tmp_path / "out", name="other", record={"name": "other"})
     assert again["results"]["text"].startswith("# other")  # a draft is drawn anew
+
+
+@pytest.mark.parametrize(("count", "grid", "canvas"), [
+    (3, (("a", "b"), ("c", None)), (480, 640)), (5, (("a", "b"), ("c", "d"), ("e", None)), (672, 640)),
+])  # fmt: skip
+def test_many_cameras_share_a_canvas(tmp_path, count, grid, canvas, untyped):  # noqa: F811
+    views = [View(name=name, key=f"observation.images.{name}", height=480, width=640) for name in "abcde"[:count]]
+    part = (Part(name="joint", start=0, stop=1),)
+    robot = Embodiment(name="wide", robot_hz=30, views=views, state=part, action=part)
+    values = np.linspace(0, 1, 3, dtype=np.float32)[:, None]
+    video = {view.name: np.zeros((3, 480, 640, 3), np.uint8) for view in views}
+    write_dataset(tmp_path / "d", [Episode(instruction="go", state=values, action=values, video=video)], robot)
+    (tmp_path / "d" / CONTRACT).unlink()
+    drafted = made(describe(str(tmp_path / "d"), out=tmp_path / "out", record={})["results"]["text"])
+    assert drafted.grid == grid and drafted.canvas == canvas
