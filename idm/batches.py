@@ -15,7 +15,7 @@ from dreamgen.data.mixture import shares
 from dreamgen.data.motion import motion_of, weights
 
 Asked = Callable[[int], tuple[np.ndarray, str]]
-Degrade = Callable[[Asked, int], Sequence[np.ndarray]]
+Degrade = Callable[[Asked, Sequence[str]], Sequence[np.ndarray]]
 
 
 @runtime_checkable
@@ -103,7 +103,8 @@ class Batches:
                              f"{frames} frames for the world model span; record longer ones, or set "
                              f"world_model=null")  # fmt: skip
         videos = degrade(
-            lambda n: (self.dataset.canvas(*places[n][:2]), self.rows[places[n][0]].instruction), len(places)
+            lambda n: (self.dataset.canvas(*places[n][:2]), self.rows[places[n][0]].instruction),
+            [clock.video_hz for _, _, clock in places],
         )
         return [(index, rows, video, clock) for (index, rows, clock), video in zip(places, videos, strict=True)]
 

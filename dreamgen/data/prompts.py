@@ -20,6 +20,7 @@ from dreamgen.core.manifest import fingerprint
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.states import state_in_dream
 from dreamgen.video.tiling import fit, tile
 
 ORIGIN = ("sim", "seed", "instruction", "video")  # what a first frame takes along of its episode's meta
@@ -50,12 +51,15 @@ class DatasetPrompts:
     """First frames from the episodes of a dataset.
 
     episodes: how many (None: all), drawn by the seed. keyframes: where in each of them, shares of its rows in [0, 1); 0
-    is its first row. instructions: default those of the dataset. ValueError for another share.
+    is its first row. commanded: at a later one the state is that to which commands have led, as in a dream that began
+    with the episode, instead of the measured one. instructions: default those of the dataset. ValueError for another
+    share.
     """
 
     dataset: Dataset
     episodes: int | None = None
     keyframes: Sequence[float | int] = (0,)
+    commanded: bool = False
     instructions: Sequence[str] | None = None
     every_instruction: bool = False
     repeats: int = 1
@@ -80,7 +84,7 @@ class DatasetPrompts:
             for row in key_rows(self.keyframes, data.length(i)):
                 begun = ORIGIN if row == 0 else ("video",)  # no simulator begins in the middle of this episode
                 frames.append({
-                    "first": partial(_recorded, data, i, row), "instruction": text,
+                    "first": partial(_recorded, data, i, row, self.commanded), "instruction": text,
                     "pair": f"e{data.index(i):06d}" + (f"_r{row}" if row else ""),
                     "origin": {k: v for k, v in meta.items() if k in begun}
                               | {"dataset": held, "episode": data.index(i), "row": row},
@@ -101,9 +105,9 @@ def key_rows(keyframes: Sequence[float | int], length: int) -> list[int]:
     return list(dict.fromkeys(int(share * length) for share in keyframes))
 
 
-def _recorded(data: Dataset, i: int, row: int) -> tuple[np.ndarray, np.ndarray]:
+def _recorded(data: Dataset, i: int, row: int, commanded: bool) -> tuple[np.ndarray, np.ndarray]:
     """Picture and state at a row of an episode; no state where it is unknown."""
-    return data.canvas(i, [row])[0], data.state(i, row)
+    return data.canvas(i, [row])[0], state_in_dream(data, i, row) if commanded else data.state(i, row)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

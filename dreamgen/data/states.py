@@ -1,12 +1,16 @@
 """States as far as they are known: a row of dreams may hold placeholders, which its column `state_known` tells."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.kinematics import follow
+
+if TYPE_CHECKING:
+    from dreamgen.data.lerobot import Dataset
 
 
 def known_states(episode: Episode, rows: int | slice | np.ndarray = slice(None)) -> np.ndarray:
@@ -24,3 +28,11 @@ def commanded_states(
     if not np.isfinite(first[read]).all():
         return None
     return follow(robot, np.nan_to_num(first), episode.action)[0]
+
+
+def state_in_dream(data: "Dataset", i: int, row: int) -> np.ndarray:
+    """What a dream that began with episode i takes its state at a row for, empty where that is not known."""
+    if row == 0:
+        return data.state(i, 0)
+    states = commanded_states(data.robot, data.episode(i))
+    return data.state(i, 0)[:0] if states is None else states[row]

@@ -197,8 +197,10 @@ def train(
     if average:
         average.swap(model)
     wait()
-    if patience:
-        load_best(state, model)
+    if patience and load_best(state, model):
+        best = min((row for row in journal.rows if "val_loss" in row), key=lambda row: row["val_loss"])
+        figures = {key.removeprefix("val_"): value for key, value in best.items() if key.startswith("val_")}
+        figures["step"] = best["step"] + 1
     model.eval()
     movers.clear()
     team.release()

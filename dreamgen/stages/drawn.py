@@ -1,6 +1,7 @@
 """Recorded clips as a world model would draw them, for a labeler that is to read its dreams."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,30 @@ from dreamgen.worlds.redream import redream
 DRAWN = "drawn"  # the folder of clips as a world model draws them, while their stage runs
 TOKENS = 2**16  # of a batch: a single clip is doubled by its world model, so that none depends on its batch
 Asked = Callable[[int], tuple[np.ndarray, str]]
-Drawn = Callable[[Asked, int], list[np.ndarray]]
+Drawn = Callable[[Asked, Sequence[str]], list[np.ndarray]]
 
 
 def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: int = 0,
              batch_size: int | None = None, apart: str = "") -> Drawn:  # fmt: skip
-    """A function of clips 0 <= n < count, which it asks for by number, video uint8 (t H W 3) and instruction, to the
-    videos as the world model draws them: through its autoencoder, so its dreams look at best.
+    """A function of clips, which it asks for by number, video uint8 (t H W 3) and instruction, and of their rates (Hz),
+    to the videos as the world model draws them: through its autoencoder, so its dreams look at best.
 
     redream_up_to: each is noised to a level drawn below this and denoised again under its instruction
-    (`dreamgen.worlds.redream`): so its dreams do look. A clip depends on its number and the seed, not on its batch (in
-    bf16 but for rounding); a batch is of one level as nearly as can be. It is kept in `out/drawn` once done, where a
-    stage that was killed takes it up; apart: the folder there of clips that are kept beside others. batch_size: by
-    default 16 small clips, and of large ones no more than two windows of 81 frames at 480x832.
+    (`dreamgen.worlds.redream`): so its dreams do look. Clips of another rate than the world model's pass the
+    autoencoder alone: it would draw another speed. A clip depends on its number and the seed, not on its batch (in bf16
+    but for rounding); a batch is of one level as nearly as can be. It is kept in `out/drawn` once done, where a stage
+    that was killed takes it up; apart: the folder there of clips that are kept beside others. batch_size: by default 16
+    small clips, and of large ones no more than two windows of 81 frames at 480x832.
     """
     size = batch_size or max(1, min(16, TOKENS // getattr(world_model, "clip_tokens", 1)))
 
-    def drawn(asked: Asked, count: int) -> list[np.ndarray]:
+    def drawn(asked: Asked, rates: Sequence[str]) -> list[np.ndarray]:
+        count = len(rates)
         draws = [rng_for(seed, "redream", n) for n in range(count)]
         levels = [redream_up_to * draw.random() for draw in draws]
+        if redream_up_to:
+            speed = Fraction(world_model.clock.video_hz)
+            levels = [level if Fraction(hz) == speed else 0.0 for level, hz in zip(levels, rates, strict=True)]
         seeds = [int(draw.integers(2**62)) for draw in draws]
         batches = grouped(sorted(range(count), key=lambda n: (levels[n], n)), size)
         parts = Parts(Path(out) / DRAWN / apart)

@@ -161,7 +161,8 @@ class ActionWorld(nn.Module):
                       memory=batch.get("memory"), ages=batch.get("ages"), noise=noise)  # fmt: skip
         own = {k: v for k, v in batch.items() if k not in ("features", "maps", "memory", "ages", "present")}
         if live and self.tool_weight:
-            weight = 1 + self.tool_weight * batch["maps"][:, ::2].amax(1, keepdim=True)  # spots, and their openings
+            shown = batch["maps"][:, ::2] * present.view(-1, 1, 1, 1, 1)  # spots alone, of rows that are told
+            weight = 1 + self.tool_weight * shown.amax(1, keepdim=True)
             own["weight"] = weight / weight.mean()
         with self._given(given):
             return self.world.loss(own)
@@ -262,7 +263,7 @@ class ActionWorld(nn.Module):
         self.world.train_full()
         self.extension.requires_grad_(True)
 
-    def train_lora(self, *, rank: int, alpha: int) -> None:
+    def train_lora(self, *, rank: int | None, alpha: int | None) -> None:
         """Train an adapter of the transformer, and the extension."""
         self.moved = True
         self.world.train_lora(rank=rank, alpha=alpha)

@@ -21,7 +21,7 @@ from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import key_rows, require_shares
-from dreamgen.data.states import commanded_states
+from dreamgen.data.states import state_in_dream
 from dreamgen.data.streams import late, mirrored, noisy, still, stuck
 from dreamgen.engine.precision import place
 from dreamgen.sims.rollout import ask
@@ -160,7 +160,7 @@ class ActionPrompts:
             origin = {k: v for k, v in episode.meta.items() if k in known}
             name = f"e{data.index(i):06d}" + (f"_r{row}" if row else "")
             made.append(Prompt(id=name, pair=name, image=data.canvas(i, [row])[0], instruction=data.instruction(i),
-                               seed=i, state=_state(data, i, row), action=episode.action[row : row + self.rows],
+                               seed=i, state=state_in_dream(data, i, row), action=episode.action[row : row + self.rows],
                                origin=origin | {"dataset": held, "episode": data.index(i), "row": row}))  # fmt: skip
         return made
 
@@ -184,13 +184,6 @@ class ActionPrompts:
             action, least = self.search(prompt, prompt.action, seed_for(self.seed, prompt.pair))
             made.append(self._named(prompt, "adversarial", action, probability=least))
         return made
-
-
-def _state(data: Dataset, i: int, row: int) -> np.ndarray:
-    """What a dream that began with the episode takes the state at a row for, empty where its first state is unknown."""
-    if row == 0 or (states := commanded_states(data.robot, data.episode(i))) is None:
-        return data.state(i, 0)
-    return states[row]
 
 
 def _held(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:

@@ -76,6 +76,7 @@ def test_it_stops_where_validation_stops_to_fall_and_returns_the_best(tmp_path):
 
     model, found = run(tmp_path, validate=validate, validate_every=1, patience=2, checkpoint_every=1)
     assert found["steps"] == 4 and torch.equal(model.weight, seen[2])
+    assert found["validation"] == {"loss": 5, "step": 2}  # of the weights that are returned
     again, later = run(tmp_path, validate=validate, validate_every=1, patience=2)
     assert later["steps"] == 4 and torch.equal(again.weight, seen[2])
 

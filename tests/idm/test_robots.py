@@ -72,8 +72,8 @@ def test_training_clips_show_the_windows_of_every_phase(caplog, hz, spacings, wa
     for clock in model.clocks:
         asked, trained = (Windows.of(clock.with_frames(n), 3).at for n in (60, clock.frames))
         assert {tuple(at) for at in asked} == {tuple(at) for at in trained}
-    batches = model.batches(Small(2), range(2), batch_size=2, seed=0, degrade=lambda asked, count:
-                            [asked(n)[0] for n in range(count)], degrade_frames=model.clip_frames)  # fmt: skip
+    batches = model.batches(Small(2), range(2), batch_size=2, seed=0, degrade=lambda asked, rates:
+                            [asked(n)[0] for n in range(len(rates))], degrade_frames=model.clip_frames)  # fmt: skip
     assert {batches(step)["video"].shape[1] for step in range(12)} == set(wanted)
     assert ("training clips have up to" in caplog.text) == (max(wanted) > 4)
 
@@ -119,7 +119,7 @@ def test_clips_of_each_robot_can_be_drawn_again(worlds):
     model, asked = small(), []
 
     def darker(name: str):  # noqa: ANN202
-        return lambda get, count: [asked.append(name) or get(n)[0] // 2 for n in range(count)]
+        return lambda get, rates: [asked.append(name) or get(n)[0] // 2 for n in range(len(rates))]
 
     how = dict(degrade=darker("own"), degraded=1.0, degraded_clips=3, degrade_frames=9, batch_size=2, seed=5)
     made = model.batches(worlds[0], range(4), others=[(worlds[1], range(4), darker("other"))], **how)

@@ -10,7 +10,7 @@ from dreamgen.worlds.redream import redream
 from dreamgen.worlds.tiny import build
 from tests.worlds.conftest import LAYOUT, tiny_robot
 
-TEXT = "open the drawer"
+TEXT, HZ = "open the drawer", ["10"] * 5
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +36,34 @@ def asked(clips):
 
 
 def test_without_a_level_it_is_the_autoencoder(world, clips, tmp_path):
-    found = drawn_by(world, tmp_path, batch_size=2)(asked(clips), 5)
+    found = drawn_by(world, tmp_path, batch_size=2)(asked(clips), HZ)
     whole = world.decode(world.encode(torch.from_numpy(clips))).numpy()
     np.testing.assert_array_equal(np.stack(found), whole)
 
 
 def test_each_has_a_level_of_its_own_whatever_its_batch(world, clips, tmp_path):
     make = dict(redream_up_to=0.9, seed=3)
-    alone = drawn_by(world, tmp_path / "alone", batch_size=1, **make)(asked(clips), 5)
-    found = drawn_by(world, tmp_path / "found", batch_size=3, **make)(asked(clips), 5)
+    alone = drawn_by(world, tmp_path / "alone", batch_size=1, **make)(asked(clips), HZ)
+    found = drawn_by(world, tmp_path / "found", batch_size=3, **make)(asked(clips), HZ)
     np.testing.assert_array_equal(np.stack(found), np.stack(alone))
-    same = drawn_by(world, tmp_path / "same", batch_size=3, **make)(asked(clips[[0, 0, 0, 0, 0]]), 5)
+    same = drawn_by(world, tmp_path / "same", batch_size=3, **make)(asked(clips[[0, 0, 0, 0, 0]]), HZ)
     assert len({video.tobytes() for video in same}) > 1
-    other = drawn_by(world, tmp_path / "other", redream_up_to=0.9, seed=4)(asked(clips), 5)
+    other = drawn_by(world, tmp_path / "other", redream_up_to=0.9, seed=4)(asked(clips), HZ)
     assert not np.array_equal(np.stack(other), np.stack(found))
+
+
+def test_clips_of_another_rate_pass_the_autoencoder_alone(world, clips, tmp_path):
+    assert world.clock.video_hz == "10"
+    found = drawn_by(world, tmp_path, redream_up_to=0.9, seed=3)(asked(clips), ["10", "40/3", "10", "20", "10.0"])
+    whole = drawn_by(world, tmp_path / "whole", redream_up_to=0.9, seed=3)(asked(clips), HZ)
+    decoded = world.decode(world.encode(torch.from_numpy(clips))).numpy()
+    for k in range(5):
+        np.testing.assert_allclose(found[k], decoded[k] if k in (1, 3) else whole[k], atol=1)
 
 
 def test_killed_and_continued_none_is_drawn_twice(world, clips, tmp_path, monkeypatch):
     make = dict(redream_up_to=0.9, seed=3, batch_size=2)
-    whole = drawn_by(world, tmp_path / "whole", **make)(asked(clips), 5)
+    whole = drawn_by(world, tmp_path / "whole", **make)(asked(clips), HZ)
     calls = []
 
     def dies(*args, **options):
@@ -65,8 +74,8 @@ def test_killed_and_continued_none_is_drawn_twice(world, clips, tmp_path, monkey
 
     monkeypatch.setattr("dreamgen.stages.drawn.redream", dies)
     with pytest.raises(KeyboardInterrupt):
-        drawn_by(world, tmp_path / "killed", **make)(asked(clips), 5)
+        drawn_by(world, tmp_path / "killed", **make)(asked(clips), HZ)
     assert len(list((tmp_path / "killed" / DRAWN).glob("*.npz"))) == 1
-    again = drawn_by(world, tmp_path / "killed", **make)(asked(clips), 5)
+    again = drawn_by(world, tmp_path / "killed", **make)(asked(clips), HZ)
     np.testing.assert_array_equal(np.stack(again), np.stack(whole))
     assert calls == [2, 2, 2, 1]

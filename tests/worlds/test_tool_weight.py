@@ -10,7 +10,8 @@ from tests.worlds.test_action import make  # noqa: F401
 def test_an_error_counts_more_where_a_tool_is_in_training_alone(make, monkeypatch):  # noqa: F811
     world, seen = make(own=True, tool_weight=4.0), []
     batch = {"latents": torch.randn(3, 6, 3, 4, 6), "text": world.embed(["", "", ""]),
-             "features": torch.randn(3, 2, 16), "maps": torch.rand(3, 8, 3, 4, 6),
+             "present": torch.tensor([True, True, False]), "features": torch.randn(3, 2, 16),
+             "maps": torch.rand(3, 8, 3, 4, 6),
              "memory": torch.randn(3, 6, 2, 4, 6), "ages": torch.rand(3, 2)}  # fmt: skip
     plain = type(world.world).loss
     monkeypatch.setattr(type(world.world), "loss", lambda self, given: seen.append(given) or plain(self, given))
@@ -18,7 +19,7 @@ def test_an_error_counts_more_where_a_tool_is_in_training_alone(make, monkeypatc
     world.train().loss(batch)
     assert "weight" not in seen[0]
     spots = batch["maps"].unflatten(1, (4, 2))[:, :, 0].amax(1, keepdim=True)  # of four gaps
-    weight = 1 + 4 * spots
+    weight = 1 + 4 * spots * batch["present"].view(3, 1, 1, 1, 1)  # where nothing is told, nothing counts more
     torch.testing.assert_close(seen[1]["weight"], weight / weight.mean())
     with pytest.raises(ValueError, match="tool_weight is 4.0, maps is False.*maps=true"):
         make(tool_weight=4.0, maps=False)
