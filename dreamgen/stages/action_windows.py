@@ -16,6 +16,7 @@ from torch import Tensor
 from dreamgen.core.manifest import fingerprint
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.cache import Cache
+from dreamgen.data.groups import group_of
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.states import commanded_states
@@ -25,20 +26,6 @@ from dreamgen.stages.sharing import grouped
 from dreamgen.worlds.action import ActionWorld
 from dreamgen.worlds.action_frames import entries_read
 from dreamgen.worlds.autoencoder import clips_at_once
-
-
-def group_of(dataset: Dataset, i: int) -> str | int:
-    """What episode i shares with those that begin in the same state (meta `pair`), else its number."""
-    return dataset.episode(i).meta.get("pair") or i
-
-
-def others(groups: Sequence[object]) -> list[int]:
-    """For each item the next one, round about, of another group (of which nothing may be known but the next one)."""
-    count = len(groups)
-    after = [[(k + step) % count for step in range(1, count + 1)] for k in range(count)]
-    return [
-        next((k for k in round_ if groups[k] != mine), round_[0]) for mine, round_ in zip(groups, after, strict=True)
-    ]
 
 
 def held_out(dataset: Dataset, count: int, seed: int) -> set[int]:

@@ -16,13 +16,13 @@ from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import Stage, write_json
 from dreamgen.core.protocols import ActionWorldModel, Sim, Tracker
 from dreamgen.core.seeding import rng_for, seed_for
+from dreamgen.data.groups import group_of, others
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.data.streams import noisy, still
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import begin
-from dreamgen.stages.action_windows import group_of, others
 from dreamgen.stages.train_tracker import truth_of
 from dreamgen.video.metrics import by_frame, psnr_by_frame
 from dreamgen.video.mp4 import write_mp4

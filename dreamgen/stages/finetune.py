@@ -15,6 +15,7 @@ from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.buckets import Buckets, ClipPool, Shape
 from dreamgen.data.cache import require_known
+from dreamgen.data.groups import with_siblings
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.compiling import compile_blocks, wanted
@@ -118,6 +119,7 @@ def finetune(
         world.place(experts=shards == 1)  # what is cut goes to the GPU block by block
         pool = ClipPool(datasets, world.clock, lengths=lengths, hop=hop, short=short, copies=copies, shift=shift)
         held = _held_out(datasets, validation, seed)
+        held = {(i, k) for i, d in enumerate(datasets) for k in with_siblings(d, [k for j, k in held if j == i])}
         rows = np.array([k for k in range(len(pool)) if pool.episode(k) not in held])
         if not len(rows):
             raise ValueError(f"all {sum(map(len, datasets))} episodes of {datasets[0].root} are held out for "

@@ -17,6 +17,7 @@ from dreamgen.core.clip import Past, Prompt
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.cache import require_known
+from dreamgen.data.groups import group_of, others
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.compiling import compile_blocks, wanted
@@ -26,7 +27,7 @@ from dreamgen.engine.processes import join, require_sharding, wait
 from dreamgen.engine.replicas import possible
 from dreamgen.engine.shares import Rows, require_rows
 from dreamgen.engine.train import clear_state, train
-from dreamgen.stages.action_windows import Source, group_of, others, scales, stacked
+from dreamgen.stages.action_windows import Source, scales, stacked
 from dreamgen.stages.latents import build, embeddings
 from dreamgen.stages.memory import require_memory
 from dreamgen.video.metrics import psnr

@@ -9,6 +9,7 @@ from typing import Any
 
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
+from dreamgen.data.groups import with_siblings
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
@@ -46,7 +47,8 @@ class Split:
         """A share of the episodes that are long enough held out; ValueError for fewer than two."""
         with reading(labeler, name):
             usable, too_short = long_enough(dataset, range(len(dataset)), [labeler], least=2)
-        training, apart = ([usable[i] for i in part] for part in held_out(len(usable), share, seed))
+        held = with_siblings(dataset, [usable[i] for i in held_out(len(usable), share, seed)[1]])
+        training, apart = [i for i in usable if i not in held], [i for i in usable if i in held]
         return cls(dataset=dataset, training=training, apart=apart, too_short=too_short, name=name)
 
     def measured(self, labeler: Any, most: int | None = None) -> dict[str, dict]:

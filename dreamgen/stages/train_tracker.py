@@ -8,6 +8,7 @@ import torch
 
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
+from dreamgen.data.groups import with_siblings
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.normaliser import Normaliser
 from dreamgen.data.recordings import noted
@@ -68,7 +69,7 @@ def train_tracker(
         for d, dataset in enumerate(datasets):
             model.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
             count = min(held_out, len(dataset) // 5)
-            apart = set(rng_for(seed, "held out", d).permutation(len(dataset))[:count].tolist())
+            apart = with_siblings(dataset, rng_for(seed, "held out", d).permutation(len(dataset))[:count].tolist())
             for i in range(len(dataset)):
                 truth[d, i] = truth_of(dataset, i, names)
                 (held if i in apart else places).extend((d, i, row) for row in range(dataset.length(i)))

@@ -9,11 +9,12 @@ import torch
 from dreamgen.core.clip import Episode, Past, Prompt
 from dreamgen.core.kinematics import follow
 from dreamgen.core.seeding import rng_for
+from dreamgen.data.groups import others
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.train import read_losses
-from dreamgen.stages.action_windows import Source, others
+from dreamgen.stages.action_windows import Source
 from dreamgen.stages.evaluate_world import evaluate_world
 from dreamgen.stages.finetune_actions import Check, finetune_actions
 from dreamgen.stages.train_tracker import train_tracker

@@ -1,15 +1,19 @@
 """Episodes that share a first state are held out together."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from dreamgen.core.clock import Clock
+from dreamgen.data.groups import with_siblings
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.action_windows import held_out
 from dreamgen.stages.judge_clips import Recorded
 from dreamgen.stages.train_judge import three_ways
+from dreamgen.stages.train_labeler import Split
 from tests.stages.test_train_judge import ROBOT, episodes
 
 
@@ -39,3 +43,8 @@ def test_the_pairs_of_a_recording_are_its_groups(tmp_path):
     for seed in range(5):
         assert held_out(data, 5, seed) >= {0, 1, 2, 3} or held_out(data, 5, seed).isdisjoint({0, 1, 2, 3})
         assert 5 <= len(held_out(data, 5, seed)) <= 8 and held_out(data, 0, seed) == set()
+    assert with_siblings(data, [1, 9]) == {0, 1, 2, 3, 9} and with_siblings(data, []) == set()
+    clock = Clock(robot_hz=ROBOT.robot_hz, video_hz=ROBOT.robot_hz, frames=2)
+    split = Split.of(data, SimpleNamespace(clock=clock), 0.1, 0)
+    assert split.apart in ([0, 1, 2, 3], [4, 5, 6, 7]) or len(split.apart) == 1
+    assert sorted(split.training + split.apart) == list(range(12))
