@@ -29,9 +29,15 @@ MINE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLE
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_command_of_the_page_on_clusters_composes(line: str) -> None:
-    program, job, *words = shlex.split(line)
-    cfg, _ = load(job, words)
-    assert program == "dreamgen" and {"shard", "num_shards"} <= set(cfg.stage)
+    program, job, *words = shlex.split(line.replace("embodiment=mine", "embodiment=gr1"))
+    if program == "torchrun":
+        program, (job, *words) = "dreamgen", words[words.index("-m") + 1 :]
+    cfg, _ = load(job.removeprefix("jobs."), words)
+    assert program == "dreamgen"
+    if job == "pipeline":
+        assert "world" in cfg.steps
+        return
+    assert job == "jobs.finetune" or {"shard", "num_shards"} <= set(cfg.stage)
     shareable(cfg)
     check(cfg.stage)
 
