@@ -6,6 +6,7 @@ which correct success rates later, are counted on; a world model that shows the 
 """
 
 import csv
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -30,7 +31,10 @@ from dreamgen.stages.agreement import auroc_interval, calibration
 from dreamgen.stages.candidates import Candidates
 from dreamgen.stages.evaluate_filters import replayed
 from dreamgen.stages.judge_clips import SHOWN, Batches, Recorded, shown_by
+from dreamgen.stages.label_scores import auroc
 
+HARDLY = 0.75  # AUROC within one instruction, below which a warning says so
+log = logging.getLogger(__name__)
 YES, NO = ("1", "true", "yes", "success"), ("0", "false", "no", "failure")
 
 
@@ -81,8 +85,8 @@ def train_judge(
     (`judge_clips.shown_by`, `degraded_clips` of the clips, once, before training). One that takes actions dreams a clip
     from its first frame; then such dreams calibrate the judge, too. Any other returns it through its autoencoder.
 
-    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision}, imagined or decoded the same of
-    up to 200 of these clips as the world model shows them, dreamt the same of dreams, threshold.
+    Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision, by_instruction}, imagined or
+    decoded the same of up to 200 of these clips as the world model shows them, dreamt the same of dreams, threshold.
     Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels,
     dreams without a simulator to replay them.
     """
@@ -125,11 +129,13 @@ def train_judge(
         model.slope, model.offset = platt(logits, clips.success[known])
         model.threshold, reached = threshold_for(least_precision, model.calibrated(logits), clips.success[known])
         scores = {"held_out": measured(model, "real", model.judge(clips[k] for k in apart), clips.success[apart],
-                                       [clips.groups[k] for k in apart], seed)}  # fmt: skip
+                                       [clips.groups[k] for k in apart], seed,
+                                       [clips.instruction(k) for k in apart])}  # fmt: skip
         if world_model is not None:
             some, name = clips.some(apart, seed), "imagined" if imagines else "decoded"
             scores[name] = measured(model, name, model.judge(clips.again(shown, some)), clips.success[some],
-                                    [clips.groups[k] for k in some], seed)  # fmt: skip
+                                    [clips.groups[k] for k in some], seed,
+                                    [clips.instruction(k) for k in some])  # fmt: skip
         if dreams is not None:
             asked, success, pairs = dreamt(dreams, dream_clips, sim, settle, out)
             scores["dreamt"] = measured(model, "dreamt", model.judge(asked), success, pairs, seed)
@@ -231,9 +237,10 @@ def platt(logits: np.ndarray, success: np.ndarray) -> tuple[float, float]:
 
 
 def measured(model: Any, name: str, probability: np.ndarray, success: np.ndarray, groups: Sequence[str],
-             seed: int) -> dict:  # fmt: skip
+             seed: int, texts: Sequence[str] = ()) -> dict:  # fmt: skip
     """Scores of what a judge says (n,) of clips of known outcome, those of one first state in one group; its rates are
-    kept in the judge as `name`."""
+    kept in the judge as `name`. texts: their instructions, each of which is scored by itself: a judge may have learned
+    all but one. A warning names one that it hardly tells."""
     yes = probability >= model.threshold
     found = {**auroc_interval(probability, success, groups=groups, seed=seed), **calibration(probability, success),
              "abstained": int(np.isnan(probability).sum()),
@@ -242,6 +249,17 @@ def measured(model: Any, name: str, probability: np.ndarray, success: np.ndarray
     if success[told].any() and not success[told].all():
         model.rates[name] = Rates.measured(probability, success, model.threshold)
         found |= {"tpr": model.rates[name].tpr, "tnr": model.rates[name].tnr}
+    if texts:
+        found["by_instruction"] = {}
+    for text in sorted(set(texts)):
+        here = np.array([one == text for one in texts]) & told
+        wins, n = int(success[here].sum()), int(here.sum())
+        own = auroc(probability[here], success[here]) if 0 < wins < n else None
+        found["by_instruction"][text] = {"auroc": own, "n": n, "positives": wins}
+        if own is not None and own < HARDLY and min(wins, n - wins) >= 5:
+            log.warning("on %s video the judge hardly tells successes of '%s' from failures (AUROC %.2f, %d of %d "
+                        "succeed); train it longer, with another seed, or on more of both",
+                        name, text, own, wins, n)  # fmt: skip
     return found
 
 

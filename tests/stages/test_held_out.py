@@ -1,4 +1,4 @@
-"""Episodes that share a first state are held out together."""
+"""Episodes that share a first state are held out together; what is held out is scored instruction by instruction."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.action_windows import held_out
 from dreamgen.stages.judge_clips import Recorded
-from dreamgen.stages.train_judge import three_ways
+from dreamgen.stages.train_judge import measured, three_ways
 from dreamgen.stages.train_labeler import Split
 from tests.stages.test_train_judge import ROBOT, episodes
 
@@ -48,3 +48,15 @@ def test_the_pairs_of_a_recording_are_its_groups(tmp_path):
     split = Split.of(data, SimpleNamespace(clock=clock), 0.1, 0)
     assert split.apart in ([0, 1, 2, 3], [4, 5, 6, 7]) or len(split.apart) == 1
     assert sorted(split.training + split.apart) == list(range(12))
+
+
+def test_an_instruction_that_a_judge_does_not_tell_is_warned_of(caplog):
+    model = SimpleNamespace(threshold=0.5, rates={})
+    success = np.arange(40) % 2 == 0
+    probability = np.where(success, 0.9, 0.1)
+    probability[20:] = 0.3
+    texts = ["open"] * 20 + ["lift"] * 20
+    found = measured(model, "real", probability, success, [str(k) for k in range(40)], 0, texts)
+    assert found["by_instruction"] == {"lift": {"auroc": 0.5, "n": 20, "positives": 10},
+                                       "open": {"auroc": 1.0, "n": 20, "positives": 10}}  # fmt: skip
+    assert "hardly tells successes of 'lift'" in caplog.text and "'open'" not in caplog.text
