@@ -3,15 +3,16 @@ what is held out is held out with its siblings, and actions of another episode a
 
 from collections.abc import Sequence
 
+from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 
 
-def group_of(dataset: Dataset, i: int) -> str | int:
+def group_of(dataset: Dataset | Joined, i: int) -> str | int:
     """What episode i shares with those that begin in the same state, else its number."""
     return dataset.episode(i).meta.get("pair") or i
 
 
-def with_siblings(dataset: Dataset, chosen: Sequence[int] | set[int]) -> set[int]:
+def with_siblings(dataset: Dataset | Joined, chosen: Sequence[int] | set[int]) -> set[int]:
     """Episodes `chosen`, and all that begin in the same state as one of them."""
     groups = {group_of(dataset, i) for i in chosen}
     return {i for i in range(len(dataset)) if group_of(dataset, i) in groups}

@@ -78,7 +78,7 @@ def labelled_episode(robot: Embodiment, clip: Clip, label: Labels, state: np.nda
     extra = {"label_spread": label.spread, "state_known": known, "frame_fresh": fresh[:, None].astype(np.float32)}
     if not robot.state_dim:
         extra.pop("state_known")
-    seed = clip.seed if source["source"] == "dream" else clip.origin.get("seed")
+    seed = clip.seed if source.get("source", "dream") == "dream" else clip.origin.get("seed")
     meta = {"prompt": clip.id, **({} if seed is None else {"seed": seed}), "pair": clip.pair, "origin": clip.origin,
             "scores": {**clip.scores, "label_spread": float(label.spread.mean())},
             "frame_rows": np.flatnonzero(fresh).tolist(), "video_hz": clip.video_hz, **source}  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dreamgen.core.clip import Clip, Episode
+from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import Stage, fingerprint
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
@@ -98,7 +99,7 @@ def test_training_of_several_robots_killed_and_continued_saves_the_same(data, tr
 class Shown:
     """A world model that draws all as it is, and tells what passed."""
 
-    clip_tokens = 30
+    clip_tokens, clock = 30, Clock(robot_hz="20", video_hz="10", frames=2)
 
     def __init__(self) -> None:
         self.passed: list[np.ndarray] = []
