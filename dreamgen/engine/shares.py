@@ -73,8 +73,8 @@ def rows(batch: Any) -> int:
 class WholeNoise(TorchFunctionMode):
     """A context in which random tensors over `stop - start` rows are rows [start, stop) of the ones over `whole` rows.
 
-    The generator must stand where it stands for the whole batch. The rows are the first dimension of that size, or a
-    multiple of it in front (b * k rows of b clips); tensors without such a dimension are drawn as they are.
+    The generator must stand where it stands for the whole batch. The rows are the first dimension, or a multiple of it
+    (b * k rows of b clips); a tensor whose first dimension is neither is drawn as it is.
     """
 
     def __init__(self, start: int, stop: int, whole: int) -> None:
@@ -100,14 +100,10 @@ class WholeNoise(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _cut(self, draw: Callable[[tuple[int, ...]], Tensor], size: tuple[int, ...]) -> Tensor:
-        axis = next((i for i, n in enumerate(size) if n == self.part), None)
-        times = 1
-        if axis is None:
-            if not size or not size[0] or size[0] % self.part:
-                return draw(size)
-            axis, times = 0, size[0] // self.part
-        whole = draw((*size[:axis], self.whole * times, *size[axis + 1 :]))
-        return whole.narrow(axis, self.start * times, self.part * times).contiguous()
+        if not size or not size[0] or size[0] % self.part:
+            return draw(size)
+        times = size[0] // self.part
+        return draw((self.whole * times, *size[1:])).narrow(0, self.start * times, self.part * times).contiguous()
 
 
 @dataclass(frozen=True)

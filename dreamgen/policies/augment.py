@@ -10,9 +10,9 @@ def shift(pictures: UInt8[Tensor, "b v h w 3"], pixels: int) -> UInt8[Tensor, "b
     if pixels == 0:
         return pictures
     b, v, h, w, _ = pictures.shape
-    by = torch.randint(-pixels, pixels + 1, (2, b, 1), device=pictures.device)
-    rows = (torch.arange(h, device=pictures.device) + by[0]).clamp(0, h - 1)
-    cols = (torch.arange(w, device=pictures.device) + by[1]).clamp(0, w - 1)
+    by = torch.randint(-pixels, pixels + 1, (b, 2, 1), device=pictures.device)
+    rows = (torch.arange(h, device=pictures.device) + by[:, 0]).clamp(0, h - 1)
+    cols = (torch.arange(w, device=pictures.device) + by[:, 1]).clamp(0, w - 1)
     row = torch.arange(b, device=pictures.device)[:, None, None]
     moved = pictures.permute(0, 2, 3, 1, 4)[row, rows[:, :, None], cols[:, None, :]]
     return moved.permute(0, 3, 1, 2, 4)

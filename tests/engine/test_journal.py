@@ -168,7 +168,8 @@ def test_parts_are_those_of_tensor_split():
 
 @pytest.mark.parametrize("draw", [
     lambda n: torch.randn_like(torch.ones(n, 2)), lambda n: torch.rand(n), lambda n: torch.randn(size=(n, 3)),
-    lambda n: torch.randint(9, (n,)), lambda n: torch.rand((2, n, 1))[0], lambda n: torch.randn(n * 4, 2),
+    lambda n: torch.randint(9, (n,)), lambda n: torch.rand((n, 2, 1)), lambda n: torch.randn(n * 4, 2),
+    lambda n: torch.randn(n * 4, 3),  # as many entries as a part has rows
     lambda n: torch.bernoulli(torch.full((n, 3), 0.4)),
 ])  # fmt: skip
 def test_the_noise_of_a_part_is_its_part_of_the_whole(draw):
