@@ -50,9 +50,9 @@ class FlowPolicy(Acting):
     robot, at its own rate. prefix: in training up to so many first steps of a chunk are given, clean, for real-time
     chunking. compile: mode of torch.compile for acting. state_dropout: share of training rows whose state is hidden.
     shift, jitter: see `dreamgen.policies.augment`. queries: of a Q-Former, whose outputs the actions attend to beside
-    the tokens. future_tokens, align_weight, align_layer, align_horizon, target, target_decay: FLARE's M, lambda, k, how
-    many robot steps ahead it looks (None: H) and targets; target "qformer" brings a Q-Former with M queries. With
-    align_weight 0 FLARE is off and leaves no trace in the model.
+    the tokens. future_tokens, align_weight, align_layer, align_horizon, align_to, target, target_decay: FLARE's M,
+    lambda, k, how many robot steps ahead it looks (None: H) and targets (see `dreamgen.policies.flare`); target
+    "qformer" brings a Q-Former with M queries. With align_weight 0 FLARE is off and leaves no trace in the model.
 
     Raises ValueError for a layer or a body that is not there, pictures of several sizes, other than M queries where
     FLARE's targets are theirs.
@@ -86,6 +86,7 @@ class FlowPolicy(Acting):
         align_weight: float = 0.0,
         align_layer: int = 3,
         align_horizon: int | None = None,
+        align_to: str = "change",
         target: str = "ema",
         target_decay: float = 0.995,
     ) -> None:
@@ -98,7 +99,8 @@ class FlowPolicy(Acting):
                            frame=frame, bodies=list(bodies), robots=named, speaks=speaks, prefix=prefix,
                            compile=compile, state_dropout=state_dropout, shift=shift, jitter=jitter, queries=queries,
                            future_tokens=future_tokens, align_weight=align_weight, align_layer=align_layer,
-                           align_horizon=align_horizon, target=target, target_decay=target_decay)  # fmt: skip
+                           align_horizon=align_horizon, align_to=align_to, target=target,
+                           target_decay=target_decay)  # fmt: skip
         if align_weight and not 1 <= align_layer <= layers:
             raise ValueError(f"align_layer is {align_layer}; expected 1 to {layers}, the layers of the transformer")
         if not 0 <= prefix < horizon or (align_horizon is not None and align_horizon < 1):
@@ -137,7 +139,7 @@ class FlowPolicy(Acting):
             self.direct = nn.Sequential(nn.Linear(self.summary * self.encoder.width + width, 2 * width), nn.SiLU(),
                                         nn.Linear(2 * width, horizon * width))  # fmt: skip
         self.queries, self.flare = queries_and_flare(self.encoder, width, queries, align_weight, tokens=future_tokens,
-                                                     target=target, decay=target_decay)  # fmt: skip
+                                                     target=target, decay=target_decay, align_to=align_to)  # fmt: skip
         self.future_steps = (align_horizon or horizon) if self.flare else None
 
     def fit(self, state: Float32[np.ndarray, "n d"], action: Float32[np.ndarray, "m h a"], *,
@@ -255,9 +257,8 @@ class FlowPolicy(Acting):
         flow = mean_error((velocity - (x - noise)).square(), weight, entries, batch["row_weight"])
         if not self.flare:
             return flow, {"flow": flow}
-        future = self.flare.embed(batch["future"], batch["words"], batch.get("seen")).repeat_interleave(self.draws, 0)
-        known = batch["future_known"].repeat_interleave(self.draws, 0)
-        align = self.flare.loss(tapped, future, known, batch["row_known"])
+        aim, known = (y.repeat_interleave(self.draws, 0) for y in (self.flare.aim(batch), batch["future_known"]))
+        align = self.flare.loss(self.flare.project(tapped), aim, known, batch["row_known"])
         return flow + self.align_weight * align, {"flow": flow, "align": align}
 
     def after_step(self) -> None:

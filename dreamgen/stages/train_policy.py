@@ -173,8 +173,6 @@ def train_policy(
             first = Regression(model.to(best_device()))
             begun["regression"] = train(first, feed.at, out=run.out / FOLDER, steps=regression_steps,
                                         lr=regression_lr, ema=None, name="regression", **how)  # fmt: skip
-            if model.flare:
-                model.flare.restart(model.encoder, model.queries)
         result = train(model, feed.at, out=run.out, steps=steps, lr=lr, ema=ema, name="train_policy",
                        validate=check if held_out or midway else None, validate_every=interval, **how)  # fmt: skip
         model.cpu().save(run.out)

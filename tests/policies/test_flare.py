@@ -118,8 +118,21 @@ def test_targets_neither_drop_out_nor_add_noise():
 def test_alignment_is_zero_for_the_true_embedding():
     model, data = policy(**ON), batch()
     target = model.flare.embed(data["future"], data["words"])
-    model.flare.project = torch.nn.Identity()
     assert model.flare.loss(target * 2.5, target, torch.ones(B, dtype=torch.bool), torch.ones(())).abs() < 1e-6
+
+
+def test_targets_are_what_changes_or_the_future_itself():
+    data, models = batch(), [policy(**ON, align_to=to) for to in ("change", "future")]
+    changed, future = (model.flare.aim(data) for model in models)
+    now = models[0].flare.embed(data["pictures"], data["words"])
+    assert torch.equal(future - now, changed)
+    assert torch.equal(future, models[1].flare.embed(data["future"], data["words"]))
+    still = dict(data, future=data["pictures"])
+    assert not models[0].flare.aim(still).any()
+    models[0].loss(still)[1]["align"].backward()  # nothing changes: there is nothing to foresee
+    assert all(p.grad is None or not p.grad.any() for p in models[0].parameters())
+    with pytest.raises(ValueError, match="align_to of FLARE is 'past'; expected one of change, future"):
+        policy(**ON, align_to="past")
 
 
 def test_future_tokens_only_lengthen_the_sequence():

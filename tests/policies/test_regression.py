@@ -15,6 +15,9 @@ from dreamgen.policies.regression import Regression, begin
 from tests.policies.toy import STEPS, A, B, batch, policy, robot
 from tests.stages.test_policy_stages import HORIZON, ROBOT, folder, run  # noqa: F401 (a fixture)
 
+AWAY = ("readout", "foresee")  # what is thrown away
+FLARE = dict(align_weight=0.2, align_layer=2, future_tokens=3)
+
 
 def summarising(**changes) -> FlowPolicy:
     return policy(**{"encoder": PaletteEncoder(width=20, colours=4, slots=3, hidden=12, views=2), **changes})
@@ -49,14 +52,32 @@ def test_steps_that_do_not_exist_have_no_influence():
 
 
 def test_it_learns_what_leads_to_the_plan_and_nothing_else():
-    model = summarising(align_weight=0.2, align_layer=2, future_tokens=3)
+    model = summarising(**FLARE)
     learner = first(model)
     learner.loss(batch())[0].backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     rooms = {name.split(".")[0] for name in reached}
     assert rooms == {"encoder", "encode_state", "direct", "unknown_state", "position"}
     shared = {id(p) for p in model.parameters()}
-    assert all(id(p) in shared for name, p in learner.named_parameters() if not name.startswith("readout"))
+    assert all(id(p) in shared for name, p in learner.named_parameters() if not name.startswith(AWAY))
+
+
+def test_with_flare_the_plan_foresees_also_where_no_action_is_known():
+    model, data = summarising(**FLARE, state_dropout=0.0), batch()
+    learner = first(model)
+    total, metrics = learner.loss(data)
+    assert torch.equal(total, metrics["regression"] + 0.2 * metrics["align"])
+    data["valid"][:], data["future_known"][:] = False, True
+    total, metrics = learner.loss(data)
+    assert metrics["regression"] == 0 and torch.equal(total, 0.2 * metrics["align"])
+    total.backward()
+    reached = {name.split(".")[0] for name, p in learner.named_parameters() if p.grad is not None and p.grad.any()}
+    assert {"encoder", "direct", "foresee"} <= reached and "readout" not in reached and "flare" not in reached
+    aim = model.flare.aim(data)
+    learner.foresee.forward = lambda plan: 3 * aim
+    assert learner.loss(data)[1]["align"].abs() < 1e-5
+    plain = summarising(state_dropout=0.0)
+    assert first(plain).foresee is None and set(first(plain).loss(batch())[1]) == {"regression"}
 
 
 def test_a_narrower_body_is_compared_where_it_has_entries():
@@ -71,12 +92,14 @@ def test_a_narrower_body_is_compared_where_it_has_entries():
     assert torch.equal(learner.loss(data)[0], full)
 
 
-def test_targets_of_flare_begin_where_the_regression_ended():
-    model = summarising(align_weight=0.2, align_layer=2, future_tokens=3, target="frozen")
+@pytest.mark.parametrize(("target", "share"), [("frozen", 0.0), ("ema", 0.25)])
+def test_targets_of_flare_follow_in_the_regression_as_they_do_later(target, share):
+    model = summarising(**FLARE, target=target, target_decay=0.75)
+    before = model.flare.target.name.clone()
     with torch.no_grad():
         model.encoder.name.add_(1)
-    model.flare.restart(model.encoder)
-    assert torch.equal(model.flare.target.name, model.encoder.name)
+    first(model).after_step()
+    torch.testing.assert_close(model.flare.target.name, before + share)
     assert not any(p.requires_grad for p in model.flare.target.parameters())
 
 
@@ -123,7 +146,7 @@ def test_a_run_killed_in_either_part_ends_in_the_same_bits(folder: Path, tmp_pat
 
 
 def test_a_loss_that_is_not_finite_names_a_start_and_training_begins_there(folder: Path, tmp_path: Path, monkeypatch):  # noqa: F811
-    flare = dict(align_weight=0.2, align_layer=2, future_tokens=3, target="frozen")
+    flare = dict(**FLARE, target="frozen")
     options = dict(policy=lambda: tiny(**flare), regression_steps=6, checkpoint_every=2)
     calls, loss = [], Regression.loss
 
@@ -142,16 +165,16 @@ def test_a_loss_that_is_not_finite_names_a_start_and_training_begins_there(folde
     begin(begun := tiny(**flare), out)
     kept = out / "regression/training/step_00000003"
     for name, value in (load_file(kept / "model.safetensors") | load_file(kept / "buffers.safetensors")).items():
-        if not name.startswith("readout"):
+        if not name.startswith(AWAY):
             assert torch.equal(begun.state_dict()[name], value), name
-    for name, value in begun.encoder.state_dict().items():  # of the moment at which it began, with its palette
-        assert torch.equal(begun.flare.target.state_dict()[name], value), name
+    assert torch.equal(begun.flare.target.palette, begun.encoder.palette)
+    assert not torch.equal(begun.flare.target.name, begun.encoder.name)
     run(folder, tmp_path / "whole", **options)
     want = FlowPolicy.load(tmp_path / "whole", robot=ROBOT).state_dict()
     for name in ("normalise_state.offset", "normalise_action.scale", "encoder.palette"):
         assert torch.equal(begun.state_dict()[name], want[name]), name
     run(folder, tmp_path / "still", start=out, **options | {"lr": 0.0, "regression_lr": 0.0})
     still = FlowPolicy.load(tmp_path / "still", robot=ROBOT).state_dict()
-    names = [name for name in load_file(kept / "model.safetensors") if not name.startswith("readout")]
+    names = [name for name in load_file(kept / "model.safetensors") if not name.startswith(AWAY)]
     assert names and all(torch.allclose(still[name], begun.state_dict()[name], atol=1e-6) for name in names)
     assert not all(torch.allclose(want[name], begun.state_dict()[name], atol=1e-6) for name in names)
