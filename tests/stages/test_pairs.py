@@ -28,11 +28,12 @@ def test_only_shared_episodes_count():
         paired(episodes("101"), episodes("101", "stay"))
 
 
-def cell(folder: Path, name: str, wins: str) -> None:
+def cell(folder: Path, name: str, wins: str, stage: str = "evaluate", **results) -> None:
     rows = episodes(wins)
     write_json(folder / name / "episodes.json", rows)
+    success = success_interval(wins.count("1"), len(wins)) if wins else None
     write_json(folder / name / "manifest.json",
-               {"id": name, "results": {"success": success_interval(wins.count("1"), len(wins))}})  # fmt: skip
+               {"id": name, "stage": stage, "results": results or {"success": success}})  # fmt: skip
 
 
 def test_the_table_of_cells(tmp_path: Path):
@@ -52,3 +53,18 @@ def test_the_table_of_cells(tmp_path: Path):
     with pytest.raises(ValueError, match="none of the evaluations"):
         policy_table(cells, out=tmp_path / "u", folder=tmp_path / "none", record={})
     assert json.loads((tmp_path / "t/manifest.json").read_text())["stage"] == "policy_table"
+
+
+def test_a_cell_is_a_success_rate(tmp_path: Path):
+    cell(tmp_path, "success_a", "1100"), cell(tmp_path, "unknown", "", "evaluate_dreamt")
+    cells = {"a": "success_a", "dreamt": "unknown"}
+    options = dict(folder=tmp_path, against={"dreamt": "a"}, record={})
+    made = policy_table(cells, out=tmp_path / "t", **options)["results"]
+    assert made["missing"] == ["dreamt"] and list(made["cells"]) == ["a"]  # its judge abstained throughout
+    with pytest.raises(ValueError, match="none of the evaluations .* says how often"):
+        policy_table({"dreamt": "unknown"}, out=tmp_path / "u", folder=tmp_path, record={})
+    cell(tmp_path, "error", "1", "evaluate_open_loop", open_loop={"mae": 0.1})
+    cell(tmp_path, "executed", "1", "evaluate_counterfactuals", success={"auroc": 0.5})
+    for step, stage in (("error", "evaluate_open_loop"), ("executed", "evaluate_counterfactuals")):
+        with pytest.raises(ValueError, match=f"the cell 'x' is .*{step}, made by the stage '{stage}'; a cell says"):
+            policy_table({"a": "success_a", "x": step}, out=tmp_path / "v", folder=tmp_path, record={})
