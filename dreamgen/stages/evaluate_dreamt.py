@@ -65,6 +65,8 @@ def evaluate_dreamt(
     """
     path = getattr(policy, "path", None)
     parents = ({} if path is None else {"policy": path}) | ({} if against is None else {"against": against})
+    if hasattr(prompts, "source") and not hasattr(prompts, "dataset"):  # of a dataset its settings tell what it holds
+        parents["prompts"] = prompts.source
     config = record | served({"policy": policy})
     with Stage(out, "evaluate_dreamt", config=config, parents=parents, seed=seed) as run:
         if run.complete:
