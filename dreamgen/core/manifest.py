@@ -27,7 +27,9 @@ FILE = "manifest.json"
 RUN = "run.json"
 STORED = 2**26  # bytes of a folder from which on its digests are kept for other processes
 SETTLED = 2  # seconds after which a file that is written to again has another time
+ALONE = ".alone"  # in a folder of which shards end together, while one of them does, and where that failed
 WRITING = ".writing"  # beside a dataset while it is written, and until its stage's manifest is there
+MARKS = (FILE, RUN, LOCK, ALONE)  # what a stage says of itself in its folder: no part of what it made
 
 
 @contextlib.contextmanager
@@ -112,7 +114,7 @@ def tree_digest(path: Path) -> str:
     """
     if path.is_file():
         return file_digest(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (FILE, RUN, LOCK) and p.suffix != ".log")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in MARKS and p.suffix != ".log")
     stats = {p: p.stat() for p in files}
     if sum(stat.st_size for stat in stats.values()) < STORED:
         return digest([[str(p.relative_to(path)), file_digest(p)] for p in files])
@@ -263,7 +265,7 @@ class Stage:
     def _nothing_made(self) -> bool:
         """True where a run only said what it was about to do, as one that was refused its settings. What lies in
         `cache` is named by what it was made of."""
-        return all(p.name in (RUN, LOCK, "cache") or p.suffix == ".log" for p in self.out.iterdir())
+        return all(p.name in (RUN, LOCK, ALONE, "cache") or p.suffix == ".log" for p in self.out.iterdir())
 
     def _read(self, name: str, path: Path | str) -> str:
         try:

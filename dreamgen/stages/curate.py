@@ -1,7 +1,8 @@
 """Dreams -> scores by every filter -> the dreams that are kept, as a dataset, with their scores.
 
 Scores are stored batch by batch and filter by filter as soon as they are there, so a killed run continues, shards share
-out the batches, and `scored` takes the scores of an earlier run over. What is kept is a pure function of the scores.
+out the batches, and `scored` takes the scores of an earlier run over, also of one whose choice failed. What is kept is
+a pure function of the scores.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dreamgen.core.clip import Labels
-from dreamgen.core.manifest import Stage, is_complete, read_json, replacing, require_complete, write_json
+from dreamgen.core.manifest import RUN, Stage, is_complete, read_json, replacing, require_complete, write_json
 from dreamgen.core.protocols import Filter, Labeler
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.clips import ClipFolder
@@ -64,7 +65,8 @@ def curate(
     dataset, clips: see `Candidates`; without a dataset the kept clips are written as dreams, ready to be labelled (best
     of n before labelling). reference: recorded episodes, of which `reference_clips` say what is normal; they are
     labelled by `labeler`, which leaves out those shorter than its window, or count with their recorded actions and no
-    spread. scored: a finished run on the same dataset, whose scores are used besides those of `filters`.
+    spread. scored: a run on the same dataset that has scored all clips, whose scores are used besides those of
+    `filters`.
 
     A clip is kept if it is not among the worst `drop` (a share; of every filter or by name) and reaches `least` (by
     name); then of each `best_per` ("prompt": one first frame and instruction; "pair": one first frame; "instruction",
@@ -98,7 +100,8 @@ def curate(
         if scored:
             require_scored(scored, candidates.ids, run.spec["parents"])
         if truth:
-            require_same(truth, "truth", run.spec["parents"])
+            made = require_complete(truth, "the stage that `truth` names,")
+            require_same(made, truth, "truth", run.spec["parents"])
         for name, filter in filters.items():
             if dataset is None and getattr(filter, "needs_labels", True):
                 raise ValueError(f"filter '{name}' scores labels and there is no dataset; label the dreams first, or "
@@ -124,6 +127,12 @@ def curate(
             known = [candidates.describe(i) for i in range(len(candidates))]
             if scored:
                 names, scores = with_scored(scored, names, scores)
+            rows = [{**one, "scores": dict(zip(names, _plain(line), strict=True))}
+                    for one, line in zip(known, scores, strict=True)]  # fmt: skip
+            again = ""
+            if filters:  # of a choice that fails the scores are left, see `require_scored`
+                write_json(Path(out) / SCORES, rows)
+                again = f". Its scores are kept: choose anew with stage.filters={{}} stage.scored={out} in another out"
             total = totals(scores, names, rank_by)
             limits = quantile_thresholds(scores, names, drop)
             limits |= {name: max(value, limits.get(name, value)) for name, value in (least or {}).items()}
@@ -137,10 +146,10 @@ def curate(
             if not chosen.any():
                 raise ValueError(f"the thresholds keep none of {len(known)} clips; of every filter alone: "
                                  + ", ".join(f"{name} {int(good[:, k].sum())}" for k, name in enumerate(names))
-                                 + ". Lower drop and least, or set abstained=pass.")  # fmt: skip
-            chosen = chosen if keep is None else best(total, chosen, keep)
-            rows = [_row(one, names, line, float(total[i]), bool(chosen[i]))
-                    for i, (one, line) in enumerate(zip(known, scores, strict=True))]  # fmt: skip
+                                 + f". Lower drop and least, or set abstained=pass{again}")  # fmt: skip
+            chosen = chosen if keep is None else best(total, chosen, keep, again)
+            rows = [{**row, "total": float(value), "kept": bool(taken)}
+                    for row, value, taken in zip(rows, total, chosen, strict=True)]  # fmt: skip
             write_json(Path(out) / SCORES, rows)
             sheets(Path(out) / "sheets", candidates, names, scores)
             counts = _write(Path(out), candidates, rows, codec=codec, crf=crf, workers=workers)
@@ -204,19 +213,21 @@ class Work:
 
 
 def require_scored(scored: Path, ids: list[str], parents: Mapping[str, str]) -> None:
-    """Raise ValueError if a finished curation is of other clips than `ids`, or of other `parents` (by fingerprint)."""
-    require_complete(scored, "the scores")
+    """Raise ValueError if a curation has not scored all of its clips, or is of other clips than `ids`, or of other
+    `parents` (by fingerprint). It need not have chosen of them."""
+    whole = is_complete(scored) or not (Path(scored) / SCORES).is_file()
+    made = require_complete(scored, "the scores") if whole else read_json(Path(scored) / RUN)
     rows = read_json(Path(scored) / SCORES)
     if [row["id"] for row in rows] != ids:
         raise ValueError(f"{scored} has scores of {len(rows)} other clips than these {len(ids)}; curate this "
                          f"dataset, or leave out `scored`")  # fmt: skip
-    require_same(scored, "scored", parents)
+    require_same(made, scored, "scored", parents)
 
 
-def require_same(path: Path, setting: str, parents: Mapping[str, str]) -> None:
-    """Raise ValueError if the finished stage that is given as `setting` read another dataset than one with these
-    parents, or other dreams where one of the two has no dataset."""
-    theirs = require_complete(path, f"the stage that `{setting}` names,")["parents"]
+def require_same(made: Mapping, path: Path, setting: str, parents: Mapping[str, str]) -> None:
+    """Raise ValueError if the stage at `path` that is given as `setting`, of which its manifest `made` tells, read
+    another dataset than one with these parents, or other dreams where one of the two has no dataset."""
+    theirs = made["parents"]
     key = "dataset" if "dataset" in theirs and "dataset" in parents else "dreams"
     if key not in parents or theirs.get(key) != parents[key]:
         found, wanted = (f"{key} {of[key]}" if key in of else f"no {key}" for of in (theirs, parents))
@@ -288,10 +299,6 @@ def _write(out: Path, candidates: Candidates, rows: list[dict], *, codec: str, c
 
     written = write_dataset(out, episodes(), candidates.dataset.robot, codec=codec, crf=crf, workers=workers)
     return {"episodes": written["episodes"], "rows": written["frames"]}
-
-
-def _row(known: dict, names: list[str], scores: np.ndarray, total: float, kept: bool) -> dict:
-    return {**known, "scores": dict(zip(names, _plain(scores), strict=True)), "total": total, "kept": kept}
 
 
 def _plain(scores: np.ndarray) -> list[float | None]:

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from dreamgen.core.intervals import success_interval
-from dreamgen.core.manifest import Stage, replacing, write_json
+from dreamgen.core.manifest import Stage, replacing, require_complete, write_json
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import GROUP, Rollout, film, rollouts
-from dreamgen.stages.pairs import episodes_of, paired, require_shared
+from dreamgen.stages.pairs import episodes_of, paired, require_comparable, require_shared
 from dreamgen.stages.served import served
 from dreamgen.stages.sharing import Parts, grouped
 from dreamgen.video.mp4 import write_mp4
@@ -45,13 +45,13 @@ def evaluate(
 
     sim: makes a simulator; must be picklable for several workers. steps: an episode ends on success or after so many.
     execute: steps of a chunk that are executed before the policy is asked again. execution: how overlapping chunks are
-    joined (`dreamgen.policies.realtime`); null takes each as it comes. against: another evaluation on the same seeds,
-    with which this one is compared episode by episode. films: how many failures are
-    filmed, each of another instruction while that lasts (`failures/*.mp4`).
+    joined (`dreamgen.policies.realtime`); null takes each as it comes. against: another evaluation on the same seeds in
+    the same simulator and for as many steps, with which this one is compared episode by episode. films: how many
+    failures are filmed, each of another instruction while that lasts (`failures/*.mp4`).
 
     Results: success {successes, n, rate, low, high}, by_instruction {text: the same}, against {see `paired`}; every
     episode is a line of `episodes.json`. Raises ValueError for an unknown instruction, a policy of another robot, no
-    simulator, an evaluation to compare with that shares no first states.
+    simulator, an evaluation to compare with that shares no first states, is of another simulator or of other lengths.
     """
     if sim is None:
         raise ValueError("evaluate needs a simulator and the recipe has none; choose one with sim=..., or score the "
@@ -65,6 +65,8 @@ def evaluate(
         if run.complete:
             shutil.rmtree(run.out / "parts", ignore_errors=True)  # killed after the manifest
             return run.manifest()
+        if against is not None:
+            require_comparable(run.spec, require_complete(against, "the evaluation"), f"stage.against, {against},")
         policy = policy if execution is None else execution(policy)
         world = sim()
         try:

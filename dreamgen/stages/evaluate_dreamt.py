@@ -6,14 +6,14 @@ policies that can be tried in reality too.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from dreamgen.core.clip import Draft, Prompt, read_prompts
 from dreamgen.core.intervals import success_interval
-from dreamgen.core.manifest import Stage, differences, read_json, require_complete, write_json
+from dreamgen.core.manifest import Stage, read_json, require_complete, write_json
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.clips import require_name
@@ -21,13 +21,11 @@ from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
 from dreamgen.filters.rates import rates_in_dreams
-from dreamgen.stages.pairs import episodes_of, paired, require_shared
+from dreamgen.stages.pairs import episodes_of, paired, require_comparable, require_shared
 from dreamgen.stages.served import served
 from dreamgen.stages.sharing import grouped
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.env import DreamEnv, dream_episodes
-
-SAME = ("world_model", "judge", "steps", "execute", "looks")  # what two evaluations that are compared must share
 
 
 def evaluate_dreamt(
@@ -67,12 +65,14 @@ def evaluate_dreamt(
     """
     path = getattr(policy, "path", None)
     parents = ({} if path is None else {"policy": path}) | ({} if against is None else {"against": against})
+    if hasattr(prompts, "source") and not hasattr(prompts, "dataset"):  # of a dataset its settings tell what it holds
+        parents["prompts"] = prompts.source
     config = record | served({"policy": policy})
     with Stage(out, "evaluate_dreamt", config=config, parents=parents, seed=seed) as run:
         if run.complete:
             return run.manifest()
         if against is not None:
-            require_comparable(run.spec["config"], against)
+            require_comparable(run.spec, require_complete(against, "the evaluation"), f"stage.against, {against},")
         listed = list(prompts())
         ids = [prompt.id for prompt in listed]
         for id in ids:
@@ -134,14 +134,6 @@ def first_of(prompt: Prompt) -> str:
     held = hashlib.blake2b(np.ascontiguousarray(prompt.image).tobytes(), digest_size=8)
     held.update(np.asarray(prompt.state, np.float32).tobytes())
     return held.hexdigest()
-
-
-def require_comparable(mine: Mapping, against: Path) -> None:
-    """ValueError names what another evaluation in a dream has of the settings that both must share."""
-    theirs = require_complete(against, "the evaluation")["config"]
-    if other := differences(*({key: config.get(key) for key in SAME} for config in (theirs, mine))):
-        raise ValueError(f"stage.against, {against}, is of other settings ({other}); two policies are compared in one "
-                         "world model by one judge: evaluate both with the same ones")  # fmt: skip
 
 
 def told(rows: Sequence[dict]) -> dict | None:

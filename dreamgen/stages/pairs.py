@@ -3,11 +3,36 @@
 Paired seeds take the difficulty of a first state out of the comparison.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dreamgen.core.intervals import difference_interval
-from dreamgen.core.manifest import read_json, require_complete
+from dreamgen.core.manifest import differences, read_json, require_complete
+
+# settings that two evaluations must share; how a policy executes its chunks is its own, but a model dreams part by part
+SAME = {"evaluate": ("sim", "steps"), "evaluate_dreamt": ("world_model", "judge", "steps", "execute", "looks")}
+
+
+def require_comparable(mine: Mapping, theirs: Mapping, where: str) -> None:
+    """ValueError names what two evaluations ({stage, config}, as their manifests say) have of the settings that both
+    must share. where: how the other one is called."""
+    told = [{"stage": one["stage"]} | {key: one["config"].get(key) for key in SAME[mine["stage"]]}
+            for one in (theirs, mine)]  # fmt: skip
+    told = [one | {"sim": _played(one.get("sim"))} for one in told]
+    if other := differences(*told):
+        raise ValueError(f"{where} is of other settings ({other}); two policies are compared in one simulator, or in "
+                         "one world model by one judge, in episodes of one length: evaluate both with the same "
+                         "ones")  # fmt: skip
+
+
+def _played(setting: Any, key: str = "") -> Any:
+    """What of a simulator's settings decides on an episode: not by which cameras a policy sees it, nor of which
+    instructions it was told."""
+    if not isinstance(setting, Mapping):
+        return setting
+    kept = ("robot_hz",) if key == "robot" else setting.keys() - {"instructions"}
+    return {name: _played(setting.get(name), name) for name in kept}
 
 
 def episodes_of(evaluation: Path) -> list[dict]:

@@ -1,7 +1,7 @@
 """The cells of a policy experiment in one table: success with n and interval, and the difference to a cell it answers.
 
-A cell is an evaluation of one policy. Cells that are not there yet are left out and counted; the table is always made
-anew.
+A cell is an evaluation of one policy in closed loop. Cells that are not there yet, and those on which a judge abstained
+throughout, are left out and counted; the table is always made anew.
 """
 
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dreamgen.core.manifest import FILE, Stage, is_complete, read_json
-from dreamgen.stages.pairs import episodes_of, paired
+from dreamgen.stages.pairs import SAME, episodes_of, paired, require_comparable
 
 log = logging.getLogger("dreamgen.policy_table")
 
@@ -27,21 +27,31 @@ def policy_table(
     with which it is compared on the same first states.
 
     Results: table (text), cells {name: {successes, n, rate, low, high, against?}}, missing. Raises ValueError for a
-    comparison with a cell that is not named, and if there is no cell at all.
+    comparison with a cell that is not named, a cell that is no evaluation in closed loop, a comparison of cells in
+    other settings (`pairs.SAME`), and if there is no cell at all.
     """
     folder, against = Path(folder), dict(against or {})
     for name, other in against.items():
         if name not in cells or other not in cells:
             raise ValueError(f"against compares '{name}' with '{other}'; the cells are {list(cells)}")
-    there = {name: folder / step for name, step in cells.items() if is_complete(folder / step)}
+    made = {name: read_json(folder / step / FILE) for name, step in cells.items() if is_complete(folder / step)}
+    for name, manifest in made.items():
+        if manifest["stage"] not in SAME:
+            raise ValueError(f"the cell '{name}' is {folder / cells[name]}, made by the stage '{manifest['stage']}'; a "
+                             "cell says how often a policy succeeds: give a step that runs `evaluate`, in a simulator "
+                             "or with stage=dreamt")  # fmt: skip
+    there = {name: folder / cells[name] for name, manifest in made.items() if manifest["results"]["success"]}
     if not there:
-        raise ValueError(f"none of the evaluations {list(cells.values())} is in {folder}; run the experiment's steps")
+        raise ValueError(f"none of the evaluations {list(cells.values())} in {folder} says how often its "
+                         "policy succeeds; run the experiment's steps")  # fmt: skip
+    asked = [(name, other) for name, other in against.items() if name in there and other in there]
+    for name, other in asked:
+        require_comparable(made[name], made[other], f"the cell '{other}', with which '{name}' is compared,")
     parents = {f"cell_{k}": path for k, path in enumerate(there.values())}
     with Stage(out, "policy_table", config=record, parents=parents, seed=seed, anew=True) as run:
-        found = {name: dict(read_json(path / FILE)["results"]["success"]) for name, path in there.items()}
-        for name, other in against.items():
-            if name in there and other in there:
-                found[name]["against"] = {"cell": other, **paired(episodes_of(there[name]), episodes_of(there[other]))}
+        found = {name: dict(made[name]["results"]["success"]) for name in there}
+        for name, other in asked:
+            found[name]["against"] = {"cell": other, **paired(episodes_of(there[name]), episodes_of(there[other]))}
         text = table(found)
         (run.out / "table.txt").write_text(text + "\n")
         log.info("\n%s", text)

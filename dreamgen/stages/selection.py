@@ -76,14 +76,15 @@ def best_of(total: np.ndarray, groups: Sequence[str], good: np.ndarray, count: i
     return kept
 
 
-def best(total: np.ndarray, good: np.ndarray, keep: float | int) -> np.ndarray:
-    """The best `keep` clips of those that are `good`: a number, or a share of all where it is below 1."""
+def best(total: np.ndarray, good: np.ndarray, keep: float | int, again: str = "") -> np.ndarray:
+    """The best `keep` clips of those that are `good`: a number, or a share of all where it is below 1. again: how the
+    error ends where fewer are."""
     count = round(keep * len(total)) if keep < 1 else int(keep)
     if keep <= 0 or (keep >= 1 and keep != int(keep)):
         raise ValueError(f"keep is {keep}; expected a share below 1 or a whole number of clips")
     if count > good.sum():
         raise ValueError(f"keep asks for {count} clips, {int(good.sum())} of {len(total)} pass the thresholds; dream "
-                         f"more, keep fewer, or lower drop and least")  # fmt: skip
+                         f"more, keep fewer, or lower drop and least{again}")  # fmt: skip
     kept = np.zeros(len(total), bool)
     kept[np.argsort(-np.where(good, total, -np.inf), kind="stable")[:count]] = True
     return kept

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from dreamgen.core.manifest import replacing
+from dreamgen.core.manifest import ALONE, replacing
 
 T = TypeVar("T")
 
@@ -53,14 +53,14 @@ def grouped(items: Sequence[T], size: int) -> list[Sequence[T]]:
 def alone(out: Path) -> Iterator[None]:
     """One process at a time, on any machine that locks files of `out`; the lock falls with its process. Some network
     file systems know no locks: there nobody waits."""
-    with (Path(out) / ".alone").open("w") as file:
+    with (Path(out) / ALONE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
                 raise
         yield
-        (Path(out) / ".alone").unlink(missing_ok=True)
+        (Path(out) / ALONE).unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:

@@ -97,6 +97,20 @@ def test_what_another_has_none_of_is_said_before_the_first_episode(tmp_path: Pat
     assert evaluate(Walker(), Point, record={"against": None}, **other)["results"]["success"]["n"] == 20  # not locked
 
 
+def test_episodes_of_another_simulator_or_length_are_not_compared(tmp_path: Path):
+    """Their seeds are the same, and so would be the names of their episodes."""
+    options = dict(episodes=4, execute=2, films=0, seed=3)
+    told = {"sim": {"_target_": "Point"}, "steps": 6}
+    evaluate(Walker(), Point, out=tmp_path / "a", steps=6, record=told, **options)
+    for other, text in (({"steps": 9}, "steps: 6 -> 9"), ({"sim": {"_target_": "Other"}}, "'Point' -> 'Other'")):
+        with pytest.raises(ValueError, match=f"stage.against, .*a, is of other settings .*{text}"):
+            evaluate(Mortal(0), Point, out=tmp_path / "b", against=tmp_path / "a", steps=other.get("steps", 6),
+                     record=told | other, **options)  # fmt: skip
+    found = evaluate(Walker(), Point, out=tmp_path / "c", against=tmp_path / "a", steps=6,
+                     record=told | {"execute": 3}, **options | {"execute": 3})  # fmt: skip
+    assert found["results"]["against"]["n"] == 4
+
+
 class Named(Walker):
     """Was opened from a folder."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from dreamgen.core.clip import read_prompts
 from dreamgen.core.embodiment import Part
@@ -26,6 +27,7 @@ from dreamgen.stages.correlation import correlation
 from dreamgen.stages.evaluate_dreamt import evaluate_dreamt
 from dreamgen.video.mp4 import read_mp4
 from dreamgen.worlds.env import DreamEnv, dream_episodes
+from jobs.steps import complete
 from tests.stages.test_correlation import Column, oracle
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sims"))
@@ -173,6 +175,36 @@ def test_only_the_same_first_frames_in_the_same_dream_are_compared(tmp_path) -> 
     options = OPTIONS | {"record": {"steps": 6, "world_model": {"path": "two"}}}
     with pytest.raises(ValueError, match=r"of other settings \(world_model.path: 'one' -> 'two'\)"):
         evaluate_dreamt(oracle(), Column(), Steady(0.1), first, out=tmp_path / "x", against=tmp_path / "one", **options)
+
+
+class Photos:
+    """First frames of a folder, as `FolderPrompts`; here they are drawn in the simulator."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source, self.made = folder, prompts(4)
+
+    def __call__(self) -> list:
+        return self.made()
+
+
+def test_photos_are_part_of_the_result(tmp_path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.png").write_bytes(b"1")
+    first = evaluate_dreamt(oracle(), Column(), Steady(0.3), Photos(photos), out=tmp_path / "one", **OPTIONS)
+    stage = OmegaConf.create({"out": str(tmp_path / "one"), "prompts": {"folder": str(photos)}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jobs.steps.record", lambda stage: {})
+        assert first["parents"] == {"prompts": fingerprint(photos)} and complete(stage)
+        (photos / "a.png").write_bytes(b"2")
+        again = fingerprint(photos)
+        assert not complete(stage)
+    with pytest.raises(ValueError, match=f"parents.prompts: '.*' -> '{again}'"):
+        evaluate_dreamt(oracle(), Column(), Steady(0.3), Photos(photos), out=tmp_path / "one", **OPTIONS)
+    collect(Point, out=tmp_path / "data", episodes=2, instructions=["home"], source="play", rows=9, record={})
+    own = DatasetPrompts(dataset=Dataset(tmp_path / "data", ROBOT))  # the record of its settings tells what it holds
+    recorded = evaluate_dreamt(oracle(), Column(), Steady(0.3), own, out=tmp_path / "two", **OPTIONS)
+    assert recorded["parents"] == {}
 
 
 def test_a_killed_run_goes_on_with_its_batch(tmp_path, monkeypatch) -> None:
