@@ -1,7 +1,7 @@
-"""Success rates and their differences, with the intervals that go with them."""
+"""Success rates and their differences, of one training or of several, with the intervals that go with them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 Z = 1.959963984540054  # 97.5% quantile of the normal distribution
 
@@ -46,3 +46,20 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     mean = sum(values) / n
     half = float(t.ppf(0.975, n - 1)) * math.sqrt(sum((x - mean) ** 2 for x in values) / (n - 1) / n)
     return mean - half, mean + half
+
+
+def pooled(rates: Sequence[Mapping]) -> dict:
+    """The success of all trainings together, and the rate of each where there are several."""
+    total = success_interval(sum(s["successes"] for s in rates), sum(s["n"] for s in rates))
+    return total | ({"trainings": [s["rate"] for s in rates]} if len(rates) > 1 else {})
+
+
+def pooled_difference(pairs: Sequence[Mapping]) -> dict:
+    """The paired difference of all trainings together; where there are several, that of each, and the interval of their
+    mean, which also covers what other trainings would give."""
+    total = difference_interval(*(sum(pair[key] for pair in pairs) for key in ("won", "lost", "n")))
+    if len(pairs) < 2:
+        return total
+    each = [pair["difference"] for pair in pairs]
+    low, high = mean_interval(each)
+    return total | {"trainings": each, "trainings_low": max(-1.0, low), "trainings_high": min(1.0, high)}

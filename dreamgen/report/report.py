@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.intervals import pooled
 from dreamgen.core.manifest import Stage, replacing, write_json
 from dreamgen.engine.train import read_losses
 from dreamgen.report import plots, scenes
-from dreamgen.report.results import evaluations, gather, manifests, pooled
+from dreamgen.report.results import evaluations, gather, manifests
 from dreamgen.report.table import differences, errors, successes, table
 from dreamgen.report.tree import trees
 

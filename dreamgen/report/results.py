@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dreamgen.core.intervals import difference_interval, mean_interval, success_interval
+from dreamgen.core.intervals import pooled, pooled_difference
 from dreamgen.core.manifest import FILE, is_complete, read_json
 
 
@@ -72,23 +72,6 @@ def averaged(errors: Sequence[Mapping]) -> dict[str, Any]:
 def evaluations(found: Mapping[str, dict], steps: str | Sequence[str]) -> list[dict]:
     """The results of those of `steps` that are there."""
     return [found[step]["results"] for step in ([steps] if isinstance(steps, str) else steps) if step in found]
-
-
-def pooled(rates: Sequence[Mapping]) -> dict[str, Any]:
-    """The success of all trainings together, and the rate of each where there are several."""
-    total = success_interval(sum(s["successes"] for s in rates), sum(s["n"] for s in rates))
-    return total | ({"trainings": [s["rate"] for s in rates]} if len(rates) > 1 else {})
-
-
-def pooled_difference(pairs: Sequence[Mapping]) -> dict[str, Any]:
-    """The paired difference of all trainings together; where there are several, that of each, and the interval of their
-    mean, which also covers what other trainings would give."""
-    total = difference_interval(*(sum(pair[key] for pair in pairs) for key in ("won", "lost", "n")))
-    if len(pairs) < 2:
-        return total
-    each = [pair["difference"] for pair in pairs]
-    low, high = mean_interval(each)
-    return total | {"trainings": each, "trainings_low": max(-1.0, low), "trainings_high": min(1.0, high)}
 
 
 def finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamgen.core.intervals import difference_interval, success_interval
+from dreamgen.core.intervals import difference_interval, pooled, pooled_difference, success_interval
 from dreamgen.core.manifest import is_complete, write_json
 from dreamgen.stages.pairs import paired, require_comparable
 from dreamgen.stages.policy_table import policy_table
@@ -54,6 +54,26 @@ def test_the_table_of_cells(tmp_path: Path):
     with pytest.raises(ValueError, match="none of the evaluations"):
         policy_table(cells, out=tmp_path / "u", folder=tmp_path / "none", record={})
     assert json.loads((tmp_path / "t/manifest.json").read_text())["stage"] == "policy_table"
+
+
+def test_a_cell_of_several_trainings(tmp_path: Path):
+    """Rates are of all of them together, differences training by training, each on first states of its own."""
+    for name, wins in {"a0": "1100", "a1": "0000", "b0": "1111", "b1": "0001"}.items():
+        cell(tmp_path, name, wins)
+    cells = {"a": ["a0", "a1", "a2"], "b": ["b0", "b1", "b2"], "single": "a0"}
+    options = dict(folder=tmp_path, against={"b": "a"}, record={})
+    made = policy_table(cells, out=tmp_path / "t", **options)["results"]
+    assert made["missing"] == ["a", "b"]  # not whole
+    found = made["cells"]["b"]
+    assert found == pooled([success_interval(4, 4), success_interval(1, 4)]) | {
+        "against": {"cell": "a"} | pooled_difference([difference_interval(2, 0, 4), difference_interval(1, 0, 4)])
+    }
+    assert found["against"]["trainings"] == [0.5, 0.25] and "; of 2 trainings [-" in made["table"]
+    cell(tmp_path, "a2", "0000")  # which b lacks
+    made = policy_table(cells, out=tmp_path / "t", **options)["results"]
+    assert made["cells"]["a"]["n"] == 12 and made["cells"]["b"]["against"] == found["against"]
+    with pytest.raises(ValueError, match="compares 'a', 3 trainings, with 'single', 1; training k"):
+        policy_table(cells, out=tmp_path / "u", folder=tmp_path, against={"a": "single"}, record={})
 
 
 def test_a_cell_is_a_success_rate(tmp_path: Path):
