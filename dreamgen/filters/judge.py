@@ -57,6 +57,8 @@ class VideoJudge(nn.Module):
         if frames < 2:
             raise ValueError(f"a judge compares at least 2 frames, got frames={frames}")
         self.robot, self.encoder, self.instructions = robot, encoder, tuple(instructions)
+        if hasattr(encoder, "look_at"):
+            encoder.look_at(len(robot.views))
         self.told = told_of(robot, proprioception)
         self.config = dict(frames=frames, layers=layers, heads=heads, dropout=dropout,
                            proprioception=list(proprioception))  # fmt: skip
