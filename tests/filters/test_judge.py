@@ -122,6 +122,19 @@ def test_it_is_told_no_more_than_the_named_parts():
     assert found[0] == found[1] != found[2]
 
 
+def test_recordings_of_unknown_state_do_not_count():
+    """They are shown all the same, as `forward` allows."""
+    one, other = (judge(robot=robot(action=MOVES), proprioception=["pose"], frames=3) for _ in range(2))
+    states = np.random.default_rng(0).normal(1, 2, (50, D)).astype(np.float32)
+    half = np.where(np.arange(D) == 0, np.nan, states[:1])
+    gaps = np.concatenate([np.full((3, D), np.nan), states, half]).astype(np.float32)
+    one.fit(states)
+    other.fit(gaps)
+    assert torch.equal(one.normaliser.scale, other.normaliser.scale) and other.normaliser.scale.std() > 0
+    with pytest.raises(ValueError, match=r"none of 3 frames .* a known state.*leave out proprioception=\['pose'\]"):
+        other.fit(gaps[:3])
+
+
 @pytest.mark.parametrize("rotation", ["axis_angle", "euler_xyz", "quaternion_xyzw"])
 def test_one_rotation_told_otherwise_is_the_same_to_it(rotation, tmp_path):
     """A hand that points down begins as half a turn to either side, or by a quaternion of either sign."""
