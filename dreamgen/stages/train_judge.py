@@ -175,7 +175,7 @@ def read_labels(path: Path) -> dict[int, bool]:
     if path.suffix == ".json":
         rows = read_json(path)
     elif path.is_file():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark
             rows = list(csv.DictReader(file))
     else:
         raise ValueError(f"labels {path} do not exist")
