@@ -204,8 +204,8 @@ def decoded(labeler: Any, world_model: Any, dataset: Dataset, episodes: Sequence
 def beside_recorded(dreams: Dataset, dataset: Dataset, chosen: Sequence[int], name: str,
                     count: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
     """Labels of dreams, and what was recorded from the same first frame under the same instruction, (s a) each: in the
-    `chosen` episodes of `dataset`, found by the seed of a simulator, or by the dataset's fingerprint `name`, the number
-    of the episode and the row."""
+    `chosen` episodes of `dataset`, found by the dataset's fingerprint `name`, the number of the episode and the row, or
+    of dreams of no recording of it by the seed of a simulator, which siblings share."""
     by_seed, by_number = {}, {}
     for i in chosen:
         e = dataset.episode(i)
@@ -216,10 +216,11 @@ def beside_recorded(dreams: Dataset, dataset: Dataset, chosen: Sequence[int], na
     for index in range(min(len(dreams), count or len(dreams))):
         dream = dreams.episode(index)
         origin, text = dream.meta.get("origin") or {}, dream.instruction
-        true = by_seed.get((text, str(origin.get("seed")))) if origin.get("instruction") == text else None
-        if true is None:
-            true = by_number.get((origin.get("dataset"), origin.get("episode"), text), dream.action[:0])
-            true = true[origin.get("row", 0) :]
+        if origin.get("dataset") == name:
+            true = by_number.get((name, origin.get("episode"), text), dream.action[:0])[origin.get("row", 0) :]
+        else:
+            key = (text, str(origin.get("seed"))) if origin.get("instruction") == text else None
+            true = by_seed.get(key, dream.action[:0])
         if len(true) >= len(dream.action):
             labels.append(dream.action)
             actions.append(true[: len(dream.action)])
