@@ -49,10 +49,25 @@ def place(*parts: object) -> None:
 
     Models are opened on the CPU, so that a stage may look at them, and at what it is asked, before it takes a GPU.
     """
-    for part in parts:
-        while not isinstance(part, nn.Module) and not hasattr(part, "place") and hasattr(part, "policy"):
-            part = part.policy
+    for part in map(_inner, parts):
         if hasattr(part, "place"):
             part.place()
         elif isinstance(part, nn.Module):
             part.to(best_device())
+
+
+def put_back(*parts: object) -> None:
+    """Move modules that `place` moved back to the CPU, and free the room that they took: one policy after another has
+    it. What says itself how it is placed stays where it is."""
+    for part in map(_inner, parts):
+        if isinstance(part, nn.Module) and not hasattr(part, "place"):
+            part.to("cpu")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _inner(part: object) -> object:
+    """What of a part holds the weights."""
+    while not isinstance(part, nn.Module) and not hasattr(part, "place") and hasattr(part, "policy"):
+        part = part.policy
+    return part

@@ -3,6 +3,7 @@
 The chain of replays shows where success is lost: recorded actions -> labels of real video -> labels of dreams.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,14 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
-from dreamgen.sims.rollout import replay
+from dreamgen.sims.rollout import can_begin, replay
 from dreamgen.stages.drawn import frames_through
 from dreamgen.stages.label import labels_and_states, pseudo_states
 from dreamgen.stages.label_scores import errors, score_labels
 from dreamgen.stages.latent_scores import by_gap, probe
 from dreamgen.stages.recorded_video import batches_of, long_enough
+
+log = logging.getLogger(__name__)
 
 
 def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:
@@ -89,6 +92,15 @@ def require_labelled_by(labeler: Any, dreams: Path, fingerprint: str | None) -> 
                          f"scored; label them with it and name that folder, or set stage.dreams=null")  # fmt: skip
 
 
+def laid_out(sim: Sim, texts: Sequence[tuple[str, str]]) -> list[int]:
+    """Which of the dreams of (instruction, scene) the simulator can begin; a warning counts the others."""
+    kept = [k for k, (instruction, scene) in enumerate(texts) if can_begin(sim, instruction, scene)]
+    if left := len(texts) - len(kept):
+        log.warning("%d of %d dreams are not replayed: the simulator does not know their instruction, or cannot lay "
+                    "out the scene of another one for it", left, len(texts))  # fmt: skip
+    return kept
+
+
 def _replayed(sim: Sim, items: list[tuple[str, str, int, np.ndarray, np.ndarray]], settle: int, name: str,
               out: Path) -> dict:  # fmt: skip
     """Success of (instruction, scene, seed, first state, actions): overall with its interval, and by instruction."""
@@ -111,8 +123,9 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
 
     sim: makes the simulator in which the episodes were recorded; without one, nothing is replayed. dreams: a dataset
     labelled by this labeler; those of its episodes whose first frame came from the simulator (meta "origin":
-    instruction, seed) are replayed from it. world_model: labels of `decoded_clips` recordings that passed its
-    autoencoder are scored too. episodes: only the first so many of each. settle: steps of holding still afterwards.
+    instruction, seed) are replayed from it, as far as it can lay them out. world_model: labels of `decoded_clips`
+    recordings that passed its autoencoder are scored too. episodes: only the first so many of each. settle: steps of
+    holding still afterwards.
 
     Results: idm {r2, mae, control_mae, lag, drift, auroc, accuracy, calibration, by part; state: errors of
     pseudo-states; previous_frame: a control that sees no motion; decoded: R2 and MAE on decoded recordings; dreamt: the
@@ -166,7 +179,7 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
                 "idm_real": [(*start, label_of[i].value) for start, i in zip(begun, known, strict=True)],
             }
             if dreamt is not None:
-                chain["idm_dream"] = dreamed(dreamt, episodes)
+                chain["idm_dream"] = dreamed(dreamt, episodes, world)
             for name, items in chain.items():
                 if items:
                     results["replay"][name] = _replayed(world, items, settle, name, out)
@@ -191,8 +204,8 @@ def decoded(labeler: Any, world_model: Any, dataset: Dataset, episodes: Sequence
 def beside_recorded(dreams: Dataset, dataset: Dataset, chosen: Sequence[int], name: str,
                     count: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
     """Labels of dreams, and what was recorded from the same first frame under the same instruction, (s a) each: in the
-    `chosen` episodes of `dataset`, found by the seed of a simulator, or by the dataset's fingerprint `name`, the number
-    of the episode and the row."""
+    `chosen` episodes of `dataset`, found by the dataset's fingerprint `name`, the number of the episode and the row, or
+    of dreams of no recording of it by the seed of a simulator, which siblings share."""
     by_seed, by_number = {}, {}
     for i in chosen:
         e = dataset.episode(i)
@@ -203,18 +216,21 @@ def beside_recorded(dreams: Dataset, dataset: Dataset, chosen: Sequence[int], na
     for index in range(min(len(dreams), count or len(dreams))):
         dream = dreams.episode(index)
         origin, text = dream.meta.get("origin") or {}, dream.instruction
-        true = by_seed.get((text, str(origin.get("seed")))) if origin.get("instruction") == text else None
-        if true is None:
-            true = by_number.get((origin.get("dataset"), origin.get("episode"), text), dream.action[:0])
-            true = true[origin.get("row", 0) :]
+        if origin.get("dataset") == name:
+            true = by_number.get((name, origin.get("episode"), text), dream.action[:0])[origin.get("row", 0) :]
+        else:
+            key = (text, str(origin.get("seed"))) if origin.get("instruction") == text else None
+            true = by_seed.get(key, dream.action[:0])
         if len(true) >= len(dream.action):
             labels.append(dream.action)
             actions.append(true[: len(dream.action)])
     return labels, actions
 
 
-def dreamed(dataset: Dataset, episodes: int | None) -> list[tuple[str, str, int, np.ndarray, np.ndarray]]:
-    """(instruction, scene, seed, first state, actions) of the labelled dreams whose first frame a simulator drew."""
+def dreamed(dataset: Dataset, episodes: int | None,
+            sim: Sim) -> list[tuple[str, str, int, np.ndarray, np.ndarray]]:  # fmt: skip
+    """(instruction, scene, seed, first state, actions) of the labelled dreams whose first frame a simulator drew, and
+    that `sim` can lay out."""
     found = []
     for index in range(min(len(dataset), episodes or len(dataset))):
         episode = dataset.episode(index)
@@ -222,4 +238,4 @@ def dreamed(dataset: Dataset, episodes: int | None) -> list[tuple[str, str, int,
         if "seed" in origin and "instruction" in origin:
             begun = dataset.first_state(index)
             found.append((episode.instruction, origin["instruction"], int(origin["seed"]), begun, episode.action))
-    return found
+    return [found[k] for k in laid_out(sim, [item[:2] for item in found])]
