@@ -63,7 +63,7 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True,
     for index, columns in tables.good():
         units.add(columns.get(robot.state_key), columns.get(robot.action_key))
         if own is not None:
-            _compare(own.get(index), columns, found, index)
+            _compare(own.get(index), columns, tables, index)
     taken = replace(layout, entries=tables.entries)
     check_videos(taken, robot, found)
     seen = _picture_stats(taken, robot, found) | _stored_stats(taken, robot, found) if pictures else {}
@@ -117,7 +117,7 @@ def _whole(layout: Layout, tables: Tables, pictures: dict[str, dict], found: Fin
         own = {key: value for key, value in pictures.items() if key in said or layout.version >= "v3."}
         for name, width in widths.items():
             own[name] = statistics.of_stored(files, name, width) if name in said else {}
-        check_statistics(said, own, found, where)
+        check_statistics(said, own, found, where, tables.level)
         if left := [name for name in tables.seen if name not in widths]:
             found.add("note", "statistics", f"{where} was not compared with the data of {', '.join(map(repr, left))}: "
                       f"not all of their rows were looked at, or are good", "`dreamgen export` with skip_bad=true or "
@@ -139,13 +139,14 @@ def _own(layout: Layout, found: Findings) -> StoredStatistics | None:
         return None
 
 
-def _compare(said: dict, columns: dict[str, np.ndarray], found: Findings, index: int) -> None:
+def _compare(said: dict, columns: dict[str, np.ndarray], tables: Tables, index: int) -> None:
     """The statistics of one episode against its columns (s k)."""
     if not said:
-        found.add("warning", "statistics", "it has no statistics of its own", "`dreamgen export` computes them", index)
+        tables.found.add("warning", "statistics", "it has no statistics of its own", "`dreamgen export` computes them",
+                         index)  # fmt: skip
         return
     true = {name: statistics.of_numbers(values) for name, values in columns.items()}
-    check_statistics(said, true, found, "its own statistics", index)
+    check_statistics(said, true, tables.found, "its own statistics", tables.level, index)
 
 
 def _stored_stats(layout: Layout, robot: Embodiment, found: Findings) -> dict[str, dict]:

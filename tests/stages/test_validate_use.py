@@ -137,3 +137,39 @@ def test_sums_of_chunks_are_those_of_the_whole() -> None:
     assert sums.count == 31 and np.allclose(sums.mean, values.mean(0), rtol=1e-12)
     assert np.allclose(sums.covariance(), np.cov(values.T, bias=True), rtol=1e-12)
     assert np.allclose(sums.std(), values.std(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_statistics_of_what_does_not_vary(good: Path, tmp_path: Path, version: str, kind: type) -> None:
+    """0.7 is another number in float32; whoever wrote the statistics computed them in it, or not."""
+    root = Path(shutil.copytree(good / "v2", tmp_path / "d"))
+    own, whole = {}, []
+    for i, path in enumerate(sorted(root.rglob("*.parquet"))):
+        table = pq.read_table(path)
+        states = np.array([[*row[:2], 0.7] for row in table["observation.state"].to_pylist()])
+        at = table.column_names.index("observation.state")
+        pq.write_table(table.set_column(at, "observation.state", pa.array(states.tolist())), path)
+        own[i], whole = statistics.of_numbers(states.astype(kind)), [*whole, states.astype(kind)]
+    edit(root / "meta/info.json", lambda info: info["features"]["observation.state"].update(dtype="float64"))
+    edit(root / "meta/info.json", lambda info: info.update(codebase_version=version))
+    path = root / "meta/episodes_stats.jsonl"
+    if version == "v2.0":
+        path.unlink()
+        (root / STATS).write_text(json.dumps({"observation.state": statistics.of_numbers(np.concatenate(whole))}))
+    else:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["stats"]["observation.state"] = own[line["episode_index"]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, _ = inspect(root, robot(), pictures=False)
+    assert not [f for f in found if f.check == "statistics" and "has none of" not in f.what], found
+
+
+def test_statistics_of_columns_that_no_step_reads(data: Path) -> None:
+    add_column(data, "observation.force", pa.array(np.arange(36, dtype=np.float32)), "float32", [1])
+    for change in ({"max": [3.0], "q99": [3.0]}, {"mean": [99.0]}, {"std": [float("nan")]}, {"min": [0.0, 0.0]}):
+        told = {"min": [0.0], "max": [35.0], "mean": [2.0], "std": [1.0]} | change
+        edit(data / STATS, lambda s, told=told: s.update({"observation.force": told}))
+        found = [f for f in inspect(data, robot(), pictures=False)[0] if "meta/stats.json" in f.what]
+        assert [f.level for f in found] == ["warning"] and "'observation.force'" in found[0].what
