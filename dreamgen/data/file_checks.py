@@ -23,17 +23,19 @@ ARROW = {"float": "float32", "double": "float64", "halffloat": "float16"}
 
 
 class Tables:
-    """Checks the rows of every episode, or of `episodes`, and hands on the numbers of good ones.
+    """Checks the rows of every episode, or of `episodes`, and hands on the numbers of good ones. actions: False for
+    video alone, whose actions no step reads.
 
     rows: of the episodes that were looked at (`entries`), as listed where a table cannot be read. seen: column to its
     good rows, and how they are stored.
     """
 
-    def __init__(self, layout: Layout, robot: Embodiment, found: Findings, episodes: Container[int] | None = None):
+    def __init__(self, layout: Layout, robot: Embodiment, found: Findings, episodes: Container[int] | None = None,
+                 *, actions: bool = True):  # fmt: skip
         self.layout, self.found, self.rows = layout, found, 0
         self.entries = [entry for entry in layout.entries if episodes is None or entry.index in episodes]
         self._taken = {entry.index for entry in self.entries}
-        pairs = ((robot.state_key, robot.state), (robot.action_key, robot.action))
+        pairs = ((robot.state_key, robot.state), (robot.action_key, robot.action if actions else ()))
         self._used = {key for key, parts in pairs if parts} | {view.key for view in robot.views} | set(OWN)
         self._kept: tuple[Path, pa.Table] | None = None
         self.seen: dict[str, tuple[int, set[str]]] = {}

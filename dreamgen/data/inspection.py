@@ -29,11 +29,12 @@ BLOCK = 64  # frames that are decoded at once
 
 
 def inspect(root: Path, robot: Embodiment, *, pictures: bool = True,
-            episodes: Sequence[int] | None = None) -> tuple[list[Finding], dict]:  # fmt: skip
+            episodes: Sequence[int] | None = None, actions: bool = True) -> tuple[list[Finding], dict]:  # fmt: skip
     """All that is wrong or suspicious about the dataset at `root`, and counts of what was looked at.
 
     pictures: decode every frame of the robot's views, and compare their statistics too; without it videos are checked
-    by their packets. episodes: look at these alone, by the dataset's own numbers.
+    by their packets. episodes: look at these alone, by the dataset's own numbers. actions: False for video alone, which
+    needs none, see `Dataset`.
 
     Raises ValueError for episodes that the dataset does not list.
     """
@@ -49,7 +50,7 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True,
     for note in layout.mended:
         found.add("warning", "counts", note, "correct info.json; `dreamgen export` writes it anew")
     try:
-        for misfit in misfits(root, layout.info, robot):
+        for misfit in misfits(root, layout.info, robot, actions=actions):
             found.add("error", "contract", misfit, "choose the embodiment of the recording (embodiment=...)")
         if (root / PROVENANCE).is_file():
             read_jsonl(root / PROVENANCE, "episode_index")
@@ -58,10 +59,10 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True,
     if not (root / CONTRACT).is_file():
         found.add("note", "contract", f"there is no {CONTRACT}: parts, units and scales are those of embodiment "
                   f"'{robot.name}', unchecked", "see that it is the robot of the recording")  # fmt: skip
-    tables = Tables(layout, robot, found, None if episodes is None else set(episodes))
+    tables = Tables(layout, robot, found, None if episodes is None else set(episodes), actions=actions)
     units, own = Units(robot), _own(layout, found)
     for index, columns in tables.good():
-        units.add(columns.get(robot.state_key), columns.get(robot.action_key))
+        units.add(columns.get(robot.state_key), columns.get(robot.action_key) if actions else None)
         if own is not None:
             _compare(own.get(index), columns, tables, index)
     taken = replace(layout, entries=tables.entries)
@@ -73,7 +74,8 @@ def inspect(root: Path, robot: Embodiment, *, pictures: bool = True,
 
 
 def excused(found: list[Finding], root: Path, robot: Embodiment,
-            episodes: Sequence[int] | None = None) -> tuple[list[Finding], Dataset | None]:  # fmt: skip
+            episodes: Sequence[int] | None = None, *,
+            actions: bool = True) -> tuple[list[Finding], Dataset | None]:  # fmt: skip
     """The findings for who leaves bad episodes out (`skip_bad`): errors of episodes that the reader leaves out are
     warnings. Also the reader, which says why; it holds no more than these episodes and a good one.
 
@@ -84,7 +86,7 @@ def excused(found: list[Finding], root: Path, robot: Embodiment,
         return found, None
     listed = {entry.index for entry in read_layout(root).entries} if episodes is None else set(episodes)
     try:
-        reader = Dataset(root, robot, skip_bad=True, episodes=[*bad, *sorted(listed - bad)[:1]])
+        reader = Dataset(root, robot, skip_bad=True, actions=actions, episodes=[*bad, *sorted(listed - bad)[:1]])
     except ValueError:
         return found, None
     told = []

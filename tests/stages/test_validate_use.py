@@ -18,6 +18,8 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.unit_checks import Units, _Sums
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.validate import validate
+from jobs.recipe import load
+from tests.data.video_only import strip
 from tests.stages.test_validate import DATA, EYE, STATS, change_table, edit, episodes, good, robot, set_nan, truncate
 
 __all__ = ["good"]
@@ -103,6 +105,21 @@ def test_columns_that_no_step_reads(data: Path) -> None:
     assert [f.what for f in inspect(data, robot(), pictures=False)[0] if f.level == "error"] == [
         "'label_spread' holds nan at row 9, entry 0"
     ]
+
+
+def test_video_whose_actions_are_not_looked_at(data: Path, tmp_path: Path) -> None:
+    bare = strip(data, tmp_path / "bare")
+    (bare / "meta/dreamgen.json").unlink()
+    found, counts = inspect(bare, robot(), actions=False)
+    assert [f.check for f in found if f.level == "error"] == [] and counts["episodes"] == 3
+    assert any("has no feature 'action'" in f.what for f in inspect(bare, robot(), pictures=False)[0])
+    change_table(data / DATA, set_nan)
+    found = {(f.level, f.check, *f.episodes) for f in inspect(data, robot(), pictures=False, actions=False)[0]}
+    assert ("warning", "numbers", 1) in found and not [level for level, *_ in found if level == "error"]
+    asked = load("validate", ["data=video", f"data.root={data}", "data.revision=null"])[0].stage
+    assert asked.actions is False and load("validate", ["data=folder", f"data.root={data}"])[0].stage.actions
+    arguments = {"robot": robot(), "out": tmp_path / "v", "record": {}, "actions": asked.actions}
+    assert validate(asked.root, skip_bad=True, **arguments)["results"]["skipped"] == []
 
 
 def test_cameras_by_which_the_robot_does_not_see(tmp_path: Path) -> None:
