@@ -109,7 +109,8 @@ class _Source:
         self.depths = self._stated([key for key in self.cameras if is_depth(features[key])])
         self.cameras += [key for key in pictures(data.info) if key in views or self._is_seen(key)]
         columns = robot_columns(data.robot)
-        present, held = data.columns(0), data.episode(0).extra
+        everywhere = set(data.columns(0)).intersection(*(data.columns(i) for i in range(len(data))))
+        present, held = [name for name in data.columns(0) if name in everywhere], data.episode(0).extra
         self.annotations = [name for name in present if name.startswith("annotation.") and self._is_text(name)]
         for name, feature in features.items():
             if name in columns or name in cameras(data.info):
@@ -134,9 +135,8 @@ class _Source:
             return False
 
     def _is_even(self, name: str, width: int) -> bool:
-        """Whether a column is `width` wide in all rows of the episodes that have it."""
-        tables = (self.data.table(i, [name]) for i in range(len(self.data)))
-        return all(name not in table.column_names or is_even(table, name, width) for table in tables)
+        """Whether a column that all episodes have is `width` wide in all rows."""
+        return all(is_even(self.data.table(i, [name]), name, width) for i in range(len(self.data)))
 
     def _is_text(self, name: str) -> bool:
         """Whether a column holds task indices in every episode."""
@@ -170,8 +170,6 @@ class _Source:
         for name, column in self.columns.items():
             if name in (*BOOKKEEPING, *texts):
                 continue
-            if name not in known and name not in table.column_names:
-                raise ValueError(f"episode {data.index(i)} of {data.root} has no column '{name}', the first one has")
             if taken is not None and name.startswith("next."):
                 columns[name] = _outcome(name, _values(whole, name, column), taken)
                 continue

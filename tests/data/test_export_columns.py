@@ -1,0 +1,31 @@
+"""Columns and videos of other programs that are not in all episodes what they are in the first."""
+
+import json
+
+import pyarrow.parquet as pq
+
+from dreamgen.data.export import export_dataset
+from dreamgen.data.lerobot import Dataset
+from tests.data.v2_files import change_info, change_table
+
+
+def add(root, features: dict, columns: dict, episodes=range(3)) -> None:
+    """Columns of 11 rows, cut to the rows of each episode."""
+    known = json.loads((root / "meta/info.json").read_text())["features"]
+    change_info(root, features=known | features)
+    for i in episodes:
+        change_table(root, i, lambda t: t | {name: values[: len(t["action"])] for name, values in columns.items()})
+
+
+def test_a_column_that_a_later_episode_lacks_is_left_out(v2, robot, tmp_path):
+    root, _ = v2
+    features = {"next.reward": {"dtype": "float32", "shape": [1]}, "label_spread": {"dtype": "float32", "shape": [4]},
+                "annotation.kind": {"dtype": "int64", "shape": [1]}}  # fmt: skip
+    columns = {"next.reward": [0.5] * 11, "label_spread": [[0.5] * 4] * 11, "annotation.kind": [0] * 11}
+    add(root, features, columns, episodes=range(2))
+    done = export_dataset(Dataset(root, robot), tmp_path / "out", format="v2.1")
+    assert done["episodes"] == 3 and done["left_out"] == list(features)
+    add(root, {}, columns, episodes=[2])
+    done = export_dataset(Dataset(root, robot), tmp_path / "all", format="v2.1")
+    assert done["left_out"] == [] and pq.read_table(tmp_path / "all/data/chunk-000/episode_000002.parquet")[
+        "next.reward"].to_pylist() == [0.5] * 11  # fmt: skip
