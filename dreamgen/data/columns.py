@@ -125,12 +125,14 @@ def check_numbers(name: str, values: np.ndarray, parts: Sequence[Part], rows: in
 
 
 def is_even(table: pa.Table, key: str, width: int) -> bool:
-    """Whether all rows of a column are `width` wide."""
-    kind = table[key].type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return not pa.types.is_fixed_size_list(kind) or kind.list_size == width
-    lengths = pc.unique(pc.list_value_length(table[key])).to_pylist()
-    return lengths == [width] and table[key].null_count == 0
+    """Whether all rows of a column are `width` wide and hold a value in each entry; of floats, one that is missing is
+    NaN."""
+    column = pa.concat_arrays(table[key].chunks)
+    if hasattr(column, "value_lengths"):
+        if column.null_count or pc.unique(column.value_lengths()).to_pylist() != [width]:
+            return False
+        column = column.flatten()
+    return column.null_count == 0 or pa.types.is_floating(column.type)
 
 
 def read_column(table: pa.Table, key: str) -> np.ndarray:

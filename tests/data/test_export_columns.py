@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from dreamgen.data.export import export_dataset
@@ -29,3 +30,23 @@ def test_a_column_that_a_later_episode_lacks_is_left_out(v2, robot, tmp_path):
     done = export_dataset(Dataset(root, robot), tmp_path / "all", format="v2.1")
     assert done["left_out"] == [] and pq.read_table(tmp_path / "all/data/chunk-000/episode_000002.parquet")[
         "next.reward"].to_pylist() == [0.5] * 11  # fmt: skip
+
+
+def test_columns_in_which_values_are_missing(v2, robot, tmp_path):
+    """A text would become "None", a boolean False, a whole number any; a float is NaN, as it is wherever it is read."""
+    root, _ = v2
+    features = {"said": {"dtype": "string", "shape": [1]}, "next.done": {"dtype": "bool", "shape": [1]},
+                "count": {"dtype": "int64", "shape": [1]}, "counts": {"dtype": "int64", "shape": [2]},
+                "force": {"dtype": "float32", "shape": [2]}}  # fmt: skip
+    whole = {"said": ["go"] * 11, "next.done": [True] * 11, "count": [7] * 11, "counts": [[7, 8]] * 11,
+             "force": [[0.5, None]] * 11}  # fmt: skip
+    add(root, features, whole)
+    data = Dataset(root, robot)
+    assert data.others == ["count", "counts", "force"]
+    assert export_dataset(data, tmp_path / "whole", format="v2.1")["left_out"] == []
+    assert np.array_equal(Dataset(tmp_path / "whole", robot).extra(1)["force"], [[0.5, np.nan]] * 9, equal_nan=True)
+    add(root, {}, {name: [*values[:-1], None if np.ndim(values) == 1 else [7, None]]
+                   for name, values in whole.items() if name != "force"}, episodes=[2])  # fmt: skip
+    data = Dataset(root, robot)
+    assert data.others == ["force"]
+    assert export_dataset(data, tmp_path / "out", format="v2.1")["left_out"] == ["said", "next.done", "count", "counts"]
