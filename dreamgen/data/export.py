@@ -174,9 +174,9 @@ class _Source:
                 columns[name] = _outcome(name, _values(whole, name, column), taken)
                 continue
             columns[name] = known[name] if name in known else _values(table, name, column)
-        videos = {key: self._video(i, key, rows, taken) for key in self.cameras}
-        counts = {key: sum(statistics.histogram(frame[None]) for frame in decoded(video))
-                  for key, video in videos.items() if key not in self.depths}  # fmt: skip
+        filmed = {key: self._filmed(i, key, rows, taken) for key in self.cameras}
+        videos = {key: video for key, (video, _) in filmed.items()}
+        counts = {key: found for key, (_, found) in filmed.items() if found is not None}
         stated = {key: found[data.index(i)] for key, found in self.depths.items() if found}
         return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, stated=stated,
                     meta=episode.meta)  # fmt: skip
@@ -208,6 +208,21 @@ class _Source:
         """The packets of a video, None where it must be encoded again."""
         path, first, frames = self.data.entry(i).videos[key]
         return path.read_bytes() if frames is None else cut(path, first, self.data.length(i))
+
+    def _filmed(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> tuple[bytes, np.ndarray | None]:
+        """The video of a camera, and the histogram of its pictures, None of depths. ValueError names one that cannot be
+        decoded."""
+        import av
+
+        try:
+            video = self._video(i, key, rows, taken)
+            if key in self.depths:
+                return video, None
+            return video, sum(statistics.histogram(frame[None]) for frame in decoded(video))
+        except (ValueError, av.FFmpegError) as error:
+            raise ValueError(f"episode {self.data.index(i)} of {self.data.root}: its video of '{key}' cannot be used: "
+                             f"{error}; copy it again, or leave the episode out: stage.data.episodes lists those to "
+                             f"take") from error  # fmt: skip
 
     def _video(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> bytes:
         if taken is None and key in self.data.entry(i).videos and (piece := self._piece(i, key)) is not None:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from dreamgen.data.export import export_dataset
 from dreamgen.data.lerobot import Dataset
@@ -50,3 +51,18 @@ def test_columns_in_which_values_are_missing(v2, robot, tmp_path):
     data = Dataset(root, robot)
     assert data.others == ["force"]
     assert export_dataset(data, tmp_path / "out", format="v2.1")["left_out"] == ["said", "next.done", "count", "counts"]
+
+
+@pytest.mark.parametrize("rate", ["robot", "10"])  # copied, and encoded again
+def test_a_video_that_cannot_be_decoded_is_named(v2, robot, tmp_path, rate):
+    """It is whole by its packets, so that nothing but decoding it shows it."""
+    root, _ = v2
+    path = root / "videos/chunk-000/observation.images.side/episode_000001.mp4"
+    data = bytearray(path.read_bytes())
+    begin, end = data.index(b"mdat") + 4, data.rindex(b"moov") - 4
+    data[begin:end] = b"\xff" * (end - begin)
+    path.write_bytes(data)
+    words = r"episode 1 of .*: its video of 'observation.images.side' cannot be used: .*stage.data.episodes lists those"
+    with pytest.raises(ValueError, match=words):
+        export_dataset(Dataset(root, robot), tmp_path / "out", rate=rate)
+    assert export_dataset(Dataset(root, robot, episodes=[0, 2]), tmp_path / "out", rate=rate)["episodes"] == 2
