@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import weakref
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.unit_checks import Units, _Sums
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.validate import validate
+from dreamgen.video.mp4 import open_mp4
 from jobs.recipe import load
 from tests.data.video_only import strip
 from tests.stages.test_validate import DATA, EYE, STATS, change_table, edit, episodes, good, robot, set_nan, truncate
@@ -145,6 +147,25 @@ def test_numbers_of_one_episode_are_in_memory_at_a_time(good: Path, monkeypatch:
     monkeypatch.setattr(Units, "add", watched)
     found, _ = inspect(good / "v3", robot(), pictures=False)
     assert found == [] and len(held) == 3 and all(ref() is None for ref in held)
+
+
+def test_threads_find_the_same_in_the_same_order(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, threads = Path(shutil.copytree(good / "v2", tmp_path / "d")), set()
+    for i, byte in ((0, b"\xff"), (2, b"\x00")):
+        path = root / f"videos/chunk-000/{EYE}/episode_{i:06d}.mp4"
+        held = path.read_bytes()
+        begin, end = held.index(b"mdat") + 4, held.rindex(b"moov") - 4
+        path.write_bytes(held[:begin] + byte * (end - begin) + held[end:])
+
+    def opened(path: Path) -> object:
+        threads.add(threading.current_thread().name)
+        return open_mp4(path)
+
+    monkeypatch.setattr("dreamgen.data.inspection.open_mp4", opened)
+    alone = inspect(root, robot())
+    assert [f.episodes for f in alone[0] if "cannot be decoded" in f.what] == [[0], [2]]
+    assert inspect(root, robot(), workers=3) == alone and len(threads) > 1
+    assert load("validate", ["data=folder", f"data.root={root}", "workers=3"])[0].stage.workers == 3
 
 
 def test_sums_of_chunks_are_those_of_the_whole() -> None:
