@@ -242,9 +242,14 @@ class Dataset:
         for key in self._numeric:
             if key not in present:
                 self._note(f"feature '{key}' is listed and has no column; left out")
-        extra = {key: read_column(table, key) for key in self._extra if key in present}
+        extra = {key: self._held(table, key) for key in self._extra if key in present}
         told = find_instruction(entry, table, self.tasks, self._note)
         return Episode(instruction=told, state=state, action=action, extra=extra, meta=meta)
+
+    def _held(self, table: pa.Table, key: str) -> np.ndarray:
+        """A column of `Episode.extra` (s k); float64 as float32 where stages compute with it."""
+        values, ours = read_column(table, key), key in OWN or key.startswith(TRUTH)
+        return values.astype(np.float32) if ours and values.dtype == np.float64 else values
 
     def _numbers(self, table: pa.Table, key: str, parts: Sequence[Part], known: bool) -> np.ndarray:
         """A column (s k), NaN where it is not known."""

@@ -44,11 +44,16 @@ class Split:
 
     @classmethod
     def of(cls, dataset: Dataset | Joined, labeler: Any, share: float, seed: int, name: str | None = None) -> "Split":
-        """A share of the episodes that are long enough held out; ValueError for fewer than two."""
+        """A share of the episodes that are long enough held out, with their siblings; ValueError for fewer than two,
+        and where none is left to train on."""
         with reading(labeler, name):
             usable, too_short = long_enough(dataset, range(len(dataset)), [labeler], least=2)
         held = with_siblings(dataset, [usable[i] for i in held_out(len(usable), share, seed)[1]])
         training, apart = [i for i in usable if i not in held], [i for i in usable if i in held]
+        if not training:
+            raise ValueError(f"all {len(usable)} long enough episodes of {dataset.root} begin in the states of those "
+                             f"that are held out ({share:g} of them), and are held out with them; hold out fewer "
+                             f"(stage.held_out_share), or record more first states")  # fmt: skip
         return cls(dataset=dataset, training=training, apart=apart, too_short=too_short, name=name)
 
     def measured(self, labeler: Any, most: int | None = None) -> dict[str, dict]:

@@ -1,5 +1,6 @@
 """Episodes that share a first state are held out together; what is held out is scored instruction by instruction."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,7 +9,9 @@ import pytest
 
 from dreamgen.core.clock import Clock
 from dreamgen.data.groups import with_siblings
+from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import Recordings, recorded_clip
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.action_windows import held_out
 from dreamgen.stages.judge_clips import Recorded
@@ -48,6 +51,14 @@ def test_the_pairs_of_a_recording_are_its_groups(tmp_path):
     split = Split.of(data, SimpleNamespace(clock=clock), 0.1, 0)
     assert split.apart in ([0, 1, 2, 3], [4, 5, 6, 7]) or len(split.apart) == 1
     assert sorted(split.training + split.apart) == list(range(12))
+    both = Joined([data, Dataset(shutil.copytree(tmp_path / "data", tmp_path / "more"), ROBOT)])
+    assert with_siblings(both, [1, 9, 12 + 4]) == {0, 1, 2, 3, 9, 16, 17, 18, 19}  # its namesakes are no siblings
+    with pytest.raises(
+        ValueError, match="all 4 long enough episodes of .* begin in the states of those that are held out"
+    ):
+        Split.of(Dataset(tmp_path / "data", ROBOT, episodes=range(4)), SimpleNamespace(clock=clock), 0.1, 0)
+    assert [recorded_clip(data, i, clock)[0].pair for i in (0, 5, 9)] == ["p0", "p1", ""]
+    assert Recordings(data, clock, "data").read("episode_000007").pair == "p1"
 
 
 def test_an_instruction_that_a_judge_does_not_tell_is_warned_of(caplog):
