@@ -56,6 +56,13 @@ def test_response_is_recovered():
     np.testing.assert_allclose(found, [*RESPONSE, 0], atol=0.02)
 
 
+def test_a_part_that_never_moves_answers_at_once():
+    still = [np.zeros((31, 3), np.float32) for _ in range(2)]
+    np.testing.assert_array_equal(fit_response(still, [a + 0.7 for a in still], 0.04, taps=4), [1, 0, 0, 0])
+    noise = np.random.default_rng(3).normal(0, 1e-3, (31, 3))  # of what it is measured by
+    np.testing.assert_array_equal(fit_response(still[:1], [noise], 0.04, taps=4), [1, 0, 0, 0])
+
+
 def test_positions_remove_drift_and_weights_decide():
     rng = np.random.default_rng(2)
     true = rng.normal(size=(24, 3)).astype(np.float32) * 0.3
