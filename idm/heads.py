@@ -74,11 +74,11 @@ class Heads(nn.Module):
         rotations about an axis, in the part's unit."""
         found = {}
         for index, part in enumerate(self.robot.action):
-            found[f"sigma_{part.name}"] = sigma = _error(part, labels, actions)
+            found[f"sigma_action_{part.name}"] = sigma = _error(part, labels, actions)
             self.sigma_action[index] = sigma
             if part.moves and read:
                 moved = self._moved(part)
-                found[f"sigma_{moved.name}"] = sigma = _error(moved, read, states)
+                found[f"sigma_state_{moved.name}"] = sigma = _error(moved, read, states)
                 self.sigma_state[index] = sigma
         return found
 

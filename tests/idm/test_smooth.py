@@ -1,8 +1,12 @@
 """Drift correction against closed forms and simulated integrals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from moving_square import CLOCK, ROBOT, Squares
 
+from idm.heads import Heads
 from idm.smooth import correct, fit_response
 
 RESPONSE = np.array([0.3, 0.5, 0.2])
@@ -77,3 +81,14 @@ def test_positions_remove_drift_and_weights_decide():
     assert mended.dtype == np.float32
     same = correct(true, seen, rows, RESPONSE, 0.04, sigma_action=0.1, sigma_position=0.01)
     np.testing.assert_allclose(same, true, atol=1e-5)
+
+
+def test_errors_of_an_action_and_of_a_state_of_one_name_are_both_told():
+    names = ("arm", "light")
+    robot = replace(ROBOT, state=(replace(ROBOT.state[0], name="arm"),), action=tuple(
+        replace(part, name=name, moves="arm" if name == "arm" else None)
+        for part, name in zip(ROBOT.action, names, strict=True)))  # fmt: skip
+    data = Squares(3)
+    actions, states = [e.action for e in data.episodes], [e.state for e in data.episodes]
+    found = Heads(robot, 8).calibrate([a + 0.1 for a in actions], actions, [s - 0.4 for s in states], states)
+    assert found == pytest.approx({"sigma_action_arm": 0.1, "sigma_action_light": 0.1, "sigma_state_arm": 0.4}, 1e-3)
