@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from moving_square import CLOCK, ROBOT, Squares
 
+from dreamgen.core.clip import Labels
 from idm.heads import Heads
 from idm.smooth import correct, fit_response
 
@@ -92,3 +93,16 @@ def test_errors_of_an_action_and_of_a_state_of_one_name_are_both_told():
     actions, states = [e.action for e in data.episodes], [e.state for e in data.episodes]
     found = Heads(robot, 8).calibrate([a + 0.1 for a in actions], actions, [s - 0.4 for s in states], states)
     assert found == pytest.approx({"sigma_action_arm": 0.1, "sigma_action_light": 0.1, "sigma_state_arm": 0.4}, 1e-3)
+
+
+def test_deltas_are_corrected_once_their_errors_are_known():
+    """Scores during a training, before its calibration, are of labels as they are predicted."""
+    data, heads = Squares(3), Heads(ROBOT, 8)
+    actions, states = [e.action for e in data.episodes], [e.state for e in data.episodes]
+    heads.fit(actions, states)
+    value = actions[0][: CLOCK.steps] * np.float32([0.5, 0.5, 1])
+    given = Labels(value=value, spread=np.zeros_like(value)), states[0][CLOCK.rows], CLOCK, 1.0
+    np.testing.assert_array_equal(heads.corrected(*given).value, value)
+    heads.calibrate([0.5 * a for a in actions], actions, [s + 0.1 for s in states], states)
+    mended = heads.corrected(*given).value
+    assert np.abs(mended - actions[0][: CLOCK.steps]).mean() < 0.7 * np.abs(value - actions[0][: CLOCK.steps]).mean()
