@@ -88,7 +88,8 @@ class Batches:
         places = []
         for n in range(count):
             rng = rng_for(self.seed, "degrade", n)
-            index = self.episodes[(n * max(1, len(self.episodes) // count)) % len(self.episodes)]
+            every = len(self.episodes)
+            index = self.episodes[n * every // count if every > count else n % every]
             clock = self.clocks[n % len(self.clocks)]
             long = clock.with_frames(frames)
             if len(self.rows[index].action) <= long.steps:

@@ -134,6 +134,20 @@ def test_clips_of_each_robot_can_be_drawn_again(worlds):
             "degrade": None, "degrade_frames": 40})  # fmt: skip
 
 
+@pytest.mark.parametrize(("count", "wanted"), [(8, [0, 1, 2, 3, 4, 5, 0, 1]), (4, [0, 1, 3, 4]), (3, [0, 2, 4])])
+def test_clips_that_are_drawn_again_are_spread_over_the_episodes(count, wanted):
+    """Also where there are hardly more episodes than clips."""
+    data, asked = Small(6), []
+    data.episodes = [replace(episode, instruction=str(i)) for i, episode in enumerate(data.episodes)]
+
+    def degrade(get, rates):  # noqa: ANN001, ANN202
+        asked.extend(int(get(n)[1]) for n in range(len(rates)))
+        return [get(n)[0] for n in range(len(rates))]
+
+    Batches(data, range(6), [VIDEO], batch_size=1, seed=0, degrade=degrade, degraded_clips=count, degrade_frames=9)
+    assert asked == wanted
+
+
 def test_gradients_of_one_robot_never_touch_the_head_of_another(worlds):
     model = fitted(small(), *worlds)
     for data, own, others in zip(worlds, ("square", "other"), ("other", "square"), strict=True):
