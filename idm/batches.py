@@ -35,6 +35,12 @@ class Recorded(Protocol):
     def canvas(self, index: int, rows: Sequence[int]) -> np.ndarray: ...
 
 
+def in_all_phases(clock: Clock, window: int, most: int) -> Clock:
+    """`clock` with as many more frames, up to `most`, as it takes until a window of `window` frames has begun in each
+    of its phases: where a frame gap is p/q robot steps, q windows in a row differ in where their frames lie."""
+    return clock.with_frames(max(clock.frames, min(most, window - 1 + clock.stride.denominator)))
+
+
 class Batches:
     """Batches of `batch_size` clips of `frames` frames at the rates of `clocks`, from `episodes` of a dataset.
 
