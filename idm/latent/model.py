@@ -54,8 +54,8 @@ class LatentActions(nn.Module):
     `beta`; renewed: training steps in which unused codes are replaced.
     width, layers, decoder_layers, heads: of the transformers. target: keyword arguments of `Features`; null for pixels.
     target_width: of the target, as a checkpoint knows it; null asks the target.
-    labelled: share of the training episodes whose actions a head is trained on, at least one episode; 0 for no head,
-    as for video without actions.
+    labelled: share of the training episodes that bring actions, at least one, whose actions a head is trained on; 0 for
+    no head, as where all is video without actions.
     output: "latent" labels with z, "actions" through the head.
     """
 
@@ -173,13 +173,15 @@ class LatentActions(nn.Module):
         """Choose the labelled episodes, and measure their actions and how far the target changes; before training."""
         where = f"the dataset {getattr(dataset, 'root', '')}"
         self.source.require(dataset.robot.contract(), where)
-        rng, episodes = rng_for(self.seed, "labelled"), list(episodes)
-        count = min(len(episodes), max(1, round(self.labelled * len(episodes)))) if self.labelled else 0
-        self.known = sorted(int(i) for i in rng.permutation(episodes)[:count])
-        if any(dataset.episode(i).meta.get("action_known") is False for i in self.known):
-            raise ValueError(f"{where} is video without actions, and a head is to learn actions from a share of "
-                             f"{self.labelled} of its episodes; set labeler.labelled=0")  # fmt: skip
-        if count:
+        rng, episodes, self.known = rng_for(self.seed, "labelled"), list(episodes), []
+        if self.labelled:
+            told = [i for i in episodes if dataset.episode(i).meta.get("action_known") is not False]
+            if not told:
+                raise ValueError(f"{where} is video without actions, as is what is trained on beside it, and a head is "
+                                 f"to learn actions from a share of {self.labelled} of the episodes that bring them; "
+                                 f"set labeler.labelled=0, or add recordings with actions (stage.more)")  # fmt: skip
+            count = max(1, round(self.labelled * len(told)))
+            self.known = sorted(int(i) for i in rng.permutation(told)[:count])
             self.action = Normaliser.fit(np.concatenate([dataset.episode(i).action for i in self.known]),
                                          self.source.action)  # fmt: skip
         sample = VideoBatches(dataset, episodes, [], self.clock.with_frames(2), batch_size=64, seed=self.seed)(0)

@@ -136,6 +136,21 @@ def test_the_head_is_trained_for_every_step_of_the_longest_gap(squares, caplog):
     assert "clips of 16 frames at 19 Hz show no gap of 2 robot steps" in caplog.text
 
 
+def test_of_demonstrations_beside_video_without_actions_those_that_bring_actions_are_labelled(squares):
+    mixed, plain = Squares(10), small(labelled=0.4)
+    plain.fit(mixed, range(5))
+    for i in range(5, 10):
+        silent = np.full_like(mixed.episodes[i].action, np.nan)
+        mixed.episodes[i] = replace(mixed.episodes[i], action=silent, meta={"action_known": False})
+    for seed in range(4):
+        model = small(labelled=0.4, seed=seed)
+        model.fit(mixed, range(10))
+        assert len(model.known) == 2 and max(model.known) < 5 and torch.isfinite(model.action.scale).all()
+        assert seed or model.known == plain.known
+        batch = model.batches(mixed, range(10), batch_size=6, seed=1)(0)
+        assert torch.isfinite(batch["action"]).all() and torch.isfinite(model.loss(batch)[0])
+
+
 def test_pixels_and_their_patches_are_inverses():
     frames = torch.rand(2, 3, 16, 24)
     torch.testing.assert_close(Pixels().picture(Pixels()(frames)), frames)
