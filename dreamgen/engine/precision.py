@@ -56,3 +56,15 @@ def place(*parts: object) -> None:
             part.place()
         elif isinstance(part, nn.Module):
             part.to(best_device())
+
+
+def withdraw(part: object) -> None:
+    """Move a world model that has done its part back to main memory, and leave its accelerator's to what comes next: as
+    it says itself (`place` of a device), or all of a module."""
+    cpu = torch.device("cpu")
+    if hasattr(part, "place"):
+        part.place(cpu)
+    elif isinstance(part, nn.Module):
+        part.to(cpu)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -13,7 +13,6 @@ from dreamgen.data.groups import group_of
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
-from dreamgen.engine.precision import place
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.drawn import DRAWN, Drawn, drawn_by, frames_through
@@ -193,7 +192,6 @@ def train_labeler(
         for other in beside:
             with reading(labeler, other.name):
                 labeler.fit(other.dataset, other.training)
-        place(world_model)
         least = max(labeler.clock.frames, getattr(labeler, "clip_frames", 2))
 
         def drawn(**how: Any) -> Drawn | None:
