@@ -1,5 +1,6 @@
 """Training clips, addressed by step: batch `step` is a pure function of (seed, step), of one robot or several."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ from dreamgen.core.seeding import rng_for
 from dreamgen.data.mixture import shares
 from dreamgen.data.motion import motion_of, weights
 
+log = logging.getLogger(__name__)
 Asked = Callable[[int], tuple[np.ndarray, str]]
 Degrade = Callable[[Asked, Sequence[str]], Sequence[np.ndarray]]
 
@@ -33,6 +35,12 @@ class Recorded(Protocol):
     def canvas(self, index: int, rows: Sequence[int]) -> np.ndarray: ...
 
 
+def in_all_phases(clock: Clock, window: int, most: int) -> Clock:
+    """`clock` with as many more frames, up to `most`, as it takes until a window of `window` frames has begun in each
+    of its phases: where a frame gap is p/q robot steps, q windows in a row differ in where their frames lie."""
+    return clock.with_frames(max(clock.frames, min(most, window - 1 + clock.stride.denominator)))
+
+
 class Batches:
     """Batches of `batch_size` clips of `frames` frames at the rates of `clocks`, from `episodes` of a dataset.
 
@@ -46,19 +54,26 @@ class Batches:
     Calling gives a dict: video (b f H W 3) uint8, action (b s a), state (b f d), rows (f,), spacing (): robot steps a
     gap. All clips of one batch share one clock.
 
-    Raises ValueError for episodes that are all shorter than a clip, or than one to degrade.
+    Episodes that are shorter than the clips of a clock bring none of these. Raises ValueError where all are, and for
+    episodes that are all shorter than a clip to degrade.
     """
 
     def __init__(self, dataset: Recorded, episodes: Sequence[int], clocks: Sequence[Clock], *, batch_size: int,
                  seed: int, rest: float = 0.4, first: float = 0.2, degrade: Degrade | None = None,
                  degraded: float = 0.5, degraded_clips: int = 64, degrade_frames: int = 17) -> None:  # fmt: skip
         self.dataset, self.clocks, self.seed, self.batch_size = dataset, list(clocks), seed, batch_size
-        longest = max(clock.steps for clock in self.clocks)
-        self.episodes = [i for i in episodes if dataset.length(i) > longest]
-        if not self.episodes:
-            raise ValueError(f"none of {len(list(episodes))} episodes of robot '{dataset.robot.name}' has the "
-                             f"{longest + 1} rows that a training clip spans; lower the labeler's `train_frames`, "
-                             f"label video of a rate that divides the robot's, or record longer episodes")  # fmt: skip
+        self.long = {clock: [i for i in episodes if dataset.length(i) > clock.steps] for clock in self.clocks}
+        for clock, long in self.long.items():
+            if not long:
+                raise ValueError(f"none of {len(episodes)} episodes of robot '{dataset.robot.name}' has the "
+                                 f"{clock.steps + 1} rows that a training clip at {clock.video_hz} Hz spans; lower the "
+                                 f"labeler's `train_frames`, label video of a rate that divides the robot's, or record "
+                                 f"longer episodes")  # fmt: skip
+            if len(long) < len(episodes):
+                log.warning("%d of %d episodes of robot '%s' bring no training clips at %s Hz: they are shorter than "
+                            "the %d rows of one", len(episodes) - len(long), len(episodes), dataset.robot.name,
+                            clock.video_hz, clock.steps + 1)  # fmt: skip
+        self.episodes = max(self.long.values(), key=len)
         self.rows, self.first = {i: dataset.episode(i) for i in self.episodes}, first
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0
@@ -73,6 +88,8 @@ class Batches:
         found, means = [], []
         motions = motion_of(self.dataset.robot.action, [e.action for e in self.rows.values()])
         for index, motion in zip(self.rows, motions, strict=True):
+            if len(motion) <= clock.steps:
+                continue
             moved = sliding_window_view(motion, clock.steps)[:-1].mean(-1)
             found.append(np.column_stack([np.full(len(moved), index), np.arange(len(moved))]))
             means.append(moved)
@@ -88,9 +105,9 @@ class Batches:
         places = []
         for n in range(count):
             rng = rng_for(self.seed, "degrade", n)
-            index = self.episodes[(n * max(1, len(self.episodes) // count)) % len(self.episodes)]
             clock = self.clocks[n % len(self.clocks)]
-            long = clock.with_frames(frames)
+            long, every = clock.with_frames(frames), len(self.long[clock])
+            index = self.long[clock][n * every // count if every > count else n % every]
             if len(self.rows[index].action) <= long.steps:
                 continue
             latest = len(self.rows[index].action) - long.steps

@@ -52,9 +52,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Have a folder and all that is in it on the disk before what is written next."""
+    """Have a folder and all that is in it on the disk before what is written next. Its lock is left alone: a process
+    that closes a file which it has locked, however it was opened, has it locked no longer."""
     for path in (*folder.rglob("*"), folder, folder.parent):
-        if path.is_file() or path.is_dir():
+        if path.name != LOCK and (path.is_file() or path.is_dir()):
             _sync(path)
 
 

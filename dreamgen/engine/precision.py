@@ -56,12 +56,15 @@ def place(*parts: object) -> None:
             part.to(best_device())
 
 
-def put_back(*parts: object) -> None:
-    """Move modules that `place` moved back to the CPU, and free the room that they took: one policy after another has
-    it. What says itself how it is placed stays where it is."""
+def withdraw(*parts: object) -> None:
+    """Move what `place` moved back to main memory, as it says itself (`place` of a device), or all of a module, and
+    leave the accelerator's to what comes next."""
+    cpu = torch.device("cpu")
     for part in map(_inner, parts):
-        if isinstance(part, nn.Module) and not hasattr(part, "place"):
-            part.to("cpu")
+        if hasattr(part, "place"):
+            part.place(cpu)
+        elif isinstance(part, nn.Module):
+            part.to(cpu)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -20,7 +20,7 @@ from dreamgen.core.protocols import ActionWorldModel, Judge, Policy, Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
-from dreamgen.engine.precision import place, put_back
+from dreamgen.engine.precision import place, withdraw
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
 from dreamgen.filters.rates import Rates, rates_in_dreams, rates_on
@@ -125,7 +125,7 @@ def correlation(
                 row = one_policy(name, policies[name], env, sim, plan, prompts, run.out, probe=probe, blind=blind,
                                  validation=validation, workers=workers, films=films, seed=seed)  # fmt: skip
                 write_json(path, row)
-                put_back(policies[name])
+                withdraw(policies[name])
             rows[name] = read_json(path)
             if name in known_demos:
                 rows[name]["demos"] = float(known_demos[name])

@@ -9,11 +9,10 @@ from typing import Any
 
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
-from dreamgen.data.groups import with_siblings
+from dreamgen.data.groups import group_of
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
-from dreamgen.engine.precision import place
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
 from dreamgen.stages.drawn import DRAWN, Drawn, drawn_by, frames_through
@@ -22,7 +21,7 @@ from dreamgen.stages.recorded_video import batches_of, long_enough
 
 
 def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Episode numbers for training and held out, drawn from the seed; at least one of each where there are two."""
+    """Numbers for training and held out, drawn from the seed; at least one of each where there are two."""
     order = rng_for(seed, "labeler split").permutation(count).tolist()
     apart = min(count - 1, max(1, round(share * count)))
     return sorted(order[apart:]), sorted(order[:apart])
@@ -44,16 +43,18 @@ class Split:
 
     @classmethod
     def of(cls, dataset: Dataset | Joined, labeler: Any, share: float, seed: int, name: str | None = None) -> "Split":
-        """A share of the episodes that are long enough held out, with their siblings; ValueError for fewer than two,
-        and where none is left to train on."""
+        """A share of the first states held out, with all episodes that begin there, of those that are long enough;
+        ValueError for fewer than two."""
         with reading(labeler, name):
             usable, too_short = long_enough(dataset, range(len(dataset)), [labeler], least=2)
-        held = with_siblings(dataset, [usable[i] for i in held_out(len(usable), share, seed)[1]])
-        training, apart = [i for i in usable if i not in held], [i for i in usable if i in held]
-        if not training:
-            raise ValueError(f"all {len(usable)} long enough episodes of {dataset.root} begin in the states of those "
-                             f"that are held out ({share:g} of them), and are held out with them; hold out fewer "
-                             f"(stage.held_out_share), or record more first states")  # fmt: skip
+        own = {i: group_of(dataset, i) for i in usable}
+        groups = list(dict.fromkeys(own.values()))
+        if len(groups) < 2:
+            raise ValueError(f"all {len(usable)} episodes of {dataset.root} that are long enough begin in one state "
+                             f"(pair '{groups[0]}'); a labeler needs at least 2 first states, one to train on and one "
+                             f"to be scored on: collect more")  # fmt: skip
+        held = {groups[i] for i in held_out(len(groups), share, seed)[1]}
+        training, apart = [i for i in usable if own[i] not in held], [i for i in usable if own[i] in held]
         return cls(dataset=dataset, training=training, apart=apart, too_short=too_short, name=name)
 
     def measured(self, labeler: Any, most: int | None = None) -> dict[str, dict]:
@@ -191,7 +192,6 @@ def train_labeler(
         for other in beside:
             with reading(labeler, other.name):
                 labeler.fit(other.dataset, other.training)
-        place(world_model)
         least = max(labeler.clock.frames, getattr(labeler, "clip_frames", 2))
 
         def drawn(**how: Any) -> Drawn | None:

@@ -120,14 +120,14 @@ class VideoWorld(Stored):
     def device(self) -> torch.device:
         return self.mean.device
 
-    def place(self, *, experts: bool = True) -> "VideoWorld":
-        """Move all but the text encoder to the accelerator, if there is one; without `experts`, no transformer."""
+    def place(self, device: torch.device | None = None, *, experts: bool = True) -> "VideoWorld":
+        """Move all but the text encoder to `device`, by default the best; without `experts`, no transformer."""
+        stay, device = {"text_encoder", *(() if experts else self.layout.experts)}, device or best_device()
         with enough(f"with the weights of {self.path}", "`weights: bf16` of the world model, or a larger device"):
-            stay = {"text_encoder", *(() if experts else self.layout.experts)}
             for name, part in self.pipe.components.items():
                 if isinstance(part, nn.Module) and name not in stay:
-                    part.to(best_device())
-            self.mean, self.std = self.mean.to(best_device()), self.std.to(best_device())
+                    part.to(device)
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     def cache_key(self) -> dict:

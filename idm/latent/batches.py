@@ -26,7 +26,8 @@ class VideoBatches:
         self.labelled = [i for i in self.episodes if i in set(labelled)]
         if not self.episodes:
             raise ValueError(f"none of {len(list(episodes))} episodes has the {clock.steps + 1} rows that a training "
-                             f"clip spans; lower the labeler's `frames`, or record longer episodes")  # fmt: skip
+                             f"clip spans; lower the labeler's `frames`, label video of a rate that divides the "
+                             f"robot's, or record longer episodes")  # fmt: skip
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         rng = rng_for(self.seed, "latent batch", step)
