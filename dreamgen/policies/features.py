@@ -67,9 +67,10 @@ def looked_at(chunks: Any) -> list[tuple[int, int]]:
 
 
 def named(chunks: Any, encoder: nn.Module, folder: Path, places: Sequence[tuple[int, int]]) -> Path:
-    """The file of the features: by the dataset's root, its views, the rows and the encoder."""
-    views = chunks.dataset.robot.contract()["views"]
-    return Path(folder) / f"{digest([str(chunks.dataset.root), views, places, *encoder.identity()])}.f16"
+    """The file of the features: by the dataset's root and episodes, its views, the rows and the encoder."""
+    data, views = chunks.dataset, chunks.dataset.robot.contract()["views"]
+    held = [int(data.index(i)) for i in range(len(data))]
+    return Path(folder) / f"{digest([str(data.root), held, views, places, *encoder.identity()])}.f16"
 
 
 def pictures(chunks: Any, places: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
@@ -96,8 +97,8 @@ def computed(
 class Features:
     """Features (n tokens, width) float16 of rows of `chunks` by a frozen `encoder`, made in `folder` on first use.
 
-    The file is named by the dataset's root, views and rows and the encoder: what `folder` holds of others is left
-    alone. That the pictures are those of the last time, the run's own folder sees to, which takes no other input.
+    The file is named by the dataset's root, episodes, views and rows and the encoder: what `folder` holds of others is
+    left alone. That the pictures are those of the last time, the run's own folder sees to, which takes no other input.
     """
 
     def __init__(self, chunks: Any, encoder: nn.Module, folder: Path, *, batch_size: int = 32) -> None:
