@@ -114,7 +114,7 @@ class Feed:
         for dataset, body in zip(self.datasets, bodies, strict=True):
             model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         watched = [source for source in every if source.kind == "video"]
-        self._require_taught([*bodies, *(self._body(source) for source in watched)], fit)
+        self._require_taught(bodies, fit)
         self._require_states(bodies[count:], dream_options.get("state"))
         options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
         self.chunks = []
@@ -136,15 +136,16 @@ class Feed:
             options["memory_gb"] -= self.chunks[-1].held_gb
 
     def _require_taught(self, bodies: Sequence[int], fit: Sequence[int] | None) -> None:
-        """ValueError where `bodies`, which have data, leave out a robot that begins with no weights of another policy:
-        whoever asks for it would be served by what nothing has trained."""
+        """ValueError where `bodies`, which have actions, leave out a robot that begins with no weights of another
+        policy: whoever asks for it would be served by what nothing has trained."""
         space = self.model.spaces.of
         fresh = range(len(self.model.bodies)) if fit is None else fit
         taught = [space(body) for body in bodies]
         if lost := [self.model.bodies[body] for body in fresh if space(body) not in taught]:
             robot = space(self.model.body(lost[0])).robot.name
-            raise ValueError(f"no data train the robot '{robot}', of the bodies {lost}; give its data in stage.others, "
-                             f"or leave it out of policy.robots and policy.bodies")  # fmt: skip
+            raise ValueError(f"no data train the robot '{robot}', of the bodies {lost}; give its data in stage.others "
+                             f"(videos alone teach no actions), or leave it out of policy.robots and policy.bodies"
+                             )  # fmt: skip
 
     def _require_states(self, bodies: Sequence[int], state: str | None) -> None:
         """ValueError where the chunks of these bodies, of dreams, are told relative to states that are not theirs."""
