@@ -68,13 +68,14 @@ class Feed:
     without actions, which train the body that acts by FLARE's alignment alone. Both count as dreams. others: data of
     other bodies, such as those of other robots, {body: {real, dreams, videos}}; they count as what they are.
 
-    fit: the bodies of whose robots statistics are taken of the data; None for all and for an encoder that is fitted to
-    pictures. options: for the chunks of all datasets; dream_options: of dreams and latents (see `Chunks`).
-    spread_scale: see `Chunks`, in units of the standard deviation of the fitted actions.
+    fresh: the bodies that begin with no weights of another policy; of robots that have no others statistics are taken
+    of the data. None for all, and for an encoder that is fitted to pictures. options: for the chunks of all datasets;
+    dream_options: of dreams and latents (see `Chunks`). spread_scale: see `Chunks`, in units of the standard deviation
+    of the fitted actions.
 
     Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than all its episodes,
-    where no dataset trains the body that the policy acts for, or any of a robot that begins afresh, and where the state
-    that chunks are told relative to is hidden, made up or known of no observation.
+    where no actions train the body that the policy acts for, or any of a robot, and these begin afresh, and where the
+    state that chunks are told relative to is hidden, made up or known of no observation.
     """
 
     def __init__(
@@ -93,17 +94,18 @@ class Feed:
         spread_scale: float | None,
         options: dict[str, Any],
         dream_options: dict[str, Any],
-        fit: Sequence[int] | None = None,
+        fresh: Sequence[int] | None = None,
         seed: int,
     ) -> None:
         every = sources(real, dreams, latent, videos, others, dream_body=dream_body, latent_body=latent_body)
         told = [source for source in every if source.kind != "video"]
         count = sum(source.kind == "real" for source in told)
         self.model, self.datasets = model, [source.dataset for source in told]
-        if not self.datasets:
+        begun = fresh is not None and model.speaks not in fresh
+        if not (every if begun else told):
             raise ValueError("train_policy got neither real data nor dreams; give at least one dataset")
         bodies = [self._body(source) for source in told]
-        if model.speaks not in bodies:
+        if not begun and model.speaks not in bodies:
             spoken, trained = (
                 model.bodies[model.speaks],
                 ", ".join(dict.fromkeys(f"'{source.body}'" for source in told)),
@@ -114,6 +116,7 @@ class Feed:
         for dataset, body in zip(self.datasets, bodies, strict=True):
             model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         watched = [source for source in every if source.kind == "video"]
+        fit = None if fresh is None else self._without_statistics(fresh)
         self._require_taught(bodies, fit)
         self._require_states(bodies[count:], dream_options.get("state"))
         options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
@@ -134,6 +137,11 @@ class Feed:
         self.chunks.append(Chunks(dataset, **options, **more))
         if "memory_gb" in options:
             options["memory_gb"] -= self.chunks[-1].held_gb
+
+    def _without_statistics(self, fresh: Sequence[int]) -> list[int]:
+        """The bodies of robots all of whose bodies are `fresh`."""
+        each = self.model.spaces.each
+        return [body for body in fresh if all(k in fresh for k, space in enumerate(each) if space is each[body])]
 
     def _require_taught(self, bodies: Sequence[int], fit: Sequence[int] | None) -> None:
         """ValueError where `bodies`, which have actions, leave out a robot that begins with no weights of another

@@ -26,8 +26,9 @@ def begin(model: Any, out: Path, bodies: Mapping[str, str | None] | None = None)
     """Give `model` the weights of the policy in `out`, or of its training that has not ended. bodies: for bodies of the
     model, the one of that policy as which they begin, None to begin afresh; for others it is the one of their name.
 
-    Returns bodies, one of each robot, whose statistics are not there and are to be fitted. Raises ValueError for a body
-    of which is not clear how to begin, one that begins as one of other widths, and where the rest is another model's.
+    Returns the bodies that begin afresh; a robot that has no others has no statistics, and these are to be fitted.
+    Raises ValueError for a body of which is not clear how to begin, one that begins as one of other widths, and where
+    the rest is another model's.
     """
     out, asked = Path(out), dict(bodies or {})
     if not (out / "config.json").is_file():
@@ -49,9 +50,8 @@ def begin(model: Any, out: Path, bodies: Mapping[str, str | None] | None = None)
         rows = len(getattr(model.encoder, each))
         for saved in {"encoder." + each, "flare.target." + each} & weights.keys():
             weights[saved] = weights[saved].repeat(-(-rows // len(weights[saved])), 1)[:rows]
-    weights, fresh = _statistics(model, weights, sources, config["robots"])
-    take_over(model, weights, out)
-    return fresh
+    take_over(model, _statistics(model, weights, sources, config["robots"]), out)
+    return [k for k, source in enumerate(sources) if source is None]
 
 
 def _source(model: Any, out: Path, name: str, there: list[str], contracts: Mapping[Any, dict],
@@ -99,17 +99,15 @@ def _place(of: str | None) -> dict[str, str]:
 
 
 def _statistics(model: Any, weights: dict[str, Tensor], sources: list[str | None],
-                robots: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[int]]:  # fmt: skip
+                robots: Mapping[str, Any]) -> dict[str, Tensor]:  # fmt: skip
     """The weights with each robot's statistics at its place, those of the first of its bodies that does not begin
-    afresh; and one body of each robot that has none."""
+    afresh; of a robot that has none, as `model` has them."""
     kept = {name: value for name, value in weights.items() if not name.startswith(("normalise_", "other_normalisers."))}
     owners = [owner(name, model.config["robots"]) for name in model.bodies]
-    fresh = []
     for of in dict.fromkeys(owners):
         mine = [k for k, other in enumerate(owners) if other == of]
         source = next((sources[k] for k in mine if sources[k] is not None), None)
         if source is None:
-            fresh.append(mine[0])
             here = tuple(_place(of).values())
             kept |= {name: value for name, value in model.state_dict().items() if name.startswith(here)}
             continue
@@ -118,4 +116,4 @@ def _statistics(model: Any, weights: dict[str, Tensor], sources: list[str | None
             kept |= {
                 here + name.removeprefix(there): value for name, value in weights.items() if name.startswith(there)
             }
-    return kept, fresh
+    return kept

@@ -109,9 +109,10 @@ def train_policy(
     each dataset, episodes shorter than the horizon, idle observations, and those without a state that they need, all
     left out.
     Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than all episodes, no data, none
-    for the body that the policy acts for, a `start` of another policy or without a body that is to begin, features
-    that do not fit on the disk, several processes, and a loss or gradient that is not finite (names the episodes; the
-    last good state stays). An evaluation on the way that fails costs itself: `midway` then tells its error.
+    for the body that the policy acts for where that begins afresh, a `start` of another policy or without a body that
+    is to begin, features that do not fit on the disk, several processes, and a loss or gradient that is not finite
+    (names the episodes; the last good state stays). An evaluation on the way that fails costs itself: `midway` then
+    tells its error.
     """
     require_alone("train_policy")
     named: dict[str, Any] = dict(dream_body=dream_body, latent_body=latent_body)
@@ -138,10 +139,10 @@ def train_policy(
             raise ValueError(f"stage.start_bodies is {dict(start_bodies)}, and there is no stage.start to begin with")
         if validation is not None:
             model.robot.require(validation.robot.contract(), f"stage.validation, {validation.root},")
-        fit = None if start is None else begin(model, start, start_bodies)
+        fresh = None if start is None else begin(model, start, start_bodies)
         common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb, folder=run.out)
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, others=others, **named,
-                    batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fit=fit,
+                    batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fresh=fresh,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
         features, draws = run.out / FEATURES, (regression_steps + steps) * batch_size
         sweep(features)
