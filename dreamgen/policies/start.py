@@ -6,14 +6,16 @@ body of the same name, where both belong to the same robot, or of the one that i
 statistics of the new robot's data. So a policy of several robots becomes one of a single, or learns another one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from dreamgen.core.manifest import RUN, read_json
 from dreamgen.engine.state import take_over, weights_of
 from dreamgen.policies import checkpoint, regression
+from dreamgen.policies.space import Space
 from dreamgen.policies.spaces import owner
 
 WAYS = ("encode_state.", "encode_action.", "decode_action.")  # weights of which each body has its own
@@ -27,20 +29,23 @@ def begin(model: Any, out: Path, bodies: Mapping[str, str | None] | None = None)
     model, the one of that policy as which they begin, None to begin afresh; for others it is the one of their name.
 
     Returns the bodies that begin afresh; a robot that has no others has no statistics, and these are to be fitted.
-    Raises ValueError for a body of which is not clear how to begin, one that begins as one of other widths, and where
-    the rest is another model's.
+    Raises ValueError for a body of which is not clear how to begin, one that begins as one of other widths, statistics
+    of chunks that were told otherwise, and where the rest is another model's.
     """
     out, asked = Path(out), dict(bodies or {})
     if not (out / "config.json").is_file():
         if asked:
             raise ValueError(f"stage.start_bodies is {asked}, and {out} is a training that has not ended, which does "
                              f"not say which bodies it has; leave it out to begin with all as they are")  # fmt: skip
+        run = read_json(out / RUN).get("config", {}) if (out / RUN).is_file() else {}
+        _require_told_alike(model, out, run.get("policy"), range(len(model.bodies)))
         regression.begin(model, out)
         return []
     config, contracts = checkpoint.read(out)
     for name in asked:
         model.body(name)
     sources = [_source(model, out, name, config["bodies"], contracts, asked) for name in model.bodies]
+    _require_told_alike(model, out, config, [k for k, source in enumerate(sources) if source is not None])
     numbers = [None if source is None else config["bodies"].index(source) for source in sources]
     weights = weights_of(out)
     for name, live in model.named_parameters():
@@ -77,6 +82,21 @@ def _source(model: Any, out: Path, name: str, there: list[str], contracts: Mappi
     raise ValueError(f"{out} has no body '{source}' of the robot '{robot.name}' with which the body '{name}' could "
                      f"begin; it has {told}. Name one of them, or null for fresh weights: "
                      f"stage.start_bodies={{{name}: ...}}")  # fmt: skip
+
+
+def _require_told_alike(model: Any, out: Path, config: Any, bodies: Iterable[int]) -> None:
+    """ValueError where chunks of `bodies`, whose statistics are those of `out`, mean something else to `model`; config:
+    of that policy, as far as it is known."""
+    mine = {key: model.config[key] for key in ("frame", "cumulative")}
+    told = {key: (config if isinstance(config, Mapping) else {}).get(key, value) for key, value in mine.items()}
+    for space in dict.fromkeys(model.spaces.of(body) for body in bodies):
+        robot, made = space.robot, dict(horizon=model.horizon, state=space.state, action=space.action)
+        other = Space(robot, **made, **told)
+        if (space.summed, space.shifts) != (other.summed, other.shifts):
+            raise ValueError(f"the policy in {out} tells chunks of the robot '{robot.name}' with policy.frame="
+                             f"{told['frame']} and policy.cumulative={told['cumulative']}, and has its statistics so; "
+                             f"here they are {mine['frame']} and {mine['cumulative']}. Set them alike, or begin its "
+                             f"bodies afresh: stage.start_bodies={{...: null}}")  # fmt: skip
 
 
 def _ways(name: str, live: Tensor, saved: Tensor, numbers: list[int | None]) -> Tensor:

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from dreamgen.core.clip import Observation
+from dreamgen.core.manifest import write_json
 from dreamgen.data.lerobot import Dataset
+from dreamgen.engine.state import save
 from dreamgen.policies.palette import PaletteEncoder
 from dreamgen.policies.policy import FlowPolicy
 from dreamgen.policies.start import begin
@@ -96,6 +98,23 @@ def test_a_body_that_was_trained_needs_no_data(folder: Path, tmp_path: Path):  #
     for given in (dict(start_bodies={"real": None}, videos=[video]), {}):
         with pytest.raises(ValueError, match="got neither real data nor dreams"):
             train_policy(partial(single, ROBOT), None, out=tmp_path / f"b{len(given)}", **given, **options)
+
+
+def test_statistics_are_taken_of_chunks_that_mean_the_same(tmp_path: Path):
+    single(ROBOT).save(tmp_path / "p")
+    save(tmp_path / "unended/training", 1, single(ROBOT), None, [])
+    told = dict(frame="recorded", cumulative=True, _target_="dreamgen.policies.policy.FlowPolicy")
+    write_json(tmp_path / "unended/run.json", {"config": {"policy": told}})
+    there = "of the robot 'point' with policy.frame=recorded and policy.cumulative=True, .* here they are"
+    for out in (tmp_path / "p", tmp_path / "unended"):
+        for changes in (dict(cumulative=False), dict(frame="absolute")):
+            with pytest.raises(ValueError, match=there):
+                begin(single(ROBOT, **changes), out)
+        assert begin(single(ROBOT, frame="relative"), out) == []  # its deltas are summed either way
+    afresh = {"real": None, "dream": None}
+    assert begin(single(ROBOT, cumulative=False), tmp_path / "p", afresh) == [0, 1]
+    write_json(tmp_path / "unended/run.json", {"config": {}})
+    assert begin(single(ROBOT, cumulative=False), tmp_path / "unended") == []  # nobody knows
 
 
 def test_it_is_asked_where_a_body_begins(folder: Path, joint: Path, tmp_path: Path):  # noqa: F811
