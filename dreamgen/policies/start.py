@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from dreamgen.core.manifest import RUN, read_json
-from dreamgen.engine.state import take_over, weights_of
+from dreamgen.engine.state import holds, take_over, weights_of
 from dreamgen.policies import checkpoint, regression
 from dreamgen.policies.space import Space
 from dreamgen.policies.spaces import owner
 
 WAYS = ("encode_state.", "encode_action.", "decode_action.")  # weights of which each body has its own
+INNER, COPY = "encoder.model.", "flare.target.model."  # the model inside an encoder, and in what gives FLARE's targets
 # the axis of a body's weights along which narrower robots are padded: nothing is read of what lies there
 PADDED = {"encode_state.layer1.weight": 0, "encode_action.layer1.weight": 0, "decode_action.layer2.weight": 1,
           "decode_action.layer2.bias": 1}  # fmt: skip
@@ -39,7 +40,11 @@ def begin(model: Any, out: Path, bodies: Mapping[str, str | None] | None = None)
                              f"not say which bodies it has; leave it out to begin with all as they are")  # fmt: skip
         run = read_json(out / RUN).get("config", {}) if (out / RUN).is_file() else {}
         _require_told_alike(model, out, run.get("policy"), range(len(model.bodies)))
-        regression.begin(model, out)
+        if not holds(out):
+            regression.begin(model, out)
+            return []
+        untrained = {name: value for name, value in model.state_dict().items() if name.startswith(INNER)}
+        take_over(model, _copied(model, untrained | weights_of(out)), out)
         return []
     config, contracts = checkpoint.read(out)
     for name in asked:
@@ -55,7 +60,8 @@ def begin(model: Any, out: Path, bodies: Mapping[str, str | None] | None = None)
         rows = len(getattr(model.encoder, each))
         for saved in {"encoder." + each, "flare.target." + each} & weights.keys():
             weights[saved] = weights[saved].repeat(-(-rows // len(weights[saved])), 1)[:rows]
-    take_over(model, _statistics(model, weights, sources, config["robots"]), out)
+    weights = _copied(model, _statistics(model, weights, sources, config["robots"]))
+    take_over(model, weights, out)
     return [k for k, source in enumerate(sources) if source is None]
 
 
@@ -110,6 +116,15 @@ def _ways(name: str, live: Tensor, saved: Tensor, numbers: list[int | None]) -> 
             corner = tuple(slice(min(sizes)) for sizes in zip(own.shape, saved[number].shape, strict=True))
             own[corner] = saved[number][corner]
     return live
+
+
+def _copied(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights with as many copies of the model inside an encoder as `model` has (see `flare.follower`): that of
+    FLARE's targets begins as the encoder's own where there is none, and is left out where it is one with that."""
+    here = model.state_dict()
+    kept = {name: value for name, value in weights.items() if name in here or not name.startswith(COPY)}
+    lacking = {name: INNER + name.removeprefix(COPY) for name in here if name.startswith(COPY) and name not in kept}
+    return kept | {name: weights[own] for name, own in lacking.items() if own in weights}
 
 
 def _place(of: str | None) -> dict[str, str]:

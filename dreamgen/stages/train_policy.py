@@ -18,6 +18,7 @@ from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.shares import parts_of
+from dreamgen.engine.state import STATE, keep_frozen
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import worthwhile
@@ -166,6 +167,8 @@ def train_policy(
                                    rates={"encoder.model.": encoder_rate}, log_every=log_every,
                                    checkpoint_every=checkpoint_every, describe=feed.describe,
                                    restarts=run.out)  # fmt: skip
+        if start is not None:
+            keep_frozen(run.out / STATE, model)
         begun = {}
         if model.direct is not None and not regression_steps and start is None:
             log.warning("regression_steps is 0; a policy whose encoder summarises the observation learns what an "
