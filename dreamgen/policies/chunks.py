@@ -5,8 +5,8 @@ is slower than the robot. Where a chunk runs past the end of its episode the mis
 made up. With `past_end="hold"` the robot is taken to stand still there (deltas rest, other parts as in the last row),
 which is right only for recordings that end at rest. Observations whose whole chunk is idle (nothing moves, no binary
 part changes) teach little; `keep_idle` bounds how many of them an episode gives. What counts as moving is told in the
-data's own measure, so that it does not depend on units. Pictures of small datasets stay in memory as uint8; those of
-larger ones than `memory_gb` are decoded when asked for, each run of a video once (`dreamgen.policies.decoded`).
+data's own measure, so that it does not depend on units. Pictures of small datasets stay in memory as uint8, those of
+larger ones than `memory_gb` in a file (`dreamgen.policies.decoded`).
 """
 
 import logging
@@ -101,11 +101,8 @@ class Chunks:
         self._places = self._chosen(told, keep_idle)
         self.idle_left_out = sum(map(len, told.values())) - len(self._places)
         self._tell()
-        view = dataset.robot.views[0]
-        size = sum(len(rows) for rows in self._frames.values()) * len(self.views) * view.height * view.width * 3
-        self._memory: dict[int, np.ndarray] | None = {} if size <= memory_gb * 1e9 else None
-        self.held_gb = 0.0 if self._memory is None else size / 1e9
-        self._folder, self._decoded = folder, None
+        self._decoded = Decoded(dataset, self._frames, memory_gb=memory_gb, folder=folder)
+        self.held_gb = self._decoded.held_gb
 
     def __len__(self) -> int:
         return len(self._places)
@@ -232,13 +229,7 @@ class Chunks:
 
     def pictures(self, episode: int, row: int) -> np.ndarray:
         """All views (v h w 3) at an observation row."""
-        if self._memory is None:
-            self._decoded = self._decoded or Decoded(self.dataset, self._frames, self._folder)
-            return self._decoded(episode, row)
-        if episode not in self._memory:
-            views = self.dataset.views(episode, self._frames[episode])
-            self._memory[episode] = np.stack([views[name] for name in self.views], 1)
-        return self._memory[episode][np.searchsorted(self._frames[episode], row)]
+        return self._decoded(episode, row)
 
     def actions(self, episode: int, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The chunk (H a) from `row` on, which of its steps exist (H,), their weights (H,)."""

@@ -65,10 +65,12 @@ def test_long_runs_are_decoded_some_rows_at_a_time(data, tmp_path, monkeypatch):
     assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
 
 
-def test_forks_share_what_is_decoded(data, tmp_path):
-    chunks = Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path)
+@pytest.mark.parametrize("memory_gb", [0.0, 1.0])
+def test_forks_share_what_is_decoded(data, tmp_path, memory_gb):
+    """In memory and in the file, also where nothing was asked for before they were made."""
+    chunks = Chunks(data, horizon=STEPS, memory_gb=memory_gb, folder=tmp_path)
     truth = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0))
-    chunks.pictures(0, 0)
+    assert chunks.held_gb == pytest.approx(bool(memory_gb) * sum(ROWS) * 2 * H * W * 3 / 1e9)
     forked(2, lambda rank: drawn(chunks))
     chunks.dataset = chunks._decoded.dataset = None  # nothing can be decoded here
     assert all(np.array_equal(a, b) for a, b in zip(drawn(chunks), truth, strict=True))
