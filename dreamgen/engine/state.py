@@ -107,6 +107,13 @@ def save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimisers:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def states_gb(model: nn.Module) -> float:
+    """Of a disk that a training of `model` writes at most, in GB: weights, average and two moments, in two states while
+    one takes the place of another; the best weights, and the last. What is not trained is written up to three times."""
+    sizes = [(10 if x.requires_grad else 3) * x.nbytes for x in (*model.parameters(), *model.buffers())]
+    return sum(sizes) / 1e9
+
+
 def keep_frozen(folder: Path, model: nn.Module) -> None:
     """Keep, beside the states, the weights that `save` leaves out, of a model that is made with others."""
     frozen = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters() if not p.requires_grad}

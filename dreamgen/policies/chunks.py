@@ -56,8 +56,7 @@ class Chunks:
     `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the spread. short_left_out, unknown_left_out,
     idle_left_out: how many episodes shorter than the horizon, how many observations that lack an entry of `relative_to`
     and how many idle ones beyond `keep_idle` of each episode are not here; many idle ones, and any of the others, are
-    warned of. memory_gb: of pictures that may be in memory; held_gb: that they take there. folder: where those that it
-    does not hold are kept once they are decoded; None decodes them again.
+    warned of. memory_gb, folder, reserve_gb, held_gb, kept_gb: see `dreamgen.policies.decoded`.
 
     Raises ValueError for a horizon longer than all episodes, for shuffled labels of one episode, and where
     `relative_to` or `keep_idle` leaves nothing.
@@ -79,6 +78,7 @@ class Chunks:
         keep_idle: int | None = None,
         memory_gb: float = 2.0,
         folder: Path | None = None,
+        reserve_gb: float = 0.0,
     ) -> None:
         if past_end not in PAST_END or state not in STATES or labels not in LABELS:
             raise ValueError(f"past_end is '{past_end}', state is '{state}', labels is '{labels}'; expected one of "
@@ -101,8 +101,8 @@ class Chunks:
         self._places = self._chosen(told, keep_idle)
         self.idle_left_out = sum(map(len, told.values())) - len(self._places)
         self._tell()
-        self._decoded = Decoded(dataset, self._frames, memory_gb=memory_gb, folder=folder)
-        self.held_gb = self._decoded.held_gb
+        self._decoded = Decoded(dataset, self._frames, memory_gb=memory_gb, folder=folder, reserve_gb=reserve_gb)
+        self.held_gb, self.kept_gb = self._decoded.held_gb, self._decoded.kept_gb
 
     def __len__(self) -> int:
         return len(self._places)

@@ -30,13 +30,13 @@ class Decoded:
     """All views (v h w 3) at rows of episodes. rows: of each episode those that may be asked for, ascending.
 
     memory_gb: of these pictures that may be in memory; held_gb: that they take there. folder: where the file of what is
-    more lies, as large as all these pictures; None for no file. Where it has no room, or the disk is full later on,
-    pictures are decoded whenever they are asked for, and it is said.
+    more lies, as large as all these pictures; None for no file. reserve_gb: of what is free there that belongs to
+    others; kept_gb: that the file may take. Where there is no room, or the disk is full later on, pictures are decoded
+    whenever they are asked for, and it is said.
     """
 
-    def __init__(
-        self, dataset: Dataset, rows: Mapping[int, np.ndarray], *, memory_gb: float, folder: Path | None
-    ) -> None:
+    def __init__(self, dataset: Dataset, rows: Mapping[int, np.ndarray], *, memory_gb: float, folder: Path | None,
+                 reserve_gb: float = 0.0) -> None:  # fmt: skip
         self.dataset, self.rows = dataset, rows
         self.names, view = [view.name for view in dataset.robot.views], dataset.robot.views[0]
         self.shape = (len(self.names), view.height, view.width, 3)
@@ -46,20 +46,22 @@ class Decoded:
         self._kept = mmap.mmap(-1, count)  # which pictures are kept, known to forks too
         self._memory: np.ndarray | None = None
         self._file: Any = None
-        self.held_gb = 0.0
+        self.held_gb = self.kept_gb = 0.0
         if count * self._size <= memory_gb * 1e9:
             self._memory = np.frombuffer(mmap.mmap(-1, count * self._size), np.uint8).reshape(count, *self.shape)
             self.held_gb = count * self._size / 1e9
         elif folder is not None and view.key in dataset.entry(next(iter(rows))).videos:
-            self._open(folder, count * self._size)
+            self._open(folder, count * self._size / 1e9, reserve_gb)
 
-    def _open(self, folder: Path, size: int) -> None:
+    def _open(self, folder: Path, size_gb: float, reserve_gb: float) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if size > free:
-            log.info("pictures of %s are decoded whenever they are drawn: kept, they take %.3g GB in %s, and %.3g GB "
-                     "are free", self.dataset.root, size / 1e9, folder, free / 1e9)  # fmt: skip
+        free = shutil.disk_usage(folder).free / 1e9
+        if size_gb > free - reserve_gb:
+            log.info("pictures of %s are decoded whenever they are drawn: kept, they take %.3g GB in %s, and of %.3g "
+                     "GB that are free other pictures and the states of the training take %.3g", self.dataset.root,
+                     size_gb, folder, free, reserve_gb)  # fmt: skip
             return
+        self.kept_gb = size_gb  # the file takes it as it fills: what is free does not tell
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed with the process
 
     def __call__(self, episode: int, row: int) -> np.ndarray:

@@ -69,9 +69,9 @@ class Feed:
     other bodies, such as those of other robots, {body: {real, dreams, videos}}; they count as what they are.
 
     fresh: the bodies that begin with no weights of another policy; of robots that have no others statistics are taken
-    of the data. None for all, and for an encoder that is fitted to pictures. options: for the chunks of all datasets;
-    dream_options: of dreams and latents (see `Chunks`). spread_scale: see `Chunks`, in units of the standard deviation
-    of the fitted actions.
+    of the data. None for all, and for an encoder that is fitted to pictures. options: for the chunks of all datasets
+    (as an attribute: for those of further ones, with the memory and the disk that are left); dream_options: of dreams
+    and latents (see `Chunks`). spread_scale: see `Chunks`, in units of the standard deviation of the fitted actions.
 
     Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than all its episodes,
     where no actions train the body that the policy acts for, or any of a robot, and these begin afresh, and where the
@@ -119,7 +119,7 @@ class Feed:
         fit = None if fresh is None else self._without_statistics(fresh)
         self._require_taught(bodies, fit)
         self._require_states(bodies[count:], dream_options.get("state"))
-        options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
+        self.options = options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
         self.chunks = []
         for k, (dataset, body) in enumerate(zip(self.datasets, bodies, strict=True)):
             dreamt: dict[str, Any] = {} if k < count else dict(dream_options)
@@ -133,10 +133,13 @@ class Feed:
                                ratio=ratio if count else "0:1", seed=seed)  # fmt: skip
 
     def _take(self, dataset: Dataset, options: dict[str, Any], **more: Any) -> None:
-        """The chunks of one more dataset, for whose pictures the memory is left that others before it do not take."""
+        """The chunks of one more dataset, for whose pictures the memory and the disk are left that others before it do
+        not take."""
         self.chunks.append(Chunks(dataset, **options, **more))
         if "memory_gb" in options:
             options["memory_gb"] -= self.chunks[-1].held_gb
+        if "reserve_gb" in options:
+            options["reserve_gb"] += self.chunks[-1].kept_gb
 
     def _without_statistics(self, fresh: Sequence[int]) -> list[int]:
         """The bodies of robots all of whose bodies are `fresh`."""

@@ -18,7 +18,7 @@ from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.shares import parts_of
-from dreamgen.engine.state import STATE, keep_frozen
+from dreamgen.engine.state import STATE, keep_frozen, states_gb
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import worthwhile
@@ -141,7 +141,8 @@ def train_policy(
         if validation is not None:
             model.robot.require(validation.robot.contract(), f"stage.validation, {validation.root},")
         fresh = None if start is None else begin(model, start, start_bodies)
-        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb, folder=run.out)
+        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb, folder=run.out,
+                                      reserve_gb=states_gb(model))  # fmt: skip
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, others=others, **named,
                     batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fresh=fresh,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
@@ -153,8 +154,9 @@ def train_policy(
         if evaluate_every:
             midway = Midway(run.out, sim, type(model), instructions=evaluate_instructions, episodes=evaluate_episodes,
                             steps=evaluate_steps, execute=evaluate_execute, seed=seed)  # fmt: skip
-        common |= dict(horizon=model.horizon, future_steps=model.future_steps, body=model.speaks)
-        held_out = None if validation is None else validator(validation, batch_size, common)
+        held_out = (
+            None if validation is None else validator(validation, batch_size, {**feed.options, "body": model.speaks})
+        )
 
         def check(model: nn.Module, step: int) -> dict[str, float]:
             if midway and step % evaluate_every == 0:

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from dreamgen.core.clip import Episode
 from dreamgen.data.export import export_dataset
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
+from dreamgen.engine.state import states_gb
+from dreamgen.engine.train import train
 from dreamgen.policies import decoded
 from dreamgen.policies.chunks import Chunks
 from dreamgen.video.opened import key_frames
 from tests.engine.test_processes import forked
-from tests.policies.toy import STEPS, A, D, H, W, robot
+from tests.policies.test_feed import feed
+from tests.policies.toy import STEPS, A, D, H, W, batch, policy, robot
 
 ROWS, GOP = (17, 9, 24), 7
 
@@ -94,6 +98,29 @@ def test_a_full_disk_costs_time_alone(data, tmp_path, monkeypatch, caplog, full)
     found = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path))
     assert all(np.array_equal(a, b) for a, b in zip(found, truth, strict=True))
     assert "are decoded whenever they are drawn" in caplog.text and len(written) == (0 if full != "later" else 3)
+
+
+def test_files_promise_the_disk_once_and_leave_room_for_the_states(data, tmp_path, monkeypatch):
+    """A file takes the disk as it fills, so what is free does not tell what it will take."""
+    size, free = sum(ROWS) * 2 * H * W * 3, [0.0]
+    monkeypatch.setattr(decoded.shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    how = dict(memory_gb=0.0, folder=tmp_path, reserve_gb=1e-6)
+    for room, kept in ((1.5, [0, 0, 0]), (2.5, [1, 0, 0]), (3.5, [1, 1, 0]), (4.5, [1, 1, 1])):
+        free[0] = (room - 1) * size + 1000
+        made = feed(policy(), real=[data] * 3, options=dict(how))
+        assert [round(1e9 * chunks.kept_gb / size) for chunks in made.chunks] == kept
+        assert made.options["reserve_gb"] == pytest.approx(1e-6 + sum(kept) * size / 1e9)
+
+
+def test_a_training_writes_no_more_than_is_reserved(tmp_path):
+    """Two states, one beside the other, and the result."""
+    model = policy(align_weight=0.3, align_layer=2, future_tokens=3, head_width=64, heads=4)
+    state, how = tmp_path / "training", dict(lr=1e-2, warmup=1, precision="fp32", checkpoint_every=1, log_every=1)
+    train(model, lambda step: batch(), out=tmp_path, steps=1, ema=0.9, **how)
+    model.save(tmp_path)
+    once = sum(path.stat().st_size for path in state.rglob("*") if path.is_file())
+    taken = 2 * once + (tmp_path / "model.safetensors").stat().st_size
+    assert 0.8e9 * states_gb(model) < taken < 1e9 * states_gb(model)
 
 
 @pytest.mark.parametrize("after", [0.0, 0.5, 1.0])
