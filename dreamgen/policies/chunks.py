@@ -218,14 +218,16 @@ class Chunks:
         if self.future_steps is not None:
             yield from ((i, self._later(i, row + self.future_steps)[0]) for i, row in self)
 
-    def look(self, episode: int, row: int) -> np.ndarray:
-        """Pictures at an observation row, or their features where `features` gives them."""
-        return self.pictures(episode, row) if self.features is None else self.features(episode, row)
+    def look(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Pictures (n v h w 3) at observation rows, or their features where `features` gives them."""
+        if self.features is None:
+            return self._decoded.at(places)
+        return np.stack([self.features(*place) for place in places])
 
     def sample(self, most: int) -> np.ndarray:
         """Pictures (n v h w 3) of evenly spread observations, for an encoder that is fitted to some."""
         wanted = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
-        return np.stack([self.pictures(*self.at(int(k))) for k in wanted])
+        return self._decoded.at([self.at(int(k)) for k in wanted])
 
     def pictures(self, episode: int, row: int) -> np.ndarray:
         """All views (v h w 3) at an observation row."""
@@ -260,7 +262,7 @@ class Chunks:
         states = np.stack([self._state(i, row) for i, row in places]).astype(np.float32)
         known = np.isfinite(states)
         batch = {
-            "pictures": np.stack([self.look(i, row) for i, row in places]),
+            "pictures": self.look(places),
             "instruction": [e.instruction for e in episodes],
             "state": np.nan_to_num(states),
             "state_known": known.all(1) & (self.state != "masked"),
@@ -272,7 +274,7 @@ class Chunks:
         }
         if self.future_steps is not None:
             later = [self._later(i, row + self.future_steps) for i, row in places]
-            batch["future"] = np.stack([self.look(i, row) for (i, _), (row, _) in zip(places, later, strict=True)])
+            batch["future"] = self.look([(i, row) for (i, _), (row, _) in zip(places, later, strict=True)])
             batch["future_known"] = np.array([found for _, found in later])
         return batch
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.video.opened import key_frames
 
 ROWS = 128  # of a run that are decoded at a time
+THREADS = 8  # that decode at a time
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +52,7 @@ class Decoded:
         if count * self._size <= memory_gb * 1e9:
             self._memory = np.frombuffer(mmap.mmap(-1, count * self._size), np.uint8).reshape(count, *self.shape)
             self.held_gb = count * self._size / 1e9
-        elif folder is not None and view.key in dataset.entry(next(iter(rows))).videos:
+        elif folder is not None and dataset.video(next(iter(rows))) is not None:
             self._open(folder, count * self._size / 1e9, reserve_gb)
 
     def _open(self, folder: Path, size_gb: float, reserve_gb: float) -> None:
@@ -66,7 +68,8 @@ class Decoded:
 
     def __call__(self, episode: int, row: int) -> np.ndarray:
         """(v h w 3) at a row of an episode."""
-        if self._memory is None and self._file is None:
+        file = self._file  # which another thread may let go of
+        if self._memory is None and file is None:
             return self._decode(episode, np.array([row]))[0]
         at = int(np.searchsorted(self.rows[episode], row))
         number = self._first[episode] + at
@@ -74,8 +77,31 @@ class Decoded:
             return self._decode(episode, np.array([row]))[0]
         if self._memory is not None:
             return self._memory[number]
-        data = os.pread(self._file.fileno(), self._size, self._size * number)
+        data = os.pread(file.fileno(), self._size, self._size * number)
         return np.frombuffer(data, np.uint8).reshape(self.shape)
+
+    def at(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
+        """(n v h w 3) at episodes and rows; what is not kept is decoded by several threads, an episode by one."""
+        groups: dict[int, list[int]] = {}  # of an episode the rows
+        for episode, row in dict.fromkeys(places):
+            groups.setdefault(episode, []).append(row)
+
+        def look(episode: int) -> list[np.ndarray]:
+            return [self(episode, row) for row in groups[episode]]
+
+        if all(self._keeps(*place) for place in places):
+            seen = list(map(look, groups))
+        else:
+            with ThreadPoolExecutor(THREADS) as pool:
+                seen = list(pool.map(look, groups))
+        found = {(i, row): picture for i, some in zip(groups, seen, strict=True)
+                 for row, picture in zip(groups[i], some, strict=True)}  # fmt: skip
+        return np.stack([found[place] for place in places])
+
+    def _keeps(self, episode: int, row: int) -> bool:
+        """Whether a picture is there without decoding."""
+        there = self._memory is not None or self._file is not None
+        return there and bool(self._kept[self._first[episode] + int(np.searchsorted(self.rows[episode], row))])
 
     def _keep(self, episode: int, at: int) -> bool:
         """Decode the picture number `at` of an episode, with those that come along; False if the disk is full."""
@@ -83,8 +109,6 @@ class Decoded:
         for start, stop in self._run(episode, at):
             pictures = self._decode(episode, rows[start:stop])
             if not self._write(first + start, pictures):
-                log.warning("the disk is full; pictures of %s are decoded whenever they are drawn", self.dataset.root)
-                self._file = None
                 return False
             self._kept[first + start : first + stop] = b"\1" * (stop - start)
         return True
@@ -94,23 +118,29 @@ class Decoded:
         rows = self.rows[episode]
         if self._memory is not None:
             return [(0, len(rows))]
-        path, begin, _ = self.dataset.entry(episode).videos[self.dataset.robot.views[0].key]
-        keys = _keys(path) - begin
-        k = int(np.searchsorted(keys, rows[at], side="right"))
-        edges = np.searchsorted(rows, [keys[k - 1] if k else 0, keys[k] if k < len(keys) else rows[-1] + 1]).tolist()
-        return [(start, min(start + ROWS, edges[1])) for start in range(*edges, ROWS)]
+        path, frames = self.dataset.video(episode)
+        frames, keys = frames[rows], _keys(path)
+        k = int(np.searchsorted(keys, frames[at], side="right"))
+        edges = np.searchsorted(frames, [keys[k - 1] if k else 0, keys[k] if k < len(keys) else frames[-1] + 1])
+        return [(start, min(start + ROWS, int(edges[1]))) for start in range(*edges.tolist(), ROWS)]
 
     def _write(self, number: int, pictures: np.ndarray) -> bool:
         """Keep pictures from `number` on; False where the disk is full."""
         if self._memory is not None:
             self._memory[number : number + len(pictures)] = pictures
             return True
+        if (file := self._file) is None:
+            return False
         try:
-            return os.pwrite(self._file.fileno(), pictures.tobytes(), self._size * number) == pictures.nbytes
+            written = os.pwrite(file.fileno(), pictures.tobytes(), self._size * number)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return False
+            written = 0
+        if written < pictures.nbytes:
+            log.warning("the disk is full; pictures of %s are decoded whenever they are drawn", self.dataset.root)
+            self._file = None
+        return written == pictures.nbytes
 
     def _decode(self, episode: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         views = self.dataset.views(episode, rows)

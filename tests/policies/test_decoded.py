@@ -3,20 +3,25 @@
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
+import threading
 from types import SimpleNamespace
 
+import av
 import numpy as np
 import pytest
 
 from dreamgen.core.clip import Episode
 from dreamgen.data.export import export_dataset
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.video_folder import VideoFolder
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.state import states_gb
 from dreamgen.engine.train import train
 from dreamgen.policies import decoded
 from dreamgen.policies.chunks import Chunks
+from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.opened import key_frames
 from tests.engine.test_processes import forked
 from tests.policies.test_feed import feed
@@ -150,6 +155,53 @@ def test_what_a_killed_process_was_keeping_is_decoded_again(data, tmp_path, monk
     runs = sum(-(-n // GOP) for n in ROWS)
     assert len(set(asked)) == len(asked) == runs - 2  # all but the two that were kept whole
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("ending", "runs"), [("mp4", 5), ("mkv", 1)])
+def test_video_files_are_decoded_run_by_run_too(tmp_path, monkeypatch, ending, runs):
+    """At another rate than the robot's: 40 frames, a key frame every 8, seen in 20 rows. An mkv lists no frames."""
+    rng, one = np.random.default_rng(4), robot(views=robot().views[:1], grid=())
+    for k in range(2):
+        frames = rng.integers(0, 256, (1, 32, 40, 3), dtype=np.uint8).repeat(40, 0)
+        frames[:, :4, :4] = 4 * np.arange(40)[:, None, None, None]
+        write_mp4(tmp_path / f"made/{k}.mp4", frames, 40, gop=8)
+        with av.open(str(tmp_path / f"made/{k}.mp4")) as source, av.open(str(tmp_path / f"{k}.{ending}"), "w") as file:
+            stream = file.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux():
+                if packet.dts is not None:
+                    packet.stream = stream
+                    file.mux(packet)
+    shutil.rmtree(tmp_path / "made")
+    data, asked, read = VideoFolder(tmp_path, one, cache_mb=0), [], Dataset.views
+    truth = drawn(Chunks(data, horizon=STEPS, memory_gb=0.0))
+    monkeypatch.setattr(Dataset, "views", lambda self, i, rows: asked.append((i, list(rows))) or read(self, i, rows))
+    chunks = Chunks(data, horizon=STEPS, memory_gb=0.0, folder=tmp_path / "run")
+    assert all(np.array_equal(a, b) for a, b in zip(drawn(chunks), truth, strict=True))
+    rows = np.array_split(np.arange(20), runs)
+    assert sorted(asked) == [(i, run.tolist()) for i in range(2) for run in rows]
+
+
+@pytest.mark.parametrize("how", [dict(memory_gb=0.0), dict(memory_gb=0.0, folder="kept"), dict(memory_gb=1.0)])
+def test_episodes_are_decoded_by_several_threads(data, tmp_path, monkeypatch, how):
+    """Those that are kept by none; rows stay in the order in which they are asked for."""
+    how = {key: tmp_path / value if key == "folder" else value for key, value in how.items()}
+    places = [(2, 20), (0, 3), (2, 1), (0, 3)]
+    truth = [Chunks(data, horizon=STEPS, memory_gb=0.0).pictures(*place) for place in places]
+    both, read, threads = threading.Barrier(2, timeout=60), Dataset.views, set()
+
+    def views(self, i: int, rows) -> dict[str, np.ndarray]:
+        threads.add(threading.current_thread().name)
+        if i not in seen:
+            seen.add(i)
+            both.wait()  # each waits for the other one
+        return read(self, i, rows)
+
+    chunks, seen = Chunks(data, horizon=STEPS, **how), set()
+    monkeypatch.setattr(Dataset, "views", views)
+    assert np.array_equal(chunks.batch(places)["pictures"], np.stack(truth)) and len(threads) == 2
+    threads.clear()
+    assert np.array_equal(chunks.batch(places)["pictures"], np.stack(truth))
+    assert bool(threads) == (how == dict(memory_gb=0.0))
 
 
 def test_key_frames_are_where_decoding_begins(data):
