@@ -159,6 +159,12 @@ class Dataset:
         """Where the parts of episode i lie on disk."""
         return self._entries[i]
 
+    def video(self, i: int) -> tuple[Path, np.ndarray] | None:
+        """The file that shows the first view of episode i, and the number there of each row's frame; None where its
+        pictures are in a table."""
+        found = self._entries[i].videos.get(self.robot.views[0].key)
+        return None if found is None else (found[0], found[1] + np.arange(self.length(i)))
+
     def columns(self, i: int) -> list[str]:
         """Names of the columns of episode i as they are stored."""
         return self._rows.columns(self._entries[i].data)

@@ -69,6 +69,10 @@ class VideoFolder(Dataset):
                              f"that have none (data.instruction='...')")  # fmt: skip
         return self._episodes[i].instruction
 
+    def video(self, i: int) -> tuple[Path, np.ndarray]:
+        """The file of episode i, and the number there of each row's frame."""
+        return self._entries[i].data, self._shown[self.index(i)]
+
     def _open(self, entry: Entry) -> Episode:
         """Check one video and find the frame of each row."""
         path, rate, pair = entry.data, float(self.robot.rate), self._pair
