@@ -134,8 +134,8 @@ def require_apart(cfg: DictConfig) -> None:
         return
     held, taken, away = cfg.heldout.get("episodes"), data.get("episodes"), data.get("leave_out") or []
     if held is None:
-        raise ValueError(f"heldout.episodes is null, so that all of {data['root']} is held out, which this stage reads "
-                         f"as data; name those to hold out (heldout.episodes=[...]), or another heldout.root")  # fmt: skip
+        raise ValueError(f"heldout.episodes is null, so that all of {data['root']} is held out, which is trained on; "
+                         f"name those to hold out (heldout.episodes=[...]), or another heldout.root")  # fmt: skip
     shared = sorted({*held} & ({*held} if taken is None else {*taken}) - {*away})
     if shared:
         raise ValueError(f"episodes {', '.join(map(str, shared))} are held out and trained on; give "
