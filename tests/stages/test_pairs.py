@@ -31,8 +31,8 @@ def test_only_shared_episodes_count():
 def cell(folder: Path, name: str, wins: str) -> None:
     rows = episodes(wins)
     write_json(folder / name / "episodes.json", rows)
-    write_json(folder / name / "manifest.json",
-               {"id": name, "results": {"success": success_interval(wins.count("1"), len(wins))}})  # fmt: skip
+    results = {"success": success_interval(wins.count("1"), len(wins))}
+    write_json(folder / name / "manifest.json", {"id": name, "stage": "evaluate", "config": {}, "results": results})
 
 
 def test_the_table_of_cells(tmp_path: Path):
