@@ -29,7 +29,6 @@ STORED = 2**26  # bytes of a folder from which on its digests are kept for other
 SETTLED = 2  # seconds after which a file that is written to again has another time
 ALONE = ".alone"  # in a folder of which shards end together, while one of them does, and where that failed
 WRITING = ".writing"  # beside a dataset while it is written, and until its stage's manifest is there
-MARKS = (FILE, RUN, LOCK, ALONE)  # what a stage says of itself in its folder: no part of what it made
 
 
 @contextlib.contextmanager
@@ -115,7 +114,8 @@ def tree_digest(path: Path) -> str:
     """
     if path.is_file():
         return file_digest(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in MARKS and p.suffix != ".log")
+    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (LOCK, ALONE) and p.suffix != ".log"
+                   and not (p.name in (FILE, RUN) and written(p)))  # fmt: skip
     stats = {p: p.stat() for p in files}
     if sum(stat.st_size for stat in stats.values()) < STORED:
         return digest([[str(p.relative_to(path)), file_digest(p)] for p in files])
@@ -160,16 +160,24 @@ def fingerprint(path: Path | str) -> str:
     """
     if not str(path):
         raise ValueError("the path of an input is empty; name a folder (the one that you work in is '.')")
-    manifest = Path(path) / FILE
-    if manifest.is_file():
-        return read_json(manifest)["id"]
+    if made := written(Path(path) / FILE):
+        return made["id"]
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; run the stage that makes it first, or mend the path")
     return tree_digest(Path(path))
 
 
+def written(file: Path) -> dict | None:
+    """What a stage wrote into a `manifest.json` or `run.json`; None where there is none, or another's of that name."""
+    try:
+        found = read_json(file) if file.is_file() else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"id", "stage", "config"} <= found.keys() else None
+
+
 def is_complete(path: Path) -> bool:
-    return (Path(path) / FILE).is_file()
+    return written(Path(path) / FILE) is not None
 
 
 def require_complete(path: Path, what: str) -> dict:
@@ -242,7 +250,8 @@ class Stage:
             path = self.out / file
             if not path.is_file():
                 continue
-            old = read_json(path)
+            if (old := written(path)) is None:
+                raise ValueError(f"{path} is no stage's; choose another `step` or `stage.out`, or move it away")
             if self.anew and old.get("stage") == self.name:
                 path.unlink()
                 continue

@@ -50,9 +50,9 @@ class Split:
         own = {i: group_of(dataset, i) for i in usable}
         groups = list(dict.fromkeys(own.values()))
         if len(groups) < 2:
-            raise ValueError(f"all {len(usable)} episodes of {dataset.root} that are long enough begin in one state "
-                             f"(pair '{groups[0]}'); a labeler needs at least 2 first states, one to train on and one "
-                             f"to be scored on: collect more")  # fmt: skip
+            raise ValueError(f"all {len(usable)} episodes of {dataset.root} that are long enough begin in one state; a "
+                             f"labeler needs at least 2 first states, one to train on and one to be scored on: "
+                             f"collect more")  # fmt: skip
         held = {groups[i] for i in held_out(len(groups), share, seed)[1]}
         training, apart = [i for i in usable if own[i] not in held], [i for i in usable if own[i] in held]
         return cls(dataset=dataset, training=training, apart=apart, too_short=too_short, name=name)
