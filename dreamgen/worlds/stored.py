@@ -59,7 +59,8 @@ class Stored(nn.Module):
 
     @classmethod
     def load(cls: type[World], path: Path | str, **changed: Any) -> World:
-        """A world model that `save` wrote; `changed` overrides its settings, None leaves them."""
+        """A world model that `save` wrote; `changed` overrides its settings, None leaves them. Where it turns guidance
+        off or sets a step cache, a saved guidance_interval goes."""
         path, changed = Path(path), {key: value for key, value in changed.items() if value is not None}
         saved = read_json(path / FILE)
         robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
@@ -68,7 +69,10 @@ class Stored(nn.Module):
         if saved["base"]:
             own = [{"path": str(path / FOLDER), "expert": name} for name in saved.get("experts", [None])]
             changed["adapters"] = [*own, *changed.get("adapters", ())]
-        world = cls(robot=robot, **{**saved["spec"], **where, **changed})
+        spec = dict(saved["spec"])
+        if changed.get("guidance", 2.0) <= 1 or "step_cache" in changed:  # beside which an interval is refused
+            spec.pop("guidance_interval", None)
+        world = cls(robot=robot, **{**spec, **where, **changed})
         world.folder = path
         return world
 

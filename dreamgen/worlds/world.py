@@ -314,7 +314,7 @@ class VideoWorld(Stored):
 
     def spec(self) -> dict[str, Any]:
         """Constructor arguments as plain JSON, without the weights' place."""
-        return {"video_hz": self.clock.video_hz, "frames": self.clock.frames, "text_length": self.text_length,
-                "steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt,
-                "shift": self.shift, "train_shift": self.train_shift, "template": self.template,
-                "precision": self.precision, "windows": self.windows, "weights": self.weights}  # fmt: skip
+        own = ("text_length", "steps", "guidance", "negative_prompt", "shift", "train_shift", "template", "precision",
+               "windows", "weights", "lora")  # fmt: skip
+        return {"video_hz": self.clock.video_hz, "frames": self.clock.frames,
+                **{key: getattr(self, key) for key in own}, **self.sampler.spec()}  # fmt: skip
