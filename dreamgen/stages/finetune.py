@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from dreamgen.core.manifest import Stage
@@ -84,7 +85,8 @@ def finetune(
     copies: every clip is trained on so many times more, each moved by up to `shift` pixels: a world model that sees a
     hundred episodes learns them by heart otherwise. Validation is on clips as they are.
     decoder_steps: steps in which the VAE's decoder alone learns the look of this dataset, for a small VAE that has not
-    seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting. Not with "lora".
+    seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting. Not with "lora", and
+    of Wan's VAE alone (that of tiny and Cosmos, too).
     cache: a folder of latents to share between runs; `out/cache` where None. accumulate, sharding, replicas, tracker:
     see `dreamgen.engine.train`. checkpointing: keep only the inputs of blocks, and compute these again in the backward
     pass. compile: the blocks (see `dreamgen.engine.compiling`).
@@ -99,6 +101,10 @@ def finetune(
     if method == "lora" and decoder_steps:
         raise ValueError(f"decoder_steps is {decoder_steps}, but method=lora writes an adapter alone, without the "
                          "decoder that was trained; set decoder_steps=0, or method=full")  # fmt: skip
+    if decoder_steps and not isinstance(world_model.pipe.vae, AutoencoderKLWan):
+        raise ValueError(f"decoder_steps is {decoder_steps}, but {world_model.path} has a "
+                         f"{type(world_model.pipe.vae).__name__}; it trains the decoder of an AutoencoderKLWan alone. "
+                         "Set decoder_steps=0")  # fmt: skip
     require_sharding(sharding)
     require_tracker(tracker)
     world_model.require_plain()

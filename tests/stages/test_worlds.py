@@ -16,6 +16,7 @@ from dreamgen.data.writer import write_dataset
 from dreamgen.stages.dream import dream
 from dreamgen.stages.finetune import finetune
 from dreamgen.worlds.prefix import PrefixWorld
+from tests.worlds import zoo
 from tests.worlds.conftest import pipeline_folder, tiny_robot  # noqa: F401
 
 TEXTS = ["open the drawer", "put the red block on the plate"]
@@ -172,6 +173,10 @@ def test_first_frames_from_a_folder_of_pictures(make, tmp_path):
 def test_bad_requests_are_named(make, dataset, tmp_path):
     with pytest.raises(ValueError, match="method is 'half'"):
         finetune(make(), dataset, out=tmp_path / "a", method="half", record={})
+    for name, vae in (("ltx_video", "AutoencoderKLLTXVideo"), ("cogvideox_5b_i2v", "AutoencoderKLCogVideoX")):
+        world = zoo.world(name, "", pipeline=zoo.build(name))
+        with pytest.raises(ValueError, match=f"decoder_steps is 1, but .* has a {vae}; it trains the decoder of an"):
+            finetune(world, dataset, out=tmp_path / "a", decoder_steps=1, record={})
     same = [Prompt(id="x", image=np.zeros((32, 48, 3), np.uint8), instruction="go", seed=0)] * 2
     with pytest.raises(ValueError, match="two prompts have the id 'x'"):
         dream(make(), lambda: same, out=tmp_path / "b", record={})
