@@ -71,19 +71,24 @@ def test_the_decoder_learns_the_look_and_latents_stay(make, dataset, tmp_path):
     assert near < far and (tmp_path / "decoder" / "losses.jsonl").is_file()
 
 
-def test_a_decoder_learns_from_a_clip_for_each_replica(make, dataset, tmp_path, monkeypatch):
+def test_a_decoder_learns_from_as_many_clips_whatever_shares_them(make, dataset, tmp_path, monkeypatch):
     sizes = []
 
     def train(model, batch_at, **options):
         sizes.append(len(batch_at(0)["video"]))
         raise KeyboardInterrupt
 
+    options = {**OPTIONS, "batch_size": 5, "decoder_steps": 2}
+    with pytest.raises(ValueError, match="decoder_steps is 2; .* 4 clips at a time, which cannot be cut into 5 parts"):
+        finetune(make(), dataset, out=tmp_path, replicas=5, **options)
+    assert not (tmp_path / "cache").exists()
     monkeypatch.setattr("dreamgen.stages.finetune.train", train)
     monkeypatch.setattr("dreamgen.stages.latents.in_forks", lambda work, count: work(0))
-    for replicas in (5, 2):
+    for processes, replicas in ((1, 4), (1, 2), (3, 1)):
+        monkeypatch.setattr("dreamgen.stages.finetune.join", lambda processes=processes: (0, processes))
         with pytest.raises(KeyboardInterrupt):
-            finetune(make(), dataset, out=tmp_path, decoder_steps=2, replicas=replicas, **{**OPTIONS, "batch_size": 5})
-    assert sizes == [5, 4]
+            finetune(make(), dataset, out=tmp_path / str(processes), replicas=replicas, **options)
+    assert sizes == [4, 4, 4]
 
 
 def test_finetune_killed_and_continued_saves_the_same(make, dataset, tmp_path, monkeypatch):
