@@ -86,8 +86,8 @@ def finetune_actions(
     Windows that begin in a state which nobody knows are left out where pose maps show it, and counted.
 
     Raises ValueError for another method or sharding, shares, lengths or a `rest` that do not fit, datasets of another
-    robot, no windows, a batch of fewer rows than parts, a cache of other content, and on a GPU where the first step
-    cannot fit.
+    robot, no windows, a batch of fewer rows than parts, an instruction that is read and has more tokens than are, a
+    cache of other content, and on a GPU where the first step cannot fit.
     """
     require_sharding(sharding)
     world = world_model
@@ -108,6 +108,9 @@ def finetune_actions(
         world.place(experts=shards == 1)  # what is cut goes to the GPU block by block
         world.world.fuse_adapters()
         world.world.require_plain()
+        told = datasets if world.instructions else ()  # a model that reads none is asked for none
+        texts = sorted({dataset.instruction(i) for dataset in told for i in range(len(dataset))})
+        world.world.layout.require_read([world.world.prompt(text) for text in texts])
         where = out / "cache" if cache is None else Path(cache)
         sources = [Source(world, dataset, hop=hop, validation=validation, rest=rest, root=where, seed=seed)
                    for dataset in datasets]  # fmt: skip
@@ -115,7 +118,6 @@ def finetune_actions(
             require_known(where, [source.cache.key for source in sources])
         build([(source.cache, source.encode) for source in sources], out, rank=process, count=count,
               replicas=possible(replicas, best_device()))  # fmt: skip
-        texts = sorted({dataset.instruction(i) for dataset in datasets for i in range(len(dataset))})
         embedded = embeddings(world.world, texts, where, base=base, first=process == 0)
         number = {text: k for k, text in enumerate([*texts, ""])}
         world.extension.normaliser.load_state_dict(scales(world, sources))
@@ -216,13 +218,17 @@ class Check:
         self.other = others([(id(source), group_of(source.dataset, source.places[k][0])) for source, k in self.rows])
         if not self.rows:
             return
+
+        def read(source: Source, k: int) -> str:
+            return source.text(k) if world.instructions else ""
+
         batch = stacked([source.row(k, world.clock.frames) for source, k in self.rows])
         generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
         low, high = world.world.times
         batch |= {"noise": torch.randn(batch["latents"].shape, generator=generator),
                   "sigma": low + (high - low) * torch.linspace(0.05, 0.95, len(self.rows)),
                   "present": torch.ones(len(self.rows), dtype=torch.bool),
-                  "text": embed([source.text(k) if world.instructions else "" for source, k in self.rows])}  # fmt: skip
+                  "text": embed([read(source, k) for source, k in self.rows])}  # fmt: skip
         self.batch = {k: v.to(world.device) for k, v in batch.items()}
         for source, k in first[:samples]:
             episode, row = source.places[k]
@@ -230,11 +236,11 @@ class Check:
             recorded = source.dataset.episode(episode)
             self.real.append(clip)
             self.prompts.append(Prompt(
-                id=f"sample_{len(self.real)}", image=clip[0], instruction=source.text(k), state=source.state(k),
+                id=f"sample_{len(self.real)}", image=clip[0], instruction=read(source, k), state=source.state(k),
                 seed=seed_for(seed, "sample", k), action=recorded.action[row : row + world.clock.steps],
             ))  # fmt: skip
         if self.prompts:
-            world.read([prompt.instruction if world.instructions else "" for prompt in self.prompts])
+            world.read([prompt.instruction for prompt in self.prompts])
 
     def __call__(self, world: ActionWorld, step: int) -> dict[str, float]:
         other = {key: self.batch[key][self.other] for key in ("features", "maps") if key in self.batch}

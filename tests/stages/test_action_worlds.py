@@ -107,6 +107,21 @@ def test_other_actions_are_those_of_another_first_state(make, dataset, tmp_path)
     assert [source for source, _ in check.rows[:3]] == held and len(check.rows) == 16 and len(check.prompts) == 3
 
 
+def test_an_instruction_is_asked_for_before_anything_is_encoded_and_only_where_it_is_read(make, dataset, tmp_path,
+                                                                                         monkeypatch):  # fmt: skip
+    def missing(*_):
+        raise ValueError("it has no instruction")
+
+    options = dict(steps=1, batch_size=2, hop=8, validation=1, samples=1, method="actions", record={})
+    for given, words in ((lambda *_: "put the red block " * 3, "a prompt has .* text_length is 15"),
+                         (missing, "it has no instruction")):  # fmt: skip
+        monkeypatch.setattr(Dataset, "instruction", given)
+        with pytest.raises(ValueError, match=words):
+            finetune_actions(make(), [dataset], out=tmp_path, **options)
+        assert not (tmp_path / "cache").exists()
+    assert finetune_actions(make(instructions=False), [dataset], out=tmp_path / "none", **options)["results"]
+
+
 def test_windows_in_which_much_is_commanded_are_drawn_more_often(make, dataset, tmp_path):
     make = partial(Source, make(), dataset, hop=4, validation=1, root=tmp_path, seed=0)
     source = make(rest=0.2)
