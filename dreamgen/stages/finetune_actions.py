@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.clip import Prompt
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.cache import require_known
@@ -33,7 +33,8 @@ from dreamgen.stages.memory import require_memory
 from dreamgen.video.metrics import psnr
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.action import ActionWorld
-from dreamgen.worlds.rollout import extend
+from dreamgen.worlds.rollout import follow_prompts
+from dreamgen.worlds.sampler import enough
 
 METHODS = ("full", "lora", "actions")
 
@@ -202,8 +203,8 @@ def _require_memory(world: ActionWorld, clips: int, text: int, **how: Any) -> No
 
 
 class Check:
-    """Validation loss at fixed noise under true, shuffled and no actions, `size` rows at a time; samples real above
-    dreamt."""
+    """Validation loss at fixed noise under true, shuffled and no actions; samples real above dreamt. `size` rows of
+    either at a time."""
 
     def __init__(self, world: ActionWorld, sources: Sequence[Source], out: Path,
                  embed: Callable[[Sequence[str]], Tensor], *, samples: int, size: int, seed: int,
@@ -247,15 +248,19 @@ class Check:
         none = {"present": torch.zeros_like(self.batch["present"])}
         streams = {"loss": {}, "loss_shuffled": other, "loss_without": none}
         figures = {name: self._loss(world, self.batch | changed) for name, changed in streams.items()}
-        pasts = [Past.begin(prompt, world.robot.action_dim) for prompt in self.prompts]
-        if pasts:
-            videos = [p.video for p in extend(world, pasts, [p.action for p in self.prompts])]
+        if self.prompts:
+            videos = self._dreamed(world, step)
             pairs = [np.concatenate([r, v], 1) for r, v in zip(self.real, videos, strict=True)]
             if self.write:
                 film = self.out / "samples" / f"step_{step:06d}.mp4"
                 write_mp4(film, np.concatenate(pairs, 2), world.clock.video_hz)
             figures["psnr"] = float(np.mean([psnr(r[1:], v[1:]) for r, v in zip(self.real, videos, strict=True)]))
         return figures
+
+    def _dreamed(self, world: ActionWorld, step: int) -> list[np.ndarray]:
+        less = "stage.samples=0, which leaves them out, or world_model.guidance_mode=two_pass"
+        with enough(f"dreaming samples at step {step}, {self.size} at a time", less):
+            return [past.video for past in follow_prompts(world, self.prompts, batch_size=self.size)]
 
     def _loss(self, world: ActionWorld, batch: dict[str, Tensor]) -> float:
         total, rows = 0.0, len(self.rows)
