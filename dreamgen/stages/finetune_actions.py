@@ -111,7 +111,8 @@ def finetune_actions(
         world.world.require_plain()
         told = datasets if world.instructions else ()  # a model that reads none is asked for none
         texts = sorted({dataset.instruction(i) for dataset in told for i in range(len(dataset))})
-        world.world.layout.require_read([world.world.prompt(text) for text in texts])
+        prompts = [world.world.prompt(text) for text in texts]
+        world.world.layout.require_read(prompts)
         where = out / "cache" if cache is None else Path(cache)
         sources = [Source(world, dataset, hop=hop, validation=validation, rest=rest, root=where, seed=seed)
                    for dataset in datasets]  # fmt: skip
@@ -119,7 +120,7 @@ def finetune_actions(
             require_known(where, [source.cache.key for source in sources])
         build([(source.cache, source.encode) for source in sources], out, rank=process, count=count,
               replicas=possible(replicas, best_device()))  # fmt: skip
-        embedded = embeddings(world.world, texts, where, base=base, first=process == 0)
+        embedded = embeddings(world.world, prompts, where, base=base, first=process == 0)
         number = {text: k for k, text in enumerate([*texts, ""])}
         world.extension.normaliser.load_state_dict(scales(world, sources))
         part = np.array(shares if shares is not None else [len(s.train) for s in sources], np.float64)

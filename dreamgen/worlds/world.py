@@ -159,9 +159,10 @@ class VideoWorld(Stored):
                 clips.append(torch.cat([parts[0], *(part[:, 1:] for part in parts[1:])], 1))
         return self.layout.censor(torch.cat(clips), names)
 
-    def prompt(self, instruction: str) -> str:
-        """The text that the model reads for an instruction, none for none."""
-        return self.template.format(instruction=instruction, views=describe(self.robot)).strip() if instruction else ""
+    def prompt(self, instruction: str, robot: Embodiment | None = None) -> str:
+        """The text that the model reads for an instruction on the canvas of `robot` (None: its own), none for none."""
+        words = {"instruction": instruction, "views": describe(robot or self.robot)}
+        return self.template.format(**words).strip() if instruction else ""
 
     def prompts(self, instructions: Sequence[str]) -> list[str]:
         """The texts of `instructions`. Raises ValueError for one that the model's licence asks to be refused."""
@@ -240,8 +241,7 @@ class VideoWorld(Stored):
     def dream(self, prompts: Sequence[Prompt], *, noise: Tensor | None = None) -> list[Clip]:
         """One clip per prompt, in order. Prompts with one first frame or instruction share its encoding.
 
-        noise: (b c t h w) in place of the seeds'. Raises ValueError for a picture of another size than the canvas, and
-        where memory does not suffice.
+        noise: (b c t h w) in place of the seeds'. Raises ValueError for a picture of another size, and as `fitting`.
         """
         return self.clips(prompts, self.denoise(prompts, noise=noise))
 
