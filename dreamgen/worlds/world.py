@@ -33,14 +33,14 @@ class VideoWorld(Stored):
     """A pipeline as a world model of `robot`.
 
     path: a diffusers folder or a hub id (of `revision`), or "tiny". adapter: a folder with LoRA weights on top of it;
-    adapters: further ones, {path, weight, expert, weight_name} each, for instance for few steps. weights: "fp32" or
-    "bf16", how transformers and text encoders are held. video_hz, frames: the clip of one window; windows: how many
-    are dreamed on end, each from the last frame of the one before. text_length: tokens of a prompt (the stock
-    pipeline's `max_sequence_length`). template: the prompt around an {instruction}; {views} says where the views lie.
-    steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second prediction. shift, train_shift:
-    of the noise levels that are sampled through and trained at (see `Flow`); None: the scheduler's own. guidance_mode,
-    guidance_interval, attention_backend, step_cache, compile: see `Sampler`. lora: rank, alpha and targets where a
-    training names none. precision: "auto", "fp32", "bf16". parts: components that are given, not loaded.
+    adapters: further ones, {path, weight, expert, weight_name} each, for instance for few steps. weights: "bf16", of
+    transformers and encoders, or "fp32", of transformers: encoders then stay as their files are. video_hz, frames: the
+    clip of one window; windows: how many are dreamed on end, each from the last frame of the one before. text_length:
+    tokens of a prompt (the stock pipeline's `max_sequence_length`). template: the prompt around an {instruction};
+    {views} says where the views lie. steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second
+    prediction. shift, train_shift: of the noise levels that are sampled through and trained at (see `Flow`); None: the
+    scheduler's own. guidance_mode, guidance_interval, attention_backend, step_cache, compile: see `Sampler`. lora:
+    rank, alpha and targets where a training names none. precision: "auto", "fp32", "bf16". parts: given, not loaded.
 
     Raises ValueError: no such pipeline, another layout, sizes that its VAE cannot take, an adapter that fits nowhere.
     """
