@@ -107,6 +107,41 @@ def test_other_actions_are_those_of_another_first_state(make, dataset, tmp_path)
     assert [source for source, _ in check.rows[:3]] == held and len(check.rows) == 16 and len(check.prompts) == 3
 
 
+def test_samples_are_dreamt_a_few_at_a_time_and_out_of_memory_names_their_setting(make, dataset, tmp_path, monkeypatch):
+    world, dreamt, sizes = make(), {}, []
+    source = Source(world, dataset, hop=4, validation=1, root=tmp_path, seed=0)
+    list(source.cache.build(source.encode))
+    check = partial(Check, world, [source] * 3, tmp_path, lambda texts: torch.zeros(len(texts), 15, 32), seed=0,
+                    samples=3, write=False)  # fmt: skip
+    dream = PrefixWorld.dream
+    monkeypatch.setattr(PrefixWorld, "dream", lambda self, prompts: sizes.append(len(prompts)) or dream(self, prompts))
+    for size in (4, 2):
+        dreamt[size] = np.stack(check(size=size)._dreamed(world, 7)).astype(int)
+    assert sizes == [3, 2, 1] and np.abs(dreamt[4] - dreamt[2]).max() <= 1  # one and three round otherwise
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PrefixWorld, "descend", full)
+    with pytest.raises(ValueError, match="out of memory dreaming samples at step 7, 2 at a time.*stage.samples=0"):
+        check(size=2)._dreamed(world, 7)
+
+
+def test_an_instruction_is_asked_for_before_anything_is_encoded_and_only_where_it_is_read(make, dataset, tmp_path,
+                                                                                         monkeypatch):  # fmt: skip
+    def missing(*_):
+        raise ValueError("it has no instruction")
+
+    options = dict(steps=1, batch_size=2, hop=8, validation=1, samples=1, method="actions", record={})
+    for given, words in ((lambda *_: "put the red block " * 3, "a prompt has .* text_length is 15"),
+                         (missing, "it has no instruction")):  # fmt: skip
+        monkeypatch.setattr(Dataset, "instruction", given)
+        with pytest.raises(ValueError, match=words):
+            finetune_actions(make(), [dataset], out=tmp_path, **options)
+        assert not (tmp_path / "cache").exists()
+    assert finetune_actions(make(instructions=False), [dataset], out=tmp_path / "none", **options)["results"]
+
+
 def test_windows_in_which_much_is_commanded_are_drawn_more_often(make, dataset, tmp_path):
     make = partial(Source, make(), dataset, hop=4, validation=1, root=tmp_path, seed=0)
     source = make(rest=0.2)
