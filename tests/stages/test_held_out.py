@@ -54,9 +54,7 @@ def test_the_pairs_of_a_recording_are_its_groups(tmp_path):
     assert sorted(split.training + split.apart) == list(range(12))
     both = Joined([data, Dataset(shutil.copytree(tmp_path / "data", tmp_path / "more"), ROBOT)])
     assert with_siblings(both, [1, 9, 12 + 4]) == {0, 1, 2, 3, 9, 16, 17, 18, 19}  # its namesakes are no siblings
-    with pytest.raises(
-        ValueError, match="all 4 episodes of .* that are long enough begin in one state"
-    ):
+    with pytest.raises(ValueError, match="all 4 episodes of .* that are long enough begin in one state"):
         Split.of(Dataset(tmp_path / "data", ROBOT, episodes=range(4)), SimpleNamespace(clock=clock), 0.1, 0)
     assert [recorded_clip(data, i, clock)[0].pair for i in (0, 5, 9)] == ["p0", "p1", ""]
     assert Recordings(data, clock, "data").read("episode_000007").pair == "p1"
