@@ -103,13 +103,16 @@ class Batches:
     def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
         """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
         places = []
+        fit = {clock: [i for i in self.long[clock] if len(self.rows[i].action) > clock.with_frames(frames).steps]
+               for clock in self.clocks}  # fmt: skip
         for n in range(count):
             rng = rng_for(self.seed, "degrade", n)
             clock = self.clocks[n % len(self.clocks)]
-            long, every = clock.with_frames(frames), len(self.long[clock])
-            index = self.long[clock][n * every // count if every > count else n % every]
-            if len(self.rows[index].action) <= long.steps:
+            long = clock.with_frames(frames)
+            every = fit[clock]
+            if not every:
                 continue
+            index = every[n * len(every) // count if len(every) > count else n % len(every)]
             latest = len(self.rows[index].action) - long.steps
             rows = long.rows + (0 if rng.random() < self.first else rng.integers(latest))
             places.append((index, rows, clock))
@@ -118,7 +121,7 @@ class Batches:
             robot = self.dataset.robot.name
             raise ValueError(f"none of {len(self.episodes)} episodes of robot '{robot}' has the {rows} rows that "
                              f"{frames} frames for the world model span; record longer ones, or set "
-                             f"world_model=null")  # fmt: skip
+                             f"stage.world_model=null")  # fmt: skip
         videos = degrade(
             lambda n: (self.dataset.canvas(*places[n][:2]), self.rows[places[n][0]].instruction),
             [clock.video_hz for _, _, clock in places],

@@ -15,7 +15,7 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
-from dreamgen.stages.drawn import DRAWN, Drawn, drawn_by, frames_through
+from dreamgen.stages.drawn import DRAWN, Drawn, drawn_by, frames_through, frames_within
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.recorded_video import batches_of, long_enough
 
@@ -192,7 +192,13 @@ def train_labeler(
         for other in beside:
             with reading(labeler, other.name):
                 labeler.fit(other.dataset, other.training)
-        least = max(labeler.clock.frames, getattr(labeler, "clip_frames", 2))
+        shown = [labeler.clock.frames_in(max(map(known.length, own.training)))]
+        for other in beside:
+            with reading(labeler, other.name):
+                shown.append(labeler.clock.frames_in(max(map(other.dataset.length, other.training))))
+        # what is drawn again is as long as a dream, or else as recordings are, and no shorter than what is learned from
+        least = min(labeler.clock.frames, frames_within(world_model, min(shown)))
+        least = max(least, getattr(labeler, "clip_frames", 2))
 
         def drawn(**how: Any) -> Drawn | None:
             return None if world_model is None else drawn_by(world_model, out, seed=seed, **how)

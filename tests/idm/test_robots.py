@@ -159,6 +159,9 @@ def test_an_episode_that_is_too_short_for_one_spacing_is_seen_at_the_others(capl
     assert (near, far, made.episodes) == ({0, 1, 2}, {0, 2}, [0, 1, 2])
     assert [(index, int(clock.stride)) for index, _, _, clock in made.dreamlike] == [
         (0, 1), (2, 2), (2, 1), (2, 2), (1, 1), (2, 2)]  # fmt: skip
+    longer = Batches(data, range(3), made.clocks[:1], batch_size=3, seed=0, degraded_clips=6, degrade_frames=9,
+                     degrade=lambda get, rates: [get(n)[0] for n in range(len(rates))])  # fmt: skip
+    assert [index for index, *_ in longer.dreamlike] == [0, 2, 0, 2, 0, 2]  # those that show as much, and as many clips
     assert "1 of 3 episodes of robot 'square' bring no training clips at 10 Hz: they are shorter than" in caplog.text
     assert {made(step)["video"].shape for step in range(9)} == {(3, 5, 16, 24, 3)}
     with pytest.raises(ValueError, match="none of 1 episodes of robot 'square' has the 9 rows .* clip at 10 Hz spans"):
