@@ -14,6 +14,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.mixture import shares
 from dreamgen.data.motion import motion_of, weights
+from dreamgen.data.video_rate import shown_rows
 
 log = logging.getLogger(__name__)
 Asked = Callable[[int], tuple[np.ndarray, str]]
@@ -54,8 +55,10 @@ class Batches:
     Calling gives a dict: video (b f H W 3) uint8, action (b s a), state (b f d), rows (f,), spacing (): robot steps a
     gap. All clips of one batch share one clock.
 
-    Episodes that are shorter than the clips of a clock bring none of these. Raises ValueError where all are, and for
-    episodes that are all shorter than a clip to degrade.
+    Of labelled video, which repeats a picture until the next one, clips show new pictures alone.
+
+    Episodes that are shorter than the clips of a clock bring none of these. Raises ValueError where all are, for
+    episodes that are all shorter than a clip to degrade, and for labelled video of another rate.
     """
 
     def __init__(self, dataset: Recorded, episodes: Sequence[int], clocks: Sequence[Clock], *, batch_size: int,
@@ -75,6 +78,7 @@ class Batches:
                             clock.video_hz, clock.steps + 1)  # fmt: skip
         self.episodes = max(self.long.values(), key=len)
         self.rows, self.first = {i: dataset.episode(i) for i in self.episodes}, first
+        self.shown = {i: shown_rows(episode) for i, episode in self.rows.items()}
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0
         self.dreamlike = self._degrade(degrade, degraded_clips, degrade_frames) if self.degraded else []
@@ -90,15 +94,26 @@ class Batches:
         for index, motion in zip(self.rows, motions, strict=True):
             if len(motion) <= clock.steps:
                 continue
-            moved = sliding_window_view(motion, clock.steps)[:-1].mean(-1)
-            found.append(np.column_stack([np.full(len(moved), index), np.arange(len(moved))]))
-            means.append(moved)
+            new = self._new(index, clock)
+            found.append(np.column_stack([np.full(len(new), index), new]))
+            means.append(sliding_window_view(motion, clock.steps)[:-1].mean(-1)[new])
+        if not sum(map(len, means)):
+            raise ValueError(f"no clip of {clock.frames} frames at {clock.video_hz} Hz shows new pictures alone: what "
+                             f"was labelled repeats them at a rate of its own; train a labeler of that rate, or on "
+                             f"recordings")  # fmt: skip
         starts, weight = np.concatenate(found), weights(np.concatenate(means), rest)
         opening = starts[:, 1] == 0
         for chosen, share in ((opening, self.first), (~opening, 1 - self.first)):
             weight[chosen] *= share / max(weight[chosen].sum(), 1e-6)
         upto = (weight / weight.sum()).astype(np.float64).cumsum()
         return starts, upto / upto[-1]
+
+    def _new(self, index: int, clock: Clock) -> np.ndarray:
+        """First rows (n,) of the clips of an episode on `clock` each frame of which is of its own row."""
+        shown = self.shown[index]
+        starts = np.arange(len(shown) - clock.steps)
+        rows = starts[:, None] + clock.rows
+        return starts[(shown[rows] == rows).all(1)]
 
     def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
         """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
@@ -113,9 +128,10 @@ class Batches:
             if not every:
                 continue
             index = every[n * len(every) // count if len(every) > count else n % len(every)]
-            latest = len(self.rows[index].action) - long.steps
-            rows = long.rows + (0 if rng.random() < self.first else rng.integers(latest))
-            places.append((index, rows, clock))
+            new, latest = self._new(index, long), len(self.rows[index].action) - long.steps
+            start = 0 if rng.random() < self.first else rng.integers(latest)
+            if len(new):
+                places.append((index, long.rows + new[new.searchsorted(start, side="right") - 1], clock))
         if count and not places:
             rows = min(clock.with_frames(frames).steps for clock in self.clocks) + 1
             robot = self.dataset.robot.name

@@ -84,7 +84,8 @@ def finetune_actions(
     checkpointing: keep only the inputs of blocks, and compute these again in the backward pass. compile: the
     transformers' blocks (see `dreamgen.engine.compiling`). sharding, replicas: see `dreamgen.engine.train`.
 
-    Windows that begin in a state which nobody knows are left out where pose maps show it, and counted.
+    Windows that begin in a state which nobody knows are left out where pose maps show it, and those of labelled video
+    that show a picture of an earlier row; both are counted.
 
     Raises ValueError for another method or sharding, shares, lengths or a `rest` that do not fit, datasets of another
     robot, no windows, a batch of fewer rows than parts, an instruction that is read and has more tokens than are, a
@@ -165,7 +166,8 @@ def finetune_actions(
             world.save(out)
         manifest = run.finish(
             windows=sum(len(s.train) for s in sources), episodes=sum(len(d) for d in datasets),
-            windows_of_unknown_state=sum(s.unknown for s in sources), validation=sum(len(s.held) for s in sources),
+            windows_of_unknown_state=sum(s.unknown for s in sources),
+            windows_of_old_pictures=sum(s.old for s in sources), validation=sum(len(s.held) for s in sources),
             lengths=chosen,
             parameters=sum(p.numel() for p in world.extension.parameters()), **noted(*datasets),
             **{f"final_{k}": v for k, v in result.items()},

@@ -1,5 +1,6 @@
 """Training an action-conditioned world model and a tracker on a tiny random pipeline and drawn squares."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -95,6 +96,30 @@ def test_a_row_of_a_batch_is_what_a_rollout_sees(make, dataset, tmp_path):
         rollout(chunk, world.robot, world.clock.with_frames(5), [Past.begin(prompt, 4)], [part])
     assert np.allclose(row["maps"], seen[-1]) and len(seen) == 3
     assert not np.allclose(row["maps"], world.drawn(np.arange(0, 9, 2), episode.action[8:16], episode.state[8]))
+
+
+def test_windows_of_labelled_video_show_their_own_rows(make, dataset, tmp_path):
+    """Its pictures stand for two rows; those between are of the row before."""
+    episodes, clock = [], make().clock
+    for i in range(3):
+        source, fresh = dataset.episode(i), np.arange(25) % 2 == 0
+        episodes.append(replace(source, video=dataset.views(i, np.arange(25) // 2 * 2),
+                                extra={"frame_fresh": fresh[:, None].astype(np.float32)}))  # fmt: skip
+    write_dataset(tmp_path / "labels", episodes, robot())
+    data = Dataset(tmp_path / "labels", robot())
+    source = Source(make(history=[0.15]), data, hop=1, validation=0, root=tmp_path / "cache", seed=0)
+    assert [source.places[k][1] for k in source.train] == [0, 2, 4, 6, 8] * 3 and source.old == 3 * 4
+    list(source.cache.build(source.encode))
+    row = source.row(source.number[1, 6], 5)  # 0.15 s before row 6 is row 3, which shows row 2
+    assert np.allclose(row["ages"], [0.3, 0.2])
+    assert np.allclose(row["memory"][:, 1], source.cache[source.number[1, 2]][: len(row["memory"]), 0], atol=1e-3)
+    assert clock.rows.tolist() == list(range(0, 17, 2))
+    with pytest.raises(
+        ValueError, match="of 6 windows of .* none is left to train on: 6 show pictures of earlier rows"
+    ):
+        slow = replace(episodes[0], extra={"frame_fresh": (np.arange(25) % 3 == 0)[:, None].astype(np.float32)})
+        write_dataset(tmp_path / "slow", [slow, slow], robot())
+        Source(make(), Dataset(tmp_path / "slow", robot()), hop=4, validation=0, root=tmp_path / "cache", seed=0)
 
 
 def test_other_actions_are_those_of_another_first_state(make, dataset, tmp_path):
