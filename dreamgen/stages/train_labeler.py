@@ -132,7 +132,8 @@ def train_labeler(
     seed: int = 0,
     record: dict,
 ) -> dict:
-    """Train `labeler` on `dataset`, a share of its episodes held out for scores during training and for calibration.
+    """Train `labeler` on `dataset`, a share of its episodes held out for scores during training and for calibration:
+    of the states that they begin in, where several begin in one (`dreamgen.data.groups`).
 
     labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`; one with `measure` scores
     itself (latent actions have no recorded truth). held_out_clips: so many of the episodes held out are scored during
