@@ -112,6 +112,7 @@ def prepare(cfg: DictConfig) -> Callable[..., dict]:
         raise ValueError("out is empty; name a folder to write to (the one that you work in is '.')")
     function = check(cfg.stage)
     shareable(cfg)
+    require_apart(cfg)
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
         if key in ("root", "path", "world") and (path := Path(text)).is_relative_to(cfg.out):
             inside = [path, *path.parents][: len(path.relative_to(cfg.out).parts) or 1]
@@ -119,6 +120,26 @@ def prepare(cfg: DictConfig) -> Callable[..., dict]:
                 require_complete(inside[-1], "the input")  # made by an earlier step, which must have ended
     log.info("%s -> %s%s", cfg.step, cfg.stage.out, f", seed {cfg.stage.seed}" if "seed" in cfg.stage else "")
     return function
+
+
+def require_apart(cfg: DictConfig) -> None:
+    """ValueError for a stage that reads `data` where episodes of it are held out: a recipe leaves them out by
+    `data.leave_out`, which the command line may replace."""
+    if not cfg.data or not cfg.heldout:
+        return
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    if data not in [node for _, node in parts(OmegaConf.to_container(cfg.stage, resolve=True))]:
+        return
+    if not cfg.heldout.get("root") or Path(data["root"]).resolve() != Path(cfg.heldout.root).resolve():
+        return
+    held, taken, away = cfg.heldout.get("episodes"), data.get("episodes"), data.get("leave_out") or []
+    if held is None:
+        raise ValueError(f"heldout.episodes is null, so that all of {data['root']} is held out, which is trained on; "
+                         f"name those to hold out (heldout.episodes=[...]), or another heldout.root")  # fmt: skip
+    shared = sorted({*held} & ({*held} if taken is None else {*taken}) - {*away})
+    if shared:
+        raise ValueError(f"episodes {', '.join(map(str, shared))} are held out and trained on; give "
+                         f"data.leave_out=[{','.join(map(str, (*shared, *away)))}]")  # fmt: skip
 
 
 def build(cfg: DictConfig) -> Callable[..., dict]:

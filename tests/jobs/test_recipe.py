@@ -1,5 +1,6 @@
 """A command line becomes a configuration, or one sentence that says why not."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dreamgen.core.manifest import Stage, write_json
 from jobs import steps
 from jobs.errors import explain
 from jobs.recipe import load
-from jobs.running import check, parts, prepare, run_stage
+from jobs.running import check, parts, prepare, require_apart, run_stage
 
 
 def refused(job: str, *overrides: str) -> str:
@@ -158,6 +159,34 @@ def test_what_lies_within_a_finished_step_is_finished(tmp_path) -> None:
     prepare(load("finetune", [*own, "world_model.path=${out}/high/model"])[0])
     with pytest.raises(ValueError, match=f"the input {tmp_path} is unfinished"):
         prepare(load("finetune", [*own, "world_model.path=${out}"])[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("data.leave_out=[17]", r"episodes 0, 1, 2, 3 are held out and trained on; .*leave_out=\[0,1,2,3,17\]"),
+        ("data.leave_out=null data.episodes=[2,5,8]", r"episodes 2 are held out and trained on; .*leave_out=\[2\]"),
+        ("heldout.episodes=null", "heldout.episodes is null, so that all of some/data is held out"),
+        ("data.leave_out=[9,3,2,1,0]", ""),
+        ("data.leave_out=null data.episodes=[4,5]", ""),
+        ("heldout.episodes=[7]", ""),
+        ("heldout.episodes=null heldout.root=other/data", ""),
+    ],
+)
+def test_what_is_held_out_is_not_trained_on_whatever_is_left_out(words: str, told: str) -> None:
+    given = ["experiment=robot", "embodiment=tabletop", "data.root=some/data", *words.split()]
+    with pytest.raises(ValueError, match=told) if told else nullcontext():
+        prepare(load("finetune", [*given, "step=world"])[0])
+
+
+def test_stages_that_do_not_read_the_data_may_be_given_what_is_held_out() -> None:
+    given = ["experiment=robot", "embodiment=tabletop", "data.root=some/data", "data.leave_out=null"]
+    for job, step in (("dream", "dreams"), ("train_policy", "policy_real")):
+        with pytest.raises(ValueError, match="are held out and trained on"):
+            require_apart(load(job, [*given, f"step={step}"])[0])
+    for job, step in (("validate", "check_recorded"), ("evaluate", "score_real"), ("dream", "heldout_dreams")):
+        require_apart(load(job, [*given, f"step={step}"])[0])
+    require_apart(load("export", given)[0])
 
 
 def test_errors_become_one_sentence() -> None:
