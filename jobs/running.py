@@ -67,8 +67,10 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
             idle(cfg)
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word not in overrides), *HYDRA, *every]
         register()
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
 
         def task(cfg: DictConfig) -> None:
+            keep_to(given)
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
             logging.getLogger("OpenGL").setLevel(logging.WARNING)
             log.disabled = False  # Hydra has disabled what was there before it
@@ -80,6 +82,14 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
             hydra.main(config_path="pkg://conf", config_name=name, version_base="1.3")(task)()
 
     return main
+
+
+def keep_to(given: str | None) -> None:
+    """Of the GPUs that the command was given, if it was, take the first: as many as submitit's process on this machine
+    was told to take, which counts from the machine's first one, whosever that is."""
+    if given is not None and os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        asked = [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given.split(",")[: len(asked)])
 
 
 def told(cfg: DictConfig, manifest: dict) -> None:

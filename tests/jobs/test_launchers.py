@@ -15,7 +15,7 @@ import pytest
 
 from dreamgen.core.manifest import read_json, tree_digest
 from jobs.recipe import load
-from jobs.running import check, idle, shareable
+from jobs.running import check, idle, keep_to, shareable
 from tests.jobs.shared_dream import CLIPS, allow, build, clips, shard_of
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +61,40 @@ def test_gpus_that_stay_idle_are_told_of(launcher, said, monkeypatch, caplog) ->
     assert [record.message.count("launcher.gpus is 0") for record in caplog.records] == [1] * said
     idle(load("dream", ["experiment=smoke", f"launcher={launcher}", "launcher.gpus=2"])[0] if said else cfg)
     assert len(caplog.records) == said
+
+
+SHARD = """
+import os, pathlib
+from jobs.running import entry
+def run(cfg):
+    pathlib.Path(cfg.out, f"gpus_{cfg.shard}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+entry("dream", run)()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_this_machine_keep_to_the_gpus_that_the_command_was_given(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5f,7,2")
+    line = [sys.executable, "-c", SHARD, "step=dreams", "launcher=procs", "num_shards=2", "launcher.gpus=2"]
+    done = subprocess.run([*line, f"out={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / f"gpus_{shard}").read_text() for shard in range(2)] == ["GPU-5f,7"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "left"), [("4,5", "", ""), ("4,5", "0,1,2", "4,5"), ("", "0", ""), (None, "0,1", "0,1")]
+)
+def test_of_the_gpus_that_were_given_as_many_are_taken_as_the_launcher_asks_for(
+    given, asked, left, monkeypatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    keep_to(given)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == asked  # Slurm's, or one's own
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    keep_to(given)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
 
 
 def test_what_a_launcher_lacks_is_named(monkeypatch, tmp_path) -> None:
