@@ -119,6 +119,14 @@ def test_the_command_line_wins_over_the_step() -> None:
     assert load("collect", ["experiment=demo", "step=heldout", "stage.episodes=7"])[0].stage.episodes == 7
 
 
+@pytest.mark.parametrize(("replaces", "adds"), [("", "+"), ("++", "++")])
+def test_a_step_may_be_replaced_and_added_by_any_sign(replaces: str, adds: str) -> None:
+    given = ["experiment=demo", f'{replaces}steps.world="finetune stage.steps=7"', f'{adds}steps.kept="curate seed=5"']
+    assert load("finetune", [*given, "step=world"])[0].stage.steps == 7
+    assert load("curate", [*given, "step=kept"])[0].seed == 5
+    assert "has no step 'world'" in refused("finetune", "experiment=demo", "~steps.world", "step=world")
+
+
 def test_the_seeds_of_a_recipe_move_together() -> None:
     recipe = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf/experiment/tabletop.yaml"))[
         "steps"
