@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from dreamgen.core.manifest import read_json, tree_digest
 from jobs.recipe import load
-from jobs.running import check, idle, keep_to, shareable
+from jobs.running import check, idle, keep_to, shareable, walk
 from tests.jobs.shared_dream import CLIPS, allow, build, clips, shard_of
 
 ROOT = Path(__file__).parents[2]
@@ -27,19 +28,36 @@ MINE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLE
         "RAY_health_check_timeout_ms": "100000"}  # fmt: skip
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_every_command_of_the_page_on_clusters_composes(line: str) -> None:
+def parsed(line: str) -> tuple[str, list[str]]:
+    """The job of a command, and its overrides."""
     program, job, *words = shlex.split(line.replace("embodiment=mine", "embodiment=gr1"))
     if program == "torchrun":
         program, (job, *words) = "dreamgen", words[words.index("-m") + 1 :]
-    cfg, _ = load(job.removeprefix("jobs."), words)
     assert program == "dreamgen"
+    return job.removeprefix("jobs."), words
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_of_the_page_on_clusters_composes(line: str) -> None:
+    job, words = parsed(line)
+    cfg, _ = load(job, words)
     if job == "pipeline":
         assert "world" in cfg.steps
         return
-    assert job == "jobs.finetune" or {"shard", "num_shards"} <= set(cfg.stage)
+    assert job in ("finetune", "train_labeler") or {"shard", "num_shards"} <= set(cfg.stage)
     shareable(cfg)
     check(cfg.stage)
+
+
+def test_what_a_command_of_the_sequence_reads_an_earlier_one_has_made() -> None:
+    made: list[str] = []
+    *steps, last = [parsed(line) for line in LINES if "experiment=robot" in line]
+    for job, words in steps:
+        cfg, _ = load(job, words)
+        texts = [Path(text) for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)) if key != "out"]
+        assert {path.relative_to(cfg.out).parts[0] for path in texts if path.is_relative_to(cfg.out)} <= {*made}
+        made.append(cfg.step)
+    assert made == ["world", "dreams", "labeler", "labels"] and last[0] == "pipeline"
 
 
 def test_what_is_not_made_of_items_is_not_shared_out() -> None:
