@@ -161,7 +161,7 @@ def test_what_lies_within_a_finished_step_is_finished(tmp_path) -> None:
     for step in ("high", "low"):
         with pytest.raises(ValueError, match=f"the input {tmp_path}/{step} (does not exist|is unfinished)"):
             prepare(cfg)
-        write_json(tmp_path / step / "manifest.json", {"id": step})
+        write_json(tmp_path / step / "manifest.json", {"id": step, "stage": "finetune", "config": {}})
     prepare(cfg)
     own = [f"out={tmp_path}", "data=folder", "data.root=path/to/it"]
     prepare(load("finetune", [*own, "world_model.path=${out}/high/model"])[0])
