@@ -17,7 +17,7 @@ import hydra
 from hydra.utils import get_method, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dreamgen.core.manifest import FILE, fingerprint, is_complete, require_complete
+from dreamgen.core.manifest import FILE, RUN, WRITING, fingerprint, is_complete, require_complete, written
 from dreamgen.core.seeding import seed_for
 from jobs.errors import speaking
 from jobs.help import usage
@@ -126,8 +126,10 @@ def prepare(cfg: DictConfig) -> Callable[..., dict]:
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
         if key in ("root", "path", "world") and (path := Path(text)).is_relative_to(cfg.out):
             inside = [path, *path.parents][: len(path.relative_to(cfg.out).parts) or 1]
-            if not any(map(is_complete, inside)):
-                require_complete(inside[-1], "the input")  # made by an earlier step, which must have ended
+            begun = [each for each in inside if written(each / RUN) or (each / WRITING).exists()]
+            empty = not path.exists() or path.is_dir() and not any(path.iterdir())
+            if (begun or empty and below(text, cfg.out)) and not any(map(is_complete, inside)):
+                require_complete((begun or [path])[-1], "the input")  # of an earlier step, which must have ended
     log.info("%s -> %s%s", cfg.step, cfg.stage.out, f", seed {cfg.stage.seed}" if "seed" in cfg.stage else "")
     return function
 
@@ -239,9 +241,14 @@ def record(stage: DictConfig) -> dict:
             return value
         if key not in ("out", "folder") and Path(value).exists():  # a folder's stage says itself what it read of it
             return fingerprint(Path(value))
-        return value if key in NAMED and not Path(value).is_relative_to(Path(stage.out).parent) else DROPPED
+        return value if key in NAMED and not below(value, stage.out.rpartition("/")[0] or ".") else DROPPED
 
     return clean(OmegaConf.to_container(stage, resolve=True))
+
+
+def below(text: str, out: str) -> bool:
+    """Whether a path is written as one in the folder `out`: where that is '.', an id of a hub is none."""
+    return text.startswith(f"{out}/")
 
 
 def parts(node: Any, where: str = "stage") -> Iterator[tuple[str, dict]]:

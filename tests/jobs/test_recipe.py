@@ -13,7 +13,7 @@ from dreamgen.core.manifest import Stage, write_json
 from jobs import steps
 from jobs.errors import explain
 from jobs.recipe import load
-from jobs.running import check, parts, prepare, require_apart, run_stage
+from jobs.running import check, parts, prepare, record, require_apart, run_stage
 
 
 def refused(job: str, *overrides: str) -> str:
@@ -158,6 +158,8 @@ def test_what_lies_within_a_finished_step_is_finished(tmp_path) -> None:
     more = ["stage.world_model.path=${out}/high", "stage.world_model.adapters=[{path: ${out}/low/adapter}]"]
     cfg, _ = load("dream", [f"out={tmp_path}", *more])
     (tmp_path / "low" / "adapter").mkdir(parents=True)
+    (tmp_path / "low" / "adapter" / "weights").touch()
+    write_json(tmp_path / "low" / "run.json", {"id": "low", "stage": "finetune", "config": {}})
     for step in ("high", "low"):
         with pytest.raises(ValueError, match=f"the input {tmp_path}/{step} (does not exist|is unfinished)"):
             prepare(cfg)
@@ -165,8 +167,27 @@ def test_what_lies_within_a_finished_step_is_finished(tmp_path) -> None:
     prepare(cfg)
     own = [f"out={tmp_path}", "data=folder", "data.root=path/to/it"]
     prepare(load("finetune", [*own, "world_model.path=${out}/high/model"])[0])
-    with pytest.raises(ValueError, match=f"the input {tmp_path} is unfinished"):
-        prepare(load("finetune", [*own, "world_model.path=${out}"])[0])
+    with pytest.raises(ValueError, match=f"the input {tmp_path}/other/model does not exist"):
+        prepare(load("finetune", [*own, "world_model.path=${out}/other/model"])[0])
+
+
+@pytest.mark.parametrize("out", [".", "runs/mine"])
+def test_what_others_made_may_lie_where_is_written_to(out: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("recordings/meta/info.json", "wan/model_index.json"):
+        (tmp_path / out / name).parent.mkdir(parents=True)
+        (tmp_path / out / name).touch()
+    given = [f"out={out}", "data=folder", f"data.root={out}/recordings", "world_model=wan22_ti2v_5b"]
+    prepare(load("finetune", [*given, "world_model.path=${out}/wan"])[0])
+    cfg = load("finetune", given)[0]
+    prepare(cfg)
+    assert record(cfg.stage)["world_model"]["path"] == "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    prepare(load("collect", [f"out={out}"])[0])
+    (tmp_path / out / "recordings" / ".writing").touch()
+    with pytest.raises(ValueError, match=f"the input {Path(out, 'recordings')} is unfinished"):
+        prepare(cfg)
+    with pytest.raises(ValueError, match="the input .*world does not exist"):
+        prepare(load("dream", [f"out={out}"])[0])
 
 
 @pytest.mark.parametrize(
