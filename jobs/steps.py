@@ -6,6 +6,7 @@ not so where there is a GPU, since libraries look for it when they are imported,
 A complete step is skipped if its configuration and its inputs are those that the recipe asks for.
 """
 
+import contextlib
 import importlib
 import json
 import logging
@@ -22,8 +23,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dreamgen.core.manifest import FILE, differences, fingerprint, is_complete, read_json
+from dreamgen.data.layout import locate
 from jobs.recipe import lines, load
-from jobs.running import PLACES, record, run_stage, walk
+from jobs.running import PLACES, parts, record, run_stage, walk
 
 log = logging.getLogger("jobs")
 # a driver's files: NVIDIA's, also on a Jetson and in WSL, and AMD's
@@ -112,8 +114,14 @@ def complete(stage: DictConfig) -> bool:
 
 
 def inputs(stage: DictConfig) -> Iterator[Path]:
-    """What is there of the files and folders that a step's configuration names, but for the one it writes."""
-    for key, text in walk(OmegaConf.to_container(stage, resolve=True)):
+    """What is there of the files and folders that a step's configuration names, but for the one it writes; of a dataset
+    of the hub, the folder in which it is kept."""
+    plain = OmegaConf.to_container(stage, resolve=True)
+    for root, revision in [(str(node.get("root") or ""), node.get("revision")) for _, node in parts(plain)]:
+        if root and not Path(root).exists():
+            with contextlib.suppress(ValueError):  # what is nowhere is the stage's to tell
+                yield locate(root, revision)
+    for key, text in walk(plain):
         path = Path(text)
         if key == "folder":  # of a whole run, or of pictures
             made = [child for child in sorted(path.glob("*")) if is_complete(child)]

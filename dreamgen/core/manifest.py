@@ -29,6 +29,7 @@ STORED = 2**26  # bytes of a folder from which on its digests are kept for other
 SETTLED = 2  # seconds after which a file that is written to again has another time
 ALONE = ".alone"  # in a folder of which shards end together, while one of them does, and where that failed
 WRITING = ".writing"  # beside a dataset while it is written, and until its stage's manifest is there
+MARKS = (LOCK, ALONE)  # what processes at work leave in a stage's folder: no part of what it made
 
 
 @contextlib.contextmanager
@@ -114,20 +115,19 @@ def tree_digest(path: Path) -> str:
     """
     if path.is_file():
         return file_digest(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in (LOCK, ALONE) and p.suffix != ".log"
-                   and not (p.name in (FILE, RUN) and written(p)))  # fmt: skip
-    stats = {p: p.stat() for p in files}
+    stats = {p: p.stat() for p in sorted(path.rglob("*"))
+             if p.is_file() and p.suffix != ".log" and p.name not in MARKS and not written(p)}  # fmt: skip
     if sum(stat.st_size for stat in stats.values()) < STORED:
-        return digest([[str(p.relative_to(path)), file_digest(p)] for p in files])
+        return digest([[str(p.relative_to(path)), file_digest(p)] for p in stats])
     keys = {p: f"{p.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for p, stat in stats.items()}
     store = _cache() / "digests" / f"{digest(str(path.resolve()))}.json"
     found = _recall(store)
     try:
-        for p in files:
+        for p in stats:
             found[keys[p]] = found.get(keys[p]) or file_digest(p)
-        return digest([[str(p.relative_to(path)), found[keys[p]]] for p in files])
+        return digest([[str(p.relative_to(path)), found[keys[p]]] for p in stats])
     finally:  # what an interrupted call has read counts too
-        settled = [keys[p] for p in files if time.time() - stats[p].st_mtime > SETTLED]
+        settled = [keys[p] for p in stats if time.time() - stats[p].st_mtime > SETTLED]
         _remember(store, {key: found[key] for key in settled if key in found})
 
 
@@ -168,9 +168,9 @@ def fingerprint(path: Path | str) -> str:
 
 
 def written(file: Path) -> dict | None:
-    """What a stage wrote into a `manifest.json` or `run.json`; None where there is none, or another's of that name."""
+    """What a stage says in a `manifest.json` or `run.json`; None for other files, also of that name."""
     try:
-        found = read_json(file) if file.is_file() else None
+        found = read_json(file) if file.name in (FILE, RUN) and file.is_file() else None
     except ValueError:
         return None
     return found if isinstance(found, dict) and {"id", "stage", "config"} <= found.keys() else None
