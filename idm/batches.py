@@ -1,5 +1,6 @@
 """Training clips, addressed by step: batch `step` is a pure function of (seed, step), of one robot or several."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -13,7 +14,9 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.mixture import shares
 from dreamgen.data.motion import motion_of, weights
+from dreamgen.data.video_rate import shown_rows
 
+log = logging.getLogger(__name__)
 Asked = Callable[[int], tuple[np.ndarray, str]]
 Degrade = Callable[[Asked, Sequence[str]], Sequence[np.ndarray]]
 
@@ -33,6 +36,12 @@ class Recorded(Protocol):
     def canvas(self, index: int, rows: Sequence[int]) -> np.ndarray: ...
 
 
+def in_all_phases(clock: Clock, window: int, most: int) -> Clock:
+    """`clock` with as many more frames, up to `most`, as it takes until a window of `window` frames has begun in each
+    of its phases: where a frame gap is p/q robot steps, q windows in a row differ in where their frames lie."""
+    return clock.with_frames(max(clock.frames, min(most, window - 1 + clock.stride.denominator)))
+
+
 class Batches:
     """Batches of `batch_size` clips of `frames` frames at the rates of `clocks`, from `episodes` of a dataset.
 
@@ -46,20 +55,30 @@ class Batches:
     Calling gives a dict: video (b f H W 3) uint8, action (b s a), state (b f d), rows (f,), spacing (): robot steps a
     gap. All clips of one batch share one clock.
 
-    Raises ValueError for episodes that are all shorter than a clip, or than one to degrade.
+    Of labelled video, which repeats a picture until the next one, clips show new pictures alone.
+
+    Episodes that are shorter than the clips of a clock bring none of these. Raises ValueError where all are, for
+    episodes that are all shorter than a clip to degrade, and for labelled video of another rate.
     """
 
     def __init__(self, dataset: Recorded, episodes: Sequence[int], clocks: Sequence[Clock], *, batch_size: int,
                  seed: int, rest: float = 0.4, first: float = 0.2, degrade: Degrade | None = None,
                  degraded: float = 0.5, degraded_clips: int = 64, degrade_frames: int = 17) -> None:  # fmt: skip
         self.dataset, self.clocks, self.seed, self.batch_size = dataset, list(clocks), seed, batch_size
-        longest = max(clock.steps for clock in self.clocks)
-        self.episodes = [i for i in episodes if dataset.length(i) > longest]
-        if not self.episodes:
-            raise ValueError(f"none of {len(list(episodes))} episodes of robot '{dataset.robot.name}' has the "
-                             f"{longest + 1} rows that a training clip spans; lower the labeler's `train_frames`, "
-                             f"label video of a rate that divides the robot's, or record longer episodes")  # fmt: skip
+        self.long = {clock: [i for i in episodes if dataset.length(i) > clock.steps] for clock in self.clocks}
+        for clock, long in self.long.items():
+            if not long:
+                raise ValueError(f"none of {len(episodes)} episodes of robot '{dataset.robot.name}' has the "
+                                 f"{clock.steps + 1} rows that a training clip at {clock.video_hz} Hz spans; lower the "
+                                 f"labeler's `train_frames`, label video of a rate that divides the robot's, or record "
+                                 f"longer episodes")  # fmt: skip
+            if len(long) < len(episodes):
+                log.warning("%d of %d episodes of robot '%s' bring no training clips at %s Hz: they are shorter than "
+                            "the %d rows of one", len(episodes) - len(long), len(episodes), dataset.robot.name,
+                            clock.video_hz, clock.steps + 1)  # fmt: skip
+        self.episodes = max(self.long.values(), key=len)
         self.rows, self.first = {i: dataset.episode(i) for i in self.episodes}, first
+        self.shown = {i: shown_rows(episode) for i, episode in self.rows.items()}
         self.starts = {clock: self._starts(clock, rest) for clock in self.clocks}
         self.degraded = degraded if degrade else 0.0
         self.dreamlike = self._degrade(degrade, degraded_clips, degrade_frames) if self.degraded else []
@@ -73,9 +92,15 @@ class Batches:
         found, means = [], []
         motions = motion_of(self.dataset.robot.action, [e.action for e in self.rows.values()])
         for index, motion in zip(self.rows, motions, strict=True):
-            moved = sliding_window_view(motion, clock.steps)[:-1].mean(-1)
-            found.append(np.column_stack([np.full(len(moved), index), np.arange(len(moved))]))
-            means.append(moved)
+            if len(motion) <= clock.steps:
+                continue
+            new = self._new(index, clock)
+            found.append(np.column_stack([np.full(len(new), index), new]))
+            means.append(sliding_window_view(motion, clock.steps)[:-1].mean(-1)[new])
+        if not sum(map(len, means)):
+            raise ValueError(f"no clip of {clock.frames} frames at {clock.video_hz} Hz shows new pictures alone: what "
+                             f"was labelled repeats them at a rate of its own; train a labeler of that rate, or on "
+                             f"recordings")  # fmt: skip
         starts, weight = np.concatenate(found), weights(np.concatenate(means), rest)
         opening = starts[:, 1] == 0
         for chosen, share in ((opening, self.first), (~opening, 1 - self.first)):
@@ -83,25 +108,36 @@ class Batches:
         upto = (weight / weight.sum()).astype(np.float64).cumsum()
         return starts, upto / upto[-1]
 
+    def _new(self, index: int, clock: Clock) -> np.ndarray:
+        """First rows (n,) of the clips of an episode on `clock` each frame of which is of its own row."""
+        shown = self.shown[index]
+        starts = np.arange(len(shown) - clock.steps)
+        rows = starts[:, None] + clock.rows
+        return starts[(shown[rows] == rows).all(1)]
+
     def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
         """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
         places = []
+        fit = {clock: [i for i in self.long[clock] if len(self.rows[i].action) > clock.with_frames(frames).steps]
+               for clock in self.clocks}  # fmt: skip
         for n in range(count):
             rng = rng_for(self.seed, "degrade", n)
-            index = self.episodes[(n * max(1, len(self.episodes) // count)) % len(self.episodes)]
             clock = self.clocks[n % len(self.clocks)]
             long = clock.with_frames(frames)
-            if len(self.rows[index].action) <= long.steps:
+            every = fit[clock]
+            if not every:
                 continue
-            latest = len(self.rows[index].action) - long.steps
-            rows = long.rows + (0 if rng.random() < self.first else rng.integers(latest))
-            places.append((index, rows, clock))
+            index = every[n * len(every) // count if len(every) > count else n % len(every)]
+            new, latest = self._new(index, long), len(self.rows[index].action) - long.steps
+            start = 0 if rng.random() < self.first else rng.integers(latest)
+            if len(new):
+                places.append((index, long.rows + new[new.searchsorted(start, side="right") - 1], clock))
         if count and not places:
             rows = min(clock.with_frames(frames).steps for clock in self.clocks) + 1
             robot = self.dataset.robot.name
             raise ValueError(f"none of {len(self.episodes)} episodes of robot '{robot}' has the {rows} rows that "
                              f"{frames} frames for the world model span; record longer ones, or set "
-                             f"world_model=null")  # fmt: skip
+                             f"stage.world_model=null")  # fmt: skip
         videos = degrade(
             lambda n: (self.dataset.canvas(*places[n][:2]), self.rows[places[n][0]].instruction),
             [clock.video_hz for _, _, clock in places],

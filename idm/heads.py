@@ -29,10 +29,10 @@ class Heads(nn.Module):
         self.reader = nn.Linear(width, robot.state_dim)
         self.action = Normaliser(robot.action_dim, robot.action)
         self.state = Normaliser(robot.state_dim, robot.state)
-        # calibrated: a command's effect over the next steps, and the errors on episodes held out
+        # calibrated: a command's effect over the next steps, and the errors on episodes held out; of states 0 till then
         self.register_buffer("response", torch.zeros(len(robot.action), TAPS, dtype=torch.float64))
         self.register_buffer("sigma_action", torch.ones(len(robot.action), dtype=torch.float64))
-        self.register_buffer("sigma_state", torch.ones(len(robot.action), dtype=torch.float64))
+        self.register_buffer("sigma_state", torch.zeros(len(robot.action), dtype=torch.float64))
 
     def embed(self, x: Tensor) -> Tensor:
         """Noisy actions (... a), normalised, to (... width)."""
@@ -74,11 +74,11 @@ class Heads(nn.Module):
         rotations about an axis, in the part's unit."""
         found = {}
         for index, part in enumerate(self.robot.action):
-            found[f"sigma_{part.name}"] = sigma = _error(part, labels, actions)
+            found[f"sigma_action_{part.name}"] = sigma = _error(part, labels, actions)
             self.sigma_action[index] = sigma
             if part.moves and read:
                 moved = self._moved(part)
-                found[f"sigma_{moved.name}"] = sigma = _error(moved, read, states)
+                found[f"sigma_state_{moved.name}"] = sigma = _error(moved, read, states)
                 self.sigma_state[index] = sigma
         return found
 
@@ -86,10 +86,12 @@ class Heads(nn.Module):
         return next(p for p in self.robot.state if p.name == part.moves)
 
     def corrected(self, labels: Labels, states: np.ndarray, clock: Clock, strength: float) -> Labels:
-        """Labels whose deltas agree with the states (c d) read from the frames, within limits, binaries untouched."""
+        """Labels whose deltas agree with the states (c d) read from the frames, within limits, binaries untouched.
+        Until the errors are calibrated nothing says how much they should, and deltas stay."""
         value = labels.value.copy()
         for index, part in sorted(enumerate(self.robot.action), key=lambda each: not each[1].rotation):
-            if part.kind == "delta" and part.moves and strength and self.response[index].abs().sum() > 0:
+            known = self.response[index].abs().sum() > 0 and self.sigma_state[index] > 0
+            if part.kind == "delta" and part.moves and strength and known:
                 moved, response = self._moved(part), self.response[index].cpu().numpy()
                 sigma, sigma_state = float(self.sigma_action[index]), float(self.sigma_state[index]) / strength**0.5
                 axes = self._axes(part, value, states, clock) if part.turned_by else None

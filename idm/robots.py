@@ -21,7 +21,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.states import known_states
 from idm import checkpoint
-from idm.batches import Alternating, Batches, Degrade, Recorded
+from idm.batches import Alternating, Batches, Degrade, Recorded, in_all_phases
 from idm.flow import Denoiser
 from idm.heads import Heads
 from idm.merge import horizon
@@ -103,11 +103,8 @@ class Robots(nn.Module):
         return max(clock.frames for name in self.seen for clock in self._clocks(name))
 
     def _clocks(self, name: str) -> list[Clock]:
-        """Of clips that have `train_frames`, and as many more as it takes until a window has begun in each phase of the
-        clock, up to four windows: where a frame gap is p/q robot steps, q windows in a row differ in where their
-        frames lie."""
-        most = max(self.train_frames, 4 * self.frames)
-        return [clock.with_frames(max(self.train_frames, min(most, self.frames - 1 + clock.stride.denominator)))
+        """Of clips of `train_frames`, or of more that show windows in all phases of the clock, up to four windows."""
+        return [in_all_phases(clock, self.frames, 4 * self.frames)
                 for clock in self.seen[name].clocks(self.train_frames)]  # fmt: skip
 
     def add(self, robot: Embodiment) -> None:

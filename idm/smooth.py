@@ -38,11 +38,13 @@ def fit_response(action: list[np.ndarray], state: list[np.ndarray], scale: float
         past = np.stack([scale * a[taps - 1 - i : len(a) - 1 - i] for i in range(taps)], axis=-1)
         left.append(past.reshape(-1, taps))
         right.append(moved.reshape(-1))
-    if not left:
-        return np.eye(taps)[0]
-    x, y = np.concatenate(left).astype(np.float64), np.concatenate(right).astype(np.float64)
-    ridge = 1e-3 * np.trace(x.T @ x) / taps
     prior = np.eye(taps)[0]
+    if not left:
+        return prior
+    x, y = np.concatenate(left).astype(np.float64), np.concatenate(right).astype(np.float64)
+    if not x.any():  # a part that never moves
+        return prior
+    ridge = 1e-3 * np.trace(x.T @ x) / taps
     return np.linalg.solve(x.T @ x + ridge * np.eye(taps), x.T @ y + ridge * prior)
 
 

@@ -71,7 +71,8 @@ def load(job: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, list[str]
     GlobalHydra.instance().clear()
     with initialize_config_module("conf", version_base="1.3"):
         # what is set within a group may be of one that the step chooses
-        which = [word for word in overrides if word.startswith("steps.") or "." not in word.partition("=")[0]]
+        which = [word for word in overrides if (key := word.partition("=")[0].lstrip("+~")).startswith("steps.")
+                 or "." not in key]  # fmt: skip
         every = with_step(compose(job, overrides=which), job, overrides)
         try:
             cfg = compose(job, overrides=every)

@@ -17,7 +17,7 @@ import hydra
 from hydra.utils import get_method, get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from dreamgen.core.manifest import FILE, fingerprint, is_complete, require_complete
+from dreamgen.core.manifest import FILE, RUN, WRITING, fingerprint, is_complete, require_complete, written
 from dreamgen.core.seeding import seed_for
 from jobs.errors import speaking
 from jobs.help import usage
@@ -67,8 +67,10 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
             idle(cfg)
         sys.argv = [sys.argv[0], *(word for word in sys.argv[1:] if word not in overrides), *HYDRA, *every]
         register()
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
 
         def task(cfg: DictConfig) -> None:
+            keep_to(given)
             logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
             logging.getLogger("OpenGL").setLevel(logging.WARNING)
             log.disabled = False  # Hydra has disabled what was there before it
@@ -80,6 +82,14 @@ def entry(name: str, run: Callable[[DictConfig], Any]) -> Callable[[], None]:
             hydra.main(config_path="pkg://conf", config_name=name, version_base="1.3")(task)()
 
     return main
+
+
+def keep_to(given: str | None) -> None:
+    """Of the GPUs that the command was given, if it was, take the first: as many as submitit's process on this machine
+    was told to take, which counts from the machine's first one, whosever that is."""
+    if given is not None and os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        asked = [device for device in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if device]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(given.split(",")[: len(asked)])
 
 
 def told(cfg: DictConfig, manifest: dict) -> None:
@@ -112,13 +122,36 @@ def prepare(cfg: DictConfig) -> Callable[..., dict]:
         raise ValueError("out is empty; name a folder to write to (the one that you work in is '.')")
     function = check(cfg.stage)
     shareable(cfg)
+    require_apart(cfg)
     for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)):
         if key in ("root", "path", "world") and (path := Path(text)).is_relative_to(cfg.out):
             inside = [path, *path.parents][: len(path.relative_to(cfg.out).parts) or 1]
-            if not any(map(is_complete, inside)):
-                require_complete(inside[-1], "the input")  # made by an earlier step, which must have ended
+            begun = [each for each in inside if written(each / RUN) or (each / WRITING).exists()]
+            empty = not path.exists() or path.is_dir() and not any(path.iterdir())
+            if (begun or empty and below(text, cfg.out)) and not any(map(is_complete, inside)):
+                require_complete((begun or [path])[-1], "the input")  # of an earlier step, which must have ended
     log.info("%s -> %s%s", cfg.step, cfg.stage.out, f", seed {cfg.stage.seed}" if "seed" in cfg.stage else "")
     return function
+
+
+def require_apart(cfg: DictConfig) -> None:
+    """ValueError for a stage that reads `data` where episodes of it are held out: a recipe leaves them out by
+    `data.leave_out`, which the command line may replace."""
+    if not cfg.data or not cfg.heldout:
+        return
+    data = OmegaConf.to_container(cfg.data, resolve=True)
+    if data not in [node for _, node in parts(OmegaConf.to_container(cfg.stage, resolve=True))]:
+        return
+    if not cfg.heldout.get("root") or Path(data["root"]).resolve() != Path(cfg.heldout.root).resolve():
+        return
+    held, taken, away = cfg.heldout.get("episodes"), data.get("episodes"), data.get("leave_out") or []
+    if held is None:
+        raise ValueError(f"heldout.episodes is null, so that all of {data['root']} is held out, which is trained on; "
+                         f"name those to hold out (heldout.episodes=[...]), or another heldout.root")  # fmt: skip
+    shared = sorted({*held} & ({*held} if taken is None else {*taken}) - {*away})
+    if shared:
+        raise ValueError(f"episodes {', '.join(map(str, shared))} are held out and trained on; give "
+                         f"data.leave_out=[{','.join(map(str, (*shared, *away)))}]")  # fmt: skip
 
 
 def build(cfg: DictConfig) -> Callable[..., dict]:
@@ -208,9 +241,14 @@ def record(stage: DictConfig) -> dict:
             return value
         if key not in ("out", "folder") and Path(value).exists():  # a folder's stage says itself what it read of it
             return fingerprint(Path(value))
-        return value if key in NAMED and not Path(value).is_relative_to(Path(stage.out).parent) else DROPPED
+        return value if key in NAMED and not below(value, stage.out.rpartition("/")[0] or ".") else DROPPED
 
     return clean(OmegaConf.to_container(stage, resolve=True))
+
+
+def below(text: str, out: str) -> bool:
+    """Whether a path is written as one in the folder `out`: where that is '.', an id of a hub is none."""
+    return text.startswith(f"{out}/")
 
 
 def parts(node: Any, where: str = "stage") -> Iterator[tuple[str, dict]]:

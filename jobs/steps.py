@@ -1,10 +1,12 @@
 """A recipe's steps in order. Each is the command that `steps` spells out, in a process of its own.
 
 A process a step keeps the peak memory of one step out of the next, and a step killed at any point leaves only what it
-finished. The processes are forked from one that has the libraries imported, which takes ten seconds a step otherwise.
+finished. The processes are forked from one that has the libraries imported, which takes ten seconds a step otherwise;
+not so where there is a GPU, since libraries look for it when they are imported, and CUDA then refuses to run in a fork.
 A complete step is skipped if its configuration and its inputs are those that the recipe asks for.
 """
 
+import contextlib
 import importlib
 import json
 import logging
@@ -21,10 +23,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dreamgen.core.manifest import FILE, differences, fingerprint, is_complete, read_json
+from dreamgen.data.layout import locate
 from jobs.recipe import lines, load
-from jobs.running import PLACES, record, run_stage, walk
+from jobs.running import PLACES, parts, record, run_stage, walk
 
 log = logging.getLogger("jobs")
+# a driver's files: NVIDIA's, also on a Jetson and in WSL, and AMD's
+GPUS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 IMPORTED = ["jobs.running", "dreamgen.worlds.prefix", "dreamgen.policies.policy", "idm.model"]
 
 
@@ -62,9 +67,10 @@ def run_steps(cfg: DictConfig, overrides: list[str]) -> None:
 
 def run_job(job: str, overrides: list[str]) -> int:
     """One job in a process that does not outlive this one; its exit status (negative: killed by that signal)."""
-    forked = "forkserver" in multiprocessing.get_all_start_methods()
+    forked = "forkserver" in multiprocessing.get_all_start_methods() and not any(map(os.path.exists, GPUS))
     context = multiprocessing.get_context("forkserver" if forked else "spawn")
     if forked:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # diffusers looks for a GPU when it is imported
         context.set_forkserver_preload(IMPORTED)
     process = context.Process(target=_command, args=(job, overrides, dict(os.environ)))
     process.start()
@@ -86,7 +92,7 @@ def _command(job: str, overrides: list[str], environment: dict[str, str]) -> Non
 
 
 def _end_with_pipeline() -> None:
-    """The server that forked this process lives as long as its children do, so the kernel cannot be asked for this."""
+    """A server that forked this process lives as long as its children do, so the kernel cannot be asked for this."""
     pipeline = multiprocessing.parent_process()
     if pipeline is not None:
         pipeline.join()
@@ -108,8 +114,14 @@ def complete(stage: DictConfig) -> bool:
 
 
 def inputs(stage: DictConfig) -> Iterator[Path]:
-    """What is there of the files and folders that a step's configuration names, but for the one it writes."""
-    for key, text in walk(OmegaConf.to_container(stage, resolve=True)):
+    """What is there of the files and folders that a step's configuration names, but for the one it writes; of a dataset
+    of the hub, the folder in which it is kept."""
+    plain = OmegaConf.to_container(stage, resolve=True)
+    for root, revision in [(str(node.get("root") or ""), node.get("revision")) for _, node in parts(plain)]:
+        if root and not Path(root).exists():
+            with contextlib.suppress(ValueError):  # what is nowhere is the stage's to tell
+                yield locate(root, revision)
+    for key, text in walk(plain):
         path = Path(text)
         if key == "folder":  # of a whole run, or of pictures
             made = [child for child in sorted(path.glob("*")) if is_complete(child)]

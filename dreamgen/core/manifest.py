@@ -29,7 +29,7 @@ STORED = 2**26  # bytes of a folder from which on its digests are kept for other
 SETTLED = 2  # seconds after which a file that is written to again has another time
 ALONE = ".alone"  # in a folder of which shards end together, while one of them does, and where that failed
 WRITING = ".writing"  # beside a dataset while it is written, and until its stage's manifest is there
-MARKS = (FILE, RUN, LOCK, ALONE)  # what a stage says of itself in its folder: no part of what it made
+MARKS = (LOCK, ALONE)  # what processes at work leave in a stage's folder: no part of what it made
 
 
 @contextlib.contextmanager
@@ -52,9 +52,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Have a folder and all that is in it on the disk before what is written next."""
+    """Have a folder and all that is in it on the disk before what is written next. Its lock is left alone: a process
+    that closes a file which it has locked, however it was opened, has it locked no longer."""
     for path in (*folder.rglob("*"), folder, folder.parent):
-        if path.is_file() or path.is_dir():
+        if path.name != LOCK and (path.is_file() or path.is_dir()):
             _sync(path)
 
 
@@ -114,19 +115,19 @@ def tree_digest(path: Path) -> str:
     """
     if path.is_file():
         return file_digest(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in MARKS and p.suffix != ".log")
-    stats = {p: p.stat() for p in files}
+    stats = {p: p.stat() for p in sorted(path.rglob("*"))
+             if p.is_file() and p.suffix != ".log" and p.name not in MARKS and not written(p)}  # fmt: skip
     if sum(stat.st_size for stat in stats.values()) < STORED:
-        return digest([[str(p.relative_to(path)), file_digest(p)] for p in files])
+        return digest([[str(p.relative_to(path)), file_digest(p)] for p in stats])
     keys = {p: f"{p.resolve()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}" for p, stat in stats.items()}
     store = _cache() / "digests" / f"{digest(str(path.resolve()))}.json"
     found = _recall(store)
     try:
-        for p in files:
+        for p in stats:
             found[keys[p]] = found.get(keys[p]) or file_digest(p)
-        return digest([[str(p.relative_to(path)), found[keys[p]]] for p in files])
+        return digest([[str(p.relative_to(path)), found[keys[p]]] for p in stats])
     finally:  # what an interrupted call has read counts too
-        settled = [keys[p] for p in files if time.time() - stats[p].st_mtime > SETTLED]
+        settled = [keys[p] for p in stats if time.time() - stats[p].st_mtime > SETTLED]
         _remember(store, {key: found[key] for key in settled if key in found})
 
 
@@ -159,16 +160,24 @@ def fingerprint(path: Path | str) -> str:
     """
     if not str(path):
         raise ValueError("the path of an input is empty; name a folder (the one that you work in is '.')")
-    manifest = Path(path) / FILE
-    if manifest.is_file():
-        return read_json(manifest)["id"]
+    if made := written(Path(path) / FILE):
+        return made["id"]
     if not Path(path).exists():
         raise ValueError(f"{path} does not exist; run the stage that makes it first, or mend the path")
     return tree_digest(Path(path))
 
 
+def written(file: Path) -> dict | None:
+    """What a stage says in a `manifest.json` or `run.json`; None for other files, also of that name."""
+    try:
+        found = read_json(file) if file.name in (FILE, RUN) and file.is_file() else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and {"id", "stage", "config"} <= found.keys() else None
+
+
 def is_complete(path: Path) -> bool:
-    return (Path(path) / FILE).is_file()
+    return written(Path(path) / FILE) is not None
 
 
 def require_complete(path: Path, what: str) -> dict:
@@ -241,7 +250,8 @@ class Stage:
             path = self.out / file
             if not path.is_file():
                 continue
-            old = read_json(path)
+            if (old := written(path)) is None:
+                raise ValueError(f"{path} is no stage's; choose another `step` or `stage.out`, or move it away")
             if self.anew and old.get("stage") == self.name:
                 path.unlink()
                 continue

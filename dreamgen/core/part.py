@@ -75,7 +75,11 @@ class Part:
             raise ValueError(f"part '{self.name}' has the scale {self.scale:g}; the entries of a '{self.rotation}' are "
                              f"no angles and have none: leave it out")  # fmt: skip
         if self.limits is not None:
-            object.__setattr__(self, "limits", (float(self.limits[0]), float(self.limits[1])))
+            limits = tuple(map(float, self.limits))
+            if len(limits) != 2 or not limits[0] < limits[1]:
+                raise ValueError(f"part '{self.name}' has the limits {list(self.limits)}; expected the lowest and the "
+                                 f"highest value, [low, high]; what high values do is said by `positive`")  # fmt: skip
+            object.__setattr__(self, "limits", limits)
         if self.sets is not None:
             object.__setattr__(self, "sets", (float(self.sets[0]), float(self.sets[1])))
         if self.reach is not None:

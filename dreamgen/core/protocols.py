@@ -19,7 +19,10 @@ class Sim(Protocol):
     instructions: Sequence[str]
 
     def reset(self, instruction: str, seed: int) -> None:
-        """Begin an episode; the same (instruction, seed) gives the same first state, to the bit."""
+        """Begin an episode; the same (instruction, seed) gives the same first state, to the bit.
+
+        Where it also takes `scene_of`, it can lay the scene out as for that other instruction.
+        """
         ...
 
     def observe(self) -> Observation:

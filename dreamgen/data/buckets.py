@@ -8,12 +8,14 @@ step of short ones costs. Which batch a step has is a function of that step's ge
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64, UInt8
 
 from dreamgen.core.clock import Clock
+from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.windows import Windows
@@ -23,16 +25,17 @@ Shape = tuple[int, int, int]
 
 
 class ClipPool:
-    """Windows of one or several datasets, which may have other canvases, as one list.
+    """Windows of one or several datasets, which may have other canvases and rates, as one list.
 
+    clock: its video rate is that of all clips, each dataset's rows have the rate of its own robot.
     lengths: numbers of frames, `clock.frames` where None; an episode gives clips of the longest that fits into it.
     hop: rows between the windows of an episode. short: what becomes of episodes that none fits into: "drop" leaves
     them out, "pad" gives each one clip of the shortest length that repeats its last row.
     copies: every clip is there so many times more, after all clips as they are; each copy is moved by up to `shift`
     pixels down and right, all its frames and views alike, the border repeated.
 
-    too_short: how many episodes that were. Raises ValueError if there is no clip at all, and for copies that would not
-    move.
+    too_short: how many episodes that were. Raises ValueError if there is no clip at all, for a dataset of fewer rows a
+    second than clips have frames, and for copies that would not move.
     """
 
     def __init__(self, datasets: Sequence[Dataset], clock: Clock, *, lengths: Sequence[int] | None = None,
@@ -41,9 +44,10 @@ class ClipPool:
         if copies < 0 or (copies and shift < 1):
             raise ValueError(f"copies is {copies}, shift is {shift}; expected copies >= 0 and, with copies, shift >= 1")
         self.datasets, self.too_short, self.copies, self.shift = list(datasets), 0, copies, shift
-        clocks = [clock.with_frames(n) for n in sorted(set(lengths or [clock.frames]), reverse=True)]
+        frames = sorted(set(lengths or [clock.frames]), reverse=True)
         self.parts: list[_Part] = []
         for dataset in self.datasets:
+            clocks = [_clock(dataset, clock.video_hz, n) for n in frames]
             rows = np.array([dataset.length(i) for i in range(len(dataset))], dtype=np.int64)
             level = (rows[:, None] < [c.steps + 1 for c in clocks]).sum(1)  # the longest that fits; past the end: none
             self.too_short += int((level == len(clocks)).sum())
@@ -54,8 +58,8 @@ class ClipPool:
                 if len(episodes):
                     windows = Windows([int(n) for n in rows[episodes]], c, hop=hop, short=short)
                     self.parts.append(_Part(dataset, episodes, c.frames, windows))
-        if not self.parts:
-            Windows([d.length(i) for d in self.datasets for i in range(len(d))], clocks[-1])  # says what is missing
+        for dataset in self.datasets if not self.parts else ():  # says what is missing
+            Windows([dataset.length(i) for i in range(len(dataset))], _clock(dataset, clock.video_hz, frames[-1]))
         self.ends = np.cumsum([len(part.windows) for part in self.parts])
         self.padded = self.too_short if short == "pad" else 0
 
@@ -87,6 +91,10 @@ class ClipPool:
             views = {name: moved(video, *by.tolist()) for name, video in views.items()}
         return tile(part.dataset.robot, views)
 
+    def robot(self, k: int) -> Embodiment:
+        """Whose canvas clip k is on."""
+        return self._at(k)[0].dataset.robot
+
     def instruction(self, k: int) -> str:
         part, local, _ = self._at(k)
         return part.dataset.instruction(int(part.episodes[local]))
@@ -102,6 +110,14 @@ def moved(video: UInt8[np.ndarray, "t h w 3"], down: int, right: int) -> UInt8[n
         np.clip(np.arange(n) - by, 0, n - 1) for n, by in zip(video.shape[1:3], (down, right), strict=True)
     )
     return video[:, rows][:, :, columns]
+
+
+def _clock(dataset: Dataset, video_hz: str, frames: int) -> Clock:
+    """Of clips of a dataset, whose rows have the rate of its robot."""
+    if dataset.robot.rate < Fraction(video_hz):
+        raise ValueError(f"{dataset.root} has {dataset.robot.robot_hz} rows a second, fewer than the {video_hz} frames "
+                         "of a clip; lower world_model.video_hz, or leave the dataset out")  # fmt: skip
+    return Clock(robot_hz=dataset.robot.robot_hz, video_hz=video_hz, frames=frames)
 
 
 @dataclass(frozen=True, eq=False)

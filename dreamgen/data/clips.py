@@ -1,6 +1,7 @@
 """A folder of clips: `<id>.mp4` and `<id>.json`, the json last. A clip without its json is not there."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,12 @@ def require_name(id: str, hint: str = "") -> None:
     """ValueError if a clip's id is not fit for a file name; `hint` is added to it."""
     if not re.fullmatch(r"\w[\w.=+-]*", id):
         raise ValueError(f"clip id '{id}' is not fit for a file name; use letters, digits, '_', '-', '.'{hint}")
+
+
+def dreamt_by(manifest: Mapping) -> str:
+    """The fingerprint of the world model whose clips a finished stage holds, "" where it is not known. One that chose
+    among dreams says so of those that it chose from."""
+    return manifest.get("parents", {}).get("world_model") or manifest.get("results", {}).get("world_model", "")
 
 
 class ClipFolder:

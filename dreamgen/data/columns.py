@@ -14,9 +14,9 @@ BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index
 REMEDY = "mend the episode, or set skip_bad=true to leave it out"
 OWN = ("label_spread", "state_known", "frame_fresh")  # what dreamgen's stages write a row
 TRUTH = "object."  # and, before a thing's name, the truth of a simulator
-DTYPES = {"float16": "float32", "float64": "float32", "int32": "int64", "int16": "int64", "int8": "int64",
-          "uint8": "int64"}  # fmt: skip
-TYPES = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_(), "string": pa.string()}
+DTYPES = {"float16": "float32", "int32": "int64", "int16": "int64", "int8": "int64", "uint8": "int64"}
+TYPES = {"float32": pa.float32(), "float64": pa.float64(), "int64": pa.int64(), "bool": pa.bool_(),
+         "string": pa.string()}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,7 @@ def extra_columns(episode: Episode, robot: Embodiment) -> dict[str, Column]:
         if values.ndim != 2 or len(values) != rows or not values.shape[1]:
             raise ValueError(f"extra column '{name}' is {values.shape}; expected ({rows}, k)")
         kind = {"f": "float32", "i": "int64", "u": "int64", "b": "bool"}.get(values.dtype.kind)
+        kind = "float64" if values.dtype == np.float64 else kind  # others' clocks, which float32 cannot tell
         if kind is None:
             raise ValueError(f"extra column '{name}' is {values.dtype}; expected numbers or booleans")
         columns[name] = Column(dtype=kind, width=values.shape[1])
@@ -124,16 +125,18 @@ def check_numbers(name: str, values: np.ndarray, parts: Sequence[Part], rows: in
 
 
 def is_even(table: pa.Table, key: str, width: int) -> bool:
-    """Whether all rows of a column are `width` wide."""
-    kind = table[key].type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return not pa.types.is_fixed_size_list(kind) or kind.list_size == width
-    lengths = pc.unique(pc.list_value_length(table[key])).to_pylist()
-    return lengths == [width] and table[key].null_count == 0
+    """Whether all rows of a column are `width` wide and hold a value in each entry; of floats, one that is missing is
+    NaN."""
+    column = pa.concat_arrays(table[key].chunks)
+    if hasattr(column, "value_lengths"):
+        if column.null_count or pc.unique(column.value_lengths()).to_pylist() != [width]:
+            return False
+        column = column.flatten()
+    return column.null_count == 0 or pa.types.is_floating(column.type)
 
 
 def read_column(table: pa.Table, key: str) -> np.ndarray:
-    """A column as (s k), all that a row holds in one line however deep its lists lie, float64 as float32.
+    """A column as (s k), all that a row holds in one line however deep its lists lie.
 
     ValueError if it is missing or its rows differ in width.
     """
@@ -145,5 +148,4 @@ def read_column(table: pa.Table, key: str) -> np.ndarray:
         if len(widths) != 1 or None in widths:
             raise ValueError(f"'{key}' has rows of different widths: {sorted(map(str, widths))}")
         column = column.flatten()
-    values = column.to_numpy(zero_copy_only=False)
-    return values.astype(np.float32 if values.dtype == np.float64 else values.dtype).reshape(table.num_rows, -1)
+    return column.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)

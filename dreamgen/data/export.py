@@ -109,7 +109,8 @@ class _Source:
         self.depths = self._stated([key for key in self.cameras if is_depth(features[key])])
         self.cameras += [key for key in pictures(data.info) if key in views or self._is_seen(key)]
         columns = robot_columns(data.robot)
-        present, held = data.columns(0), data.episode(0).extra
+        everywhere = set(data.columns(0)).intersection(*(data.columns(i) for i in range(len(data))))
+        present, held = [name for name in data.columns(0) if name in everywhere], data.episode(0).extra
         self.annotations = [name for name in present if name.startswith("annotation.") and self._is_text(name)]
         for name, feature in features.items():
             if name in columns or name in cameras(data.info):
@@ -134,9 +135,8 @@ class _Source:
             return False
 
     def _is_even(self, name: str, width: int) -> bool:
-        """Whether a column is `width` wide in all rows of the episodes that have it."""
-        tables = (self.data.table(i, [name]) for i in range(len(self.data)))
-        return all(name not in table.column_names or is_even(table, name, width) for table in tables)
+        """Whether a column that all episodes have is `width` wide in all rows."""
+        return all(is_even(self.data.table(i, [name]), name, width) for i in range(len(self.data)))
 
     def _is_text(self, name: str) -> bool:
         """Whether a column holds task indices in every episode."""
@@ -170,15 +170,13 @@ class _Source:
         for name, column in self.columns.items():
             if name in (*BOOKKEEPING, *texts):
                 continue
-            if name not in known and name not in table.column_names:
-                raise ValueError(f"episode {data.index(i)} of {data.root} has no column '{name}', the first one has")
             if taken is not None and name.startswith("next."):
                 columns[name] = _outcome(name, _values(whole, name, column), taken)
                 continue
             columns[name] = known[name] if name in known else _values(table, name, column)
-        videos = {key: self._video(i, key, rows, taken) for key in self.cameras}
-        counts = {key: sum(statistics.histogram(frame[None]) for frame in decoded(video))
-                  for key, video in videos.items() if key not in self.depths}  # fmt: skip
+        filmed = {key: self._filmed(i, key, rows, taken) for key in self.cameras}
+        videos = {key: video for key, (video, _) in filmed.items()}
+        counts = {key: found for key, (_, found) in filmed.items() if found is not None}
         stated = {key: found[data.index(i)] for key, found in self.depths.items() if found}
         return Item(rows=rows, columns=columns, texts=texts, videos=videos, histograms=counts, stated=stated,
                     meta=episode.meta)  # fmt: skip
@@ -210,6 +208,21 @@ class _Source:
         """The packets of a video, None where it must be encoded again."""
         path, first, frames = self.data.entry(i).videos[key]
         return path.read_bytes() if frames is None else cut(path, first, self.data.length(i))
+
+    def _filmed(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> tuple[bytes, np.ndarray | None]:
+        """The video of a camera, and the histogram of its pictures, None of depths. ValueError names one that cannot be
+        decoded."""
+        import av
+
+        try:
+            video = self._video(i, key, rows, taken)
+            if key in self.depths:
+                return video, None
+            return video, sum(statistics.histogram(frame[None]) for frame in decoded(video))
+        except (ValueError, av.FFmpegError) as error:
+            raise ValueError(f"episode {self.data.index(i)} of {self.data.root}: its video of '{key}' cannot be used: "
+                             f"{error}; copy it again, or leave the episode out: stage.data.episodes lists those to "
+                             f"take") from error  # fmt: skip
 
     def _video(self, i: int, key: str, rows: int, taken: np.ndarray | None) -> bytes:
         if taken is None and key in self.data.entry(i).videos and (piece := self._piece(i, key)) is not None:

@@ -23,18 +23,20 @@ ARROW = {"float": "float32", "double": "float64", "halffloat": "float16"}
 
 
 class Tables:
-    """Checks the rows of every episode, or of `episodes`, and hands on the numbers of good ones.
+    """Checks the rows of every episode, or of `episodes`, and hands on the numbers of good ones. actions: False for
+    video alone, whose actions no step reads.
 
     rows: of the episodes that were looked at (`entries`), as listed where a table cannot be read. seen: column to its
     good rows, and how they are stored.
     """
 
-    def __init__(self, layout: Layout, robot: Embodiment, found: Findings, episodes: Container[int] | None = None):
+    def __init__(self, layout: Layout, robot: Embodiment, found: Findings, episodes: Container[int] | None = None,
+                 *, actions: bool = True):  # fmt: skip
         self.layout, self.found, self.rows = layout, found, 0
         self.entries = [entry for entry in layout.entries if episodes is None or entry.index in episodes]
         self._taken = {entry.index for entry in self.entries}
-        pairs = ((robot.state_key, robot.state), (robot.action_key, robot.action))
-        self._used = {key for key, parts in pairs if parts} | set(OWN)
+        pairs = ((robot.state_key, robot.state), (robot.action_key, robot.action if actions else ()))
+        self._used = {key for key, parts in pairs if parts} | {view.key for view in robot.views} | set(OWN)
         self._kept: tuple[Path, pa.Table] | None = None
         self.seen: dict[str, tuple[int, set[str]]] = {}
 
@@ -70,8 +72,8 @@ class Tables:
         return {name: int(np.prod(features[name].get("shape") or [1])) for name, (rows, kinds) in self.seen.items()
                 if rows == stored and len(kinds) == 1}  # fmt: skip
 
-    def _level(self, name: str) -> str:
-        """A column that no step reads is no reason to stop."""
+    def level(self, name: str) -> str:
+        """A feature that no step reads is no reason to stop."""
         return "error" if name in self._used or name.startswith(TRUTH) else "warning"
 
     def _table(self, entry: Entry) -> pa.Table | None:
@@ -111,7 +113,7 @@ class Tables:
 
     def _numbers(self, name: str, values: np.ndarray, index: int) -> bool:
         """Whether a column holds finite numbers; if not, say so."""
-        level = self._level(name)
+        level = self.level(name)
         mend = "mend the episode, or leave it out with skip_bad=true" if level == "error" else UNUSED
         if values.dtype.kind not in "fiub":
             self.found.add(level, "numbers", f"'{name}' holds what is no number", mend, index)
@@ -132,7 +134,7 @@ class Tables:
         for name, feature in features.items():
             if feature.get("dtype") in ("video", "image", "string", "language"):
                 continue
-            level = self._level(name)
+            level = self.level(name)
             if name not in table.column_names:
                 self.found.add(level, "schema", f"feature '{name}' has no column", ANEW, index)
                 continue

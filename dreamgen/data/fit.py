@@ -28,9 +28,9 @@ def misfits(root: Path, info: dict, robot: Embodiment, *, actions: bool = True) 
         if not parts or (not actions and (kind == "action" or key not in features)):
             continue
         if key not in features:
-            yield (f"{root} has no feature '{key}', which embodiment '{robot.name}' reads; it has "
-                   f"{sorted(features)}; choose the embodiment it was made with"
-                   f"{', or open it as video without actions: data=video' if kind == 'action' else ''}")  # fmt: skip
+            other = ", or open it as video where no actions are needed: data=video" if kind == "action" else ""
+            yield (f"{root} has no feature '{key}', which embodiment '{robot.name}' reads; it has {sorted(features)}; "
+                   f"choose the embodiment it was made with{other}")  # fmt: skip
             continue
         shape = list(features[key].get("shape", []))
         wrong = _parts(root, kind, key, features[key], parts)

@@ -2,14 +2,17 @@
 what is held out is held out with its siblings, and actions of another episode are those of another group."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 
 
-def group_of(dataset: Dataset | Joined, i: int) -> str | int:
-    """What episode i shares with those that begin in the same state, else its number."""
-    return dataset.episode(i).meta.get("pair") or i
+def group_of(dataset: Dataset | Joined, i: int) -> tuple[Path, str] | int:
+    """What episode i shares with those of its dataset that begin in the same state, else its number."""
+    pair = dataset.episode(i).meta.get("pair")
+    own = dataset.places[i][0] if isinstance(dataset, Joined) else dataset
+    return (own.root, pair) if pair else i
 
 
 def with_siblings(dataset: Dataset | Joined, chosen: Sequence[int] | set[int]) -> set[int]:

@@ -159,6 +159,12 @@ class Dataset:
         """Where the parts of episode i lie on disk."""
         return self._entries[i]
 
+    def video(self, i: int) -> tuple[Path, np.ndarray] | None:
+        """The file that shows the first view of episode i, and the number there of each row's frame; None where its
+        pictures are in a table."""
+        found = self._entries[i].videos.get(self.robot.views[0].key)
+        return None if found is None else (found[0], found[1] + np.arange(self.length(i)))
+
     def columns(self, i: int) -> list[str]:
         """Names of the columns of episode i as they are stored."""
         return self._rows.columns(self._entries[i].data)
@@ -242,9 +248,14 @@ class Dataset:
         for key in self._numeric:
             if key not in present:
                 self._note(f"feature '{key}' is listed and has no column; left out")
-        extra = {key: read_column(table, key) for key in self._extra if key in present}
+        extra = {key: self._held(table, key) for key in self._extra if key in present}
         told = find_instruction(entry, table, self.tasks, self._note)
         return Episode(instruction=told, state=state, action=action, extra=extra, meta=meta)
+
+    def _held(self, table: pa.Table, key: str) -> np.ndarray:
+        """A column of `Episode.extra` (s k); float64 as float32 where stages compute with it."""
+        values, ours = read_column(table, key), key in OWN or key.startswith(TRUTH)
+        return values.astype(np.float32) if ours and values.dtype == np.float64 else values
 
     def _numbers(self, table: pa.Table, key: str, parts: Sequence[Part], known: bool) -> np.ndarray:
         """A column (s k), NaN where it is not known."""

@@ -1,14 +1,14 @@
 """The statistics that a dataset stores against those of its data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from dreamgen.data import statistics
-from dreamgen.data.columns import BOOKKEEPING
 from dreamgen.data.findings import Findings
 
 MOMENTS = ("min", "max", "mean", "std")
+ROUNDED = 1e-6  # of an entry's size: what is left of it in float32, where it does not vary
 CLOSE = 1e-3  # of an entry's range: what rounding and another summing order may change
 LOOSE = 0.05  # of an entry's range: quantiles that were estimated (lerobot averages those of its episodes)
 PICTURE = 0.05  # of full brightness: pictures that were sampled and made smaller (lerobot)
@@ -17,36 +17,35 @@ REMAKE = "`dreamgen export` computes them anew"
 
 
 def check_statistics(said: Mapping[str, Mapping], true: Mapping[str, Mapping], found: Findings, where: str,
-                     episode: int | None = None) -> None:  # fmt: skip
-    """Statistics as stored against those of the data, per feature; `where` names the file."""
+                     level: Callable[[str], str], episode: int | None = None) -> None:  # fmt: skip
+    """Statistics as stored against those of the data, per feature. where: names the file; level: of what is wrong with
+    a feature."""
     if lacks := sorted(true.keys() - said.keys()):
         found.add("warning", "statistics", f"{where} has none of {', '.join(map(repr, lacks))}", REMAKE, episode)
     for name in sorted(true.keys() & said.keys()):
-        picture = np.ndim(true[name]["mean"]) == 3
+        picture, worst = np.ndim(true[name]["mean"]) == 3, level(name)
         try:
             stored = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in said[name].items()}
         except (AttributeError, TypeError, ValueError):
-            found.add("error", "statistics", f"{where}: '{name}' holds what are no lists of numbers", REMAKE, episode)
+            found.add(worst, "statistics", f"{where}: '{name}' holds what are no lists of numbers", REMAKE, episode)
             continue
         own = {key: np.asarray(value, dtype=np.float64).reshape(-1) for key, value in true[name].items()}
         wrong = next((k for k, v in stored.items() if k in own and v.shape != own[k].shape), None)
         if wrong is not None:
-            found.add("error", "statistics", f"{where}: '{wrong}' of '{name}' has {stored[wrong].size} entries, the "
+            found.add(worst, "statistics", f"{where}: '{wrong}' of '{name}' has {stored[wrong].size} entries, the "
                       f"data {own[wrong].size}", REMAKE, episode)  # fmt: skip
             continue
         if broken := [key for key, values in stored.items() if not np.isfinite(values).all()]:
             at = int(np.flatnonzero(~np.isfinite(stored[broken[0]]))[0])
-            found.add("error", "statistics", f"{where}: '{broken[0]}' of '{name}' is {stored[broken[0]][at]} at entry "
+            found.add(worst, "statistics", f"{where}: '{broken[0]}' of '{name}' is {stored[broken[0]][at]} at entry "
                       f"{at}", REMAKE, episode)  # fmt: skip
             continue
         if contradiction := _contradiction(stored):
-            found.add("error", "statistics", f"{where} contradicts itself: '{name}' {contradiction}", REMAKE, episode)
+            found.add(worst, "statistics", f"{where} contradicts itself: '{name}' {contradiction}", REMAKE, episode)
             continue
         if off := _off(stored, own, picture):
-            level, words = off
-            found.add(
-                "warning" if name in BOOKKEEPING else level, "statistics", f"{where}: '{name}' {words}", REMAKE, episode
-            )
+            kind, words = off
+            found.add(worst if kind == "error" else kind, "statistics", f"{where}: '{name}' {words}", REMAKE, episode)
 
 
 def _contradiction(stored: Mapping[str, np.ndarray]) -> str:
@@ -70,6 +69,7 @@ def _contradiction(stored: Mapping[str, np.ndarray]) -> str:
 def _off(stored: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray], picture: bool) -> tuple[str, str] | None:
     """How stored statistics differ from those of the data, the worst kind first."""
     span = np.ones(3) if picture else np.maximum(own["max"] - own["min"], 1e-6)
+    slack = ROUNDED * np.maximum(np.abs(own["min"]), np.abs(own["max"]))
     near = PICTURE if picture else CLOSE
     ends = (
         ("min", "error", CLOSE, 1, "; the data reach beyond what was said"),
@@ -85,7 +85,7 @@ def _off(stored: Mapping[str, np.ndarray], own: Mapping[str, np.ndarray], pictur
         if key not in stored:
             continue
         gap = stored[key] - own[key]
-        worse = way * gap if way else np.abs(gap)
+        worse = (way * gap if way else np.abs(gap)) - slack
         at = int(np.argmax(worse / span))
         if worse[at] > tolerance * span[at]:
             what = f"{key} of entry {at} is {stored[key][at]:.6g}, that of the data {own[key][at]:.6g}"

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamgen.core.clip import Draft, Prompt, read_prompts
+from dreamgen.core.clip import Draft, Episode, Prompt, read_prompts
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import fingerprint
 from dreamgen.core.protocols import Sim
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.states import state_in_dream
+from dreamgen.data.video_rate import shown_rows
 from dreamgen.video.tiling import fit, tile
 
 ORIGIN = ("sim", "seed", "instruction", "video")  # what a first frame takes along of its episode's meta
@@ -51,9 +52,9 @@ class DatasetPrompts:
     """First frames from the episodes of a dataset.
 
     episodes: how many (None: all), drawn by the seed. keyframes: where in each of them, shares of its rows in [0, 1); 0
-    is its first row. commanded: at a later one the state is that to which commands have led, as in a dream that began
-    with the episode, instead of the measured one. instructions: default those of the dataset. ValueError for another
-    share.
+    is its first row; of labelled video, the row of the picture that is shown there. commanded: at a later one the state
+    is that to which commands have led, as in a dream that began with the episode, instead of the measured one.
+    instructions: default those of the dataset. ValueError for another share.
     """
 
     dataset: Dataset
@@ -81,7 +82,7 @@ class DatasetPrompts:
         for i in sorted(chosen.tolist()):
             text = own[i] if own[i] in texts else texts[i % len(texts)]
             meta = data.episode(i).meta
-            for row in key_rows(self.keyframes, data.length(i)):
+            for row in key_rows(self.keyframes, data.episode(i)):
                 begun = ORIGIN if row == 0 else ("video",)  # no simulator begins in the middle of this episode
                 frames.append({
                     "first": partial(_recorded, data, i, row, self.commanded), "instruction": text,
@@ -100,9 +101,11 @@ def require_shares(keyframes: Sequence[float | int]) -> None:
                          "0 <= share < 1")  # fmt: skip
 
 
-def key_rows(keyframes: Sequence[float | int], length: int) -> list[int]:
-    """The rows of an episode of this length at which the keyframes lie, each once."""
-    return list(dict.fromkeys(int(share * length) for share in keyframes))
+def key_rows(keyframes: Sequence[float | int], episode: Episode) -> list[int]:
+    """The rows of an episode at which the keyframes lie, each once: of labelled video those of new pictures, whose
+    states and actions belong to them."""
+    shown = shown_rows(episode)
+    return list(dict.fromkeys(int(shown[int(share * len(shown))]) for share in keyframes))
 
 
 def _recorded(data: Dataset, i: int, row: int, commanded: bool) -> tuple[np.ndarray, np.ndarray]:

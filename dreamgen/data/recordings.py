@@ -31,7 +31,8 @@ def recorded_clip(dataset: Dataset | Joined, index: int, clock: Clock, *,
     episode, whole = dataset.episode(index), whole_clock(dataset, index, clock)
     video = np.zeros((0, *dataset.robot.canvas, 3), np.uint8) if unseen else dataset.canvas(index, whole.rows)
     clip = Clip(id=_id(dataset, index), video=video, video_hz=whole.video_hz, instruction=episode.instruction,
-                state=dataset.first_state(index), origin=_origin(episode))  # fmt: skip
+                pair=episode.meta.get("pair") or "", state=dataset.first_state(index),
+                origin=_origin(episode))  # fmt: skip
     return clip, episode.action[: whole.steps]
 
 

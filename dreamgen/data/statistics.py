@@ -75,7 +75,7 @@ def joined(parts: Sequence[Mapping[str, list]]) -> dict[str, list]:
 def of_chunks(read: Callable[[], Iterable[np.ndarray]]) -> dict[str, list]:
     """`of_numbers` of all chunks (n_i k) that each call of `read` gives anew; one chunk is in memory at a time.
 
-    Numbers are float32, or whole numbers and booleans (exact up to 2**53).
+    Numbers are float32 or float64, or whole numbers and booleans (exact up to 2**53).
     """
     count, mean, squares = 0, np.zeros(1), np.zeros(1)
     low, high = np.array(np.inf), np.array(-np.inf)

@@ -12,7 +12,7 @@ import numpy as np
 from dreamgen.core.clip import Episode
 from dreamgen.core.clock import Clock
 from dreamgen.core.embodiment import Embodiment
-from dreamgen.core.manifest import FILE, RUN
+from dreamgen.core.manifest import FILE, RUN, written
 from dreamgen.data.layout import INFO, Entry
 from dreamgen.data.lerobot import Dataset
 from dreamgen.video.mp4 import frame_times, open_mp4
@@ -69,6 +69,10 @@ class VideoFolder(Dataset):
                              f"that have none (data.instruction='...')")  # fmt: skip
         return self._episodes[i].instruction
 
+    def video(self, i: int) -> tuple[Path, np.ndarray]:
+        """The file of episode i, and the number there of each row's frame."""
+        return self._entries[i].data, self._shown[self.index(i)]
+
     def _open(self, entry: Entry) -> Episode:
         """Check one video and find the frame of each row."""
         path, rate, pair = entry.data, float(self.robot.rate), self._pair
@@ -114,7 +118,12 @@ class VideoFolder(Dataset):
 
 def is_video_folder(root: Path) -> bool:
     """Whether `root` holds video files, and is neither a LeRobot dataset nor what a stage wrote."""
-    return not any((root / name).exists() for name in (INFO, FILE, RUN)) and any(True for _ in _files(root))
+    return not (root / INFO).exists() and not _made(root) and any(True for _ in _files(root))
+
+
+def _made(root: Path) -> bool:
+    """Whether a stage wrote the folder."""
+    return any(written(root / name) for name in (FILE, RUN))
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -131,6 +140,6 @@ def _instead(root: Path) -> str:
         return "is no folder; mend the path"
     if (root / INFO).exists():
         return "is a LeRobot dataset, no folder of video files; open it with data=video"
-    if (root / FILE).exists() or (root / RUN).exists():
+    if _made(root):
         return f"is what a stage wrote ({FILE} or {RUN} lies there), no folder of video files; mend the path"
     return f"holds no video file ({', '.join(ENDINGS)}), nor does any folder in it; put videos there, or mend the path"

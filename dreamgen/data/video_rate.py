@@ -32,6 +32,12 @@ def slowed(robot: Embodiment, video_hz: str) -> Embodiment:
     return replace(robot, robot_hz=video_hz, action=tuple(wide))
 
 
+def shown_rows(episode: Episode) -> np.ndarray:
+    """For each row (s,) the one whose picture it shows: of labelled video the last new one, of recordings itself."""
+    rows, fresh = np.arange(len(episode.action)), episode.extra.get("frame_fresh")
+    return rows if fresh is None else np.maximum.accumulate(np.where(fresh.reshape(-1) != 0, rows, 0))
+
+
 def at_video_rate(episode: Episode, robot: Embodiment, hz: str | None = None) -> tuple[Episode, np.ndarray]:
     """The episode, which `robot` recorded, with its new pictures' rows alone, and which rows (k,) these were. hz: their
     rate, by default that of what `label` wrote; recordings need it.

@@ -49,10 +49,28 @@ def place(*parts: object) -> None:
 
     Models are opened on the CPU, so that a stage may look at them, and at what it is asked, before it takes a GPU.
     """
-    for part in parts:
-        while not isinstance(part, nn.Module) and not hasattr(part, "place") and hasattr(part, "policy"):
-            part = part.policy
+    for part in map(_inner, parts):
         if hasattr(part, "place"):
             part.place()
         elif isinstance(part, nn.Module):
             part.to(best_device())
+
+
+def withdraw(*parts: object) -> None:
+    """Move what `place` moved back to main memory, as it says itself (`place` of a device), or all of a module, and
+    leave the accelerator's to what comes next."""
+    cpu = torch.device("cpu")
+    for part in map(_inner, parts):
+        if hasattr(part, "place"):
+            part.place(cpu)
+        elif isinstance(part, nn.Module):
+            part.to(cpu)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _inner(part: object) -> object:
+    """What of a part holds the weights."""
+    while not isinstance(part, nn.Module) and not hasattr(part, "place") and hasattr(part, "policy"):
+        part = part.policy
+    return part

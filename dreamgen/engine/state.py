@@ -18,6 +18,7 @@ from dreamgen.core.manifest import read_json, replacing, settle, write_json
 
 STATE = "training"
 BEST = "best.safetensors"
+FROZEN = "frozen.safetensors"
 
 
 def whole(value: Tensor) -> Tensor:
@@ -106,6 +107,21 @@ def save(folder: Path, step: int, model: nn.Module, ema: Ema | None, optimisers:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def states_gb(model: nn.Module) -> float:
+    """Of a disk that a training of `model` writes at most, in GB: weights, average and two moments, in two states while
+    one takes the place of another; the best weights, and the last. What is not trained is written up to three times."""
+    sizes = [(10 if x.requires_grad else 3) * x.nbytes for x in (*model.parameters(), *model.buffers())]
+    return sum(sizes) / 1e9
+
+
+def keep_frozen(folder: Path, model: nn.Module) -> None:
+    """Keep, beside the states, the weights that `save` leaves out, of a model that is made with others."""
+    frozen = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters() if not p.requires_grad}
+    if frozen and not (folder / FROZEN).is_file():
+        with replacing(folder / FROZEN) as temporary:
+            save_file(frozen, temporary)
+
+
 @torch.no_grad()
 def restore(folder: Path, model: nn.Module, ema: Ema | None, optimisers: list) -> int:
     """Read what `save` wrote into a model and optimisers that may be shared otherwise; returns the step, 0 if none."""
@@ -136,12 +152,12 @@ def holds(out: Path) -> bool:
 
 def weights_of(out: Path) -> dict[str, Tensor]:
     """Weights and buffers by name of what a run has saved in `out`, or else of the last state that it kept there,
-    averaged where these are. ValueError where there is neither."""
+    averaged where these are, and frozen ones where they were kept. ValueError where there is neither."""
     out, latest = Path(out), Path(out) / STATE / "latest.json"
     files = [out / "model.safetensors"]
     if not files[0].is_file() and latest.is_file():
         step = out / STATE / f"step_{int(read_json(latest)['step']):08d}"
-        files = [step / f"{kind}.safetensors" for kind in ("model", "buffers", "ema")]
+        files = [*(step / f"{kind}.safetensors" for kind in ("model", "buffers", "ema")), latest.parent / FROZEN]
     if not files[0].is_file():
         raise ValueError(f"{out} holds neither saved weights nor the state of a training; name the folder of a run")
     return {name: value for file in files if file.is_file() for name, value in load_file(file).items()}

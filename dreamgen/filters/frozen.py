@@ -13,8 +13,11 @@ def changes(video: UInt8[np.ndarray, "t h w 3"]) -> Float[np.ndarray, " g"]:
     """Root mean square change of a pixel over each frame gap, in [0, 1]; one 0 for a single frame."""
     if len(video) < 2:
         return np.zeros(1)
-    gaps = np.diff(video.astype(np.float32), axis=0) / 255
-    return np.sqrt((gaps.astype(np.float64) ** 2).mean(axis=(1, 2, 3)))
+    found = np.zeros(len(video) - 1)
+    for gap, (now, then) in enumerate(zip(video[:-1], video[1:], strict=True)):  # one by one: recordings are long
+        change = (then.astype(np.float32) - now) / 255
+        found[gap] = np.sqrt((change.astype(np.float64) ** 2).mean())
+    return found
 
 
 class Frozen(Referenced):

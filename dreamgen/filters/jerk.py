@@ -2,7 +2,8 @@
 
 Jerk is the third derivative of position: the third difference of an absolute part, the second of a delta, which is a
 velocity already; its root mean square over the clip, in the part's unit a step^3. The velocity of a rotation is its
-turn from step to step, about each axis (in rad where its entries are no angles). A binary part counts its switches.
+turn from step to step, about each axis (in rad where its entries are no angles). A binary part counts its switches a
+step, since recordings may be many times as long as dreams.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ def jerk(value: np.ndarray, part: Part) -> float:
     """The signal of one part of labels (s k); 0 for clips too short to have any."""
     if part.kind == "binary":
         low, high = part.limits or (0.0, 1.0)
-        return float((np.diff(value > (low + high) / 2, axis=0)).sum())
+        return float(np.diff(value > (low + high) / 2, axis=0).sum() / max(1, len(value) - 1))
     if part.rotation:
         turn = rotations.read(part, value)
         turn = turn if part.kind == "delta" else rotations.between(part, turn[:-1], turn[1:])

@@ -57,6 +57,8 @@ class VideoJudge(nn.Module):
         if frames < 2:
             raise ValueError(f"a judge compares at least 2 frames, got frames={frames}")
         self.robot, self.encoder, self.instructions = robot, encoder, tuple(instructions)
+        if hasattr(encoder, "look_at"):
+            encoder.look_at(len(robot.views))
         self.told = told_of(robot, proprioception)
         self.config = dict(frames=frames, layers=layers, heads=heads, dropout=dropout,
                            proprioception=list(proprioception))  # fmt: skip
@@ -76,8 +78,15 @@ class VideoJudge(nn.Module):
             self.unknown = nn.Parameter(0.02 * torch.randn(width))
 
     def fit(self, states: Float32[np.ndarray, "n d"]) -> None:
-        """Statistics of the states that it is told, from some of them, in units."""
-        self.normaliser.load_state_dict(Normaliser.fit(states, self._parts(), floor=1e-3).state_dict())
+        """Statistics of the states that it is told, from some of them, in units; rows that are not all known (nan) do
+        not count. ValueError if none is known."""
+        known = states[np.isfinite(states).all(1)]
+        if not len(known):
+            raise ValueError(
+                f"none of {len(states)} frames of the training clips has a known state to tell the judge; "
+                f"record states and actions, or leave out proprioception={self.config['proprioception']}"
+            )
+        self.normaliser.load_state_dict(Normaliser.fit(known, self._parts(), floor=1e-3).state_dict())
 
     def _parts(self) -> list[Part]:
         """What it is told, part by part."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dreamgen.core.intervals import Z
-from dreamgen.core.manifest import FILE, differences, read_json
+from dreamgen.core.manifest import FILE, differences, is_complete, read_json
 from dreamgen.core.protocols import Judge
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def rates_in_dreams(judge: Judge, world_model: Mapping[str, Any] | None) -> Rate
     found, path = rates_on(judge, "imagined"), getattr(judge, "path", None)
     if found is None:
         return None
-    known = path is not None and (Path(path) / FILE).is_file()
+    known = path is not None and is_complete(path)
     theirs = read_json(Path(path) / FILE)["config"].get("world_model") if known else None
     if theirs and not differences(theirs, world_model):
         return found

@@ -5,8 +5,8 @@ is slower than the robot. Where a chunk runs past the end of its episode the mis
 made up. With `past_end="hold"` the robot is taken to stand still there (deltas rest, other parts as in the last row),
 which is right only for recordings that end at rest. Observations whose whole chunk is idle (nothing moves, no binary
 part changes) teach little; `keep_idle` bounds how many of them an episode gives. What counts as moving is told in the
-data's own measure, so that it does not depend on units. Pictures of small datasets stay in memory as uint8; those of
-larger ones than `memory_gb` are decoded when asked for, each run of a video once (`dreamgen.policies.decoded`).
+data's own measure, so that it does not depend on units. Pictures of small datasets stay in memory as uint8, those of
+larger ones than `memory_gb` in a file (`dreamgen.policies.decoded`).
 """
 
 import logging
@@ -56,8 +56,7 @@ class Chunks:
     `action_scale`) weighs 1 / (1 + (s / spread_scale)^2); None ignores the spread. short_left_out, unknown_left_out,
     idle_left_out: how many episodes shorter than the horizon, how many observations that lack an entry of `relative_to`
     and how many idle ones beyond `keep_idle` of each episode are not here; many idle ones, and any of the others, are
-    warned of. memory_gb: of pictures that may be in memory; held_gb: that they take there. folder: where those that it
-    does not hold are kept once they are decoded; None decodes them again.
+    warned of. memory_gb, folder, reserve_gb, held_gb, kept_gb: see `dreamgen.policies.decoded`.
 
     Raises ValueError for a horizon longer than all episodes, for shuffled labels of one episode, and where
     `relative_to` or `keep_idle` leaves nothing.
@@ -79,6 +78,7 @@ class Chunks:
         keep_idle: int | None = None,
         memory_gb: float = 2.0,
         folder: Path | None = None,
+        reserve_gb: float = 0.0,
     ) -> None:
         if past_end not in PAST_END or state not in STATES or labels not in LABELS:
             raise ValueError(f"past_end is '{past_end}', state is '{state}', labels is '{labels}'; expected one of "
@@ -101,11 +101,8 @@ class Chunks:
         self._places = self._chosen(told, keep_idle)
         self.idle_left_out = sum(map(len, told.values())) - len(self._places)
         self._tell()
-        view = dataset.robot.views[0]
-        size = sum(len(rows) for rows in self._frames.values()) * len(self.views) * view.height * view.width * 3
-        self._memory: dict[int, np.ndarray] | None = {} if size <= memory_gb * 1e9 else None
-        self.held_gb = 0.0 if self._memory is None else size / 1e9
-        self._folder, self._decoded = folder, None
+        self._decoded = Decoded(dataset, self._frames, memory_gb=memory_gb, folder=folder, reserve_gb=reserve_gb)
+        self.held_gb, self.kept_gb = self._decoded.held_gb, self._decoded.kept_gb
 
     def __len__(self) -> int:
         return len(self._places)
@@ -221,24 +218,20 @@ class Chunks:
         if self.future_steps is not None:
             yield from ((i, self._later(i, row + self.future_steps)[0]) for i, row in self)
 
-    def look(self, episode: int, row: int) -> np.ndarray:
-        """Pictures at an observation row, or their features where `features` gives them."""
-        return self.pictures(episode, row) if self.features is None else self.features(episode, row)
+    def look(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
+        """Pictures (n v h w 3) at observation rows, or their features where `features` gives them."""
+        if self.features is None:
+            return self._decoded.at(places)
+        return np.stack([self.features(*place) for place in places])
 
     def sample(self, most: int) -> np.ndarray:
         """Pictures (n v h w 3) of evenly spread observations, for an encoder that is fitted to some."""
         wanted = np.unique(np.linspace(0, len(self) - 1, min(most, len(self))).astype(int))
-        return np.stack([self.pictures(*self.at(int(k))) for k in wanted])
+        return self._decoded.at([self.at(int(k)) for k in wanted])
 
     def pictures(self, episode: int, row: int) -> np.ndarray:
         """All views (v h w 3) at an observation row."""
-        if self._memory is None:
-            self._decoded = self._decoded or Decoded(self.dataset, self._frames, self._folder)
-            return self._decoded(episode, row)
-        if episode not in self._memory:
-            views = self.dataset.views(episode, self._frames[episode])
-            self._memory[episode] = np.stack([views[name] for name in self.views], 1)
-        return self._memory[episode][np.searchsorted(self._frames[episode], row)]
+        return self._decoded(episode, row)
 
     def actions(self, episode: int, row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The chunk (H a) from `row` on, which of its steps exist (H,), their weights (H,)."""
@@ -269,7 +262,7 @@ class Chunks:
         states = np.stack([self._state(i, row) for i, row in places]).astype(np.float32)
         known = np.isfinite(states)
         batch = {
-            "pictures": np.stack([self.look(i, row) for i, row in places]),
+            "pictures": self.look(places),
             "instruction": [e.instruction for e in episodes],
             "state": np.nan_to_num(states),
             "state_known": known.all(1) & (self.state != "masked"),
@@ -281,7 +274,7 @@ class Chunks:
         }
         if self.future_steps is not None:
             later = [self._later(i, row + self.future_steps) for i, row in places]
-            batch["future"] = np.stack([self.look(i, row) for (i, _), (row, _) in zip(places, later, strict=True)])
+            batch["future"] = self.look([(i, row) for (i, _), (row, _) in zip(places, later, strict=True)])
             batch["future_known"] = np.array([found for _, found in later])
         return batch
 

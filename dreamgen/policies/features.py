@@ -20,6 +20,7 @@ from torch import nn
 from dreamgen.core.manifest import digest, replacing
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.progress import progress
+from dreamgen.engine.state import states_gb
 
 ROWS = 128  # of an episode whose pictures are decoded at a time
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def worthwhile(model: Any, datasets: Sequence[Any], folder: Path, *, draws: int)
     """Whether the features of `datasets` (their `Chunks`) are to be computed in `folder`: they never change, and
     training, which takes `draws` observations, takes at least as many as there are; where not, it is said.
 
-    Raises ValueError where `folder`, whose parent is there, has no room for them.
+    Raises ValueError where `folder`, whose parent is there, has no room for them beside the states of the training.
     """
     if not cacheable(model):
         return False
@@ -44,11 +45,12 @@ def worthwhile(model: Any, datasets: Sequence[Any], folder: Path, *, draws: int)
                  "%d", draws, count)  # fmt: skip
         return False
     encoder = model.encoder.to(best_device()).eval()
-    needed = sum(lacking(chunks, encoder, folder) for chunks in datasets)
-    if needed > (free := shutil.disk_usage(folder.parent).free):
-        raise ValueError(f"the features of {count} observations take {needed / 1e9:.3g} GB in {folder}, and "
-                         f"{free / 1e9:.3g} GB are free; choose an `out` with more room, or stage.cache_features=false:"
-                         f" pictures then pass the encoder at every step")  # fmt: skip
+    needed = sum(lacking(chunks, encoder, folder) for chunks in datasets) / 1e9
+    free, reserve = shutil.disk_usage(folder.parent).free / 1e9, states_gb(model)
+    if needed and needed > free - reserve:
+        raise ValueError(f"the features of {count} observations take {needed:.3g} GB in {folder}, and of {free:.3g} GB "
+                         f"that are free the states of the training take {reserve:.3g}; choose an `out` with more room,"
+                         f" or stage.cache_features=false: pictures then pass the encoder at every step")  # fmt: skip
     return True
 
 
@@ -67,9 +69,10 @@ def looked_at(chunks: Any) -> list[tuple[int, int]]:
 
 
 def named(chunks: Any, encoder: nn.Module, folder: Path, places: Sequence[tuple[int, int]]) -> Path:
-    """The file of the features: by the dataset's root, its views, the rows and the encoder."""
-    views = chunks.dataset.robot.contract()["views"]
-    return Path(folder) / f"{digest([str(chunks.dataset.root), views, places, *encoder.identity()])}.f16"
+    """The file of the features: by the dataset's root and episodes, its views, the rows and the encoder."""
+    data, views = chunks.dataset, chunks.dataset.robot.contract()["views"]
+    held = [int(data.index(i)) for i in range(len(data))]
+    return Path(folder) / f"{digest([str(data.root), held, views, places, *encoder.identity()])}.f16"
 
 
 def pictures(chunks: Any, places: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
@@ -96,8 +99,8 @@ def computed(
 class Features:
     """Features (n tokens, width) float16 of rows of `chunks` by a frozen `encoder`, made in `folder` on first use.
 
-    The file is named by the dataset's root, views and rows and the encoder: what `folder` holds of others is left
-    alone. That the pictures are those of the last time, the run's own folder sees to, which takes no other input.
+    The file is named by the dataset's root, episodes, views and rows and the encoder: what `folder` holds of others is
+    left alone. That the pictures are those of the last time, the run's own folder sees to, which takes no other input.
     """
 
     def __init__(self, chunks: Any, encoder: nn.Module, folder: Path, *, batch_size: int = 32) -> None:

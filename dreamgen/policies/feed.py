@@ -68,13 +68,14 @@ class Feed:
     without actions, which train the body that acts by FLARE's alignment alone. Both count as dreams. others: data of
     other bodies, such as those of other robots, {body: {real, dreams, videos}}; they count as what they are.
 
-    fit: the bodies of whose robots statistics are taken of the data; None for all and for an encoder that is fitted to
-    pictures. options: for the chunks of all datasets; dream_options: of dreams and latents (see `Chunks`).
-    spread_scale: see `Chunks`, in units of the standard deviation of the fitted actions.
+    fresh: the bodies that begin with no weights of another policy; of robots that have no others statistics are taken
+    of the data. None for all, and for an encoder that is fitted to pictures. options: for the chunks of all datasets
+    (as an attribute: for those of further ones, with the memory and the disk that are left); dream_options: of dreams
+    and latents (see `Chunks`). spread_scale: see `Chunks`, in units of the standard deviation of the fitted actions.
 
     Raises ValueError for no data, a dataset of another robot, an unknown body, a horizon longer than all its episodes,
-    where no dataset trains the body that the policy acts for, or any of a robot that begins afresh, and where the state
-    that chunks are told relative to is hidden, made up or known of no observation.
+    where no actions train the body that the policy acts for, or any of a robot, and these begin afresh, and where the
+    state that chunks are told relative to is hidden, made up or known of no observation.
     """
 
     def __init__(
@@ -93,17 +94,18 @@ class Feed:
         spread_scale: float | None,
         options: dict[str, Any],
         dream_options: dict[str, Any],
-        fit: Sequence[int] | None = None,
+        fresh: Sequence[int] | None = None,
         seed: int,
     ) -> None:
         every = sources(real, dreams, latent, videos, others, dream_body=dream_body, latent_body=latent_body)
         told = [source for source in every if source.kind != "video"]
         count = sum(source.kind == "real" for source in told)
         self.model, self.datasets = model, [source.dataset for source in told]
-        if not self.datasets:
+        begun = fresh is not None and model.speaks not in fresh
+        if not (every if begun else told):
             raise ValueError("train_policy got neither real data nor dreams; give at least one dataset")
         bodies = [self._body(source) for source in told]
-        if model.speaks not in bodies:
+        if not begun and model.speaks not in bodies:
             spoken, trained = (
                 model.bodies[model.speaks],
                 ", ".join(dict.fromkeys(f"'{source.body}'" for source in told)),
@@ -114,9 +116,10 @@ class Feed:
         for dataset, body in zip(self.datasets, bodies, strict=True):
             model.spaces.of(body).robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         watched = [source for source in every if source.kind == "video"]
-        self._require_taught([*bodies, *(self._body(source) for source in watched)], fit)
+        fit = None if fresh is None else self._without_statistics(fresh)
+        self._require_taught(bodies, fit)
         self._require_states(bodies[count:], dream_options.get("state"))
-        options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
+        self.options = options = dict(horizon=model.horizon, future_steps=model.future_steps, **options)
         self.chunks = []
         for k, (dataset, body) in enumerate(zip(self.datasets, bodies, strict=True)):
             dreamt: dict[str, Any] = {} if k < count else dict(dream_options)
@@ -130,21 +133,30 @@ class Feed:
                                ratio=ratio if count else "0:1", seed=seed)  # fmt: skip
 
     def _take(self, dataset: Dataset, options: dict[str, Any], **more: Any) -> None:
-        """The chunks of one more dataset, for whose pictures the memory is left that others before it do not take."""
+        """The chunks of one more dataset, for whose pictures the memory and the disk are left that others before it do
+        not take."""
         self.chunks.append(Chunks(dataset, **options, **more))
         if "memory_gb" in options:
             options["memory_gb"] -= self.chunks[-1].held_gb
+        if "reserve_gb" in options:
+            options["reserve_gb"] += self.chunks[-1].kept_gb
+
+    def _without_statistics(self, fresh: Sequence[int]) -> list[int]:
+        """The bodies of robots all of whose bodies are `fresh`."""
+        each = self.model.spaces.each
+        return [body for body in fresh if all(k in fresh for k, space in enumerate(each) if space is each[body])]
 
     def _require_taught(self, bodies: Sequence[int], fit: Sequence[int] | None) -> None:
-        """ValueError where `bodies`, which have data, leave out a robot that begins with no weights of another policy:
-        whoever asks for it would be served by what nothing has trained."""
+        """ValueError where `bodies`, which have actions, leave out a robot that begins with no weights of another
+        policy: whoever asks for it would be served by what nothing has trained."""
         space = self.model.spaces.of
         fresh = range(len(self.model.bodies)) if fit is None else fit
         taught = [space(body) for body in bodies]
         if lost := [self.model.bodies[body] for body in fresh if space(body) not in taught]:
             robot = space(self.model.body(lost[0])).robot.name
-            raise ValueError(f"no data train the robot '{robot}', of the bodies {lost}; give its data in stage.others, "
-                             f"or leave it out of policy.robots and policy.bodies")  # fmt: skip
+            raise ValueError(f"no data train the robot '{robot}', of the bodies {lost}; give its data in stage.others "
+                             f"(videos alone teach no actions), or leave it out of policy.robots and policy.bodies"
+                             )  # fmt: skip
 
     def _require_states(self, bodies: Sequence[int], state: str | None) -> None:
         """ValueError where the chunks of these bodies, of dreams, are told relative to states that are not theirs."""

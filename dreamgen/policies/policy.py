@@ -54,8 +54,8 @@ class FlowPolicy(Acting):
     lambda, k, how many robot steps ahead it looks (None: H) and targets (see `dreamgen.policies.flare`); target
     "qformer" brings a Q-Former with M queries. With align_weight 0 FLARE is off and leaves no trace in the model.
 
-    Raises ValueError for a layer or a body that is not there, pictures of several sizes, other than M queries where
-    FLARE's targets are theirs.
+    Raises ValueError for a layer or a body that is not there, no Euler step, no draw, pictures of several sizes, other
+    than M queries where FLARE's targets are theirs.
     """
 
     def __init__(
@@ -101,6 +101,9 @@ class FlowPolicy(Acting):
                            future_tokens=future_tokens, align_weight=align_weight, align_layer=align_layer,
                            align_horizon=align_horizon, align_to=align_to, target=target,
                            target_decay=target_decay)  # fmt: skip
+        if euler_steps < 1 or draws < 1:
+            raise ValueError(f"euler_steps is {euler_steps}, draws {draws}; expected 1 or more: the policy would act "
+                             "by noise alone, or learn from none")  # fmt: skip
         if align_weight and not 1 <= align_layer <= layers:
             raise ValueError(f"align_layer is {align_layer}; expected 1 to {layers}, the layers of the transformer")
         if not 0 <= prefix < horizon or (align_horizon is not None and align_horizon < 1):

@@ -68,10 +68,10 @@ class Recordings:
 
     def find(self, instruction: str, origin: Mapping) -> tuple[Dataset, int, int, bool] | None:
         """(dataset, episode, first row, whether it is the same scene); one of the same instruction if not."""
-        if "seed" in origin and (instruction, str(origin["seed"])) in self.by_seed:
-            return *self.by_seed[instruction, str(origin["seed"])], 0, True
         if found := self.by_number.get((origin.get("dataset"), origin.get("episode"), instruction)):
             return *found, int(origin.get("row", 0)), True
+        if "seed" in origin and (instruction, str(origin["seed"])) in self.by_seed:  # siblings share it
+            return *self.by_seed[instruction, str(origin["seed"])], 0, True
         if self.by_instruction[instruction]:
             return *self.by_instruction[instruction][0], 0, False
         return None

@@ -5,6 +5,7 @@ of processes. A rollout keeps its actions, so any episode can be filmed afterwar
 """
 
 import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from dreamgen.core.clip import Observation
 from dreamgen.core.protocols import Policy, Sim
 from dreamgen.core.seeding import seed_for
+from dreamgen.sims.keyframes import FromKeyframe
 from dreamgen.sims.workers import shared_out
 
 GROUP = 8  # simulators that a policy serves at once
@@ -47,6 +49,16 @@ def begin(sim: Sim, instruction: str, seed: int, state: np.ndarray | None = None
             raise ValueError(f"'{instruction}' with seed {seed} begins at the state {found.round(3).tolist()} in this "
                              f"simulator, but was recorded or dreamt from {state.round(3).tolist()}; choose the "
                              "simulator that the first frames came from (sim=..., and its `sim.steps`)")  # fmt: skip
+
+
+def can_begin(sim: Sim, instruction: str, scene: str) -> bool:
+    """Whether the simulator knows `instruction`, and can begin it in the scene of `scene` (`scene_of`, see `begin`): a
+    dream may be told anything."""
+    inner = sim
+    while isinstance(inner, FromKeyframe):
+        inner = inner.sim
+    lays = instruction == scene or "scene_of" in inspect.signature(inner.reset).parameters
+    return lays and {instruction, scene} <= set(sim.instructions)
 
 
 def replay(sim: Sim, instruction: str, seed: int, actions: np.ndarray, state: np.ndarray | None = None,

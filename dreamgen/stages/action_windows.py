@@ -20,6 +20,7 @@ from dreamgen.data.groups import group_of
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.states import commanded_states
+from dreamgen.data.video_rate import shown_rows
 from dreamgen.data.windows import Windows
 from dreamgen.stages.latents import encoding, seen, shard_size, taken
 from dreamgen.stages.sharing import grouped
@@ -55,20 +56,29 @@ class Source:
         self.held = held_out(dataset, min(validation, len(dataset) // 5), seed)
         self.read = entries_read(world.robot, maps=world.maps)
         self.states: dict[int, np.ndarray | None] = {}  # of episodes, at every hop-th row, once they are asked for
-        self.kept = [k for k in range(len(self.places)) if not world.maps or self.state(k).size]
-        self.unknown = len(self.places) - len(self.kept)
+        self.shown = [shown_rows(dataset.episode(i)) for i in range(len(dataset))]
+        new = [k for k in range(len(self.places)) if self._is_new(k)]
+        self.kept = [k for k in new if not world.maps or self.state(k).size]
+        self.old, self.unknown = len(self.places) - len(new), len(new) - len(self.kept)
         self.train = np.array([k for k in self.kept if self.places[k][0] not in self.held])
         if not len(self.train):
             raise ValueError(
-                f"of {len(self.places)} windows of {dataset.root} none is left to train on: {self.unknown} begin in a "
-                f"state that is not known, which pose maps need, and {len(self.held)} episodes are held out. Hold out "
-                "fewer (stage.validation), or leave out the maps (stage.world_model.maps=false)."
+                f"of {len(self.places)} windows of {dataset.root} none is left to train on: {self.old} show pictures "
+                f"of earlier rows (labelled at another rate?), {self.unknown} begin in a state that is not known, "
+                f"which pose maps need, and {len(self.held)} episodes are held out. Take the rate of the labels "
+                "(world_model.video_hz), hold out fewer (stage.validation), or leave out the maps "
+                "(stage.world_model.maps=false)."
             )
         motion = motion_of(dataset.robot.action, [dataset.episode(i).action for i in range(len(dataset))])
         spans = (self.places[k] for k in self.train)
         moved = np.array([motion[i][start : start + world.clock.steps].mean() for i, start in spans])
         upto = weights(moved, rest).cumsum()
         self.upto = upto / upto[-1]
+
+    def _is_new(self, k: int) -> bool:
+        """Whether each frame of window k is of its own row: the state and the actions of others are later ones."""
+        rows = self.windows.rows(*self.places[k])
+        return bool((self.shown[self.places[k][0]][rows] == rows).all())
 
     def encode(self, items: range) -> np.ndarray:
         """Latents of these windows."""
@@ -112,7 +122,7 @@ class Source:
             rows = [r - r % self.hop for r in rows]
             first = [self.cache[self.number[episode, r]][: world.world.latent_shape[0], 0] for r in rows]
             row["memory"] = np.stack(first, 1)
-            row["ages"] = np.array([(start - r) / per_second for r in rows], np.float32)
+            row["ages"] = np.array([(start - self.shown[episode][r]) / per_second for r in rows], np.float32)
         return row
 
 

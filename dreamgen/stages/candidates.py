@@ -10,7 +10,7 @@ from dreamgen.core.clock import Clock
 from dreamgen.core.manifest import require_complete
 from dreamgen.core.protocols import Labeler
 from dreamgen.core.seeding import rng_for
-from dreamgen.data.clips import ClipFolder
+from dreamgen.data.clips import ClipFolder, dreamt_by
 from dreamgen.data.lerobot import Dataset
 from dreamgen.stages.recorded_video import batches_of, long_enough
 from dreamgen.video.tiling import untile
@@ -34,7 +34,7 @@ class Candidates:
             made = require_complete(dreams, "dreams")
             self.folder = ClipFolder(Path(dreams) / "clips")
         if dataset is None:
-            self.ids = self.folder.ids()
+            self.ids, self.world_model = self.folder.ids(), dreamt_by(made)
             return
         dataset.require_actions("stage.dataset")
         metas = [dataset.episode(i).meta for i in range(len(dataset))]

@@ -7,7 +7,7 @@ that is no better than they are evaluates nothing. Every policy is one item on d
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from dreamgen.core.protocols import ActionWorldModel, Judge, Policy, Sim
 from dreamgen.core.seeding import seed_for
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
-from dreamgen.engine.precision import place
+from dreamgen.engine.precision import place, withdraw
 from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
 from dreamgen.filters.rates import Rates, rates_in_dreams, rates_on
@@ -125,6 +125,7 @@ def correlation(
                 row = one_policy(name, policies[name], env, sim, plan, prompts, run.out, probe=probe, blind=blind,
                                  validation=validation, workers=workers, films=films, seed=seed)  # fmt: skip
                 write_json(path, row)
+                withdraw(policies[name])
             rows[name] = read_json(path)
             if name in known_demos:
                 rows[name]["demos"] = float(known_demos[name])
@@ -185,8 +186,9 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
     place(policy)
     dreamt = dream_episodes(env, policy, prompts, [own for _, own in plan])
     hz = env.world.clock.video_hz
-    for k in np.unique(np.linspace(0, len(plan) - 1, films).astype(int)):
-        write_mp4(out / "films" / name / f"{k:02d}.mp4", beside(sim, real[k], dreamt[k], env.world.clock), hz)
+    with closing(sim()) as world:
+        for k in np.unique(np.linspace(0, len(plan) - 1, films).astype(int)):
+            write_mp4(out / "films" / name / f"{k:02d}.mp4", beside(world, real[k], dreamt[k], env.world.clock), hz)
     found: dict[str, Any] = {"real": [bool(e.success) for e in real], "probability": [e.probability for e in dreamt],
                              "agreement": [e.agreement for e in dreamt]}  # fmt: skip
     if probe is not None:
@@ -200,13 +202,10 @@ def one_policy(name: str, policy: Policy, env: DreamEnv, sim: Callable[[], Sim],
     return {key: none(value) for key, value in found.items()}
 
 
-def beside(sim: Callable[[], Sim], real: Rollout, dreamt: Dreamt, clock: Clock) -> np.ndarray:
+def beside(world: Sim, real: Rollout, dreamt: Dreamt, clock: Clock) -> np.ndarray:
     """Film of an episode (t h 2w 3), real | dreamt; the real one stands still once it has succeeded."""
-    world, video = sim(), dreamt.past.video
-    try:
-        pictures = tile(world.robot, film(world, real.instruction, real.seed, real.action))
-    finally:
-        world.close()
+    video = dreamt.past.video
+    pictures = tile(world.robot, film(world, real.instruction, real.seed, real.action))
     rows = clock.with_frames(max(2, len(video))).rows[: len(video)].clip(max=len(pictures) - 1)
     return np.concatenate([pictures[rows], video], 2)
 

@@ -291,7 +291,7 @@ def _write(out: Path, candidates: Candidates, rows: list[dict], *, codec: str, c
                 clip = candidates.clip(i)
                 clip.scores.update({name: score for name, score in rows[i]["scores"].items() if score is not None})
                 folder.write(clip)
-        return {}
+        return {"world_model": candidates.world_model}
 
     def episodes() -> Iterator:
         for i in progress(kept, len(kept), "write", out, unit="episode"):

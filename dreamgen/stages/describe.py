@@ -34,12 +34,16 @@ def describe(root: str, *, out: Path, name: str | None = None, revision: str | N
     or as the entries are named (`joint_0`, `joint_1` are one part, `roll`, `pitch`, `yaw` a rotation). An action part
     of two values is called binary, any other absolute. name: of the robot; None: what the dataset calls it.
 
-    Raises ValueError if there is no such dataset, or if it has no video or no actions.
+    Raises ValueError if there is no such dataset, if it has no video or no actions, and for another name than that of
+    its contract, which alone opens it.
     """
     path = locate(root, revision)
     layout = read_layout(path)
+    known = read_json(path / CONTRACT)["contract"] if (path / CONTRACT).is_file() else None
+    if known and name not in (None, known["name"]):
+        raise ValueError(f"name is '{name}', and {path / CONTRACT} says that the robot is '{known['name']}', which an "
+                         f"embodiment that opens the dataset must be called too; leave stage.name out")  # fmt: skip
     with Stage(out, "describe", config=record, parents={"data": path}, anew=True) as run:
-        known = read_json(path / CONTRACT)["contract"] if (path / CONTRACT).is_file() else None
         named = name or re.sub(r"\W+", "_", str(layout.info.get("robot_type") or path.resolve().name)).lower()
         text = "\n".join(_known(known) if known else _drafted(layout, named)) + "\n"
         (out / "embodiment.yaml").write_text(text, encoding="utf-8")

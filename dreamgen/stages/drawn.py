@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dreamgen.core.seeding import rng_for
+from dreamgen.engine.precision import place, withdraw
 from dreamgen.engine.progress import progress
 from dreamgen.stages.sharing import Parts, grouped
 from dreamgen.worlds.redream import redream
@@ -29,7 +30,8 @@ def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: i
     autoencoder alone: it would draw another speed. A clip depends on its number and the seed, not on its batch (in bf16
     but for rounding); a batch is of one level as nearly as can be. It is kept in `out/drawn` once done, where a stage
     that was killed takes it up; apart: the folder there of clips that are kept beside others. batch_size: by default 16
-    small clips, and of large ones no more than two windows of 81 frames at 480x832.
+    small clips, and of large ones no more than two windows of 81 frames at 480x832. The world model is on the
+    accelerator only while it draws: what is trained next may be as large.
     """
     size = batch_size or max(1, min(16, TOKENS // getattr(world_model, "clip_tokens", 1)))
 
@@ -45,6 +47,8 @@ def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: i
         parts = Parts(Path(out) / DRAWN / apart)
         stored = parts.stored()
         left = [number for number in range(len(batches)) if number not in stored]
+        if left:
+            place(world_model)
         for number in progress(left, len(left), "draw clips as the world model would", out, unit="batch"):
             mine = batches[number]
             clips = [asked(n) for n in mine]
@@ -55,6 +59,8 @@ def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: i
             else:
                 video = world_model.decode(world_model.encode(video))
             parts.write(number, {str(n): one for n, one in zip(mine, video.cpu().numpy(), strict=True)})
+        if left:
+            withdraw(world_model)
         found = {int(n): one for number in range(len(batches)) for n, one in parts.read(number).items()}
         return [found[n] for n in range(count)]
 

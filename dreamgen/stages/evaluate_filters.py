@@ -17,7 +17,7 @@ from dreamgen.engine.progress import progress
 from dreamgen.sims.rollout import replay
 from dreamgen.stages.agreement import auroc_interval, auroc_within, chosen_rate
 from dreamgen.stages.curate import SCORES
-from dreamgen.stages.evaluate_labels import held
+from dreamgen.stages.evaluate_labels import held, laid_out
 from dreamgen.stages.selection import totals
 
 
@@ -33,14 +33,16 @@ def evaluate_filters(
     seed: int = 0,
     record: dict,
 ) -> dict:
-    """Replay the labels of every scored dream whose first frame came from the simulator, and compare.
+    """Replay the labels of every scored dream whose first frame came from the simulator, and which it can lay out, and
+    compare.
 
     scored: a finished `curate`; dataset: the one it scored. settle: steps of holding still after the labels. share: of
     clips that a filter would keep, for its gain. draws: of the bootstrap, of first states with all their dreams.
 
     Writes `truth.json` ({id, episode, instruction, success}). Results: success (all replayed), filters {name: auroc,
     low, high, n, positives, within (one instruction only), chosen (success rate of the best `share`), gain (share of
-    the oracle's gain over a random subset)}, "mean" for the mean rank over filters, `yields` as curate wrote them.
+    the oracle's gain over a random subset)}, "mean" for the mean rank over filters, `yields` as curate wrote them,
+    clips, left_out: how many were replayed, and how many not.
     Raises ValueError without a simulator, for scores of another dataset, and where nothing can be replayed.
     """
     if sim is None:
@@ -58,10 +60,11 @@ def evaluate_filters(
         truth = replayed(rows, dataset, sim, settle, out)
         if not truth:
             raise ValueError(f"none of the {len(rows)} clips of {scored} has an origin in the simulator (instruction "
-                             f"and seed); dream from prompts=sim, or from episodes that were collected")  # fmt: skip
+                             f"and seed) and an instruction that it knows; dream from prompts=sim, or from episodes "
+                             f"that were collected, under its instructions")  # fmt: skip
         write_json(Path(out) / "truth.json", truth)
         success = {row["id"]: row["success"] for row in truth}
-        rows = [row for row in rows if row["id"] in success]
+        every, rows = len(rows), [row for row in rows if row["id"] in success]
         names = list(rows[0]["scores"])
         scores = np.array([[row["scores"][name] for name in names] for row in rows], np.float64)
         positive = np.array([success[row["id"]] for row in rows])
@@ -70,7 +73,8 @@ def evaluate_filters(
         found = {name: worth(column, positive, texts, pairs, share=share, draws=draws, seed=seed)
                  for name, column in columns.items()}  # fmt: skip
         return run.finish(success=success_interval(int(positive.sum()), len(positive)), filters=found,
-                          yields=made["results"]["yields"], clips=len(rows), **noted(dataset))  # fmt: skip
+                          yields=made["results"]["yields"], clips=len(rows), left_out=every - len(rows),
+                          **noted(dataset))  # fmt: skip
 
 
 def worth(score: np.ndarray, positive: np.ndarray, texts: list[str], pairs: list[str], *, share: float, draws: int,
@@ -88,11 +92,13 @@ def worth(score: np.ndarray, positive: np.ndarray, texts: list[str], pairs: list
 
 
 def replayed(rows: list[dict], dataset: Dataset, sim: Callable[[], Sim], settle: int, out: Path) -> list[dict]:
-    """Which scored clips succeed in the simulator under their labels, from the state their first frame shows."""
+    """Which scored clips succeed in the simulator under their labels, from the state their first frame shows; those
+    that it cannot lay out are left out."""
     number = {dataset.index(i): i for i in range(len(dataset))}
     known = [row for row in rows if {"seed", "instruction"} <= set(row["origin"]) and row["episode"] in number]
     world = sim()
     try:
+        known = [known[k] for k in laid_out(world, [(r["instruction"], r["origin"]["instruction"]) for r in known])]
         found = []
         for row in progress(known, len(known), "replay", out, unit="episode"):
             origin: Mapping = row["origin"]

@@ -3,7 +3,9 @@
 The chain of replays shows where success is lost: recorded actions -> labels of real video -> labels of dreams.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,14 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted, recorded_clip
 from dreamgen.engine.precision import place
 from dreamgen.engine.progress import progress
-from dreamgen.sims.rollout import replay
+from dreamgen.sims.rollout import begin, can_begin, replay
 from dreamgen.stages.drawn import frames_through
 from dreamgen.stages.label import labels_and_states, pseudo_states
 from dreamgen.stages.label_scores import errors, score_labels
 from dreamgen.stages.latent_scores import by_gap, probe
 from dreamgen.stages.recorded_video import batches_of, long_enough
+
+log = logging.getLogger(__name__)
 
 
 def held(action: np.ndarray, robot: Embodiment, steps: int) -> np.ndarray:
@@ -89,14 +93,27 @@ def require_labelled_by(labeler: Any, dreams: Path, fingerprint: str | None) -> 
                          f"scored; label them with it and name that folder, or set stage.dreams=null")  # fmt: skip
 
 
+def laid_out(sim: Sim, texts: Sequence[tuple[str, str]]) -> list[int]:
+    """Which of the dreams of (instruction, scene) the simulator can begin; a warning counts the others."""
+    kept = [k for k, (instruction, scene) in enumerate(texts) if can_begin(sim, instruction, scene)]
+    if left := len(texts) - len(kept):
+        log.warning("%d of %d dreams are not replayed: the simulator does not know their instruction, or cannot lay "
+                    "out the scene of another one for it", left, len(texts))  # fmt: skip
+    return kept
+
+
+def _scene(instruction: str, scene: str) -> dict[str, str]:
+    """How a simulator is asked for a scene."""
+    return {} if scene == instruction else {"scene_of": scene}
+
+
 def _replayed(sim: Sim, items: list[tuple[str, str, int, np.ndarray, np.ndarray]], settle: int, name: str,
               out: Path) -> dict:  # fmt: skip
     """Success of (instruction, scene, seed, first state, actions): overall with its interval, and by instruction."""
     done: list[tuple[str, bool]] = []
     for instruction, scene, seed, state, action in progress(items, len(items), f"replay {name}", out, unit="episode"):
-        options = {} if scene == instruction else {"scene_of": scene}
         action = held(action, sim.robot, settle)
-        done.append((instruction, bool(replay(sim, instruction, seed, action, state, **options))))
+        done.append((instruction, bool(replay(sim, instruction, seed, action, state, **_scene(instruction, scene)))))
     texts = sorted({text for text, _ in done})
     groups = {text: [ok for other, ok in done if other == text] for text in texts}
     return {**success_interval(sum(ok for _, ok in done), len(done)),
@@ -111,20 +128,22 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
 
     sim: makes the simulator in which the episodes were recorded; without one, nothing is replayed. dreams: a dataset
     labelled by this labeler; those of its episodes whose first frame came from the simulator (meta "origin":
-    instruction, seed) are replayed from it. world_model: labels of `decoded_clips` recordings that passed its
-    autoencoder are scored too. episodes: only the first so many of each. settle: steps of holding still afterwards.
+    instruction, seed) are replayed from it, as far as it can lay them out. world_model: labels of `decoded_clips`
+    recordings that passed its autoencoder are scored too. episodes: only the first so many of each. settle: steps of
+    holding still afterwards.
 
     Results: idm {r2, mae, control_mae, lag, drift, auroc, accuracy, calibration, by part; state: errors of
     pseudo-states; previous_frame: a control that sees no motion; decoded: R2 and MAE on decoded recordings; dreamt: the
     same of dreams against what was recorded from the same first frame under the same instruction, which is low too
     where a dream does the task in another way: it measures world model and labeler together}; replay {recorded,
     idm_real, idm_dream: {successes, n, rate, low, high, by_instruction}}. They are also written to `scores.json`.
-    too_short: how many episodes were left out. Raises ValueError if all were.
+    too_short: how many episodes were left out. Raises ValueError if all were, and, before anything is labelled, for a
+    simulator in which the episodes or the dreams begin otherwise.
     """
     parents = {"dataset": dataset.root} | ({"dreams": dreams} if dreams else {})
     parents |= {"labeler": labeler.path} if getattr(labeler, "path", None) else {}
     parents |= {"world_model": world_model.folder} if getattr(world_model, "folder", None) else {}
-    with Stage(out, "evaluate_labels", config=record, parents=parents, seed=seed) as run:
+    with Stage(out, "evaluate_labels", config=record, parents=parents, seed=seed) as run, ExitStack() as opened:
         if run.complete:
             return run.manifest()
         robot = labeler.robot
@@ -132,9 +151,20 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
         dataset.require_actions("stage.dataset")
         if dreams:
             require_labelled_by(labeler, dreams, run.spec["parents"].get("labeler"))
-        place(labeler, world_model)
         first = range(min(len(dataset), episodes or len(dataset)))
         chosen, too_short = long_enough(dataset, first, [labeler])
+        dreamt = Dataset(dreams, robot) if dreams else None
+        known, begun, redreamt = [], [], []
+        if sim is not None:
+            world = sim()
+            opened.callback(world.close)
+            known = [i for i in chosen if "seed" in dataset.episode(i).meta]
+            begun = [(e.instruction, e.meta.get("scene_of") or e.instruction, int(e.meta["seed"]),
+                      dataset.first_state(i)) for i, e in ((i, dataset.episode(i)) for i in known)]  # fmt: skip
+            redreamt = dreamed(dreamt, episodes, world) if dreamt is not None else []
+            for text, scene, own, state, *_ in [*begun[:1], *redreamt[:1]]:
+                begin(world, text, own, state, **_scene(text, scene))
+        place(labeler, world_model)
         labels, actions, read, pseudo, seen = [], [], [], [], []
         batches = batches_of(dataset, chosen, labeler.clock, batch_size)
         for clips, true in progress(batches, -(-len(chosen) // batch_size), "label held-out video", out, unit="batch"):
@@ -149,28 +179,19 @@ def evaluate_labels(labeler: Labeler, dataset: Dataset, sim: Callable[[], Sim] |
         scores["state"] = state_errors(robot, true, labels, pseudo, read)
         scores["previous_frame"] = previous_frame(seen, actions, labeler.clock, robot, seed)
         scores["decoded"] = decoded(labeler, world_model, dataset, chosen[:decoded_clips]) if world_model else {}
-        dreamt = Dataset(dreams, robot) if dreams else None
         if dreamt is not None:
             pairs = beside_recorded(dreamt, dataset, chosen, run.spec["parents"]["dataset"], episodes)
             scores["dreamt"] = by_part(*pairs, robot, labeler.clock)
         results: dict = {"idm": scores, "replay": {}}
-        if sim is not None:
-            world = sim()
-            label_of = dict(zip(chosen, labels, strict=True))
-            known = [i for i in chosen if "seed" in dataset.episode(i).meta]
-            recorded = [dataset.episode(i) for i in known]
-            begun = [(e.instruction, e.meta.get("scene_of") or e.instruction, int(e.meta["seed"]),
-                      dataset.first_state(i)) for i, e in zip(known, recorded, strict=True)]  # fmt: skip
-            chain = {
-                "recorded": [(*start, e.action) for start, e in zip(begun, recorded, strict=True)],
-                "idm_real": [(*start, label_of[i].value) for start, i in zip(begun, known, strict=True)],
-            }
-            if dreamt is not None:
-                chain["idm_dream"] = dreamed(dreamt, episodes)
-            for name, items in chain.items():
-                if items:
-                    results["replay"][name] = _replayed(world, items, settle, name, out)
-            world.close()
+        label_of = dict(zip(chosen, labels, strict=True))
+        chain = {
+            "recorded": [(*start, dataset.episode(i).action) for start, i in zip(begun, known, strict=True)],
+            "idm_real": [(*start, label_of[i].value) for start, i in zip(begun, known, strict=True)],
+            "idm_dream": redreamt,
+        }
+        for name, items in chain.items():
+            if items:
+                results["replay"][name] = _replayed(world, items, settle, name, out)
         write_json(Path(out) / "scores.json", results)
         return run.finish(episodes=len(chosen), too_short=too_short, **noted(dataset, dreamt), **results)
 
@@ -191,8 +212,8 @@ def decoded(labeler: Any, world_model: Any, dataset: Dataset, episodes: Sequence
 def beside_recorded(dreams: Dataset, dataset: Dataset, chosen: Sequence[int], name: str,
                     count: int | None) -> tuple[list[np.ndarray], list[np.ndarray]]:  # fmt: skip
     """Labels of dreams, and what was recorded from the same first frame under the same instruction, (s a) each: in the
-    `chosen` episodes of `dataset`, found by the seed of a simulator, or by the dataset's fingerprint `name`, the number
-    of the episode and the row."""
+    `chosen` episodes of `dataset`, found by the dataset's fingerprint `name`, the number of the episode and the row, or
+    of dreams of no recording of it by the seed of a simulator, which siblings share."""
     by_seed, by_number = {}, {}
     for i in chosen:
         e = dataset.episode(i)
@@ -203,18 +224,21 @@ def beside_recorded(dreams: Dataset, dataset: Dataset, chosen: Sequence[int], na
     for index in range(min(len(dreams), count or len(dreams))):
         dream = dreams.episode(index)
         origin, text = dream.meta.get("origin") or {}, dream.instruction
-        true = by_seed.get((text, str(origin.get("seed")))) if origin.get("instruction") == text else None
-        if true is None:
-            true = by_number.get((origin.get("dataset"), origin.get("episode"), text), dream.action[:0])
-            true = true[origin.get("row", 0) :]
+        if origin.get("dataset") == name:
+            true = by_number.get((name, origin.get("episode"), text), dream.action[:0])[origin.get("row", 0) :]
+        else:
+            key = (text, str(origin.get("seed"))) if origin.get("instruction") == text else None
+            true = by_seed.get(key, dream.action[:0])
         if len(true) >= len(dream.action):
             labels.append(dream.action)
             actions.append(true[: len(dream.action)])
     return labels, actions
 
 
-def dreamed(dataset: Dataset, episodes: int | None) -> list[tuple[str, str, int, np.ndarray, np.ndarray]]:
-    """(instruction, scene, seed, first state, actions) of the labelled dreams whose first frame a simulator drew."""
+def dreamed(dataset: Dataset, episodes: int | None,
+            sim: Sim) -> list[tuple[str, str, int, np.ndarray, np.ndarray]]:  # fmt: skip
+    """(instruction, scene, seed, first state, actions) of the labelled dreams whose first frame a simulator drew, and
+    that `sim` can lay out."""
     found = []
     for index in range(min(len(dataset), episodes or len(dataset))):
         episode = dataset.episode(index)
@@ -222,4 +246,4 @@ def dreamed(dataset: Dataset, episodes: int | None) -> list[tuple[str, str, int,
         if "seed" in origin and "instruction" in origin:
             begun = dataset.first_state(index)
             found.append((episode.instruction, origin["instruction"], int(origin["seed"]), begun, episode.action))
-    return found
+    return [found[k] for k in laid_out(sim, [item[:2] for item in found])]

@@ -7,6 +7,7 @@ the simulator's truth beside the tracker's own error on the recording.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -70,15 +71,20 @@ def evaluate_world(
     the episodes begin otherwise.
     """
     parents = {"dataset": dataset.root}
-    with Stage(out, "evaluate_world", config=record, parents=parents, seed=seed) as run:
+    with Stage(out, "evaluate_world", config=record, parents=parents, seed=seed) as run, ExitStack() as opened:
         if run.complete:
             return run.manifest()
-        place(world_model, locator)
         robot, names = world_model.robot, locator.names if locator is not None else ()
         robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
         robot.require_same(locator, "the tracker")
         dataset.require_actions("stage.dataset")
         chosen, rows = choose(world_model, dataset, episodes, seed)
+        world = sim() if sim is not None and locator is not None else None
+        if world is not None:
+            opened.callback(world.close)
+            for i in [i for i in chosen if recorded_in(world, dataset, i)][:1]:
+                begin_as(world, dataset, i)
+        place(world_model, locator)
         real = np.stack([dataset.canvas(i, rows) for i in chosen])
         begun = time.perf_counter()
         streams = actions_of(robot, dataset, chosen, int(rows[-1]), small=small, large=large, seed=seed)
@@ -99,7 +105,7 @@ def evaluate_world(
             floor = np.stack([locator.track(video) for video in real])
             found |= tracked(names, truth, seen, floor, hz=hz, seconds=seconds, astray=astray, moved=moved, hand=hand,
                              listening=found["listening"], drifts=found["drift"])  # fmt: skip
-            ends, read = executed(dataset, chosen, streams, sim, locator, hand)
+            ends, read = executed(dataset, chosen, streams, world, locator, hand)
             if read:
                 found["untouched_floor"] = float((went(read["still"], floor[:, 0], names, hand) > moved).mean())
             if hand in names:
@@ -194,33 +200,39 @@ def went(last: np.ndarray, first: np.ndarray, names: Sequence[str], hand: str) -
     return np.linalg.norm(last - first, axis=-1)[:, [n for n, name in enumerate(names) if name != hand]]
 
 
-def executed(dataset: Dataset, chosen: Sequence[int], streams: dict, sim: Callable[[], Sim] | None, locator: Tracker,
+def recorded_in(world: Sim, dataset: Dataset, i: int) -> bool:
+    """Whether episode i has a seed from which the simulator begins, and it tells where things are."""
+    return hasattr(world, "objects") and "seed" in dataset.episode(i).meta
+
+
+def begin_as(world: Sim, dataset: Dataset, i: int) -> None:
+    """Begin as episode i does."""
+    meta = dataset.episode(i).meta
+    begin(world, meta["instruction"], int(meta["seed"]), dataset.first_state(i))
+
+
+def executed(dataset: Dataset, chosen: Sequence[int], streams: dict, world: Sim | None, locator: Tracker,
              hand: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:  # fmt: skip
     """Where the hand really ends under each stream (m 3), and where the tracker sees all things on the simulator's last
     picture (m n 3). Where no simulator recorded the episodes the first is by the embodiment's rule, the second empty.
     """
     ends: dict[str, list] = {name: [] for name in EXECUTED}
     read: dict[str, list] = {name: [] for name in EXECUTED}
-    robot, world = dataset.robot, sim() if sim is not None else None
-    try:
-        for k, i in enumerate(chosen):
-            meta, state = dataset.episode(i).meta, dataset.episode(i).state[0]
-            for name in EXECUTED:
-                if world is not None and hasattr(world, "objects") and "seed" in meta:
-                    begin(world, meta["instruction"], int(meta["seed"]), dataset.first_state(i))
-                    for action in streams[name][k]:
-                        world.step(action)
-                    if hand in locator.names:
-                        ends[name].append(world.objects()[hand])
-                    picture = tile(robot, {view: seen[None] for view, seen in world.observe().views.items()})
-                    read[name].append(locator.track(picture)[0])
-                elif hand in locator.names:
-                    part = robot.tools[0].position if robot.tools else robot.state[0].name
-                    where = next(p.slice for p in robot.state if p.name == part)
-                    ends[name].append(follow(robot, state, streams[name][k])[0][-1][where])
-    finally:
-        if world is not None:
-            world.close()
+    robot = dataset.robot
+    for k, i in enumerate(chosen):
+        for name in EXECUTED:
+            if world is not None and recorded_in(world, dataset, i):
+                begin_as(world, dataset, i)
+                for action in streams[name][k]:
+                    world.step(action)
+                if hand in locator.names:
+                    ends[name].append(world.objects()[hand])
+                picture = tile(robot, {view: seen[None] for view, seen in world.observe().views.items()})
+                read[name].append(locator.track(picture)[0])
+            elif hand in locator.names:
+                part = robot.tools[0].position if robot.tools else robot.state[0].name
+                where = next(p.slice for p in robot.state if p.name == part)
+                ends[name].append(follow(robot, dataset.episode(i).state[0], streams[name][k])[0][-1][where])
     whole = all(len(found) == len(chosen) for found in read.values())
     return ({name: np.stack(found) for name, found in ends.items() if found},
             {name: np.stack(found) for name, found in read.items()} if whole else {})  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from dreamgen.core.manifest import Stage
@@ -33,6 +34,7 @@ from dreamgen.worlds.autoencoder import Autoencoding
 from dreamgen.worlds.world import VideoWorld
 
 log = logging.getLogger(__name__)
+DECODER_ROWS = 4  # clips that the decoder learns from at a step, whatever shares them
 
 
 def finetune(
@@ -84,7 +86,8 @@ def finetune(
     copies: every clip is trained on so many times more, each moved by up to `shift` pixels: a world model that sees a
     hundred episodes learns them by heart otherwise. Validation is on clips as they are.
     decoder_steps: steps in which the VAE's decoder alone learns the look of this dataset, for a small VAE that has not
-    seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting. Not with "lora".
+    seen it; latents keep their meaning, and the encoder and other people's adapters go on fitting. Not with "lora", of
+    Wan's VAE alone (that of tiny and Cosmos, too), and by at most 4 processes or replicas, which share 4 clips.
     cache: a folder of latents to share between runs; `out/cache` where None. accumulate, sharding, replicas, tracker:
     see `dreamgen.engine.train`. checkpointing: keep only the inputs of blocks, and compute these again in the backward
     pass. compile: the blocks (see `dreamgen.engine.compiling`).
@@ -99,6 +102,10 @@ def finetune(
     if method == "lora" and decoder_steps:
         raise ValueError(f"decoder_steps is {decoder_steps}, but method=lora writes an adapter alone, without the "
                          "decoder that was trained; set decoder_steps=0, or method=full")  # fmt: skip
+    if decoder_steps and not isinstance(world_model.pipe.vae, AutoencoderKLWan):
+        raise ValueError(f"decoder_steps is {decoder_steps}, but {world_model.path} has a "
+                         f"{type(world_model.pipe.vae).__name__}; it trains the decoder of an AutoencoderKLWan alone. "
+                         "Set decoder_steps=0")  # fmt: skip
     require_sharding(sharding)
     require_tracker(tracker)
     world_model.require_plain()
@@ -134,6 +141,10 @@ def finetune(
                           tokens=video.__getitem__)  # fmt: skip
         forks = possible(replicas, best_device()) if count == 1 else 1
         require_rows(min(buckets.sizes), count * forks, accumulate)
+        if decoder_steps and count * forks > DECODER_ROWS:
+            raise ValueError(f"decoder_steps is {decoder_steps}; the decoder learns from {DECODER_ROWS} clips at a "
+                             f"time, which cannot be cut into {count * forks} parts. Take at most {DECODER_ROWS} "
+                             "processes or replicas, or set decoder_steps=0")  # fmt: skip
         clips = [-(-size // (count * accumulate * forks)) for size in buckets.sizes]
         drawn = round(steps * float(np.dot(buckets.share, buckets.sizes)))
         if drawn < len(rows):
@@ -146,7 +157,7 @@ def finetune(
         embedded, which = latents.texts(where, base=base, first=process == 0)
         if decoder_steps:
             _train_decoder(world, latents, rows, out / "decoder", steps=decoder_steps, lr=decoder_lr,
-                           batch_size=max(4, count * forks), replicas=replicas, seed=seed)  # fmt: skip
+                           replicas=replicas, seed=seed)  # fmt: skip
         text = embedded.length
         require_memory(world.trained().values(), sizes,
                        [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text, held=world.weights,
@@ -211,7 +222,7 @@ def _latent(world: VideoWorld, shape: Shape) -> tuple[int, int, int]:
 
 
 def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: Path,
-                   *, steps: int, lr: float, batch_size: int, replicas: int, seed: int) -> None:  # fmt: skip
+                   *, steps: int, lr: float, replicas: int, seed: int) -> None:  # fmt: skip
     model = Autoencoding(world.pipe.vae)
     for part in (world.pipe.vae.decoder, world.pipe.vae.post_quant_conv):
         part.requires_grad_(True)
@@ -220,7 +231,7 @@ def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: P
     rows = np.array([k for k in rows if latents.shapes[k] == longest])
 
     def batch_at(step: int) -> dict[str, Tensor]:
-        chosen = rows[rng_for(seed, "decoder", step).integers(0, len(rows), batch_size)]
+        chosen = rows[rng_for(seed, "decoder", step).integers(0, len(rows), DECODER_ROWS)]
         video = np.stack([latents.pool.frames(int(k)) for k in chosen])
         z = latents.take(chosen)[:, : len(mean)]
         return {"video": torch.from_numpy(video), "latents": z * std + mean}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreamgen.core.clip import Past, Prompt
+from dreamgen.core.clip import Prompt
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.cache import require_known
@@ -33,7 +33,8 @@ from dreamgen.stages.memory import require_memory
 from dreamgen.video.metrics import psnr
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.worlds.action import ActionWorld
-from dreamgen.worlds.rollout import extend
+from dreamgen.worlds.rollout import follow_prompts
+from dreamgen.worlds.sampler import enough
 
 METHODS = ("full", "lora", "actions")
 
@@ -83,11 +84,12 @@ def finetune_actions(
     checkpointing: keep only the inputs of blocks, and compute these again in the backward pass. compile: the
     transformers' blocks (see `dreamgen.engine.compiling`). sharding, replicas: see `dreamgen.engine.train`.
 
-    Windows that begin in a state which nobody knows are left out where pose maps show it, and counted.
+    Windows that begin in a state which nobody knows are left out where pose maps show it, and those of labelled video
+    that show a picture of an earlier row; both are counted.
 
     Raises ValueError for another method or sharding, shares, lengths or a `rest` that do not fit, datasets of another
-    robot, no windows, a batch of fewer rows than parts, a cache of other content, and on a GPU where the first step
-    cannot fit.
+    robot, no windows, a batch of fewer rows than parts, an instruction that is read and has more tokens than are, a
+    cache of other content, and on a GPU where the first step cannot fit.
     """
     require_sharding(sharding)
     world = world_model
@@ -108,6 +110,10 @@ def finetune_actions(
         world.place(experts=shards == 1)  # what is cut goes to the GPU block by block
         world.world.fuse_adapters()
         world.world.require_plain()
+        told = datasets if world.instructions else ()  # a model that reads none is asked for none
+        texts = sorted({dataset.instruction(i) for dataset in told for i in range(len(dataset))})
+        prompts = [world.world.prompt(text) for text in texts]
+        world.world.layout.require_read(prompts)
         where = out / "cache" if cache is None else Path(cache)
         sources = [Source(world, dataset, hop=hop, validation=validation, rest=rest, root=where, seed=seed)
                    for dataset in datasets]  # fmt: skip
@@ -115,8 +121,7 @@ def finetune_actions(
             require_known(where, [source.cache.key for source in sources])
         build([(source.cache, source.encode) for source in sources], out, rank=process, count=count,
               replicas=possible(replicas, best_device()))  # fmt: skip
-        texts = sorted({dataset.instruction(i) for dataset in datasets for i in range(len(dataset))})
-        embedded = embeddings(world.world, texts, where, base=base, first=process == 0)
+        embedded = embeddings(world.world, prompts, where, base=base, first=process == 0)
         number = {text: k for k, text in enumerate([*texts, ""])}
         world.extension.normaliser.load_state_dict(scales(world, sources))
         part = np.array(shares if shares is not None else [len(s.train) for s in sources], np.float64)
@@ -161,7 +166,8 @@ def finetune_actions(
             world.save(out)
         manifest = run.finish(
             windows=sum(len(s.train) for s in sources), episodes=sum(len(d) for d in datasets),
-            windows_of_unknown_state=sum(s.unknown for s in sources), validation=sum(len(s.held) for s in sources),
+            windows_of_unknown_state=sum(s.unknown for s in sources),
+            windows_of_old_pictures=sum(s.old for s in sources), validation=sum(len(s.held) for s in sources),
             lengths=chosen,
             parameters=sum(p.numel() for p in world.extension.parameters()), **noted(*datasets),
             **{f"final_{k}": v for k, v in result.items()},
@@ -200,8 +206,8 @@ def _require_memory(world: ActionWorld, clips: int, text: int, **how: Any) -> No
 
 
 class Check:
-    """Validation loss at fixed noise under true, shuffled and no actions, `size` rows at a time; samples real above
-    dreamt."""
+    """Validation loss at fixed noise under true, shuffled and no actions; samples real above dreamt. `size` rows of
+    either at a time."""
 
     def __init__(self, world: ActionWorld, sources: Sequence[Source], out: Path,
                  embed: Callable[[Sequence[str]], Tensor], *, samples: int, size: int, seed: int,
@@ -216,13 +222,17 @@ class Check:
         self.other = others([(id(source), group_of(source.dataset, source.places[k][0])) for source, k in self.rows])
         if not self.rows:
             return
+
+        def read(source: Source, k: int) -> str:
+            return source.text(k) if world.instructions else ""
+
         batch = stacked([source.row(k, world.clock.frames) for source, k in self.rows])
         generator = torch.Generator().manual_seed(seed_for(seed, "validation"))
         low, high = world.world.times
         batch |= {"noise": torch.randn(batch["latents"].shape, generator=generator),
                   "sigma": low + (high - low) * torch.linspace(0.05, 0.95, len(self.rows)),
                   "present": torch.ones(len(self.rows), dtype=torch.bool),
-                  "text": embed([source.text(k) if world.instructions else "" for source, k in self.rows])}  # fmt: skip
+                  "text": embed([read(source, k) for source, k in self.rows])}  # fmt: skip
         self.batch = {k: v.to(world.device) for k, v in batch.items()}
         for source, k in first[:samples]:
             episode, row = source.places[k]
@@ -230,26 +240,30 @@ class Check:
             recorded = source.dataset.episode(episode)
             self.real.append(clip)
             self.prompts.append(Prompt(
-                id=f"sample_{len(self.real)}", image=clip[0], instruction=source.text(k), state=source.state(k),
+                id=f"sample_{len(self.real)}", image=clip[0], instruction=read(source, k), state=source.state(k),
                 seed=seed_for(seed, "sample", k), action=recorded.action[row : row + world.clock.steps],
             ))  # fmt: skip
         if self.prompts:
-            world.read([prompt.instruction if world.instructions else "" for prompt in self.prompts])
+            world.read([prompt.instruction for prompt in self.prompts])
 
     def __call__(self, world: ActionWorld, step: int) -> dict[str, float]:
         other = {key: self.batch[key][self.other] for key in ("features", "maps") if key in self.batch}
         none = {"present": torch.zeros_like(self.batch["present"])}
         streams = {"loss": {}, "loss_shuffled": other, "loss_without": none}
         figures = {name: self._loss(world, self.batch | changed) for name, changed in streams.items()}
-        pasts = [Past.begin(prompt, world.robot.action_dim) for prompt in self.prompts]
-        if pasts:
-            videos = [p.video for p in extend(world, pasts, [p.action for p in self.prompts])]
+        if self.prompts:
+            videos = self._dreamed(world, step)
             pairs = [np.concatenate([r, v], 1) for r, v in zip(self.real, videos, strict=True)]
             if self.write:
                 film = self.out / "samples" / f"step_{step:06d}.mp4"
                 write_mp4(film, np.concatenate(pairs, 2), world.clock.video_hz)
             figures["psnr"] = float(np.mean([psnr(r[1:], v[1:]) for r, v in zip(self.real, videos, strict=True)]))
         return figures
+
+    def _dreamed(self, world: ActionWorld, step: int) -> list[np.ndarray]:
+        less = "stage.samples=0, which leaves them out, or world_model.guidance_mode=two_pass"
+        with enough(f"dreaming samples at step {step}, {self.size} at a time", less):
+            return [past.video for past in follow_prompts(world, self.prompts, batch_size=self.size)]
 
     def _loss(self, world: ActionWorld, batch: dict[str, Tensor]) -> float:
         total, rows = 0.0, len(self.rows)

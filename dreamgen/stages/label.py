@@ -18,7 +18,7 @@ from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.kinematics import follow
 from dreamgen.core.manifest import Stage, is_complete, require_complete
 from dreamgen.core.protocols import Labeler
-from dreamgen.data.clips import ClipFolder
+from dreamgen.data.clips import ClipFolder, dreamt_by
 from dreamgen.data.layout import INFO
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import Recordings, noted
@@ -143,7 +143,7 @@ def label(
         source = {"source": "recording" if recorded else "dream", kind: run.spec["parents"][kind],
                   "labeler": run.spec["parents"].get("labeler", "")}  # fmt: skip
         if not recorded:
-            source["world_model"] = made.get("parents", {}).get("world_model", "")
+            source["world_model"] = dreamt_by(made)
 
         def episodes() -> Iterator[Episode]:
             for number, ids in enumerate(batches):

@@ -39,10 +39,12 @@ class Latents:
             self.members[shape] = np.array([k for k, other in enumerate(shapes) if other == shape])
             self.number[self.members[shape]] = np.arange(len(self.members[shape]))
         # before anything is encoded: a dataset may lack one
-        self.instructions = sorted({d.instruction(i) for d in pool.datasets for i in range(len(d))})
-        world.layout.require_read([world.prompt(text) for text in self.instructions])
+        self.prompts = sorted({world.prompt(d.instruction(i), d.robot) for d in pool.datasets for i in range(len(d))})
+        world.layout.require_read(self.prompts)
         given = world.cache_key()
         transform = transform | {key: given.pop(key) for key in ("clock", "canvas", "precision") if key in given}
+        if any(d.robot.rate != world.robot.rate for d in pool.datasets):  # else the clock says it
+            transform["rates"] = [d.robot.robot_hz for d in pool.datasets]
         about = {"vae": digest(given), "data": [fingerprint(d.root) for d in pool.datasets], "transform": transform,
                  "episodes": [taken(d) for d in pool.datasets], "views": [seen(d) for d in pool.datasets],
                  "clips": sorted(f"{k} {n}" for k, n in pool.counts().items())}  # fmt: skip
@@ -69,13 +71,14 @@ class Latents:
         return torch.from_numpy(self.caches[shape].take(self.number[np.asarray(clips)]))
 
     def texts(self, root: Path, *, base: str, first: bool) -> tuple[Embeddings, np.ndarray]:
-        """Embeddings of the distinct instructions, the last of no text, and which one each clip has.
+        """Embeddings of the distinct prompts, the last of no text, and which one each clip has.
 
         base: names the weights of the text encoder. first: of several processes one encodes, and the others wait.
         """
-        made = embeddings(self.world, self.instructions, root, base=base, first=first)
-        number = {text: i for i, text in enumerate(self.instructions)}
-        return made, np.array([number[self.pool.instruction(k)] for k in range(len(self.pool))])
+        pool, made = self.pool, embeddings(self.world, self.prompts, root, base=base, first=first)
+        number = {text: i for i, text in enumerate(self.prompts)}
+        texts = [self.world.prompt(pool.instruction(k), pool.robot(k)) for k in range(len(pool))]
+        return made, np.array([number[text] for text in texts])
 
 
 def encoding(shape: Shape, clips: int) -> AbstractContextManager[None]:
@@ -104,16 +107,17 @@ def build(work: Sequence[tuple[Cache, Callable[[range], np.ndarray]]], out: Path
 
 
 def embeddings(world: VideoWorld, texts: Sequence[str], root: Path, *, base: str, first: bool) -> Embeddings:
-    """Of instructions, and last of no text; base, first: see `Latents.texts`."""
+    """Of finished prompts, and last of no text; base, first: see `Latents.texts`."""
     key = {"base": base, "length": world.text_length, "dtype": str(world.transformer.dtype)}
     if not first:
         wait()
-    prompts, device = world.prompts([*texts, ""]), best_device()
+    device = best_device()
+    world.layout.allow([text for text in texts if text not in world.texts])
 
     def read(texts: Sequence[str]) -> Iterator[Tensor]:
         return progress(world.texts.read(texts, device), len(texts), "read texts", unit="text")
 
-    made = Embeddings(root, key, prompts, read, name=world.layout.cleaned)
+    made = Embeddings(root, key, [*texts, ""], read, name=world.layout.cleaned)
     if first:
         wait()
     return made

@@ -32,7 +32,8 @@ def serve(
 
     protocol: makes the server (`dreamgen.serve`). host: an address of this machine; only programs on this machine
     reach the default, 0.0.0.0 is open to all. port: null takes the protocol's own, 0 any free one. key: what clients
-    must show. The policy is asked once before the port opens, so that the first robot does not wait.
+    must show; an empty one is none. The policy is asked once before the port opens, so that the first robot does not
+    wait.
 
     Returns what `server.json` holds: host, port, address, horizon, embodiment. Raises ValueError for an address that
     is taken, a port that there is not, and where another server writes to `out`.
@@ -41,7 +42,7 @@ def serve(
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         try:
-            return _serve(policy, protocol, out, host, port, key, seed)
+            return _serve(policy, protocol, out, host, port, key or None, seed)
         finally:
             (out / LOCK).unlink(missing_ok=True)
 

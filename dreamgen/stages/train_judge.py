@@ -175,7 +175,7 @@ def read_labels(path: Path) -> dict[int, bool]:
     if path.suffix == ".json":
         rows = read_json(path)
     elif path.is_file():
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins a file with a mark
             rows = list(csv.DictReader(file))
     else:
         raise ValueError(f"labels {path} do not exist")
@@ -270,7 +270,8 @@ def dreamt(dreams: Dataset, clips: Path | None, sim: Callable[[], Sim], settle: 
     candidates = Candidates(dreams, clips)
     truth = replayed([candidates.describe(i) for i in range(len(candidates))], dreams, sim, settle, out)
     if not truth:
-        raise ValueError(f"no dream of {dreams.root} has an origin in the simulator; leave out stage.dreams")
+        raise ValueError(f"no dream of {dreams.root} has an origin in the simulator and an instruction that it knows; "
+                         "leave out stage.dreams")  # fmt: skip
     success = {row["id"]: row["success"] for row in truth}
     known = [i for i, id in enumerate(candidates.ids) if id in success]
     shown = (replace(candidates.clip(i), action=candidates.labels(i).value) for i in known)

@@ -9,20 +9,19 @@ from typing import Any
 
 from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for
-from dreamgen.data.groups import with_siblings
+from dreamgen.data.groups import group_of
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
-from dreamgen.engine.precision import place
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.train import clear_state, train
-from dreamgen.stages.drawn import DRAWN, Drawn, drawn_by, frames_through
+from dreamgen.stages.drawn import DRAWN, Drawn, drawn_by, frames_through, frames_within
 from dreamgen.stages.label_scores import score_labels
 from dreamgen.stages.recorded_video import batches_of, long_enough
 
 
 def held_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Episode numbers for training and held out, drawn from the seed; at least one of each where there are two."""
+    """Numbers for training and held out, drawn from the seed; at least one of each where there are two."""
     order = rng_for(seed, "labeler split").permutation(count).tolist()
     apart = min(count - 1, max(1, round(share * count)))
     return sorted(order[apart:]), sorted(order[:apart])
@@ -44,11 +43,18 @@ class Split:
 
     @classmethod
     def of(cls, dataset: Dataset | Joined, labeler: Any, share: float, seed: int, name: str | None = None) -> "Split":
-        """A share of the episodes that are long enough held out; ValueError for fewer than two."""
+        """A share of the first states held out, with all episodes that begin there, of those that are long enough;
+        ValueError for fewer than two."""
         with reading(labeler, name):
             usable, too_short = long_enough(dataset, range(len(dataset)), [labeler], least=2)
-        held = with_siblings(dataset, [usable[i] for i in held_out(len(usable), share, seed)[1]])
-        training, apart = [i for i in usable if i not in held], [i for i in usable if i in held]
+        own = {i: group_of(dataset, i) for i in usable}
+        groups = list(dict.fromkeys(own.values()))
+        if len(groups) < 2:
+            raise ValueError(f"all {len(usable)} episodes of {dataset.root} that are long enough begin in one state; a "
+                             f"labeler needs at least 2 first states, one to train on and one to be scored on: "
+                             f"collect more")  # fmt: skip
+        held = {groups[i] for i in held_out(len(groups), share, seed)[1]}
+        training, apart = [i for i in usable if own[i] not in held], [i for i in usable if own[i] in held]
         return cls(dataset=dataset, training=training, apart=apart, too_short=too_short, name=name)
 
     def measured(self, labeler: Any, most: int | None = None) -> dict[str, dict]:
@@ -126,7 +132,8 @@ def train_labeler(
     seed: int = 0,
     record: dict,
 ) -> dict:
-    """Train `labeler` on `dataset`, a share of its episodes held out for scores during training and for calibration.
+    """Train `labeler` on `dataset`, a share of its episodes held out for scores during training and for calibration:
+    of the states that they begin in, where several begin in one (`dreamgen.data.groups`).
 
     labeler: a Labeler with fit, batches, loss, calibrate and save, as `idm.model.FlowIDM`; one with `measure` scores
     itself (latent actions have no recorded truth). held_out_clips: so many of the episodes held out are scored during
@@ -186,8 +193,13 @@ def train_labeler(
         for other in beside:
             with reading(labeler, other.name):
                 labeler.fit(other.dataset, other.training)
-        place(world_model)
-        least = max(labeler.clock.frames, getattr(labeler, "clip_frames", 2))
+        shown = [labeler.clock.frames_in(max(map(known.length, own.training)))]
+        for other in beside:
+            with reading(labeler, other.name):
+                shown.append(labeler.clock.frames_in(max(map(other.dataset.length, other.training))))
+        # what is drawn again is as long as a dream, or else as recordings are, and no shorter than what is learned from
+        least = min(labeler.clock.frames, frames_within(world_model, min(shown)))
+        least = max(least, getattr(labeler, "clip_frames", 2))
 
         def drawn(**how: Any) -> Drawn | None:
             return None if world_model is None else drawn_by(world_model, out, seed=seed, **how)

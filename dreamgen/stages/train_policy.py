@@ -18,6 +18,7 @@ from dreamgen.data.recordings import noted
 from dreamgen.engine.precision import best_device
 from dreamgen.engine.processes import require_alone
 from dreamgen.engine.shares import parts_of
+from dreamgen.engine.state import STATE, keep_frozen, states_gb
 from dreamgen.engine.train import clear_state, train
 from dreamgen.policies.chunks import Chunks, collate
 from dreamgen.policies.features import worthwhile
@@ -109,9 +110,10 @@ def train_policy(
     each dataset, episodes shorter than the horizon, idle observations, and those without a state that they need, all
     left out.
     Raises ValueError for a dataset of another robot, an unknown body, a horizon longer than all episodes, no data, none
-    for the body that the policy acts for, a `start` of another policy or without a body that is to begin, features
-    that do not fit on the disk, several processes, and a loss or gradient that is not finite (names the episodes; the
-    last good state stays). An evaluation on the way that fails costs itself: `midway` then tells its error.
+    for the body that the policy acts for where that begins afresh, a `start` of another policy or without a body that
+    is to begin, features that do not fit on the disk, several processes, and a loss or gradient that is not finite
+    (names the episodes; the last good state stays). An evaluation on the way that fails costs itself: `midway` then
+    tells its error.
     """
     require_alone("train_policy")
     named: dict[str, Any] = dict(dream_body=dream_body, latent_body=latent_body)
@@ -138,10 +140,11 @@ def train_policy(
             raise ValueError(f"stage.start_bodies is {dict(start_bodies)}, and there is no stage.start to begin with")
         if validation is not None:
             model.robot.require(validation.robot.contract(), f"stage.validation, {validation.root},")
-        fit = None if start is None else begin(model, start, start_bodies)
-        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb, folder=run.out)
+        fresh = None if start is None else begin(model, start, start_bodies)
+        common: dict[str, Any] = dict(past_end=past_end, keep_idle=keep_idle, memory_gb=memory_gb, folder=run.out,
+                                      reserve_gb=states_gb(model))  # fmt: skip
         feed = Feed(model, real=real, dreams=dreams, latent=latent, videos=videos, others=others, **named,
-                    batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fit=fit,
+                    batch_size=batch_size, ratio=ratio, spread_scale=spread_scale, fresh=fresh,
                     options=common, dream_options=dict(state=dream_state, labels=dream_labels), seed=seed)  # fmt: skip
         features, draws = run.out / FEATURES, (regression_steps + steps) * batch_size
         sweep(features)
@@ -151,8 +154,9 @@ def train_policy(
         if evaluate_every:
             midway = Midway(run.out, sim, type(model), instructions=evaluate_instructions, episodes=evaluate_episodes,
                             steps=evaluate_steps, execute=evaluate_execute, seed=seed)  # fmt: skip
-        common |= dict(horizon=model.horizon, future_steps=model.future_steps, body=model.speaks)
-        held_out = None if validation is None else validator(validation, batch_size, common)
+        held_out = (
+            None if validation is None else validator(validation, batch_size, {**feed.options, "body": model.speaks})
+        )
 
         def check(model: nn.Module, step: int) -> dict[str, float]:
             if midway and step % evaluate_every == 0:
@@ -165,6 +169,8 @@ def train_policy(
                                    rates={"encoder.model.": encoder_rate}, log_every=log_every,
                                    checkpoint_every=checkpoint_every, describe=feed.describe,
                                    restarts=run.out)  # fmt: skip
+        if start is not None:
+            keep_frozen(run.out / STATE, model)
         begun = {}
         if model.direct is not None and not regression_steps and start is None:
             log.warning("regression_steps is 0; a policy whose encoder summarises the observation learns what an "

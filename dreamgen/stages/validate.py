@@ -13,20 +13,22 @@ from dreamgen.data.recordings import noted
 
 
 def validate(root: str, *, robot: Embodiment, out: Path, pictures: bool = True, episodes: Sequence[int] | None = None,
-             skip_bad: bool = False, revision: str | None = None, record: dict) -> dict:  # fmt: skip
+             actions: bool = True, skip_bad: bool = False, revision: str | None = None, workers: int = 1,
+             record: dict) -> dict:  # fmt: skip
     """Check the dataset at `root` (a folder, or a hub id) as data of `robot`; write `findings.json` to `out`.
 
-    pictures: decode every frame. episodes: look at these alone, by the dataset's own numbers. skip_bad: errors of
-    episodes that the reader leaves out are warnings. The results hold "table", the number of errors, warnings and
-    notes, and `skipped`, the episodes that are left out. A dataset with errors leaves no manifest: steps after it do
-    not start. It is always checked anew.
+    pictures: decode every frame, on `workers` threads. episodes: look at these alone, by the dataset's own numbers.
+    actions: False for video alone (`data=video`), which may lack actions and states. skip_bad: errors of episodes that
+    the reader leaves out are warnings. The results hold "table", the number of errors, warnings and notes, and
+    `skipped`, the episodes that are left out. A dataset with errors leaves no manifest: steps after it do not start. It
+    is always checked anew.
 
     Raises ValueError if there is no such dataset, and for episodes that it does not list.
     """
     path = locate(root, revision)
     with Stage(out, "validate", config=record, parents={"data": path}, anew=True) as run:
-        found, counts = inspect(path, robot, pictures=pictures, episodes=episodes)
-        found, reader = excused(found, path, robot, episodes) if skip_bad else (found, None)
+        found, counts = inspect(path, robot, pictures=pictures, episodes=episodes, actions=actions, workers=workers)
+        found, reader = excused(found, path, robot, episodes, actions=actions) if skip_bad else (found, None)
         numbers = {f"{level}s": sum(finding.level == level for finding in found) for level in LEVELS}
         skipped = noted(reader)["skipped"]
         left = f", {len(skipped)} left out" if skipped else ""

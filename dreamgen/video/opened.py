@@ -67,8 +67,10 @@ def key_frames(path: Path) -> np.ndarray:
     import av
 
     with av.open(str(path)) as container:
-        keys = [k for k, entry in enumerate(container.streams.video[0].index_entries) if entry.is_keyframe]
-    return np.array(keys or [0], dtype=np.int64)
+        stream = container.streams.video[0]
+        keys = [k for k, entry in enumerate(stream.index_entries) if entry.is_keyframe]
+        listed = len(stream.index_entries) == stream.frames  # an index of key frames alone does not number them
+    return np.array(keys if keys and listed else [0], dtype=np.int64)
 
 
 class OpenVideo:

@@ -1,8 +1,8 @@
 """Stream copy: mp4 files joined and cut without a second encoding.
 
 Packet k of a piece whose frames begin at `base` is decoded at `base + k - delay` and shown at `base + rank`, where rank
-is its place in time and delay the depth by which the piece reorders (0 without B-frames). So pieces with B-frames
-join as well as those without, and no picture changes.
+is its place in time and delay the depth by which the file's first piece reorders (0 without B-frames). So pieces that
+reorder no deeper than that one join as well as those without B-frames, and no picture changes.
 """
 
 import io
@@ -27,6 +27,11 @@ def _timing(packets: list) -> tuple[np.ndarray, int]:
     return rank, int((np.arange(len(packets)) - rank).max(initial=0))
 
 
+def _packets(piece: Any) -> list:
+    """The packets of an open piece."""
+    return [packet for packet in piece.demux(video=0) if packet.size]
+
+
 class Joined:
     """One mp4 file put together from encoded pieces by stream copy: no second encoding. Use as a context manager.
 
@@ -38,13 +43,16 @@ class Joined:
         self._container: Any = None
         self._stream: Any = None
         self._head: tuple | None = None
+        self._delay = 0
 
     def fits(self, data: bytes) -> bool:
-        """Whether a piece has the size and the encoder's options of those before it."""
+        """Whether a piece has the size and the encoder's options of those before it, and reorders no deeper than the
+        first one."""
         import av
 
         with av.open(io.BytesIO(data), "r") as piece:
-            return self._head in (None, self._header(piece.streams.video[0]))
+            return self._head is None or (self._head == self._header(piece.streams.video[0])
+                                          and _timing(_packets(piece))[1] <= self._delay)  # fmt: skip
 
     def _header(self, stream: Any) -> tuple:
         return stream.codec_context.name, stream.codec_context.extradata, self.rate or frame_rate(stream)
@@ -68,11 +76,16 @@ class Joined:
                     self._stream.time_base = 1 / self.rate
             if self._head != self._header(stream):
                 raise ValueError(f"a piece for {self.path} was encoded with another size, rate or option")
-            packets = [packet for packet in piece.demux(video=0) if packet.size]
+            packets = _packets(piece)
             ranks, delay = _timing(packets)
+            if first == 0:
+                self._delay = delay
+            if delay > self._delay:
+                raise ValueError(f"a piece for {self.path} reorders its frames deeper ({delay}) than the first one "
+                                 f"({self._delay}); begin a file with it")  # fmt: skip
             for k, (packet, rank) in enumerate(zip(packets, ranks.tolist(), strict=True)):
                 packet.stream, packet.time_base = self._stream, 1 / self._head[2]
-                packet.pts, packet.dts = first + rank, first + k - delay
+                packet.pts, packet.dts = first + rank, first + k - self._delay
                 packet.duration = 1
                 self._container.mux(packet)
             self.frames += len(packets)

@@ -119,9 +119,9 @@ class ActionWorld(nn.Module):
         """Frames of the past that a chunk sees beside the last one."""
         return int(self.anchor) + len(self.history)
 
-    def place(self, *, experts: bool = True) -> "ActionWorld":
-        """Move everything, or all but the transformers (without `experts`), to the accelerator, if there is one."""
-        self.world.place(experts=experts)
+    def place(self, device: torch.device | None = None, *, experts: bool = True) -> "ActionWorld":
+        """Move everything, or all but the transformers (without `experts`), to `device`, by default the best."""
+        self.world.place(device, experts=experts)
         self.extension.to(self.world.device)
         return self
 

@@ -105,7 +105,7 @@ def pose_maps(
                          "state, or use a model without maps.")  # fmt: skip
     poses = follow(robot, state, action)[0][rows]
     lt, (height, wide) = (len(rows) - 1) // gaps + 1, size
-    cell_h, cell_w = height // len(robot.grid), wide // len(robot.grid[0])
+    cell_h, cell_w = height / len(robot.grid), wide / len(robot.grid[0])  # of a view, not always whole
     where = {part.name: part.slice for part in robot.state}
     frames = np.zeros((len(rows), 2 * len(robot.tools), height, wide), np.float32)
     for i, row in enumerate(robot.grid):
@@ -113,17 +113,22 @@ def pose_maps(
             camera = robot.view(name).camera if name else None
             if camera is None:
                 continue
-            ys, xs = np.arange(cell_h) + 0.5, np.arange(cell_w) + 0.5
+            (tall, ys), (broad, xs) = _cells(i, cell_h), _cells(j, cell_w)
             for n, tool in enumerate(robot.tools):
                 place, depth = camera.project(poses[:, where[tool.position]] + np.array(tool.offset))
                 far_y = (ys[None, :, None] - cell_h * place[:, 1, None, None]) ** 2
                 far_x = (xs[None, None, :] - cell_w * place[:, 0, None, None]) ** 2
                 spot = np.exp(-(far_y + far_x) / (2 * width**2)) * (depth > 0)[:, None, None]
                 opening = poses[:, where[tool.opening]] if tool.opening else np.ones((len(rows), 1))
-                area = (slice(None), slice(i * cell_h, (i + 1) * cell_h), slice(j * cell_w, (j + 1) * cell_w))
-                frames[:, 2 * n][area] = spot
-                frames[:, 2 * n + 1][area] = spot * opening[:, :, None]
+                frames[:, 2 * n, tall, broad] = spot
+                frames[:, 2 * n + 1, tall, broad] = spot * opening[:, :, None]
     first = np.repeat(frames[:1], gaps, 0)[None]
     later = frames[1:].reshape(lt - 1, gaps, *frames.shape[1:])
     stacked = np.concatenate([first, later])  # lt gaps channels h w
     return np.ascontiguousarray(stacked.reshape(lt, -1, height, wide).transpose(1, 0, 2, 3))
+
+
+def _cells(number: int, size: float) -> tuple[slice, Float[np.ndarray, " n"]]:
+    """The latent cells along a side whose middles lie in view `number` of `size` cells, and their middles there."""
+    start, stop = (int(np.ceil(edge * size - 0.5)) for edge in (number, number + 1))
+    return slice(start, stop), np.arange(start, stop) + 0.5 - number * size

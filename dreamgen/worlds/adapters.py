@@ -6,7 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from dreamgen.core.manifest import read_json
+
 TASK = "default"  # the adapter that a training adds
+FOLDER, FILE = "adapter", "world.json"  # where a world model keeps its adapter, and the file beside it
 
 
 def add_lora(module: nn.Module, *, rank: int, alpha: int, targets: Sequence[str]) -> None:
@@ -37,9 +40,10 @@ def _linear(module: nn.Module) -> list[str]:
 def load_adapters(pipe: Any, experts: Mapping[str, nn.Module], entries: Sequence[Mapping[str, Any]]) -> None:
     """Load adapters {path, weight = 1, expert, weight_name, revision} and activate them all with their weights.
 
-    An adapter goes to every transformer of the pipeline, or to the one that `expert` names; a subfolder called
-    `transformer_2` holds what goes to the second, and a folder with nothing else goes to that alone. Raises ValueError
-    for one that is not there or fits nowhere.
+    An adapter goes to the transformer that `expert` names, else to those that its training had, as the file beside it
+    says where a world model saved it, else to every one; a subfolder called `transformer_2` holds what goes to the
+    second, and a folder with nothing else goes to that alone. Raises ValueError for one that is not there or fits
+    nowhere.
     """
     names: dict[str, dict[str, float]] = {expert: {} for expert in experts}
     for i, entry in enumerate(entries):
@@ -61,6 +65,9 @@ def load_adapters(pipe: Any, experts: Mapping[str, nn.Module], entries: Sequence
 
 def _meant(folder: Path, experts: Mapping[str, nn.Module]) -> list[str]:
     """The transformers that an adapter's folder is for, where nobody names one."""
+    told = folder.parent / FILE
+    if folder.name == FOLDER and told.is_file() and (trained := read_json(told).get("experts")):
+        return trained
     inside = [name for name in experts if (folder / name).is_dir()]
     return inside if inside and not any(folder.glob("*.safetensors")) else list(experts)
 

@@ -145,7 +145,7 @@ class ActionPrompts:
     def _recorded(self) -> list[Prompt]:
         data, made = self.dataset, []
         data.require_actions("prompts.dataset")
-        begun = {i: [row for row in key_rows(self.keyframes, data.length(i)) if row + self.rows <= data.length(i)]
+        begun = {i: [row for row in key_rows(self.keyframes, data.episode(i)) if row + self.rows <= data.length(i)]
                  for i in range(len(data))}  # fmt: skip
         order = rng_for(self.seed, "first frames").permutation([i for i, rows in begun.items() if rows]).tolist()
         chosen = [(row, i) for i in order for row in begun[i]][: self.first_frames]

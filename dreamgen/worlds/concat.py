@@ -75,6 +75,9 @@ class ConcatWorld(VideoWorld):
     def times(self) -> tuple[float, float]:
         return {"both": (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[self.expert]
 
+    def spec(self) -> dict[str, Any]:
+        return {**super().spec(), "expert": self.expert}
+
     def draw(self, count: int, shape: Sequence[int], device: torch.device) -> Float[Tensor, " b"]:
         """Times of one expert, the one that is trained or, of both, this step's: drawn again until all are on its side
         of the boundary.

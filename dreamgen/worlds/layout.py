@@ -77,7 +77,8 @@ class Layout:
 
     @classmethod
     def open(cls, path: str, *, revision: str | None = None, weights: torch.dtype | None = None, **parts: Any) -> Any:
-        """The pipeline in a folder, on the hub, or "tiny". weights: of transformers and encoders.
+        """The pipeline in a folder, on the hub, or "tiny". weights: of transformers and encoders; None: transformers
+        are in fp32, and encoders as their files are (bf16 in "tiny"), which is what no dtype means to transformers.
 
         The VAE is held in fp32, and computes in the precision of its world model. parts: components that are given, not
         loaded.

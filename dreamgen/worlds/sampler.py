@@ -50,7 +50,7 @@ class Sampler:
                              "the two")  # fmt: skip
         require_cache(cache, mode=mode, steps=steps, guidance=guidance, experts=len(layout.experts))
         self.layout, self.mode, self.cache, self.frames, self.now = layout, mode, cache, shape[1], torch.zeros(())
-        self.interval = interval
+        self.interval, self.backend, self.compile = interval, backend, compile
         if interval is not None:
             levels = [self._level(time, shape) for time in layout.schedule(steps, shape, torch.device("cpu"))[1]]
             if not any(interval[0] <= level <= interval[1] for level in levels):
@@ -72,6 +72,12 @@ class Sampler:
                 self._cache(module)
             if wanted(compile):
                 compile_blocks(module)
+
+    def spec(self) -> dict[str, Any]:
+        """Settings of a world model as plain JSON, as they were given."""
+        interval = None if self.interval is None else list(self.interval)
+        return {"guidance_mode": self.mode, "guidance_interval": interval, "attention_backend": self.backend,
+                "compile": self.compile}  # fmt: skip
 
     def _cache(self, module: nn.Module) -> None:
         if not hasattr(module, "enable_cache"):

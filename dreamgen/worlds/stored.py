@@ -10,11 +10,10 @@ from torch import nn
 
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import digest, read_json, write_json
-from dreamgen.worlds.adapters import fuse, loaded_adapters, save_adapters
+from dreamgen.worlds.adapters import FILE, FOLDER, fuse, loaded_adapters, save_adapters
 from dreamgen.worlds.autoencoder import weights_digest
 from dreamgen.worlds.layout import Layout, content
 
-FILE = "world.json"
 ROOM = "dreamgen.worlds."  # a class that a file names is code: only these are opened
 PREFIX = "dreamgen.worlds.prefix.PrefixWorld"
 World = TypeVar("World", bound="Stored")
@@ -50,7 +49,7 @@ class Stored(nn.Module):
                              "with it: call fuse_adapters() first, or open it without them")  # fmt: skip
         if self.fused:
             fuse(self.layout.experts)
-        lora = save_adapters(self.pipe, self.layout.experts, out / "adapter")
+        lora = save_adapters(self.pipe, self.layout.experts, out / FOLDER)
         if not lora:
             if dtype is not None:
                 self.pipe.to(dtype=dtype)
@@ -60,16 +59,20 @@ class Stored(nn.Module):
 
     @classmethod
     def load(cls: type[World], path: Path | str, **changed: Any) -> World:
-        """A world model that `save` wrote; `changed` overrides its settings, None leaves them."""
+        """A world model that `save` wrote; `changed` overrides its settings, None leaves them. Where it turns guidance
+        off or sets a step cache, a saved guidance_interval goes."""
         path, changed = Path(path), {key: value for key, value in changed.items() if value is not None}
         saved = read_json(path / FILE)
         robot = changed.pop("robot", None) or Embodiment.from_contract(saved["contract"])
         robot.require(saved["contract"], str(path))
         where = {"path": saved["base"] or str(path / "model"), "revision": saved.get("revision")}
         if saved["base"]:
-            own = [{"path": str(path / "adapter"), "expert": name} for name in saved.get("experts", [None])]
+            own = [{"path": str(path / FOLDER), "expert": name} for name in saved.get("experts", [None])]
             changed["adapters"] = [*own, *changed.get("adapters", ())]
-        world = cls(robot=robot, **{**saved["spec"], **where, **changed})
+        spec = dict(saved["spec"])
+        if changed.get("guidance", 2.0) <= 1 or "step_cache" in changed:  # beside which an interval is refused
+            spec.pop("guidance_interval", None)
+        world = cls(robot=robot, **{**spec, **where, **changed})
         world.folder = path
         return world
 

@@ -33,14 +33,14 @@ class VideoWorld(Stored):
     """A pipeline as a world model of `robot`.
 
     path: a diffusers folder or a hub id (of `revision`), or "tiny". adapter: a folder with LoRA weights on top of it;
-    adapters: further ones, {path, weight, expert, weight_name} each, for instance for few steps. weights: "fp32" or
-    "bf16", how transformers and text encoders are held. video_hz, frames: the clip of one window; windows: how many
-    are dreamed on end, each from the last frame of the one before. text_length: tokens of a prompt (the stock
-    pipeline's `max_sequence_length`). template: the prompt around an {instruction}; {views} says where the views lie.
-    steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second prediction. shift, train_shift:
-    of the noise levels that are sampled through and trained at (see `Flow`); None: the scheduler's own. guidance_mode,
-    guidance_interval, attention_backend, step_cache, compile: see `Sampler`. lora: rank, alpha and targets where a
-    training names none. precision: "auto", "fp32", "bf16". parts: components that are given, not loaded.
+    adapters: further ones, {path, weight, expert, weight_name} each, for instance for few steps. weights: "bf16", of
+    transformers and encoders, or "fp32", of transformers: encoders then stay as their files are. video_hz, frames: the
+    clip of one window; windows: how many are dreamed on end, each from the last frame of the one before. text_length:
+    tokens of a prompt (the stock pipeline's `max_sequence_length`). template: the prompt around an {instruction};
+    {views} says where the views lie. steps, guidance, negative_prompt: of the sampler; guidance 1 leaves out the second
+    prediction. shift, train_shift: of the noise levels that are sampled through and trained at (see `Flow`); None: the
+    scheduler's own. guidance_mode, guidance_interval, attention_backend, step_cache, compile: see `Sampler`. lora:
+    rank, alpha and targets where a training names none. precision: "auto", "fp32", "bf16". parts: given, not loaded.
 
     Raises ValueError: no such pipeline, another layout, sizes that its VAE cannot take, an adapter that fits nowhere.
     """
@@ -120,14 +120,14 @@ class VideoWorld(Stored):
     def device(self) -> torch.device:
         return self.mean.device
 
-    def place(self, *, experts: bool = True) -> "VideoWorld":
-        """Move all but the text encoder to the accelerator, if there is one; without `experts`, no transformer."""
+    def place(self, device: torch.device | None = None, *, experts: bool = True) -> "VideoWorld":
+        """Move all but the text encoder to `device`, by default the best; without `experts`, no transformer."""
+        stay, device = {"text_encoder", *(() if experts else self.layout.experts)}, device or best_device()
         with enough(f"with the weights of {self.path}", "`weights: bf16` of the world model, or a larger device"):
-            stay = {"text_encoder", *(() if experts else self.layout.experts)}
             for name, part in self.pipe.components.items():
                 if isinstance(part, nn.Module) and name not in stay:
-                    part.to(best_device())
-            self.mean, self.std = self.mean.to(best_device()), self.std.to(best_device())
+                    part.to(device)
+            self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     def cache_key(self) -> dict:
@@ -159,9 +159,10 @@ class VideoWorld(Stored):
                 clips.append(torch.cat([parts[0], *(part[:, 1:] for part in parts[1:])], 1))
         return self.layout.censor(torch.cat(clips), names)
 
-    def prompt(self, instruction: str) -> str:
-        """The text that the model reads for an instruction, none for none."""
-        return self.template.format(instruction=instruction, views=describe(self.robot)).strip() if instruction else ""
+    def prompt(self, instruction: str, robot: Embodiment | None = None) -> str:
+        """The text that the model reads for an instruction on the canvas of `robot` (None: its own), none for none."""
+        words = {"instruction": instruction, "views": describe(robot or self.robot)}
+        return self.template.format(**words).strip() if instruction else ""
 
     def prompts(self, instructions: Sequence[str]) -> list[str]:
         """The texts of `instructions`. Raises ValueError for one that the model's licence asks to be refused."""
@@ -240,8 +241,7 @@ class VideoWorld(Stored):
     def dream(self, prompts: Sequence[Prompt], *, noise: Tensor | None = None) -> list[Clip]:
         """One clip per prompt, in order. Prompts with one first frame or instruction share its encoding.
 
-        noise: (b c t h w) in place of the seeds'. Raises ValueError for a picture of another size than the canvas, and
-        where memory does not suffice.
+        noise: (b c t h w) in place of the seeds'. Raises ValueError for a picture of another size, and as `fitting`.
         """
         return self.clips(prompts, self.denoise(prompts, noise=noise))
 
@@ -314,7 +314,7 @@ class VideoWorld(Stored):
 
     def spec(self) -> dict[str, Any]:
         """Constructor arguments as plain JSON, without the weights' place."""
-        return {"video_hz": self.clock.video_hz, "frames": self.clock.frames, "text_length": self.text_length,
-                "steps": self.steps, "guidance": self.guidance, "negative_prompt": self.negative_prompt,
-                "shift": self.shift, "train_shift": self.train_shift, "template": self.template,
-                "precision": self.precision, "windows": self.windows, "weights": self.weights}  # fmt: skip
+        own = ("text_length", "steps", "guidance", "negative_prompt", "shift", "train_shift", "template", "precision",
+               "windows", "weights", "lora")  # fmt: skip
+        return {"video_hz": self.clock.video_hz, "frames": self.clock.frames,
+                **{key: getattr(self, key) for key in own}, **self.sampler.spec()}  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from dreamgen.core.clock import Clock
 from dreamgen.core.seeding import rng_for
+from dreamgen.data.video_rate import shown_rows
 from idm.batches import Recorded
 
 
@@ -26,7 +27,8 @@ class VideoBatches:
         self.labelled = [i for i in self.episodes if i in set(labelled)]
         if not self.episodes:
             raise ValueError(f"none of {len(list(episodes))} episodes has the {clock.steps + 1} rows that a training "
-                             f"clip spans; lower the labeler's `frames`, or record longer episodes")  # fmt: skip
+                             f"clip spans; lower the labeler's `frames`, label video of a rate that divides the "
+                             f"robot's, or record longer episodes")  # fmt: skip
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         rng = rng_for(self.seed, "latent batch", step)
@@ -35,6 +37,7 @@ class VideoBatches:
             pool = self.labelled if self.labelled and n % 2 else self.episodes
             index = pool[int(rng.integers(len(pool)))]
             start = int(rng.integers(self.dataset.length(index) - self.clock.steps))
+            start = int(shown_rows(self.dataset.episode(index))[start])  # of labelled video the row of the new picture
             video.append(self.dataset.canvas(index, start + self.clock.rows))
             known.append(float(index in self.labelled))
             taken = self.dataset.episode(index).action[start : start + self.clock.steps]

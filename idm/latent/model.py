@@ -7,6 +7,7 @@ share of labelled episodes may train a head that reads robot actions from the la
 arXiv:2502.00379).
 """
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -26,13 +27,15 @@ from dreamgen.core.seeding import rng_for
 from dreamgen.data.normaliser import Normaliser
 from dreamgen.engine.precision import autocast, best_device
 from idm import checkpoint
-from idm.batches import Recorded
+from idm.batches import Recorded, in_all_phases
 from idm.clips import alike, clock_of, frames_at_once, kind, pictures, require_readable, stacked
 from idm.latent.batches import VideoBatches
 from idm.latent.bottleneck import Continuous, Passed, Quantised
 from idm.latent.target import Features, Pixels
 from idm.latent.transformer import Layer, Patches
 from idm.merge import Windows, horizon, merge
+
+log = logging.getLogger(__name__)
 
 
 def latent_robot(robot: Embodiment, width: int) -> Embodiment:
@@ -45,13 +48,14 @@ def latent_robot(robot: Embodiment, width: int) -> Embodiment:
 class LatentActions(nn.Module):
     """Latent action model, a Labeler of the embodiment `<robot>_latent`, or of `robot` with output="actions".
 
-    robot, clock: whose videos it reads, and their rates. frames: of a training clip; reach: frames back that a layer
+    robot, clock: whose videos it reads, and their rates. frames: of a training clip; more where the rates do not divide
+    and a head is to see gaps in every phase of the clock, up to four times as many. reach: frames back that a layer
     attends to. latent: width of z; codebook: number of codes shared by `tokens` tokens, 0 for a continuous z under
     `beta`; renewed: training steps in which unused codes are replaced.
     width, layers, decoder_layers, heads: of the transformers. target: keyword arguments of `Features`; null for pixels.
     target_width: of the target, as a checkpoint knows it; null asks the target.
-    labelled: share of the training episodes whose actions a head is trained on, at least one episode; 0 for no head,
-    as for video without actions.
+    labelled: share of the training episodes that bring actions, at least one, whose actions a head is trained on; 0 for
+    no head, as where all is video without actions.
     output: "latent" labels with z, "actions" through the head.
     """
 
@@ -169,13 +173,15 @@ class LatentActions(nn.Module):
         """Choose the labelled episodes, and measure their actions and how far the target changes; before training."""
         where = f"the dataset {getattr(dataset, 'root', '')}"
         self.source.require(dataset.robot.contract(), where)
-        rng, episodes = rng_for(self.seed, "labelled"), list(episodes)
-        count = min(len(episodes), max(1, round(self.labelled * len(episodes)))) if self.labelled else 0
-        self.known = sorted(int(i) for i in rng.permutation(episodes)[:count])
-        if any(dataset.episode(i).meta.get("action_known") is False for i in self.known):
-            raise ValueError(f"{where} is video without actions, and a head is to learn actions from a share of "
-                             f"{self.labelled} of its episodes; set labeler.labelled=0")  # fmt: skip
-        if count:
+        rng, episodes, self.known = rng_for(self.seed, "labelled"), list(episodes), []
+        if self.labelled:
+            told = [i for i in episodes if dataset.episode(i).meta.get("action_known") is not False]
+            if not told:
+                raise ValueError(f"{where} is video without actions, as is what is trained on beside it, and a head is "
+                                 f"to learn actions from a share of {self.labelled} of the episodes that bring them; "
+                                 f"set labeler.labelled=0, or add recordings with actions (stage.more)")  # fmt: skip
+            count = max(1, round(self.labelled * len(told)))
+            self.known = sorted(int(i) for i in rng.permutation(told)[:count])
             self.action = Normaliser.fit(np.concatenate([dataset.episode(i).action for i in self.known]),
                                          self.source.action)  # fmt: skip
         sample = VideoBatches(dataset, episodes, [], self.clock.with_frames(2), batch_size=64, seed=self.seed)(0)
@@ -184,8 +190,19 @@ class LatentActions(nn.Module):
     def batches(self, dataset: Recorded, episodes: Sequence[int], *, batch_size: int, seed: int,
                 **unused: Any) -> VideoBatches:  # fmt: skip
         """Training batches by step. Settings that only inverse dynamics knows are not used."""
-        return VideoBatches(dataset, episodes, self.known, self.clock.with_frames(self.frames),
-                            batch_size=batch_size, seed=seed)  # fmt: skip
+        clock = self.clock.with_frames(self.frames)
+        if self.labelled:  # its head has an output for each robot step of the longest gap
+            clock = in_all_phases(clock, 2, 4 * self.frames)
+        if clock.frames > self.frames:
+            log.warning("training clips have %d frames in place of labeler.frames=%d: fewer would not show the gaps in "
+                        "all phases of a video whose rate does not divide the robot's", clock.frames,
+                        self.frames)  # fmt: skip
+        if self.labelled and max(last - first for first, last in clock.gaps()) < self.slots:
+            log.warning("training clips of %d frames at %s Hz show no gap of %d robot steps, and longer ones do: the "
+                        "last step of these is labelled by weights that nothing has trained; raise labeler.frames, or "
+                        "give video of a rate that divides the robot's %s Hz", clock.frames, clock.video_hz,
+                        self.slots, clock.robot_hz)  # fmt: skip
+        return VideoBatches(dataset, episodes, self.known, clock, batch_size=batch_size, seed=seed)
 
     def calibrate(self, dataset: Recorded, episodes: Sequence[int]) -> dict[str, float]:
         """Nothing to calibrate; says how many episodes were labelled."""

@@ -167,6 +167,15 @@ def test_streams_of_actions_need_actions() -> None:
     assert "needs_actions" not in record(stage)
 
 
+def test_episodes_that_are_asked_for_are_those_that_are_exported() -> None:
+    """But for what a recipe exports beside the recordings, which has numbers of its own."""
+    asked = ["data=folder", "data.root=some/folder", "data.episodes=[0,1,3]"]
+    for words in (asked, ["experiment=gr1", "step=recorded_groot", *asked[1:]]):
+        assert load("export", words)[0].stage.data.episodes == [0, 1, 3]
+    for words in (["data=folder", "data.root=d"], ["experiment=gr1", "step=labels_groot", *asked[1:]]):
+        assert load("export", words)[0].stage.data.episodes is None
+
+
 def test_an_experiment_says_which_question_it_answers() -> None:
     for option in EXPERIMENTS:
         first = (CONF / "experiment" / f"{option}.yaml").read_text().splitlines()[:2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dreamgen.core import manifest
-from dreamgen.core.manifest import tree_digest
+from dreamgen.core.manifest import FILE, RUN, Stage, fingerprint, is_complete, require_complete, tree_digest, write_json
 
 
 @pytest.fixture
@@ -33,6 +33,27 @@ def tree(tmp_path: Path) -> Path:
         path.write_text(f"the text of {name}")
         os.utime(path, (1e9, 1e9))
     return tmp_path / "tree"
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"id": "mine", "version": 3}', "{", '"a text"', "\xff"])
+def test_a_manifest_of_ones_own_is_a_file_like_any_other(tree: Path, text: str) -> None:
+    before = fingerprint(tree)
+    for name in (FILE, RUN):
+        (tree / "c" / name).write_text(text, encoding="latin-1")
+    below = fingerprint(tree)
+    (tree / FILE).write_text(text, encoding="latin-1")
+    assert not is_complete(tree) and len({before, below, fingerprint(tree)}) == 3
+    with pytest.raises(ValueError, match="the input .* is unfinished"):
+        require_complete(tree, "the input")
+    with pytest.raises(ValueError, match="manifest.json is no stage's; choose another `step` or `stage.out`"):
+        Stage(tree, "dream", config={})
+
+
+def test_what_stages_say_of_their_folders_is_no_part_of_a_digest(tree: Path) -> None:
+    before = fingerprint(tree)
+    for name in (FILE, RUN):
+        write_json(tree / "c" / name, {"id": "0", "stage": "dream", "config": {}, "seconds": 3.0})
+    assert fingerprint(tree) == before
 
 
 def stored(tmp_path: Path) -> list[Path]:

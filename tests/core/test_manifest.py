@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dreamgen.core.manifest import Stage, replacing, write_json
+from dreamgen.core.manifest import Stage, replacing, settle, write_json
 from dreamgen.stages.sharing import sweep
 
 
@@ -110,6 +110,18 @@ def test_two_runs_do_not_write_into_one_folder_and_a_killed_one_frees_it(tmp_pat
     os.waitpid(child, 0)
     again.finish()
     assert run.id == again.id and [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_a_run_holds_its_folder_until_its_manifest_is_there(tmp_path):
+    """Also once all that is in the folder is on the disk."""
+    other = [sys.executable, "-c", HOLDER.replace("time.sleep(600)", ""), tmp_path]
+    with Stage(tmp_path, "train", config={}) as run:
+        (tmp_path / "weights.bin").write_bytes(b"weights")
+        settle(tmp_path)
+        refused = subprocess.run(other, capture_output=True, text=True)
+        assert f"is being written by another run (process {os.getpid()} on" in refused.stderr and not refused.stdout
+        run.finish()
+    assert subprocess.run(other, capture_output=True, text=True).stdout == "begun\n"
 
 
 def test_a_setting_that_is_null_is_no_other_configuration(tmp_path):

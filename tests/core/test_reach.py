@@ -56,6 +56,13 @@ def test_a_wrong_reach_is_refused(reach) -> None:
         Part(name="hand", start=0, stop=2, reach=reach)
 
 
+@pytest.mark.parametrize("limits", [(1, -1), (0, 0), (1,), (-1, 0, 1), (0, float("nan"))])
+def test_limits_are_the_lowest_and_the_highest_value(limits) -> None:
+    """Swapped, a command would be its opposite."""
+    with pytest.raises(ValueError, match=r"part 'grip' has the limits \[.*\]; expected .* .low, high."):
+        Part(name="grip", start=0, stop=1, kind="binary", limits=limits)
+
+
 def test_a_rotation_has_no_reach() -> None:
     with pytest.raises(ValueError, match="of no rotation"):
         Part(name="wrist", start=0, stop=3, rotation="axis_angle", reach=([0, 0, 0], [1, 1, 1]))

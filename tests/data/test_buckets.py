@@ -14,8 +14,8 @@ from dreamgen.data.writer import write_dataset
 CLOCK = Clock(robot_hz="20", video_hz="10", frames=9)  # of 17 rows; five frames have 9, three have 5
 
 
-def made(root, lengths, width) -> Dataset:
-    robot = Embodiment(name=f"toy{width}", robot_hz="20",
+def made(root, lengths, width, robot_hz="20") -> Dataset:
+    robot = Embodiment(name=f"toy{width}", robot_hz=robot_hz,
                        views=[View(name="front", key="observation.images.front", height=16, width=width)],
                        action=[Part(name="move", start=0, stop=3)],
                        state=[Part(name="pose", start=0, stop=2)])  # fmt: skip
@@ -49,8 +49,26 @@ def test_short_episodes_are_padded_where_asked(datasets):
     pool = ClipPool(datasets, CLOCK, lengths=[9, 5], short="pad")
     assert pool.counts() == {"9x16x32": 3, "5x16x32": 3 + 2, "9x16x48": 1, "5x16x48": 1}
     assert (pool.too_short, pool.padded) == (3, 3)
-    with pytest.raises(ValueError, match="no window of 41 rows fits: 6 episodes, the longest has 19"):
+    with pytest.raises(ValueError, match="no window of 41 rows fits: 4 episodes, the longest has 19"):
         ClipPool(datasets, CLOCK.with_frames(21))
+
+
+def test_each_dataset_has_the_rate_of_its_robot(datasets, tmp_path, monkeypatch):
+    """Clips of 9 frames at 10 Hz span .8 s: 16 steps at 20 Hz, 40 at 50 Hz, and at 15 Hz one or two a frame."""
+    fast, odd = made(tmp_path / "fast", [42, 17], 32, "50"), made(tmp_path / "odd", [13, 12], 48, "15")
+    pool, asked = ClipPool([datasets[0], fast, odd], CLOCK), []
+    assert pool.counts() == {"9x16x32": 3 + 2, "9x16x48": 1} and pool.too_short == 3 + 1 + 1
+    views = Dataset.views
+    monkeypatch.setattr(Dataset, "views", lambda self, i, rows: asked.append((self, [*rows])) or views(self, i, rows))
+    for k in (0, 3, 5):
+        pool.frames(k)
+        assert pool.robot(k) is asked[-1][0].robot
+    steps = [list(range(0, 17, 2)), list(range(0, 41, 5)), [0, 1, 3, 4, 6, 7, 9, 10, 12]]
+    assert asked == list(zip(pool.datasets, steps, strict=True))
+    with pytest.raises(ValueError, match="no window of 41 rows fits: 2 episodes, the longest has 18"):
+        ClipPool([made(tmp_path / "short", [9, 18], 32, "50"), made(tmp_path / "few", [4], 48)], CLOCK)
+    with pytest.raises(ValueError, match="slow has 5 rows a second, fewer than the 10 frames of a clip; lower"):
+        ClipPool([datasets[0], made(tmp_path / "slow", [40], 32, "5")], CLOCK)
 
 
 def test_copies_are_moved_by_whole_pixels_and_the_clips_themselves_stay(tmp_path):

@@ -1,7 +1,9 @@
-"""Decoders that a forked process inherits."""
+"""Decoders that a forked process inherits, and threads that share them."""
 
 import gc
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -29,3 +31,26 @@ def test_a_forked_process_collects_its_parents_garbage_and_lives(tmp_path):
         assert os.waitpid(child, 0)[1] == 0
     finally:
         gc.enable()
+
+
+def test_threads_read_files_at_once_and_one_file_by_turns(tmp_path, monkeypatch):
+    """While one file is opened and read, others are; a file's decoder stands at one place."""
+    entered, both, inside, most = set(), threading.Barrier(2, timeout=60), [0], [0]
+
+    def opened(self, path):
+        def read(rows: np.ndarray) -> np.ndarray:
+            inside[0] += path.name == "a"
+            most[0] = max(most[0], inside[0])
+            if path not in entered:
+                entered.add(path)
+                both.wait()
+            inside[0] -= path.name == "a"
+            return np.full((len(rows), 1, 1, 3), rows[0], np.uint8)
+
+        return read
+
+    monkeypatch.setattr(Decoders, "_opened", opened)
+    videos = Decoders()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda k: videos.read(tmp_path / "ab"[k % 2], np.array([k])), range(20)))
+    assert [int(video[0, 0, 0, 0]) for video in found] == list(range(20)) and most == [1]

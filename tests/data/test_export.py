@@ -15,9 +15,11 @@ from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.manifest import read_json
 from dreamgen.data import statistics
 from dreamgen.data.export import export_dataset
+from dreamgen.data.files_v3 import Files as FilesV3
 from dreamgen.data.groot import modality, relative_stats
 from dreamgen.data.inspection import inspect
 from dreamgen.data.layout import read_layout
+from dreamgen.data.ledger import Ledger
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.stored_statistics import StoredStatistics
 from dreamgen.data.writer import write_dataset
@@ -193,6 +195,29 @@ def test_pieces_with_b_frames_join_and_part(tmp_path):
     (tmp_path / "second.mp4").write_bytes(cut(tmp_path / "all.mp4", 9, 5))
     assert np.array_equal(read_mp4(tmp_path / "second.mp4"), pieces[1][1])
     assert cut(tmp_path / "all.mp4", 4, 5) is None  # does not begin with a key frame
+
+
+def test_a_piece_that_reorders_deeper_begins_a_file(tmp_path, robot):
+    """Three frames are too few for this encoder to reorder any."""
+    robot, rng, pieces = replace(robot, views=robot.views[:1], grid=()), np.random.default_rng(0), []
+    for k, n in enumerate((3, 9, 3, 5)):
+        path = tmp_path / f"{k}.mp4"
+        with_b_frames(np.cumsum(rng.integers(0, 9, (n, 32, 64, 3)), 0).astype(np.uint8), path)
+        pieces.append((path.read_bytes(), read_mp4(path)))
+    shallow, deep = pieces[0][0], pieces[1][0]
+    with Joined(tmp_path / "all.mp4") as file:
+        file.add(shallow)
+        assert file.fits(shallow) and not file.fits(deep)
+        with pytest.raises(ValueError, match=r"reorders its frames deeper \(1\) than the first one \(0\)"):
+            file.add(deep)
+    files = FilesV3(tmp_path, Ledger(rate=Fraction(20)), robot_type="arm", contract=None)
+    placed = [files._join("eye", data) for data, _ in pieces]
+    for video in files._videos.values():
+        video.close()
+    assert [place["videos/eye/file_index"] for place in placed] == [0, 1, 1, 1]
+    shown = [read_mp4(tmp_path / f"videos/eye/chunk-000/file-00{k}.mp4") for k in range(2)]
+    assert np.array_equal(shown[0], pieces[0][1])
+    assert np.array_equal(shown[1], np.concatenate([frames for _, frames in pieces[1:]]))
 
 
 def test_a_part_within_a_group_is_encoded_again(source, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from dreamgen.core.clip import Episode, read_prompts
 from dreamgen.core.clock import Clock
 from dreamgen.data.export import export_dataset
+from dreamgen.data.inspection import inspect
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import DatasetPrompts
 from dreamgen.data.recordings import recorded_clip
@@ -67,6 +68,30 @@ def test_what_is_not_used_stays_on_disk(v2, robot, tmp_path, monkeypatch):
     assert done["left_out"] == ["grid", "points", "language_events", "wrist"]
     assert np.array_equal(Dataset(tmp_path / "out", robot).extra(2)["force"], data.extra(2)["force"])
     assert np.array_equal(Candidates(data, None).episode(2, {}).extra["force"], data.extra(2)["force"])
+
+
+def test_the_time_of_day_survives_in_columns_of_others(v2, robot, tmp_path):
+    """Float32 knows it to two minutes. What stages compute with is float32, whoever wrote it."""
+    root, _ = v2
+    features = json.loads((root / "meta/info.json").read_text())["features"] | {
+        "clock": {"dtype": "float64", "shape": [1]}, "label_spread": {"dtype": "float64", "shape": [4]}
+    }  # fmt: skip
+    change_info(root, features=features)
+    clock = 1.7e9 + np.arange(11) / 20
+    for i in range(3):
+        change_table(root, i, lambda t: t | {
+            "clock": clock[: len(t["action"])].tolist(), "label_spread": [[0.1] * 4] * len(t["action"])})  # fmt: skip
+    data = Dataset(root, robot)
+    assert data.episode(0).extra["label_spread"].dtype == data.episode(0).action.dtype == np.float32
+    export_dataset(data, tmp_path / "exported")
+    write_dataset(tmp_path / "curated", (Candidates(data, None).episode(i, {}) for i in range(3)), robot)
+    for name in ("exported", "curated"):
+        again = Dataset(tmp_path / name, robot)
+        assert again.info["features"]["clock"]["dtype"] == "float64"
+        assert np.array_equal(again.extra(2)["clock"][:, 0], clock)
+        write_dataset(tmp_path / "more" / name, (Candidates(again, None).episode(i, {}) for i in range(3)), robot)
+        assert np.array_equal(Dataset(tmp_path / "more" / name, robot).extra(2)["clock"][:, 0], clock)
+        assert not [f for f in inspect(tmp_path / name, robot)[0] if f.level != "note"]
 
 
 def test_states_that_nobody_knows_are_not_where_an_episode_begins(tmp_path, robot, make_episode):

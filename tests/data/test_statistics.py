@@ -24,7 +24,7 @@ def numbers(kind: str) -> np.ndarray:
     return (values > 0) if kind == "bool" else values.astype(kind)
 
 
-@pytest.mark.parametrize("kind", ["float32", "int64", "bool"])
+@pytest.mark.parametrize("kind", ["float32", "float64", "int64", "bool"])
 def test_chunks_are_the_whole(kind):
     values = numbers(kind)
     found = statistics.of_chunks(lambda: iter([values[:7], values[7:400], values[400:]]))

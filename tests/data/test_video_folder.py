@@ -172,11 +172,13 @@ def test_what_is_no_folder_of_videos_is_named(tmp_path):
     ):
         root = tmp_path / file.split("/")[0]
         write(root / "clips/a.mp4")
-        write_json(tmp_path / file, {})
+        write_json(tmp_path / file, {"id": "0", "stage": "dream", "config": {}})
         assert not is_video_folder(root)
         with pytest.raises(ValueError, match=said):
             VideoFolder(root, ROBOT)
     write(tmp_path / "plain/a.mp4")
+    write_json(tmp_path / "plain/manifest.json", [{"id": 7, "file": "a.mp4"}])  # of one's own
+    assert is_video_folder(tmp_path / "plain") and len(fingerprint(tmp_path / "plain")) == 16
     with pytest.raises(ValueError, match="open it with data=video_folder if it holds video files"):
         Dataset(tmp_path / "plain", ROBOT)
     with pytest.raises(ValueError, match="has no episode 7; it lists 1 episodes"):

@@ -6,12 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dreamgen.core.clip import Clip, Episode, Labels
+from dreamgen.core.clip import Clip, Episode, Labels, read_prompts
 from dreamgen.core.embodiment import Embodiment, Part, View
 from dreamgen.core.kinematics import follow
 from dreamgen.data.export import _outcome, export_dataset
 from dreamgen.data.lerobot import Dataset
-from dreamgen.data.video_rate import at_video_rate, slowed
+from dreamgen.data.prompts import DatasetPrompts, key_rows
+from dreamgen.data.video_rate import at_video_rate, shown_rows, slowed
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.label import labelled_episode
 
@@ -156,3 +157,19 @@ def test_what_is_no_labelled_video_of_one_rate_is_refused(tmp_path):
     with pytest.raises(ValueError, match="episode 0 of .*real: it does not tell which of its pictures are new"):
         export_dataset(Dataset(tmp_path / "real", ROBOT), tmp_path / "out", rate="video")
     assert not (tmp_path / "out").exists()
+
+
+def test_first_frames_within_labelled_video_are_new_pictures(tmp_path):
+    """At 4 Hz of 10 Hz frames stand at rows 0, 2, 5 and 7; recordings show a picture of each row."""
+    given = labelled("4", 10, 5)
+    assert shown_rows(given).tolist() == [0, 0, 2, 2, 2, 5, 5, 7, 7, 7]
+    assert shown_rows(replace(given, extra={})).tolist() == list(range(10))
+    assert key_rows([0, 0.45, 0.4, 0.9], given) == [0, 2, 7]
+    assert key_rows([0, 0.45, 0.9], replace(given, extra={})) == [0, 4, 9]
+    write_dataset(tmp_path, [given], ROBOT)
+    for commanded in (False, True):
+        (found,) = read_prompts(
+            DatasetPrompts(dataset=Dataset(tmp_path, ROBOT), keyframes=[0.4], commanded=commanded)()
+        )
+        assert found.pair == "e000000_r2" and np.allclose(found.state, given.state[2], atol=1e-6)
+        assert np.abs(found.image.astype(int) - 20).max() <= 2

@@ -16,6 +16,7 @@ from dreamgen.core.part import ROTATIONS
 from dreamgen.filters.judge import VideoJudge, told_of
 from dreamgen.filters.judged import Judged
 from dreamgen.filters.rates import Rates, threshold_for
+from dreamgen.policies.palette import PaletteEncoder
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "policies"))
 from toy import A, D, encoder, robot  # noqa: E402
@@ -59,6 +60,16 @@ def test_it_looks_at_the_first_and_the_last_frame_of_all_views():
         one.judge([dataclasses.replace(clips("open it")[0], video=video[:, :8])])
     with pytest.raises(ValueError, match="at least 2 frames"):
         judge(frames=1)
+
+
+def test_an_encoder_looks_at_as_many_views_as_the_robot_has(tmp_path):
+    """Before it is fitted: an encoder of a policy is told by the policy."""
+    eyes = PaletteEncoder(width=16, colours=3, slots=2, summary=1, hidden=16, text_width=8, buckets=16, length=4)
+    one, asked = judge(encoder=eyes), clips("open it", "lift the red block")
+    assert eyes.config["views"] == len(one.robot.views) == 2
+    eyes.fit(torch.from_numpy(np.concatenate([one.pictures(clip.video) for clip in asked])))
+    one.save(tmp_path / "judge")
+    np.testing.assert_array_equal(VideoJudge.load(tmp_path / "judge").judge(asked), one.judge(asked))
 
 
 MOVES = (Part(name="arm", start=0, stop=D, kind="delta", limits=(-1.0, 1.0), moves="pose", scale=0.5),
@@ -109,6 +120,19 @@ def test_it_is_told_no_more_than_the_named_parts():
     other = dataclasses.replace(plain, action=np.concatenate([action[:, : D - 1], 0 * action[:, D - 1 :]], 1))
     found = one.judge([plain, elsewhere, other])
     assert found[0] == found[1] != found[2]
+
+
+def test_recordings_of_unknown_state_do_not_count():
+    """They are shown all the same, as `forward` allows."""
+    one, other = (judge(robot=robot(action=MOVES), proprioception=["pose"], frames=3) for _ in range(2))
+    states = np.random.default_rng(0).normal(1, 2, (50, D)).astype(np.float32)
+    half = np.where(np.arange(D) == 0, np.nan, states[:1])
+    gaps = np.concatenate([np.full((3, D), np.nan), states, half]).astype(np.float32)
+    one.fit(states)
+    other.fit(gaps)
+    assert torch.equal(one.normaliser.scale, other.normaliser.scale) and other.normaliser.scale.std() > 0
+    with pytest.raises(ValueError, match=r"none of 3 frames .* a known state.*leave out proprioception=\['pose'\]"):
+        other.fit(gaps[:3])
 
 
 @pytest.mark.parametrize("rotation", ["axis_angle", "euler_xyz", "quaternion_xyzw"])

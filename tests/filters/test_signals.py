@@ -1,6 +1,7 @@
 """Signals whose values are known, and the map from a signal to a score."""
 
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,12 +88,35 @@ def test_jerk_of_polynomials_and_switches():
     t = np.arange(12.0)
     delta = np.stack([0.5 * t**2, 3 * t + 1, np.where(t < 4, 1, np.where(t < 9, -1, 1))], 1)
     found = Jerk(robot=ROBOT).raw([clip()], [labels(delta)])
-    np.testing.assert_allclose(found, [[np.sqrt((1 + 0) / 2), 2]], rtol=1e-5)  # second difference of t^2 / 2 is 1
+    np.testing.assert_allclose(found, [[np.sqrt((1 + 0) / 2), 2 / 11]], rtol=1e-5)  # second difference of t^2 / 2 is 1
     absolute = replace(ROBOT, action=(replace(ROBOT.action[0], kind="absolute"), ROBOT.action[1]))
     cubic = np.stack([t**3, t**2, np.ones(12)], 1)
     found = Jerk(robot=absolute).raw([clip()], [labels(cubic)])
     np.testing.assert_allclose(found, [[6 / np.sqrt(2), 0]], rtol=1e-5)  # third difference of t^3 is 6
     assert Jerk(robot=ROBOT).raw([clip()], [labels(delta[:2])])[0, 0] == 0.0
+
+
+def test_a_gripper_that_flickers_is_found_beside_long_recordings():
+    """An expert grasps or lets go every two seconds; the dream does so as often in two as the expert in thirty."""
+    half_minute = np.stack([np.zeros(600), np.zeros(600), np.where(np.arange(600) // 40 % 2, -1, 1)], 1)
+    one, dream = Jerk(robot=ROBOT), half_minute[:40].copy()
+    one.fit(one.raw([clip()] * 3, [labels(half_minute)] * 3))
+    dream[::4, 2] *= -1
+    flickers, calm = one.score([clip()] * 2, [labels(dream), labels(half_minute[20:60])])
+    assert flickers < 0.01 and calm == pytest.approx(0.5, abs=0.06)
+    assert np.isfinite(one.raw([clip()], [labels(half_minute[:1])])).all()
+
+
+def test_the_memory_of_changes_is_that_of_a_frame():
+    video = np.random.default_rng(0).integers(0, 256, (40, 64, 96, 3)).astype(np.uint8)
+    tracemalloc.start()
+    found = changes(video)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * video[0].size
+    gaps = np.diff(video.astype(np.float64), axis=0) / 255
+    np.testing.assert_allclose(found, np.sqrt((gaps**2).mean((1, 2, 3))), rtol=1e-6)
+    assert changes(video[:1]).tolist() == [0]
 
 
 def test_frozen_and_cut_videos_are_found():

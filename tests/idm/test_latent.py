@@ -119,6 +119,38 @@ def test_only_labelled_episodes_bring_actions(squares):
     assert "head" not in blind.loss(batch)[1]
 
 
+def test_the_head_is_trained_for_every_step_of_the_longest_gap(squares, caplog):
+    """At 5/4 robot steps a gap the fourth one is the first of two steps."""
+    model = small(clock=Clock(robot_hz="20", video_hz="16", frames=9))
+    model.fit(squares, range(5))
+    batch = model.batches(squares, range(5), batch_size=4, seed=1)(0)
+    assert batch["video"].shape[1] == 5 and batch["action"].shape[1] == 5 and "have 5 frames in place of" in caplog.text
+    model.loss(batch)[0].backward()
+    assert (model.head[-1].bias.grad.view(2, 3) != 0).all() and "nothing has trained" not in caplog.text
+    blind = small(clock=model.clock, labelled=0.0)
+    blind.fit(squares, range(5))
+    assert blind.batches(squares, range(5), batch_size=1, seed=1)(0)["video"].shape[1] == 4
+    far = small(clock=Clock(robot_hz="20", video_hz="19", frames=9))
+    far.fit(squares, range(5))
+    assert far.batches(squares, range(5), batch_size=1, seed=1)(0)["video"].shape[1] == 16
+    assert "clips of 16 frames at 19 Hz show no gap of 2 robot steps" in caplog.text
+
+
+def test_of_demonstrations_beside_video_without_actions_those_that_bring_actions_are_labelled(squares):
+    mixed, plain = Squares(10), small(labelled=0.4)
+    plain.fit(mixed, range(5))
+    for i in range(5, 10):
+        silent = np.full_like(mixed.episodes[i].action, np.nan)
+        mixed.episodes[i] = replace(mixed.episodes[i], action=silent, meta={"action_known": False})
+    for seed in range(4):
+        model = small(labelled=0.4, seed=seed)
+        model.fit(mixed, range(10))
+        assert len(model.known) == 2 and max(model.known) < 5 and torch.isfinite(model.action.scale).all()
+        assert seed or model.known == plain.known
+        batch = model.batches(mixed, range(10), batch_size=6, seed=1)(0)
+        assert torch.isfinite(batch["action"]).all() and torch.isfinite(model.loss(batch)[0])
+
+
 def test_pixels_and_their_patches_are_inverses():
     frames = torch.rand(2, 3, 16, 24)
     torch.testing.assert_close(Pixels().picture(Pixels()(frames)), frames)

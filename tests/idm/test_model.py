@@ -259,7 +259,7 @@ def test_states_that_nobody_taught_it_to_read_are_unknown_and_correct_nothing(sq
     model, plain = small(state_weight=0.0), small(correct=0.0)
     for one in (model, plain):
         one.fit(squares, range(4))
-    assert set(model.calibrate(squares, [4])) == {"sigma_move", "sigma_light"}
+    assert set(model.calibrate(squares, [4])) == {"sigma_action_move", "sigma_action_light"}
     clips = [clip_of(squares, 2)]
     assert model.head.response.abs().sum() > 0 and model.labels_and_states(clips)[1] is None
     assert plain.labels_and_states(clips)[1] is not None

@@ -134,6 +134,40 @@ def test_clips_of_each_robot_can_be_drawn_again(worlds):
             "degrade": None, "degrade_frames": 40})  # fmt: skip
 
 
+@pytest.mark.parametrize(("count", "wanted"), [(8, [0, 1, 2, 3, 4, 5, 0, 1]), (4, [0, 1, 3, 4]), (3, [0, 2, 4])])
+def test_clips_that_are_drawn_again_are_spread_over_the_episodes(count, wanted):
+    """Also where there are hardly more episodes than clips."""
+    data, asked = Small(6), []
+    data.episodes = [replace(episode, instruction=str(i)) for i, episode in enumerate(data.episodes)]
+
+    def degrade(get, rates):  # noqa: ANN001, ANN202
+        asked.extend(int(get(n)[1]) for n in range(len(rates)))
+        return [get(n)[0] for n in range(len(rates))]
+
+    Batches(data, range(6), [VIDEO], batch_size=1, seed=0, degrade=degrade, degraded_clips=count, degrade_frames=9)
+    assert asked == wanted
+
+
+def test_an_episode_that_is_too_short_for_one_spacing_is_seen_at_the_others(caplog):
+    data = Small(3)
+    e = data.episodes[1]
+    data.episodes[1] = replace(e, state=e.state[:8], action=e.action[:8], video={"top": e.video["top"][:8]})
+    model = small((SMALL,), spacings=["1", "2"])  # of clips of 5 and of 9 rows
+    made = model.batches(data, range(3), batch_size=3, seed=0, degraded_clips=6, degrade_frames=5, degraded=0.3,
+                         degrade=lambda get, rates: [get(n)[0] for n in range(len(rates))])  # fmt: skip
+    near, far = (set(made.starts[clock][0][:, 0].tolist()) for clock in made.clocks)
+    assert (near, far, made.episodes) == ({0, 1, 2}, {0, 2}, [0, 1, 2])
+    assert [(index, int(clock.stride)) for index, _, _, clock in made.dreamlike] == [
+        (0, 1), (2, 2), (2, 1), (2, 2), (1, 1), (2, 2)]  # fmt: skip
+    longer = Batches(data, range(3), made.clocks[:1], batch_size=3, seed=0, degraded_clips=6, degrade_frames=9,
+                     degrade=lambda get, rates: [get(n)[0] for n in range(len(rates))])  # fmt: skip
+    assert [index for index, *_ in longer.dreamlike] == [0, 2, 0, 2, 0, 2]  # those that show as much, and as many clips
+    assert "1 of 3 episodes of robot 'square' bring no training clips at 10 Hz: they are shorter than" in caplog.text
+    assert {made(step)["video"].shape for step in range(9)} == {(3, 5, 16, 24, 3)}
+    with pytest.raises(ValueError, match="none of 1 episodes of robot 'square' has the 9 rows .* clip at 10 Hz spans"):
+        model.batches(data, [1], batch_size=3, seed=0)
+
+
 def test_gradients_of_one_robot_never_touch_the_head_of_another(worlds):
     model = fitted(small(), *worlds)
     for data, own, others in zip(worlds, ("square", "other"), ("other", "square"), strict=True):

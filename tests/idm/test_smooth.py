@@ -1,8 +1,13 @@
 """Drift correction against closed forms and simulated integrals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from moving_square import CLOCK, ROBOT, Squares
 
+from dreamgen.core.clip import Labels
+from idm.heads import Heads
 from idm.smooth import correct, fit_response
 
 RESPONSE = np.array([0.3, 0.5, 0.2])
@@ -56,6 +61,13 @@ def test_response_is_recovered():
     np.testing.assert_allclose(found, [*RESPONSE, 0], atol=0.02)
 
 
+def test_a_part_that_never_moves_answers_at_once():
+    still = [np.zeros((31, 3), np.float32) for _ in range(2)]
+    np.testing.assert_array_equal(fit_response(still, [a + 0.7 for a in still], 0.04, taps=4), [1, 0, 0, 0])
+    noise = np.random.default_rng(3).normal(0, 1e-3, (31, 3))  # of what it is measured by
+    np.testing.assert_array_equal(fit_response(still[:1], [noise], 0.04, taps=4), [1, 0, 0, 0])
+
+
 def test_positions_remove_drift_and_weights_decide():
     rng = np.random.default_rng(2)
     true = rng.normal(size=(24, 3)).astype(np.float32) * 0.3
@@ -70,3 +82,27 @@ def test_positions_remove_drift_and_weights_decide():
     assert mended.dtype == np.float32
     same = correct(true, seen, rows, RESPONSE, 0.04, sigma_action=0.1, sigma_position=0.01)
     np.testing.assert_allclose(same, true, atol=1e-5)
+
+
+def test_errors_of_an_action_and_of_a_state_of_one_name_are_both_told():
+    names = ("arm", "light")
+    robot = replace(ROBOT, state=(replace(ROBOT.state[0], name="arm"),), action=tuple(
+        replace(part, name=name, moves="arm" if name == "arm" else None)
+        for part, name in zip(ROBOT.action, names, strict=True)))  # fmt: skip
+    data = Squares(3)
+    actions, states = [e.action for e in data.episodes], [e.state for e in data.episodes]
+    found = Heads(robot, 8).calibrate([a + 0.1 for a in actions], actions, [s - 0.4 for s in states], states)
+    assert found == pytest.approx({"sigma_action_arm": 0.1, "sigma_action_light": 0.1, "sigma_state_arm": 0.4}, 1e-3)
+
+
+def test_deltas_are_corrected_once_their_errors_are_known():
+    """Scores during a training, before its calibration, are of labels as they are predicted."""
+    data, heads = Squares(3), Heads(ROBOT, 8)
+    actions, states = [e.action for e in data.episodes], [e.state for e in data.episodes]
+    heads.fit(actions, states)
+    value = actions[0][: CLOCK.steps] * np.float32([0.5, 0.5, 1])
+    given = Labels(value=value, spread=np.zeros_like(value)), states[0][CLOCK.rows], CLOCK, 1.0
+    np.testing.assert_array_equal(heads.corrected(*given).value, value)
+    heads.calibrate([0.5 * a for a in actions], actions, [s + 0.1 for s in states], states)
+    mended = heads.corrected(*given).value
+    assert np.abs(mended - actions[0][: CLOCK.steps]).mean() < 0.7 * np.abs(value - actions[0][: CLOCK.steps]).mean()

@@ -171,7 +171,7 @@ def test_a_perfect_labeler_is_left_as_it_is(frame):
     np.testing.assert_allclose(heads.response[0].numpy(), [1, 0, 0, 0], atol=1e-2)
     found = heads.calibrate([told(turn, Rotation.from_rotvec(rotations.vectors(turn, a) + 0.02)) for a, _ in episodes],
                             [a for a, _ in episodes], [s for _, s in episodes], [s for _, s in episodes])  # fmt: skip
-    assert abs(found["sigma_turn"] - 0.02) < 2e-3 and found["sigma_wrist"] < 1e-5
+    assert abs(found["sigma_action_turn"] - 0.02) < 2e-3 and found["sigma_state_wrist"] < 1e-5
     action, state = episodes[0]
     labels = heads.corrected(Labels(value=action, spread=np.zeros_like(action)), state[clock.rows], clock, 1.0)
     assert rotations.apart(turn, labels.value, action).max() < 2e-3

@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from dreamgen.core.manifest import read_json, tree_digest
 from jobs.recipe import load
-from jobs.running import check, idle, shareable
+from jobs.running import check, idle, keep_to, shareable, walk
 from tests.jobs.shared_dream import CLIPS, allow, build, clips, shard_of
 
 ROOT = Path(__file__).parents[2]
@@ -27,19 +28,36 @@ MINE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLE
         "RAY_health_check_timeout_ms": "100000"}  # fmt: skip
 
 
-@pytest.mark.parametrize("line", LINES)
-def test_every_command_of_the_page_on_clusters_composes(line: str) -> None:
+def parsed(line: str) -> tuple[str, list[str]]:
+    """The job of a command, and its overrides."""
     program, job, *words = shlex.split(line.replace("embodiment=mine", "embodiment=gr1"))
     if program == "torchrun":
         program, (job, *words) = "dreamgen", words[words.index("-m") + 1 :]
-    cfg, _ = load(job.removeprefix("jobs."), words)
     assert program == "dreamgen"
+    return job.removeprefix("jobs."), words
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_of_the_page_on_clusters_composes(line: str) -> None:
+    job, words = parsed(line)
+    cfg, _ = load(job, words)
     if job == "pipeline":
         assert "world" in cfg.steps
         return
-    assert job == "jobs.finetune" or {"shard", "num_shards"} <= set(cfg.stage)
+    assert job in ("finetune", "train_labeler") or {"shard", "num_shards"} <= set(cfg.stage)
     shareable(cfg)
     check(cfg.stage)
+
+
+def test_what_a_command_of_the_sequence_reads_an_earlier_one_has_made() -> None:
+    made: list[str] = []
+    *steps, last = [parsed(line) for line in LINES if "experiment=robot" in line]
+    for job, words in steps:
+        cfg, _ = load(job, words)
+        texts = [Path(text) for key, text in walk(OmegaConf.to_container(cfg.stage, resolve=True)) if key != "out"]
+        assert {path.relative_to(cfg.out).parts[0] for path in texts if path.is_relative_to(cfg.out)} <= {*made}
+        made.append(cfg.step)
+    assert made == ["world", "dreams", "labeler", "labels"] and last[0] == "pipeline"
 
 
 def test_what_is_not_made_of_items_is_not_shared_out() -> None:
@@ -61,6 +79,40 @@ def test_gpus_that_stay_idle_are_told_of(launcher, said, monkeypatch, caplog) ->
     assert [record.message.count("launcher.gpus is 0") for record in caplog.records] == [1] * said
     idle(load("dream", ["experiment=smoke", f"launcher={launcher}", "launcher.gpus=2"])[0] if said else cfg)
     assert len(caplog.records) == said
+
+
+SHARD = """
+import os, pathlib
+from jobs.running import entry
+def run(cfg):
+    pathlib.Path(cfg.out, f"gpus_{cfg.shard}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+entry("dream", run)()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_this_machine_keep_to_the_gpus_that_the_command_was_given(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5f,7,2")
+    line = [sys.executable, "-c", SHARD, "step=dreams", "launcher=procs", "num_shards=2", "launcher.gpus=2"]
+    done = subprocess.run([*line, f"out={tmp_path}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path / f"gpus_{shard}").read_text() for shard in range(2)] == ["GPU-5f,7"] * 2
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "left"), [("4,5", "", ""), ("4,5", "0,1,2", "4,5"), ("", "0", ""), (None, "0,1", "0,1")]
+)
+def test_of_the_gpus_that_were_given_as_many_are_taken_as_the_launcher_asks_for(
+    given, asked, left, monkeypatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", asked)
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    keep_to(given)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == asked  # Slurm's, or one's own
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
+    keep_to(given)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
 
 
 def test_what_a_launcher_lacks_is_named(monkeypatch, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """All stages on the smallest recipe: killed and continued, or shared out, they leave the same artefacts."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dreamgen.core.manifest import is_complete
+from jobs import steps
 from jobs.recipe import load
 from jobs.running import run_stage
 from jobs.steps import complete, run_job, run_steps
@@ -79,11 +81,17 @@ def test_three_shards_make_what_one_makes(whole: Path, tmp_path: Path) -> None:
     assert artefacts(tmp_path / "dreams") == artefacts(whole / "dreams")
 
 
-def test_a_job_in_its_own_process_tells_how_it_ended(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_job_in_its_own_process_tells_how_it_ended(gpu, tmp_path: Path, capfd, monkeypatch) -> None:
+    """Where there is a GPU it is no fork of a process that has looked for it, in which CUDA refuses to run."""
+    chosen, get_context = [], multiprocessing.get_context
+    monkeypatch.setattr(multiprocessing, "get_context", lambda how: chosen.append(how) or get_context(how))
+    monkeypatch.setattr(steps, "GPUS", (str(tmp_path / "no"), str(tmp_path)) if gpu else ())
     assert run_job("collect", ["+nonsense=1"]) == 2
     assert "nonsense" in capfd.readouterr().err
     made = ["experiment=smoke", "step=demos", f"out={tmp_path}", "stage.episodes=2", "workers=1"]
     assert run_job("collect", made) == 0 and is_complete(tmp_path / "demos")
+    assert set(chosen) == {"spawn" if gpu else "forkserver"}
 
 
 def test_a_killed_pipeline_leaves_no_process_behind(tmp_path: Path) -> None:

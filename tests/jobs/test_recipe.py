@@ -1,5 +1,6 @@
 """A command line becomes a configuration, or one sentence that says why not."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dreamgen.core.manifest import Stage, write_json
 from jobs import steps
 from jobs.errors import explain
 from jobs.recipe import load
-from jobs.running import check, parts, prepare, run_stage
+from jobs.running import check, parts, prepare, record, require_apart, run_stage
 
 
 def refused(job: str, *overrides: str) -> str:
@@ -118,6 +119,14 @@ def test_the_command_line_wins_over_the_step() -> None:
     assert load("collect", ["experiment=demo", "step=heldout", "stage.episodes=7"])[0].stage.episodes == 7
 
 
+@pytest.mark.parametrize(("replaces", "adds"), [("", "+"), ("++", "++")])
+def test_a_step_may_be_replaced_and_added_by_any_sign(replaces: str, adds: str) -> None:
+    given = ["experiment=demo", f'{replaces}steps.world="finetune stage.steps=7"', f'{adds}steps.kept="curate seed=5"']
+    assert load("finetune", [*given, "step=world"])[0].stage.steps == 7
+    assert load("curate", [*given, "step=kept"])[0].seed == 5
+    assert "has no step 'world'" in refused("finetune", "experiment=demo", "~steps.world", "step=world")
+
+
 def test_the_seeds_of_a_recipe_move_together() -> None:
     recipe = OmegaConf.to_container(OmegaConf.load(Path(__file__).parents[2] / "conf/experiment/tabletop.yaml"))[
         "steps"
@@ -149,15 +158,64 @@ def test_what_lies_within_a_finished_step_is_finished(tmp_path) -> None:
     more = ["stage.world_model.path=${out}/high", "stage.world_model.adapters=[{path: ${out}/low/adapter}]"]
     cfg, _ = load("dream", [f"out={tmp_path}", *more])
     (tmp_path / "low" / "adapter").mkdir(parents=True)
+    (tmp_path / "low" / "adapter" / "weights").touch()
+    write_json(tmp_path / "low" / "run.json", {"id": "low", "stage": "finetune", "config": {}})
     for step in ("high", "low"):
         with pytest.raises(ValueError, match=f"the input {tmp_path}/{step} (does not exist|is unfinished)"):
             prepare(cfg)
-        write_json(tmp_path / step / "manifest.json", {"id": step})
+        write_json(tmp_path / step / "manifest.json", {"id": step, "stage": "finetune", "config": {}})
     prepare(cfg)
     own = [f"out={tmp_path}", "data=folder", "data.root=path/to/it"]
     prepare(load("finetune", [*own, "world_model.path=${out}/high/model"])[0])
-    with pytest.raises(ValueError, match=f"the input {tmp_path} is unfinished"):
-        prepare(load("finetune", [*own, "world_model.path=${out}"])[0])
+    with pytest.raises(ValueError, match=f"the input {tmp_path}/other/model does not exist"):
+        prepare(load("finetune", [*own, "world_model.path=${out}/other/model"])[0])
+
+
+@pytest.mark.parametrize("out", [".", "runs/mine"])
+def test_what_others_made_may_lie_where_is_written_to(out: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("recordings/meta/info.json", "wan/model_index.json"):
+        (tmp_path / out / name).parent.mkdir(parents=True)
+        (tmp_path / out / name).touch()
+    given = [f"out={out}", "data=folder", f"data.root={out}/recordings", "world_model=wan22_ti2v_5b"]
+    prepare(load("finetune", [*given, "world_model.path=${out}/wan"])[0])
+    cfg = load("finetune", given)[0]
+    prepare(cfg)
+    assert record(cfg.stage)["world_model"]["path"] == "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+    prepare(load("collect", [f"out={out}"])[0])
+    (tmp_path / out / "recordings" / ".writing").touch()
+    with pytest.raises(ValueError, match=f"the input {Path(out, 'recordings')} is unfinished"):
+        prepare(cfg)
+    with pytest.raises(ValueError, match="the input .*world does not exist"):
+        prepare(load("dream", [f"out={out}"])[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("data.leave_out=[17]", r"episodes 0, 1, 2, 3 are held out and trained on; .*leave_out=\[0,1,2,3,17\]"),
+        ("data.leave_out=null data.episodes=[2,5,8]", r"episodes 2 are held out and trained on; .*leave_out=\[2\]"),
+        ("heldout.episodes=null", "heldout.episodes is null, so that all of some/data is held out"),
+        ("data.leave_out=[9,3,2,1,0]", ""),
+        ("data.leave_out=null data.episodes=[4,5]", ""),
+        ("heldout.episodes=[7]", ""),
+        ("heldout.episodes=null heldout.root=other/data", ""),
+    ],
+)
+def test_what_is_held_out_is_not_trained_on_whatever_is_left_out(words: str, told: str) -> None:
+    given = ["experiment=robot", "embodiment=tabletop", "data.root=some/data", *words.split()]
+    with pytest.raises(ValueError, match=told) if told else nullcontext():
+        prepare(load("finetune", [*given, "step=world"])[0])
+
+
+def test_stages_that_do_not_read_the_data_may_be_given_what_is_held_out() -> None:
+    given = ["experiment=robot", "embodiment=tabletop", "data.root=some/data", "data.leave_out=null"]
+    for job, step in (("dream", "dreams"), ("train_policy", "policy_real")):
+        with pytest.raises(ValueError, match="are held out and trained on"):
+            require_apart(load(job, [*given, f"step={step}"])[0])
+    for job, step in (("validate", "check_recorded"), ("evaluate", "score_real"), ("dream", "heldout_dreams")):
+        require_apart(load(job, [*given, f"step={step}"])[0])
+    require_apart(load("export", given)[0])
 
 
 def test_errors_become_one_sentence() -> None:

@@ -10,6 +10,8 @@ from jobs.recipe import load
 from jobs.running import record, run_stage
 from jobs.steps import inputs
 
+MADE = {"stage": "of one", "config": {}}  # what every stage says
+
 
 def test_a_record_holds_what_changes_the_result_and_no_place() -> None:
     def of(*overrides: str) -> dict:
@@ -27,10 +29,10 @@ def test_a_record_holds_what_inputs_hold(tmp_path) -> None:
 
     judge = tmp_path / "judge"
     judge.mkdir()
-    write_json(judge / "manifest.json", {"id": "first"})
+    write_json(judge / "manifest.json", {"id": "first", **MADE})
     first = of()
     assert first["judge"]["path"] == "first"
-    write_json(judge / "manifest.json", {"id": "second"})
+    write_json(judge / "manifest.json", {"id": "second", **MADE})
     assert of() != first
     judge.rename(tmp_path / "elsewhere")
     assert of(f"stage.judge.path={tmp_path}/elsewhere")["judge"]["path"] == "second"
@@ -61,12 +63,12 @@ def test_a_record_holds_what_the_world_of_a_feature_target_holds(tmp_path) -> No
 
     world.mkdir(parents=True)
     (tmp_path / "run" / "demos").mkdir()
-    write_json(tmp_path / "run" / "demos" / "manifest.json", {"id": "recorded"})
+    write_json(tmp_path / "run" / "demos" / "manifest.json", {"id": "recorded", **MADE})
     with pytest.raises(ValueError, match="run/world is unfinished"):
         run_stage(load("train_labeler", [*over, f"labeler.target={{world: {world}}}"])[0])
-    write_json(world / "manifest.json", {"id": "first"})
+    write_json(world / "manifest.json", {"id": "first", **MADE})
     assert of(world) == {"world": "first"}
-    write_json(world / "manifest.json", {"id": "tuned again"})
+    write_json(world / "manifest.json", {"id": "tuned again", **MADE})
     assert of(world.rename(tmp_path / "elsewhere")) == {"world": "tuned again"}
 
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from dreamgen.core.clip import Episode
 from dreamgen.data.writer import write_dataset
 from jobs.recipe import lines, load
 from jobs.running import run_check, run_stage
-from jobs.steps import run_steps
+from jobs.steps import complete, run_steps
 from tests.policies.test_pretrained import WORDS, twin
 from tests.worlds import zoo
 
@@ -80,6 +81,29 @@ def test_it_runs_from_a_dataset_to_the_report(recorded: Path, models: list[str],
     trained = json.loads((tmp_path / "world" / "manifest.json").read_text())
     assert trained["config"]["method"] == "lora" and trained["config"]["dataset"]["leave_out"] == [0, 1]
     assert len(list((tmp_path / "dreams").rglob("*.mp4"))) == 30  # three episodes, ten times each
+
+
+def test_what_was_made_of_a_dataset_of_the_hub_is_complete(recorded: Path, tmp_path: Path, monkeypatch) -> None:
+    kept, asked = shutil.copytree(recorded, tmp_path / "kept"), []
+
+    def snapshot(name: str, **options: str) -> str:
+        asked.append((name, options["revision"]))
+        return str(kept)
+
+    def unreachable(name: str, **options: str) -> str:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    hub = ["experiment=robot", "embodiment=tabletop", "data.root=org/mine", "data.revision=v7", f"out={tmp_path}/run"]
+    for job in ("validate", "export"):
+        cfg = load(job, hub)[0]
+        assert not complete(cfg.stage)
+        run_stage(cfg)
+        assert complete(cfg.stage) and set(asked) == {("org/mine", "v7")}
+    (kept / "more.txt").write_text("of another commit")
+    assert not complete(cfg.stage)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert not complete(cfg.stage)
 
 
 def test_a_bad_episode_is_left_out_and_counted(recorded: Path, tmp_path: Path) -> None:

@@ -46,3 +46,7 @@ def test_settings_of_acting_change_and_none_leaves_what_was_saved(tmp_path: Path
     a, b, c = (p.act(observations(), range(B)) for p in (saved, same, other))
     np.testing.assert_array_equal(a, b)
     assert same.euler_steps == 3 and np.abs(a - c).max() > 1e-3
+    with pytest.raises(ValueError, match="euler_steps is 0, draws 2; expected 1 or more"):
+        FlowPolicy.load(tmp_path, euler_steps=0)
+    with pytest.raises(ValueError, match="euler_steps is 4, draws 0; expected 1 or more"):
+        policy(draws=0)

@@ -16,6 +16,7 @@ from transformers import AutoModel, PreTrainedTokenizerFast, SiglipConfig, SmolV
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.writer import write_dataset
 from dreamgen.engine.precision import autocast
+from dreamgen.engine.state import states_gb
 from dreamgen.engine.train import train
 from dreamgen.policies import features
 from dreamgen.policies.chunks import Chunks, collate
@@ -65,6 +66,11 @@ def made(folders: dict[str, str], name: str, tune: bool = False, **changes) -> F
     torch.manual_seed(2)
     options = dict(horizon=STEPS, layers=2, heads=2, head_width=8, draws=1, state_dropout=0.0) | changes
     return FlowPolicy(robot=robot(), encoder=encoder(folders, name, tune=tune), **options)
+
+
+def noise(rows: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {name: rng.integers(0, 256, (rows, 24, 16, 3), dtype=np.uint8) for name in ("front", "wrist")}
 
 
 @pytest.mark.parametrize("name", ["siglip", "vlm"])
@@ -242,19 +248,33 @@ def test_an_episode_is_decoded_once_for_its_features(folders, tmp_path, monkeypa
         assert np.array_equal(np.stack([found(*place) for place in group]), want)
 
 
+def test_two_parts_of_one_dataset_have_features_of_their_own(folders, tmp_path):
+    """Episodes as many and as long, such as the first and the second half of it."""
+    write_dataset(tmp_path / "data", [episode(7, k, video=noise(7, k)) for k in range(4)], robot())
+    it, seen = made(folders, "siglip").eval().encoder, []
+    for held in ([0, 1], [2, 3]):
+        chunks = Chunks(Dataset(tmp_path / "data", robot(), episodes=held), horizon=STEPS)
+        found = Features(chunks, it, tmp_path / "f")
+        want = it.features(torch.from_numpy(chunks.pictures(1, 3))[None], it.words(["push"]))[0].half().float()
+        torch.testing.assert_close(torch.from_numpy(found(1, 3)), want, atol=1e-2, rtol=1e-2)
+        seen.append(found(1, 3))
+    assert np.abs(seen[0] - seen[1]).max() > 0.1 and len(list((tmp_path / "f").glob("*.f16"))) == 2
+
+
 def test_features_are_computed_where_they_pay_and_fit(folders, tmp_path, monkeypatch, caplog):
     """An observation that is drawn once at most, on average, gains nothing; a disk that is too small is told first."""
     caplog.set_level("INFO")
     model, chunks = made(folders, "siglip").eval(), [Chunks(recorded(), horizon=STEPS)]
     count, needed = len(chunks[0]), len(chunks[0]) * 8 * 12 * 2
+    room = needed + round(1e9 * states_gb(model))  # the states of the training lie beside them
     assert not worthwhile(model, chunks, tmp_path / "f", draws=count - 1)
     assert f"training takes {count - 1} observations, and there are {count}" in caplog.text
-    usage, free = shutil.disk_usage(tmp_path), [needed - 1]
+    usage, free = shutil.disk_usage(tmp_path), [room - 1]
     monkeypatch.setattr(features.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
     with pytest.raises(ValueError, match=r"features of 29 observations take 5.57e-06 GB in .*cache_features=false"):
         worthwhile(model, chunks, tmp_path / "f", draws=count)
     assert not (tmp_path / "f").exists()
-    free[0] = needed
+    free[0] = room + 1
     assert worthwhile(model, chunks, tmp_path / "f", draws=count)
     Features(chunks[0], model.encoder, tmp_path / "f")
     free[0] = 0
@@ -266,9 +286,8 @@ def test_features_are_computed_where_they_pay_and_fit(folders, tmp_path, monkeyp
 def test_a_training_shorter_than_its_data_computes_no_features_first(
     folders, tmp_path, monkeypatch, batch_size, cached
 ):
-    rng, made_in = np.random.default_rng(0), []
-    video = {name: rng.integers(0, 256, (9, 24, 16, 3), dtype=np.uint8) for name in ("front", "wrist")}
-    write_dataset(tmp_path / "real", [episode(9, video=video)], robot())
+    made_in: list = []
+    write_dataset(tmp_path / "real", [episode(9, video=noise(9))], robot())
     monkeypatch.setattr(Feed, "cache", lambda feed, folder: made_in.append(folder))
     train_policy(made(folders, "siglip"), Dataset(tmp_path / "real", robot()), out=tmp_path / "p", steps=2,
                  batch_size=batch_size, record={})  # fmt: skip

@@ -233,6 +233,13 @@ def test_dreams_find_their_recording(folder: Path) -> None:
     assert recordings.find("fly", {"seed": 42}) is None
     clip = recordings.clip(recordings.find("stay", {"seed": 42}), 5, "5")
     assert clip.shape == (5, 16, 24, 3)
+    still = np.zeros((8, 2), np.float32)
+    siblings = [Episode(instruction="stay", state=still, action=still + k, video={"front": picture(8, k)},
+                        meta={"seed": 5}) for k in range(3)]  # fmt: skip
+    finish_dataset(folder / "siblings", siblings, "collect")
+    recordings = scenes.Recordings([scenes.open_dataset(folder / "siblings", ROBOT)])
+    known = {"seed": 5, "dataset": fingerprint(folder / "siblings"), "episode": 2, "row": 0}
+    assert recordings.find("stay", known)[1:] == (2, 0, True) and recordings.find("stay", {"seed": 5})[1] == 0
 
 
 def test_names_of_a_robot_are_text_on_the_page() -> None:

@@ -1,5 +1,6 @@
 """Training an action-conditioned world model and a tracker on a tiny random pipeline and drawn squares."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -97,6 +98,30 @@ def test_a_row_of_a_batch_is_what_a_rollout_sees(make, dataset, tmp_path):
     assert not np.allclose(row["maps"], world.drawn(np.arange(0, 9, 2), episode.action[8:16], episode.state[8]))
 
 
+def test_windows_of_labelled_video_show_their_own_rows(make, dataset, tmp_path):
+    """Its pictures stand for two rows; those between are of the row before."""
+    episodes, clock = [], make().clock
+    for i in range(3):
+        source, fresh = dataset.episode(i), np.arange(25) % 2 == 0
+        episodes.append(replace(source, video=dataset.views(i, np.arange(25) // 2 * 2),
+                                extra={"frame_fresh": fresh[:, None].astype(np.float32)}))  # fmt: skip
+    write_dataset(tmp_path / "labels", episodes, robot())
+    data = Dataset(tmp_path / "labels", robot())
+    source = Source(make(history=[0.15]), data, hop=1, validation=0, root=tmp_path / "cache", seed=0)
+    assert [source.places[k][1] for k in source.train] == [0, 2, 4, 6, 8] * 3 and source.old == 3 * 4
+    list(source.cache.build(source.encode))
+    row = source.row(source.number[1, 6], 5)  # 0.15 s before row 6 is row 3, which shows row 2
+    assert np.allclose(row["ages"], [0.3, 0.2])
+    assert np.allclose(row["memory"][:, 1], source.cache[source.number[1, 2]][: len(row["memory"]), 0], atol=1e-3)
+    assert clock.rows.tolist() == list(range(0, 17, 2))
+    with pytest.raises(
+        ValueError, match="of 6 windows of .* none is left to train on: 6 show pictures of earlier rows"
+    ):
+        slow = replace(episodes[0], extra={"frame_fresh": (np.arange(25) % 3 == 0)[:, None].astype(np.float32)})
+        write_dataset(tmp_path / "slow", [slow, slow], robot())
+        Source(make(), Dataset(tmp_path / "slow", robot()), hop=4, validation=0, root=tmp_path / "cache", seed=0)
+
+
 def test_other_actions_are_those_of_another_first_state(make, dataset, tmp_path):
     assert others(["a", "a", "b", "b", "c"]) == [2, 2, 4, 4, 0] and others(["a", "a"]) == [1, 0] and others([]) == []
     held = [Source(make(), dataset, hop=4, validation=1, root=tmp_path, seed=seed) for seed in (0, 1, 2)]
@@ -105,6 +130,41 @@ def test_other_actions_are_those_of_another_first_state(make, dataset, tmp_path)
     check = Check(make(), held, tmp_path, lambda texts: torch.zeros(len(texts), 15, 32), samples=3, size=4, seed=0,
                   write=False)  # fmt: skip
     assert [source for source, _ in check.rows[:3]] == held and len(check.rows) == 16 and len(check.prompts) == 3
+
+
+def test_samples_are_dreamt_a_few_at_a_time_and_out_of_memory_names_their_setting(make, dataset, tmp_path, monkeypatch):
+    world, dreamt, sizes = make(), {}, []
+    source = Source(world, dataset, hop=4, validation=1, root=tmp_path, seed=0)
+    list(source.cache.build(source.encode))
+    check = partial(Check, world, [source] * 3, tmp_path, lambda texts: torch.zeros(len(texts), 15, 32), seed=0,
+                    samples=3, write=False)  # fmt: skip
+    dream = PrefixWorld.dream
+    monkeypatch.setattr(PrefixWorld, "dream", lambda self, prompts: sizes.append(len(prompts)) or dream(self, prompts))
+    for size in (4, 2):
+        dreamt[size] = np.stack(check(size=size)._dreamed(world, 7)).astype(int)
+    assert sizes == [3, 2, 1] and np.abs(dreamt[4] - dreamt[2]).max() <= 1  # one and three round otherwise
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(PrefixWorld, "descend", full)
+    with pytest.raises(ValueError, match="out of memory dreaming samples at step 7, 2 at a time.*stage.samples=0"):
+        check(size=2)._dreamed(world, 7)
+
+
+def test_an_instruction_is_asked_for_before_anything_is_encoded_and_only_where_it_is_read(make, dataset, tmp_path,
+                                                                                         monkeypatch):  # fmt: skip
+    def missing(*_):
+        raise ValueError("it has no instruction")
+
+    options = dict(steps=1, batch_size=2, hop=8, validation=1, samples=1, method="actions", record={})
+    for given, words in ((lambda *_: "put the red block " * 3, "a prompt has .* text_length is 15"),
+                         (missing, "it has no instruction")):  # fmt: skip
+        monkeypatch.setattr(Dataset, "instruction", given)
+        with pytest.raises(ValueError, match=words):
+            finetune_actions(make(), [dataset], out=tmp_path, **options)
+        assert not (tmp_path / "cache").exists()
+    assert finetune_actions(make(instructions=False), [dataset], out=tmp_path / "none", **options)["results"]
 
 
 def test_windows_in_which_much_is_commanded_are_drawn_more_often(make, dataset, tmp_path):

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "idm"))
 from moving_square import CLOCK, ROBOT, Squares  # noqa: E402
 
 N, STILL, WILD = 9, (2, 7), (4, 5)
+MADE = {"stage": "curate", "config": {}, "results": {}}
 
 
 class Told:
@@ -148,7 +149,7 @@ def test_scores_and_truth_of_other_content_are_refused(made, tmp_path):
     mine = read_json(made["labels"].root / "manifest.json")["id"]
     known = [{"id": f"dream_{k}", "scores": {"mute": 0.5}, "success": True} for k in range(N)]
     for name, parents in (("same", {"dataset": mine}), ("other", {"dataset": "0"}), ("dreams", {"dreams": "0"})):
-        write_json(tmp_path / name / "manifest.json", {"id": name, "parents": parents, "results": {}})
+        write_json(tmp_path / name / "manifest.json", {"id": name, "parents": parents, **MADE})
         write_json(tmp_path / name / "scores.json", known)
         write_json(tmp_path / name / "truth.json", known)
     options = dict(filters={"mute": Mute()}, least={}, reference=None, keep=2)
@@ -310,7 +311,7 @@ def test_refusals(made, kept, tmp_path):
     refused("labels the dreams of no stage|labels the dreams", dataset=made["real"])
     (tmp_path / "half" / "clips").mkdir(parents=True)
     refused("unfinished", clips=tmp_path / "half", dataset=None)
-    write_json(tmp_path / "other" / "manifest.json", {"id": "0", "parents": {}, "results": {}})
+    write_json(tmp_path / "other" / "manifest.json", {"id": "0", "parents": {}, **MADE})
     write_json(tmp_path / "other" / "scores.json", [{"id": "a", "scores": {}}])
     refused("has scores of 1 other clips", scored=tmp_path / "other")
     with pytest.raises(ValueError, match="needs a simulator"):

@@ -93,6 +93,9 @@ def test_a_contract_says_it_all(tmp_path: Path, untyped) -> None:  # noqa: F811
     write_dataset(tmp_path / "data", [episode], arm())
     text = describe(str(tmp_path / "data"), out=tmp_path / "out", record={})["results"]["text"]
     assert made(text) == arm()
+    describe(str(tmp_path / "data"), out=tmp_path / "out", name="so100", record={})
+    with pytest.raises(ValueError, match="name is 'mine', and .*dreamgen.json says that the robot is 'so100'"):
+        describe(str(tmp_path / "data"), out=tmp_path / "out", name="mine", record={})
 
 
 def test_what_shows_no_robot_is_refused(recorded: Path, tmp_path: Path) -> None:

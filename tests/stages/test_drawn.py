@@ -79,3 +79,22 @@ def test_killed_and_continued_none_is_drawn_twice(world, clips, tmp_path, monkey
     again = drawn_by(world, tmp_path / "killed", **make)(asked(clips), HZ)
     np.testing.assert_array_equal(np.stack(again), np.stack(whole))
     assert calls == [2, 2, 2, 1]
+
+
+def test_a_world_model_is_on_the_accelerator_only_while_it_draws(world, clips, tmp_path, monkeypatch):
+    told, decode = [], world.decode
+    monkeypatch.setattr(world, "place", lambda device=None: told.append(f"to {device or 'the best'}"))
+    monkeypatch.setattr(world, "decode", lambda latents: told.append("draws") or decode(latents))
+    drawn = drawn_by(world, tmp_path, batch_size=3)
+    assert told == []
+    drawn(asked(clips), HZ)
+    assert told == ["to the best", "draws", "draws", "to cpu"]
+    drawn(asked(clips), HZ)  # all are there
+    assert len(told) == 4
+
+
+def test_a_world_model_goes_where_it_is_sent(world):
+    world.place(torch.device("meta"))
+    at = {name: next(world.pipe.components[name].parameters()).device.type
+          for name in ("vae", "transformer", "text_encoder")}  # fmt: skip
+    assert at == {"vae": "meta", "transformer": "meta", "text_encoder": "cpu"} and world.device.type == "meta"

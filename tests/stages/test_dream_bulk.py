@@ -271,7 +271,7 @@ def test_what_first_frames_come_from_is_a_parent(tmp_path):
     opened = DrawnWorld()
     opened.folder = tmp_path / "other"  # from which a world model was loaded
     opened.folder.mkdir()
-    write_json(opened.folder / "manifest.json", {"id": "tuned"})
+    write_json(opened.folder / "manifest.json", {"id": "tuned", "stage": "finetune", "config": {}})
     assert run(opened, listed, out=tmp_path / "more")["parents"] == {**done["parents"], "world_model": "tuned"}
     (tmp_path / "data" / "a.txt").write_text("other pictures")
     with pytest.raises(ValueError, match="another configuration.*parents.prompts"):

@@ -47,7 +47,7 @@ class Knowing(Column):
     def __init__(self, path: Path, world_model: dict | None = None) -> None:
         super().__init__()
         self.path = path
-        write_json(path / "manifest.json", {"config": {"world_model": world_model}})
+        write_json(path / "manifest.json", {"id": "0", "stage": "train_judge", "config": {"world_model": world_model}})
 
 
 def prompts(count: int = 9, instructions=("home",)) -> SimPrompts:

@@ -271,7 +271,7 @@ def test_a_cached_text_is_that_of_what_the_encoder_reads(make, dataset, tmp_path
     key = {"base": "b", "length": world.text_length, "dtype": str(world.transformer.dtype)}
     dirty = ["open\u00a0 it", "red &amp;amp; blue"]
     list(Embeddings(tmp_path, key, dirty, lambda texts: iter([stale] * len(texts))).files)
-    monkeypatch.setattr(latents, "instructions", dirty)
+    monkeypatch.setattr(latents, "prompts", dirty)
     monkeypatch.setattr(latents.pool, "instruction", lambda k: dirty[k % 2])
     found, _ = latents.texts(tmp_path, base="b", first=True)
     assert found.files[0] == clean.files[0] and found.files[1] != clean.files[1]

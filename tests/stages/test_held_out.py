@@ -1,5 +1,6 @@
 """Episodes that share a first state are held out together; what is held out is scored instruction by instruction."""
 
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,12 +9,15 @@ import pytest
 
 from dreamgen.core.clock import Clock
 from dreamgen.data.groups import with_siblings
+from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.recordings import Recordings, recorded_clip
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.action_windows import held_out
 from dreamgen.stages.judge_clips import Recorded
 from dreamgen.stages.train_judge import measured, three_ways
 from dreamgen.stages.train_labeler import Split
+from dreamgen.stages.train_labeler import held_out as by_chance
 from tests.stages.test_train_judge import ROBOT, episodes
 
 
@@ -48,6 +52,33 @@ def test_the_pairs_of_a_recording_are_its_groups(tmp_path):
     split = Split.of(data, SimpleNamespace(clock=clock), 0.1, 0)
     assert split.apart in ([0, 1, 2, 3], [4, 5, 6, 7]) or len(split.apart) == 1
     assert sorted(split.training + split.apart) == list(range(12))
+    both = Joined([data, Dataset(shutil.copytree(tmp_path / "data", tmp_path / "more"), ROBOT)])
+    assert with_siblings(both, [1, 9, 12 + 4]) == {0, 1, 2, 3, 9, 16, 17, 18, 19}  # its namesakes are no siblings
+    with pytest.raises(ValueError, match="all 4 episodes of .* that are long enough begin in one state"):
+        Split.of(Dataset(tmp_path / "data", ROBOT, episodes=range(4)), SimpleNamespace(clock=clock), 0.1, 0)
+    assert [recorded_clip(data, i, clock)[0].pair for i in (0, 5, 9)] == ["p0", "p1", ""]
+    assert Recordings(data, clock, "data").read("episode_000007").pair == "p1"
+
+
+def test_a_share_of_the_first_states_is_held_out_of_a_labelers_training(tmp_path):
+    """Of a recording by fours, four times that share of the episodes would be."""
+    labeler = SimpleNamespace(clock=Clock(robot_hz=ROBOT.robot_hz, video_hz=ROBOT.robot_hz, frames=2))
+
+    def recorded(name: str, size: int) -> Dataset:
+        made = [replace(e, meta={**e.meta, **({"pair": f"p{k // size}"} if size > 1 else {})})
+                for k, e in enumerate(episodes()[:24])]  # fmt: skip
+        write_dataset(tmp_path / name, made, ROBOT)
+        return Dataset(tmp_path / name, ROBOT)
+
+    fours, single = recorded("fours", 4), recorded("single", 1)
+    for seed in range(5):
+        split = Split.of(fours, labeler, 0.34, seed)
+        assert len(split.apart) == 8 and len({k // 4 for k in split.apart}) == 2
+        assert sorted(split.training + split.apart) == list(range(24))
+        split = Split.of(single, labeler, 0.34, seed)
+        assert (split.training, split.apart) == by_chance(24, 0.34, seed)
+    with pytest.raises(ValueError, match="all 24 episodes of .* begin in one state .pair 'p0'.; .* at least 2 first"):
+        Split.of(recorded("one", 24), labeler, 0.1, 0)
 
 
 def test_an_instruction_that_a_judge_does_not_tell_is_warned_of(caplog):

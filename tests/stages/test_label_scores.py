@@ -188,3 +188,16 @@ def test_dreams_are_compared_with_what_was_recorded_from_their_first_frame():
     np.testing.assert_array_equal(np.stack(labels), np.stack([actions[0][:12], actions[1][2:14], actions[2][:12]]))
     np.testing.assert_array_equal(labels, true)
     assert len(beside_recorded(dreams, scored, [0, 2], "abc", 2)[0]) == 1
+
+
+def test_dreams_of_siblings_are_compared_with_their_own_recording():
+    """Siblings share instruction and seed, and do something else each."""
+    actions = np.random.default_rng(7).normal(size=(3, 19, 3)).astype(np.float32)
+    scored = Kept({k: acted("lift", action, seed=7) for k, action in enumerate(actions)})
+    begun = {"sim": "plane", "instruction": "lift", "seed": 7}
+    dreams = Kept({k: acted("lift", actions[k][:12], origin={**begun, "dataset": "abc", "episode": k, "row": 0})
+                   for k in range(3)})  # fmt: skip
+    labels, true = beside_recorded(dreams, scored, range(3), "abc", None)
+    np.testing.assert_array_equal(np.stack(true), actions[:, :12])
+    assert len(labels) == 3
+    assert beside_recorded(dreams, scored, [1, 2], "abc", 1) == ([], [])  # its own is not scored, siblings are none

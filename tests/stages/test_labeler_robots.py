@@ -63,7 +63,8 @@ def test_each_robot_is_scored_on_episodes_of_its_own(data, trained):
     other = found["others"].pop("other")
     assert not found["others"] and other["episodes"] == 6 and other["held_out"] == 1 and other["too_short"] == 0
     assert set(other["held_out_scores"]["r2"]) == {"dark", "pull", "aim"}
-    assert set(other["calibration"]) == {"sigma_dark", "sigma_pull", "sigma_aim", "sigma_place"}
+    assert set(other["calibration"]) == {"sigma_action_dark", "sigma_action_pull", "sigma_action_aim",
+                                         "sigma_state_place"}  # fmt: skip
     assert done["parents"] == {"dataset": fingerprint(data["own"].root), "other_a": fingerprint(data["one"].root),
                                "other_b": fingerprint(data["two"].root)}  # fmt: skip
     rows = [json.loads(line) for line in (out / "losses.jsonl").read_text().splitlines()]

@@ -277,6 +277,17 @@ def test_training_on_few_episodes_remembers_the_world_model_whose_look_it_learne
     assert manifest["results"]["episodes"] == 2 and manifest["results"]["held_out"] == 1
 
 
+def test_dreams_may_be_longer_than_all_recordings(dataset, tmp_path):
+    """What is drawn again is then as long as these, and as many clips as were asked for."""
+    model, world, shown = pytest.importorskip("idm.model"), Darker(), []
+    world.encode = lambda video: [video, shown.extend([video.shape[1]] * len(video))][0]
+    labeler = model.FlowIDM(robot=ROBOT, clock=CLOCK.with_frames(81), frames=2, train_frames=3, width=32, layers=2,
+                            heads=2, vision={"channels": [8, 16], "points": 4}, precision="fp32")  # fmt: skip
+    train_labeler(labeler, dataset, out=tmp_path / "labeler", steps=1, batch_size=2, world_model=world,
+                  degraded_clips=4, precision="fp32", record={})  # fmt: skip
+    assert shown == [max(CLOCK.frames_in(dataset.length(i)) for i in range(len(dataset)))] * 4
+
+
 def test_training_killed_and_continued_saves_the_same_labeler(dataset, tmp_path, monkeypatch):
     model = pytest.importorskip("idm.model")
 

@@ -1,14 +1,21 @@
 """What a labeler cannot read is left out, named and counted; what is held out is read a part at a time."""
 # ruff: noqa: F401, F811 (fixtures come by import)
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 
 from dreamgen.core.clip import Clip, Episode
+from dreamgen.core.manifest import fingerprint, write_json
 from dreamgen.data.clips import ClipFolder
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import recorded_clip
 from dreamgen.data.writer import write_dataset
+from dreamgen.sims.keyframes import FromKeyframe
+from dreamgen.sims.rollout import can_begin
+from dreamgen.stages.evaluate_filters import evaluate_filters
 from dreamgen.stages.label import label
 from dreamgen.stages.train_labeler import train_labeler
 from tests.stages.test_labels import CLOCK, ROBOT, ROWS, Oracle, Plane, Squares, dataset, dreams_of
@@ -100,3 +107,44 @@ def test_scores_during_training_are_of_some_that_are_held_out_and_those_after_it
     assert done["results"]["held_out_scores"]["r2"]["move"] == 1.0
     with pytest.raises(ValueError, match="held_out_clips is 0"):
         train_labeler(labeler, dataset, out=tmp_path / "none", held_out_clips=0, record={})
+
+
+def test_dreams_that_the_simulator_cannot_lay_out_are_left_out_and_counted(dataset, tmp_path, caplog):
+    """Under an instruction that it does not know, and under another than that of its scene where it has but one."""
+    stage = pytest.importorskip("dreamgen.stages.evaluate_labels")
+    dreams = dreams_of(dataset, tmp_path / "dreams")
+    folder = ClipFolder(dreams / "clips")
+    for number, text in ((1, "wave at the camera"), (2, "move 1")):
+        folder.write(replace(folder.read(f"dream_{number}"), instruction=text))
+    label(Oracle(dataset), dreams, out=tmp_path / "labels", robot=ROBOT, record={})
+    labels = Dataset(tmp_path / "labels", ROBOT)
+    found = stage.evaluate_labels(Oracle(dataset), dataset, lambda: Plane(dataset), out=tmp_path / "scores",
+                                  dreams=labels.root, record={})["results"]["replay"]  # fmt: skip
+    assert found["idm_dream"]["successes"] == found["idm_dream"]["n"] == 1 and found["recorded"]["n"] == 6
+    assert caplog.text.count("2 of 3 dreams are not replayed") == 1
+    rows = [{"id": f"dream_{k}", "episode": k, "instruction": labels.instruction(k), "pair": "p",
+             "origin": labels.episode(k).meta["origin"], "scores": {"good": 0.5}} for k in range(3)]  # fmt: skip
+    for name, known in (("some", rows), ("none", rows[1:])):
+        write_json(tmp_path / name / "scores.json", known)
+        parents = {"dataset": fingerprint(labels.root)}
+        write_json(tmp_path / name / "manifest.json", {"id": name, "parents": parents, "results": {"yields": {}}})
+    options = dict(draws=20, record={})
+    worth = evaluate_filters(tmp_path / "some", labels, lambda: Plane(dataset), out=tmp_path / "worth", **options)
+    assert (worth["results"]["clips"], worth["results"]["left_out"]) == (1, 2)
+    with pytest.raises(ValueError, match="none of the 2 clips of .* an instruction that it knows"):
+        evaluate_filters(tmp_path / "none", labels, lambda: Plane(dataset), out=tmp_path / "worthless", **options)
+
+
+class Scenes(Plane):
+    def reset(self, instruction: str, seed: int, *, scene_of: str | None = None) -> None:
+        super().reset(instruction, seed)
+
+
+def test_what_a_simulator_can_lay_out_one_that_begins_in_the_middle_can(dataset):
+    for kind, other in ((Plane, False), (Scenes, True)):
+        for sim in (
+            kind(dataset),
+            FromKeyframe(sim=partial(FromKeyframe, sim=partial(kind, dataset), steps=1), steps=1),
+        ):
+            assert can_begin(sim, "move 1", "move 1") and can_begin(sim, "move 1", "move 0") is other
+            assert not can_begin(sim, "wave", "move 1") and not can_begin(sim, "move 1", "wave")

@@ -3,12 +3,17 @@
 import numpy as np
 import pytest
 
-from dreamgen.core.clip import Clip
-from dreamgen.core.manifest import Stage, is_complete, read_json, write_json
+from dreamgen.core.clip import Clip, Labels
+from dreamgen.core.embodiment import Embodiment, Part, View
+from dreamgen.core.manifest import Stage, fingerprint, is_complete, read_json, write_json
 from dreamgen.data.clips import ClipFolder
+from dreamgen.data.lerobot import Dataset
 from dreamgen.stages.curate import curate
+from dreamgen.stages.label import label
 
 COUNT = 7
+ROBOT = Embodiment(name="arm", robot_hz="20", views=(View(name="eye", key="eye", height=16, width=24),), state=(),
+                   action=(Part(name="move", start=0, stop=2),))  # fmt: skip
 
 
 class Counting:
@@ -26,7 +31,8 @@ class Counting:
 
 @pytest.fixture
 def dreams(tmp_path):
-    with Stage(tmp_path / "dreams", "dream", config={}) as run:
+    (tmp_path / "world").write_text("weights")
+    with Stage(tmp_path / "dreams", "dream", config={}, parents={"world_model": tmp_path / "world"}) as run:
         folder = ClipFolder(tmp_path / "dreams" / "clips")
         for k in range(COUNT):
             folder.write(Clip(id=str(k), video=np.full((3, 16, 24, 3), 9 * k, np.uint8), video_hz="10",
@@ -87,3 +93,23 @@ def test_half_scored_and_other_scores_are_refused(dreams, tmp_path, monkeypatch)
     write_json(tmp_path / "first" / "run.json", {**told, "parents": {"dreams": "0"}})
     with pytest.raises(ValueError, match="`scored` is .*first, which read dreams 0, but this run reads dreams"):
         choose(dreams, tmp_path / "y", scored=tmp_path / "first")
+
+
+class Still:
+    """A labeler of a robot that rests."""
+
+    robot, path = ROBOT, None
+
+    def label(self, clips):  # noqa: ANN001, ANN201
+        rest = np.zeros((4, ROBOT.action_dim), np.float32)
+        return [Labels(value=rest, spread=rest) for _ in clips]
+
+
+def test_labels_of_chosen_dreams_know_the_world_model_that_dreamt_them(dreams, tmp_path):
+    choose(dreams, tmp_path / "some", [Counting("good")], keep=4)
+    choose(tmp_path / "some", tmp_path / "few", [Counting("good")], keep=2)  # of these again
+    wanted = fingerprint(tmp_path / "world")
+    for name, count in (("dreams", COUNT), ("some", 4), ("few", 2)):
+        label(Still(), tmp_path / name, out=tmp_path / f"{name}_labels", robot=ROBOT, record={})
+        made = Dataset(tmp_path / f"{name}_labels", ROBOT)
+        assert [made.episode(i).meta["world_model"] for i in range(len(made))] == [wanted] * count

@@ -18,6 +18,7 @@ from dreamgen.serve.clients import GrootPolicy, OpenpiPolicy
 from dreamgen.serve.groot import GrootServer
 from dreamgen.serve.openpi import OpenpiServer
 from dreamgen.stages.serve import serve
+from jobs.recipe import load
 from tests.serve.toy import ROBOT, Mean, observations
 
 pytest.importorskip("websockets"), pytest.importorskip("zmq")
@@ -70,6 +71,24 @@ def test_the_policy_computes_on_the_accelerator(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(precision, "best_device", lambda: torch.device("meta"))
     assert serve(Heavy(2, 3), Ends, out=tmp_path, port=0, record={})["horizon"] == 4
+
+
+def test_an_empty_key_is_none(tmp_path: Path, monkeypatch):
+    """Of a variable that is set to nothing: whoever shows none would be refused by one server, let in by the other."""
+    keys: list = []
+
+    class Ends:
+        def __init__(self, policy, *, host, key, seed, port):
+            keys.append(key)
+            self.port, self.address = port, f"tcp://{host}:{port}"
+
+        def run(self) -> None: ...
+
+    monkeypatch.setenv("DREAMGEN_KEY", "")
+    key = load("serve", ["experiment=smoke"])[0].stage.key
+    serve(Mean(), Ends, out=tmp_path, host="0.0.0.0", port=1, key=key, record={})
+    assert key == "" and keys == [None]
+    assert "is open to everyone who reaches this machine: no key is set" in (tmp_path / "serve.log").read_text()
 
 
 @pytest.mark.parametrize("protocol", [OpenpiServer, GrootServer])

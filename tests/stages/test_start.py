@@ -8,10 +8,14 @@ import pytest
 import torch
 
 from dreamgen.core.clip import Observation
+from dreamgen.core.manifest import write_json
 from dreamgen.data.lerobot import Dataset
+from dreamgen.engine.state import save
 from dreamgen.policies.palette import PaletteEncoder
 from dreamgen.policies.policy import FlowPolicy
 from dreamgen.policies.start import begin
+from dreamgen.stages.train_policy import train_policy
+from tests.data.video_only import strip
 from tests.stages.hoist import HOIST
 from tests.stages.test_policy_stages import ROBOT, run, small
 from tests.stages.test_train_robots import BODIES, folder, opened, tiny, train  # noqa: F401 (a fixture)
@@ -64,7 +68,7 @@ def test_a_robot_is_added_to_a_policy_that_knows_none_like_it(folder: Path, tmp_
     run(folder, tmp_path / "one", policy=partial(single, ROBOT), steps=2, dreams=[opened(folder, "dreams")])
     first, model = FlowPolicy.load(tmp_path / "one", robot=ROBOT), single(ROBOT, **BODIES)
     fresh = [p.detach().clone() for p in model.decode_action.parameters()]
-    assert begin(model, tmp_path / "one", {"hoist": None, "hoist_dream": None}) == [2]
+    assert begin(model, tmp_path / "one", {"hoist": None, "hoist_dream": None}) == [2, 3]
     np.testing.assert_allclose(acts(model, real), acts(first, real), atol=1e-5)
     assert all(torch.equal(p[2:], q[2:]) for p, q in zip(model.decode_action.parameters(), fresh, strict=True))
     policy = partial(single, ROBOT, **BODIES)
@@ -76,6 +80,41 @@ def test_a_robot_is_added_to_a_policy_that_knows_none_like_it(folder: Path, tmp_
     assert torch.equal(found.encoder.palette, first.encoder.palette)
     begun = torch.cat([first.encoder.name] * 2)  # the second view's colours begin with the names of the first one's
     assert torch.equal(model.encoder.name, begun) and torch.equal(model.flare.target.name[2:], first.flare.target.name)
+
+
+def test_a_body_that_was_trained_needs_no_data(folder: Path, tmp_path: Path):  # noqa: F811
+    """A policy goes on with dreams alone, through their own body, or with videos alone."""
+    run(folder, tmp_path / "one", policy=partial(single, ROBOT), steps=1)
+    first, dreams = FlowPolicy.load(tmp_path / "one", robot=ROBOT), opened(folder, "dreams")
+    video = Dataset(strip(folder / "dreams", tmp_path / "video"), ROBOT, actions=False)
+    options = dict(start=tmp_path / "one", steps=1, batch_size=4, record={})
+    for name, given in (("dreams", dict(dreams=[dreams])), ("videos", dict(videos=[video]))):
+        train_policy(partial(single, ROBOT), None, out=tmp_path / name, **given, **options)
+        found = FlowPolicy.load(tmp_path / name, robot=ROBOT)
+        assert torch.equal(found.normalise_state.offset, first.normalise_state.offset)
+        assert not torch.equal(found.encoder.name, first.encoder.name)
+    with pytest.raises(ValueError, match="acts for the body 'real', and the data train 'dream' alone"):
+        train_policy(partial(single, ROBOT), None, [dreams], out=tmp_path / "a", start_bodies={"real": None}, **options)
+    for given in (dict(start_bodies={"real": None}, videos=[video]), {}):
+        with pytest.raises(ValueError, match="got neither real data nor dreams"):
+            train_policy(partial(single, ROBOT), None, out=tmp_path / f"b{len(given)}", **given, **options)
+
+
+def test_statistics_are_taken_of_chunks_that_mean_the_same(tmp_path: Path):
+    single(ROBOT).save(tmp_path / "p")
+    save(tmp_path / "unended/training", 1, single(ROBOT), None, [])
+    told = dict(frame="recorded", cumulative=True, _target_="dreamgen.policies.policy.FlowPolicy")
+    write_json(tmp_path / "unended/run.json", {"config": {"policy": told}})
+    there = "of the robot 'point' with policy.frame=recorded and policy.cumulative=True, .* here they are"
+    for out in (tmp_path / "p", tmp_path / "unended"):
+        for changes in (dict(cumulative=False), dict(frame="absolute")):
+            with pytest.raises(ValueError, match=there):
+                begin(single(ROBOT, **changes), out)
+        assert begin(single(ROBOT, frame="relative"), out) == []  # its deltas are summed either way
+    afresh = {"real": None, "dream": None}
+    assert begin(single(ROBOT, cumulative=False), tmp_path / "p", afresh) == [0, 1]
+    write_json(tmp_path / "unended/run.json", {"config": {}})
+    assert begin(single(ROBOT, cumulative=False), tmp_path / "unended") == []  # nobody knows
 
 
 def test_it_is_asked_where_a_body_begins(folder: Path, joint: Path, tmp_path: Path):  # noqa: F811

@@ -300,6 +300,9 @@ def test_labels_of_ones_own(dataset, tmp_path):
     assert read_labels(tmp_path / "labels.json") == {3: True, 99: False}
     with pytest.raises(ValueError, match=r"labels the episodes \[99\]"):
         train_judge(tiny, [plain], out=tmp_path / "c", labels=tmp_path / "labels.json", **options)
+    for encoding in ("utf-8", "utf-8-sig"):  # as Excel writes "CSV UTF-8"
+        table.write_text("episode_index,success\r\n4,yes\r\n7,0\r\n", encoding=encoding)
+        assert read_labels(table) == {4: True, 7: False}
     table.write_text("episode_index,success\n4,perhaps")
     with pytest.raises(ValueError, match="row 0 of .*perhaps.*expected episode_index, a number, and success"):
         read_labels(table)

@@ -172,6 +172,9 @@ def test_videos_of_another_robot_train_through_its_body(folder: Path, tmp_path: 
     batch = made.at(0)
     mute = ~batch["valid"].any(1)
     assert mute.any() and (batch["body"][mute] == 2).all()
+    with pytest.raises(ValueError, match="no data train the robot 'hoist'.*videos alone teach no actions"):
+        feed(aligned, folder, others={"hoist": {"videos": [video]}})
+    feed(aligned, folder, others={"hoist": {"videos": [video]}}, fresh=[])  # it begins with weights of another policy
     with pytest.raises(ValueError, match="stage.others.hoist.videos are without actions.*align_weight is 0"):
         feed(small(**BODIES), folder, others={"hoist": {"real": [opened(folder, "hoist")], "videos": [video]}})
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import weakref
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.unit_checks import Units, _Sums
 from dreamgen.data.writer import write_dataset
 from dreamgen.stages.validate import validate
+from dreamgen.video.mp4 import open_mp4
+from jobs.recipe import load
+from tests.data.video_only import strip
 from tests.stages.test_validate import DATA, EYE, STATS, change_table, edit, episodes, good, robot, set_nan, truncate
 
 __all__ = ["good"]
@@ -105,6 +109,21 @@ def test_columns_that_no_step_reads(data: Path) -> None:
     ]
 
 
+def test_video_whose_actions_are_not_looked_at(data: Path, tmp_path: Path) -> None:
+    bare = strip(data, tmp_path / "bare")
+    (bare / "meta/dreamgen.json").unlink()
+    found, counts = inspect(bare, robot(), actions=False)
+    assert [f.check for f in found if f.level == "error"] == [] and counts["episodes"] == 3
+    assert any("has no feature 'action'" in f.what for f in inspect(bare, robot(), pictures=False)[0])
+    change_table(data / DATA, set_nan)
+    found = {(f.level, f.check, *f.episodes) for f in inspect(data, robot(), pictures=False, actions=False)[0]}
+    assert ("warning", "numbers", 1) in found and not [level for level, *_ in found if level == "error"]
+    asked = load("validate", ["data=video", f"data.root={data}", "data.revision=null"])[0].stage
+    assert asked.actions is False and load("validate", ["data=folder", f"data.root={data}"])[0].stage.actions
+    arguments = {"robot": robot(), "out": tmp_path / "v", "record": {}, "actions": asked.actions}
+    assert validate(asked.root, skip_bad=True, **arguments)["results"]["skipped"] == []
+
+
 def test_cameras_by_which_the_robot_does_not_see(tmp_path: Path) -> None:
     views = (View(name="eye", key=EYE, height=16, width=24), View(name="side", key=SIDE, height=16, width=24))
     made = [Episode(**vars(e) | {"video": {"eye": e.video["eye"], "side": e.video["eye"]}}) for e in episodes()]
@@ -130,6 +149,25 @@ def test_numbers_of_one_episode_are_in_memory_at_a_time(good: Path, monkeypatch:
     assert found == [] and len(held) == 3 and all(ref() is None for ref in held)
 
 
+def test_threads_find_the_same_in_the_same_order(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, threads = Path(shutil.copytree(good / "v2", tmp_path / "d")), set()
+    for i, byte in ((0, b"\xff"), (2, b"\x00")):
+        path = root / f"videos/chunk-000/{EYE}/episode_{i:06d}.mp4"
+        held = path.read_bytes()
+        begin, end = held.index(b"mdat") + 4, held.rindex(b"moov") - 4
+        path.write_bytes(held[:begin] + byte * (end - begin) + held[end:])
+
+    def opened(path: Path) -> object:
+        threads.add(threading.current_thread().name)
+        return open_mp4(path)
+
+    monkeypatch.setattr("dreamgen.data.inspection.open_mp4", opened)
+    alone = inspect(root, robot())
+    assert [f.episodes for f in alone[0] if "cannot be decoded" in f.what] == [[0], [2]]
+    assert inspect(root, robot(), workers=3) == alone and len(threads) > 1
+    assert load("validate", ["data=folder", f"data.root={root}", "workers=3"])[0].stage.workers == 3
+
+
 def test_sums_of_chunks_are_those_of_the_whole() -> None:
     values, sums = np.random.default_rng(0).normal(5, 2, (31, 3)), _Sums(3)
     for chunk in (values[:1], values[1:20], values[20:]):
@@ -137,3 +175,39 @@ def test_sums_of_chunks_are_those_of_the_whole() -> None:
     assert sums.count == 31 and np.allclose(sums.mean, values.mean(0), rtol=1e-12)
     assert np.allclose(sums.covariance(), np.cov(values.T, bias=True), rtol=1e-12)
     assert np.allclose(sums.std(), values.std(0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_statistics_of_what_does_not_vary(good: Path, tmp_path: Path, version: str, kind: type) -> None:
+    """0.7 is another number in float32; whoever wrote the statistics computed them in it, or not."""
+    root = Path(shutil.copytree(good / "v2", tmp_path / "d"))
+    own, whole = {}, []
+    for i, path in enumerate(sorted(root.rglob("*.parquet"))):
+        table = pq.read_table(path)
+        states = np.array([[*row[:2], 0.7] for row in table["observation.state"].to_pylist()])
+        at = table.column_names.index("observation.state")
+        pq.write_table(table.set_column(at, "observation.state", pa.array(states.tolist())), path)
+        own[i], whole = statistics.of_numbers(states.astype(kind)), [*whole, states.astype(kind)]
+    edit(root / "meta/info.json", lambda info: info["features"]["observation.state"].update(dtype="float64"))
+    edit(root / "meta/info.json", lambda info: info.update(codebase_version=version))
+    path = root / "meta/episodes_stats.jsonl"
+    if version == "v2.0":
+        path.unlink()
+        (root / STATS).write_text(json.dumps({"observation.state": statistics.of_numbers(np.concatenate(whole))}))
+    else:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            line["stats"]["observation.state"] = own[line["episode_index"]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found, _ = inspect(root, robot(), pictures=False)
+    assert not [f for f in found if f.check == "statistics" and "has none of" not in f.what], found
+
+
+def test_statistics_of_columns_that_no_step_reads(data: Path) -> None:
+    add_column(data, "observation.force", pa.array(np.arange(36, dtype=np.float32)), "float32", [1])
+    for change in ({"max": [3.0], "q99": [3.0]}, {"mean": [99.0]}, {"std": [float("nan")]}, {"min": [0.0, 0.0]}):
+        told = {"min": [0.0], "max": [35.0], "mean": [2.0], "std": [1.0]} | change
+        edit(data / STATS, lambda s, told=told: s.update({"observation.force": told}))
+        found = [f for f in inspect(data, robot(), pictures=False)[0] if "meta/stats.json" in f.what]
+        assert [f.level for f in found] == ["warning"] and "'observation.force'" in found[0].what

@@ -16,6 +16,7 @@ from dreamgen.data.writer import write_dataset
 from dreamgen.stages.dream import dream
 from dreamgen.stages.finetune import finetune
 from dreamgen.worlds.prefix import PrefixWorld
+from tests.worlds import zoo
 from tests.worlds.conftest import pipeline_folder, tiny_robot  # noqa: F401
 
 TEXTS = ["open the drawer", "put the red block on the plate"]
@@ -70,19 +71,24 @@ def test_the_decoder_learns_the_look_and_latents_stay(make, dataset, tmp_path):
     assert near < far and (tmp_path / "decoder" / "losses.jsonl").is_file()
 
 
-def test_a_decoder_learns_from_a_clip_for_each_replica(make, dataset, tmp_path, monkeypatch):
+def test_a_decoder_learns_from_as_many_clips_whatever_shares_them(make, dataset, tmp_path, monkeypatch):
     sizes = []
 
     def train(model, batch_at, **options):
         sizes.append(len(batch_at(0)["video"]))
         raise KeyboardInterrupt
 
+    options = {**OPTIONS, "batch_size": 5, "decoder_steps": 2}
+    with pytest.raises(ValueError, match="decoder_steps is 2; .* 4 clips at a time, which cannot be cut into 5 parts"):
+        finetune(make(), dataset, out=tmp_path, replicas=5, **options)
+    assert not (tmp_path / "cache").exists()
     monkeypatch.setattr("dreamgen.stages.finetune.train", train)
     monkeypatch.setattr("dreamgen.stages.latents.in_forks", lambda work, count: work(0))
-    for replicas in (5, 2):
+    for processes, replicas in ((1, 4), (1, 2), (3, 1)):
+        monkeypatch.setattr("dreamgen.stages.finetune.join", lambda processes=processes: (0, processes))
         with pytest.raises(KeyboardInterrupt):
-            finetune(make(), dataset, out=tmp_path, decoder_steps=2, replicas=replicas, **{**OPTIONS, "batch_size": 5})
-    assert sizes == [5, 4]
+            finetune(make(), dataset, out=tmp_path / str(processes), replicas=replicas, **options)
+    assert sizes == [4, 4, 4]
 
 
 def test_finetune_killed_and_continued_saves_the_same(make, dataset, tmp_path, monkeypatch):
@@ -172,6 +178,10 @@ def test_first_frames_from_a_folder_of_pictures(make, tmp_path):
 def test_bad_requests_are_named(make, dataset, tmp_path):
     with pytest.raises(ValueError, match="method is 'half'"):
         finetune(make(), dataset, out=tmp_path / "a", method="half", record={})
+    for name, vae in (("ltx_video", "AutoencoderKLLTXVideo"), ("cogvideox_5b_i2v", "AutoencoderKLCogVideoX")):
+        world = zoo.world(name, "", pipeline=zoo.build(name))
+        with pytest.raises(ValueError, match=f"decoder_steps is 1, but .* has a {vae}; it trains the decoder of an"):
+            finetune(world, dataset, out=tmp_path / "a", decoder_steps=1, record={})
     same = [Prompt(id="x", image=np.zeros((32, 48, 3), np.uint8), instruction="go", seed=0)] * 2
     with pytest.raises(ValueError, match="two prompts have the id 'x'"):
         dream(make(), lambda: same, out=tmp_path / "b", record={})

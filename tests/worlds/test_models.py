@@ -225,9 +225,11 @@ def test_an_adapter_of_one_expert_goes_to_that_expert(folders, tmp_path):
         again = type(world).load(tmp_path / expert)
         assert apart(again.dream([prompt])[0].video, clips[expert]) <= 1, expert
     assert all(apart(clips[a], clips[b]) > 2 for a in clips for b in clips if a != b)
-    for low in ({}, {"expert": "transformer_2"}):  # one run each, dreamed with together
-        entry = {"path": str(tmp_path / "low" / "adapter"), **low}
-        assert apart(type(world).load(tmp_path / "high", adapters=[entry]).dream([prompt])[0].video, clips["both"]) <= 1
+    for own, other, name in (("high", "low", "transformer_2"), ("low", "high", "transformer")):
+        for told in ({}, {"expert": name}):  # one run each, dreamed with together
+            entry = {"path": str(tmp_path / other / "adapter"), **told}
+            again = type(world).load(tmp_path / own, adapters=[entry])
+            assert apart(again.dream([prompt])[0].video, clips["both"]) <= 1, (own, told)
 
 
 def test_an_adapter_remembers_its_bases_revision(folders, tmp_path):

@@ -1,10 +1,30 @@
-"""Errors that count more where a tool is: closed forms of the weights and of the weighted loss."""
+"""Where a tool is: on a canvas of several views; closed forms of the weights there and of the weighted loss."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
+from dreamgen.worlds.action_frames import pose_maps
 from tests.worlds.conftest import pipeline_folder  # noqa: F401
-from tests.worlds.test_action import make  # noqa: F401
+from tests.worlds.test_action import make, robot  # noqa: F401
+
+
+@pytest.mark.parametrize(("wide", "count"), [(24, 4), (25, 4), (25, 2), (20, 3), (2, 4)])
+def test_a_spot_is_where_the_canvas_shows_the_tool_also_where_a_view_ends_within_a_cell(wide, count):
+    """Views side by side on `wide` latent cells, all of one camera; a closed form in the canvas's coordinates."""
+    one = robot()
+    views = [replace(one.views[0], name=f"v{k}") for k in range(count)]
+    place, size = (0.3, -0.1), wide / count
+    state = np.array([*place, 0, 1], np.float32)
+    maps = pose_maps(replace(one, views=views, grid=()), np.arange(5), np.zeros((4, 4), np.float32), state,
+                     size=(8, wide), gaps=4)  # fmt: skip
+    (u, v), _ = one.views[0].camera.project(state[:3])
+    x, y = np.arange(wide) + 0.5, np.arange(8) + 0.5
+    view = np.floor(x / size)  # each cell shows the view that has its middle
+    spot = np.exp(-((y[:, None] - 8 * v) ** 2 + (x - size * (view + u)) ** 2) / (2 * 0.75**2))
+    assert np.allclose(maps[0, 0], spot, atol=1e-6) and np.array_equal(maps[1], maps[0])
 
 
 def test_an_error_counts_more_where_a_tool_is_in_training_alone(make, monkeypatch):  # noqa: F811
