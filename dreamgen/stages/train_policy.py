@@ -154,9 +154,8 @@ def train_policy(
         if evaluate_every:
             midway = Midway(run.out, sim, type(model), instructions=evaluate_instructions, episodes=evaluate_episodes,
                             steps=evaluate_steps, execute=evaluate_execute, seed=seed)  # fmt: skip
-        held_out = (
-            None if validation is None else validator(validation, batch_size, {**feed.options, "body": model.speaks})
-        )
+        left = {**feed.options, "body": model.speaks}
+        held_out = None if validation is None else validator(validation, batch_size, left)
 
         def check(model: nn.Module, step: int) -> dict[str, float]:
             if midway and step % evaluate_every == 0:
