@@ -77,7 +77,7 @@ def test_a_share_of_the_first_states_is_held_out_of_a_labelers_training(tmp_path
         assert sorted(split.training + split.apart) == list(range(24))
         split = Split.of(single, labeler, 0.34, seed)
         assert (split.training, split.apart) == by_chance(24, 0.34, seed)
-    with pytest.raises(ValueError, match="all 24 episodes of .* begin in one state .pair 'p0'.; .* at least 2 first"):
+    with pytest.raises(ValueError, match="all 24 episodes of .* begin in one state; .* at least 2 first states"):
         Split.of(recorded("one", 24), labeler, 0.1, 0)
 
 

@@ -127,7 +127,10 @@ def test_dreams_that_the_simulator_cannot_lay_out_are_left_out_and_counted(datas
     for name, known in (("some", rows), ("none", rows[1:])):
         write_json(tmp_path / name / "scores.json", known)
         parents = {"dataset": fingerprint(labels.root)}
-        write_json(tmp_path / name / "manifest.json", {"id": name, "parents": parents, "results": {"yields": {}}})
+        write_json(
+            tmp_path / name / "manifest.json",
+            {"id": name, "stage": "curate", "config": {}, "parents": parents, "results": {"yields": {}}},
+        )
     options = dict(draws=20, record={})
     worth = evaluate_filters(tmp_path / "some", labels, lambda: Plane(dataset), out=tmp_path / "worth", **options)
     assert (worth["results"]["clips"], worth["results"]["left_out"]) == (1, 2)
