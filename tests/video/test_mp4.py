@@ -199,7 +199,7 @@ def test_a_spoilt_part_of_a_file_does_not_spoil_the_rest(tmp_path):
 
     with av.open(str(tmp_path / "a.mp4")) as container:
         entry = container.streams.video[0].index_entries[10]
-    data[entry.pos : entry.pos + entry.size] = bytes(entry.size)
+        data[entry.pos : entry.pos + entry.size] = bytes(entry.size)
     (tmp_path / "a.mp4").write_bytes(data)
     kept = OpenVideo(tmp_path / "a.mp4")
     for _ in range(2):
