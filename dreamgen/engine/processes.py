@@ -7,6 +7,7 @@ from the CPU to the GPU when it is cut, so a GPU holds its share and one whole b
 whole model for each process.
 """
 
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterable
@@ -56,8 +57,20 @@ def join() -> tuple[int, int]:
         return 0, 1
     from accelerate import PartialState
 
+    if not dist.is_initialized():
+        atexit.register(leave)
     state = PartialState(cpu=best_device().type == "cpu", timeout=PATIENCE)
     return state.process_index, state.num_processes
+
+
+def leave() -> None:
+    """End gloo's threads while Python still runs.
+
+    One that lets go of a tensor after the interpreter has gone aborts the process, whose work was done
+    (pytorch/pytorch#179291). NCCL is left alone: its end waits for processes that may have failed.
+    """
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def require_alone(stage: str) -> None:

@@ -245,12 +245,15 @@ def test_a_model_that_is_cut_keeps_no_bf16_copies():
 
 def test_torchrun_starts_it(tmp_path):
     script = tmp_path / "run.py"
-    script.write_text("import sys; from pathlib import Path; from tests.engine.test_processes import run\n"
+    script.write_text("import atexit, sys; from pathlib import Path; import torch.distributed as dist\n"
+                      "from tests.engine.test_processes import run\n"
+                      "atexit.register(lambda: print('threads left', dist.is_initialized()))\n"
                       "run(Path(sys.argv[1]), steps=2)\n")  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            str(script), str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("threads left False") == 2
     assert "steps 0 to 2" in (tmp_path / "out" / "train.log").read_text() and len(read_losses(tmp_path / "out")) == 2
 
 
