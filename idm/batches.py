@@ -42,6 +42,13 @@ def in_all_phases(clock: Clock, window: int, most: int) -> Clock:
     return clock.with_frames(max(clock.frames, min(most, window - 1 + clock.stride.denominator)))
 
 
+def fresh_starts(shown: np.ndarray, clock: Clock) -> np.ndarray:
+    """First rows (n,) of the clips on `clock` each frame of which is of its own row; shown: see `shown_rows`."""
+    starts = np.arange(max(0, len(shown) - clock.steps))
+    rows = starts[:, None] + clock.rows
+    return starts[(shown[rows] == rows).all(1)]
+
+
 class Batches:
     """Batches of `batch_size` clips of `frames` frames at the rates of `clocks`, from `episodes` of a dataset.
 
@@ -94,7 +101,7 @@ class Batches:
         for index, motion in zip(self.rows, motions, strict=True):
             if len(motion) <= clock.steps:
                 continue
-            new = self._new(index, clock)
+            new = fresh_starts(self.shown[index], clock)
             found.append(np.column_stack([np.full(len(new), index), new]))
             means.append(sliding_window_view(motion, clock.steps)[:-1].mean(-1)[new])
         if not sum(map(len, means)):
@@ -107,13 +114,6 @@ class Batches:
             weight[chosen] *= share / max(weight[chosen].sum(), 1e-6)
         upto = (weight / weight.sum()).astype(np.float64).cumsum()
         return starts, upto / upto[-1]
-
-    def _new(self, index: int, clock: Clock) -> np.ndarray:
-        """First rows (n,) of the clips of an episode on `clock` each frame of which is of its own row."""
-        shown = self.shown[index]
-        starts = np.arange(len(shown) - clock.steps)
-        rows = starts[:, None] + clock.rows
-        return starts[(shown[rows] == rows).all(1)]
 
     def _degrade(self, degrade: Degrade, count: int, frames: int) -> list[tuple[int, np.ndarray, np.ndarray, Clock]]:
         """(episode, rows, degraded video, clock) of `count` clips, spread over the episodes."""
@@ -128,7 +128,7 @@ class Batches:
             if not every:
                 continue
             index = every[n * len(every) // count if len(every) > count else n % len(every)]
-            new, latest = self._new(index, long), len(self.rows[index].action) - long.steps
+            new, latest = fresh_starts(self.shown[index], long), len(self.rows[index].action) - long.steps
             start = 0 if rng.random() < self.first else rng.integers(latest)
             if len(new):
                 places.append((index, long.rows + new[new.searchsorted(start, side="right") - 1], clock))

@@ -58,8 +58,8 @@ class Chunks:
     and how many idle ones beyond `keep_idle` of each episode are not here; many idle ones, and any of the others, are
     warned of. memory_gb, folder, reserve_gb, held_gb, kept_gb: see `dreamgen.policies.decoded`.
 
-    Raises ValueError for a horizon longer than all episodes, for shuffled labels of one episode, and where
-    `relative_to` or `keep_idle` leaves nothing.
+    Raises ValueError for a horizon longer than all episodes, for shuffled labels of one episode, where `relative_to` or
+    `keep_idle` leaves nothing, and for video without actions in which FLARE finds no future (elsewhere a warning).
     """
 
     def __init__(
@@ -134,6 +134,15 @@ class Chunks:
         if not len(self):
             raise ValueError(f"in none of the {told} observations of {root} anything moves, and keep_idle is 0; take "
                              f"some of each episode (keep_idle=2), or all of them (null)")  # fmt: skip
+        if self.future_steps is not None and not any(self._later(*place)[1] for place in self):
+            longest = max(map(self.dataset.length, self._frames))
+            why = (
+                f"{root}: FLARE learns nothing of it, for {self.future_steps} rows after an observation no episode "
+                f"shows a new picture; the longest has {longest} rows: choose another policy.align_horizon"
+            )
+            if not self.dataset.has_actions:
+                raise ValueError(why)
+            log.warning(why)
         if self.idle_left_out > MANY * told:
             log.warning("%s: %d of %d observations are left out because nothing moves in their chunks; keep_idle=null "
                         "takes all", root, self.idle_left_out, told)  # fmt: skip
@@ -216,7 +225,7 @@ class Chunks:
     def futures(self) -> Iterator[tuple[int, int]]:
         """The places that FLARE looks at after the observations."""
         if self.future_steps is not None:
-            yield from ((i, self._later(i, row + self.future_steps)[0]) for i, row in self)
+            yield from ((i, self._later(i, row)[0]) for i, row in self)
 
     def look(self, places: Sequence[tuple[int, int]]) -> np.ndarray:
         """Pictures (n v h w 3) at observation rows, or their features where `features` gives them."""
@@ -273,16 +282,17 @@ class Chunks:
             "weight": np.stack([chunk[2] for chunk in chunks]),
         }
         if self.future_steps is not None:
-            later = [self._later(i, row + self.future_steps) for i, row in places]
+            later = [self._later(i, row) for i, row in places]
             batch["future"] = self.look([(i, row) for (i, _), (row, _) in zip(places, later, strict=True)])
             batch["future_known"] = np.array([found for _, found in later])
         return batch
 
     def _later(self, episode: int, row: int) -> tuple[int, bool]:
-        """The last row with a picture up to `row`; False if the episode ends before `row`."""
-        frames = self._frames[episode]
-        k = int(np.searchsorted(frames, row, side="right")) - 1
-        return int(frames[k]), bool(row < self.dataset.length(episode))
+        """The last row with a picture up to `future_steps` after the observation at `row`; False if the episode ends
+        before, or shows nothing new by then."""
+        frames, later = self._frames[episode], row + (self.future_steps or 0)
+        shown = int(frames[np.searchsorted(frames, later, side="right") - 1])
+        return shown, row < shown and later < self.dataset.length(episode)
 
 
 def collate(parts: Sequence[dict], words: Callable[[Sequence[str]], Tensor]) -> dict[str, Tensor]:

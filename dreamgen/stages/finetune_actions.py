@@ -183,6 +183,9 @@ def check(world: ActionWorld, datasets: Sequence[Dataset], shares: Sequence[floa
     """The lengths of windows. ValueError for settings that do not fit together."""
     if method not in METHODS:
         raise ValueError(f"method is '{method}'; expected one of {', '.join(METHODS)}")
+    if (expert := getattr(world.world, "expert", "both")) != "both":
+        raise ValueError(f"the world model would train its expert '{expert}' alone, and actions enter both by the same "
+                         f"weights: set stage.world_model.world.expert=both")  # fmt: skip
     if not datasets or (shares is not None and (len(shares) != len(datasets) or min(shares) < 0 or sum(shares) <= 0)):
         raise ValueError(f"shares are {shares} for {len(datasets)} datasets; expected one share of a batch for each")
     for dataset in datasets:

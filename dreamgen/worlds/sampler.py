@@ -67,7 +67,8 @@ class Sampler:
                 try:
                     module.set_attention_backend(backend)
                 except (ValueError, RuntimeError, ImportError) as error:
-                    raise ValueError(f"attention_backend is '{backend}': {error}") from error
+                    raise ValueError(f"attention_backend is '{backend}', as is kept with a fine-tuned world model: "
+                                     f"{error}; attention_backend=native is torch's own") from error  # fmt: skip
             if cache is not None:
                 self._cache(module)
             if wanted(compile):

@@ -102,15 +102,16 @@ def named(kind: str, file: Path) -> Any:
     return getattr(import_module(module), name)
 
 
-def open_saved(path: Path | str) -> Any:
-    """A world model that `save` wrote, by the class that its folder names; one that names none is a `PrefixWorld`.
+def open_saved(path: Path | str, **changed: Any) -> Any:
+    """A world model that `save` wrote, by the class that its folder names, `changed` as in `load`; one that names none
+    is a `PrefixWorld`.
 
     Raises ValueError where it is not.
     """
     file = Path(path) / FILE
     kind = read_json(file).get("world")
     try:
-        return named(kind or PREFIX, file).load(path)
+        return named(kind or PREFIX, file).load(path, **changed)
     except (ValueError, TypeError) as error:  # the latter for settings that are another class's
         if kind:
             raise

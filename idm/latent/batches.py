@@ -1,5 +1,6 @@
 """Training clips of any video, addressed by step; actions come along only for the few labelled episodes."""
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,27 +9,41 @@ import torch
 from dreamgen.core.clock import Clock
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.video_rate import shown_rows
-from idm.batches import Recorded
+from idm.batches import Recorded, fresh_starts
+
+log = logging.getLogger(__name__)
+
+
+def starts_of(dataset: Recorded, index: int, clock: Clock) -> np.ndarray:
+    """First rows (n,) of the clips of an episode; of labelled video those that show new pictures alone."""
+    return fresh_starts(shown_rows(dataset.episode(index)), clock)
 
 
 class VideoBatches:
     """Batches of `batch_size` clips on `clock` from `episodes`; every other clip is labelled where any is.
 
     labelled: the episodes whose actions may be seen. Calling gives a dict: video (b f H W 3) uint8, action (b s a),
-    zero where unknown, known (b,) 1.0 for labelled clips.
+    zero where unknown, known (b,) 1.0 for labelled clips. Of labelled video clips show new pictures alone.
 
-    Raises ValueError for episodes that are all shorter than a clip.
+    Raises ValueError for episodes none of which has a clip, and for labelled ones none of which has.
     """
 
     def __init__(self, dataset: Recorded, episodes: Sequence[int], labelled: Sequence[int], clock: Clock, *,
                  batch_size: int, seed: int) -> None:  # fmt: skip
         self.dataset, self.clock, self.batch_size, self.seed = dataset, clock, batch_size, seed
-        self.episodes = [i for i in episodes if dataset.length(i) > clock.steps]
+        found = {i: starts_of(dataset, i, clock) for i in episodes}
+        self.starts = {i: starts for i, starts in found.items() if len(starts)}
+        self.episodes = list(self.starts)
         self.labelled = [i for i in self.episodes if i in set(labelled)]
-        if not self.episodes:
-            raise ValueError(f"none of {len(list(episodes))} episodes has the {clock.steps + 1} rows that a training "
-                             f"clip spans; lower the labeler's `frames`, label video of a rate that divides the "
-                             f"robot's, or record longer episodes")  # fmt: skip
+        for kind, given, left in (("", found, self.episodes), ("labelled ", labelled, self.labelled)):
+            if len(given) and not left:
+                raise ValueError(f"none of {len(given)} {kind}episodes has the {clock.steps + 1} rows that a training "
+                                 f"clip spans, with new pictures alone; lower the labeler's `frames`, label video of a "
+                                 f"rate that divides the robot's, or record longer episodes")  # fmt: skip
+        if len(self.episodes) < len(found):
+            log.warning("%d of %d episodes bring no training clips: they are shorter than the %d rows of one, or "
+                        "repeat pictures at another rate", len(found) - len(self.episodes), len(found),
+                        clock.steps + 1)  # fmt: skip
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         rng = rng_for(self.seed, "latent batch", step)
@@ -36,8 +51,7 @@ class VideoBatches:
         for n in range(self.batch_size):
             pool = self.labelled if self.labelled and n % 2 else self.episodes
             index = pool[int(rng.integers(len(pool)))]
-            start = int(rng.integers(self.dataset.length(index) - self.clock.steps))
-            start = int(shown_rows(self.dataset.episode(index))[start])  # of labelled video the row of the new picture
+            start = int(self.starts[index][rng.integers(len(self.starts[index]))])
             video.append(self.dataset.canvas(index, start + self.clock.rows))
             known.append(float(index in self.labelled))
             taken = self.dataset.episode(index).action[start : start + self.clock.steps]

@@ -29,7 +29,7 @@ from dreamgen.engine.precision import autocast, best_device
 from idm import checkpoint
 from idm.batches import Recorded, in_all_phases
 from idm.clips import alike, clock_of, frames_at_once, kind, pictures, require_readable, stacked
-from idm.latent.batches import VideoBatches
+from idm.latent.batches import VideoBatches, starts_of
 from idm.latent.bottleneck import Continuous, Passed, Quantised
 from idm.latent.target import Features, Pixels
 from idm.latent.transformer import Layer, Patches
@@ -181,18 +181,23 @@ class LatentActions(nn.Module):
                                  f"to learn actions from a share of {self.labelled} of the episodes that bring them; "
                                  f"set labeler.labelled=0, or add recordings with actions (stage.more)")  # fmt: skip
             count = max(1, round(self.labelled * len(told)))
-            self.known = sorted(int(i) for i in rng.permutation(told)[:count])
+            long = [i for i in told if len(starts_of(dataset, i, self._clips))]
+            self.known = sorted(int(i) for i in rng.permutation(long or told)[:count])
             self.action = Normaliser.fit(np.concatenate([dataset.episode(i).action for i in self.known]),
                                          self.source.action)  # fmt: skip
         sample = VideoBatches(dataset, episodes, [], self.clock.with_frames(2), batch_size=64, seed=self.seed)(0)
         self.scale.copy_(self.changes(pictures(sample["video"])).square().mean((0, 2, 3)).sqrt() + 1e-4)
 
+    @property
+    def _clips(self) -> Clock:
+        """That of training clips; a head has an output for each robot step of the longest gap."""
+        clock = self.clock.with_frames(self.frames)
+        return in_all_phases(clock, 2, 4 * self.frames) if self.labelled else clock
+
     def batches(self, dataset: Recorded, episodes: Sequence[int], *, batch_size: int, seed: int,
                 **unused: Any) -> VideoBatches:  # fmt: skip
         """Training batches by step. Settings that only inverse dynamics knows are not used."""
-        clock = self.clock.with_frames(self.frames)
-        if self.labelled:  # its head has an output for each robot step of the longest gap
-            clock = in_all_phases(clock, 2, 4 * self.frames)
+        clock = self._clips
         if clock.frames > self.frames:
             log.warning("training clips have %d frames in place of labeler.frames=%d: fewer would not show the gaps in "
                         "all phases of a video whose rate does not divide the robot's", clock.frames,

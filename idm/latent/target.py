@@ -42,7 +42,8 @@ class Features:
             if not Path(world).exists():
                 raise ValueError(f"the world model {world} of the feature target does not exist; finetune one, name "
                                  f"where it lies, or train on pixels (labeler.target=null)")  # fmt: skip
-            self.vae = open_saved(world).place(experts=False)
+            # of its transformer, and how that was run where it was trained, nothing is needed
+            self.vae = open_saved(world, attention_backend="native", compile=False).place(experts=False)
             self.width = self.vae.layout.channels
         else:
             self.tower = open_tower(path, config).requires_grad_(False).eval()

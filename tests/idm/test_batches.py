@@ -49,6 +49,24 @@ def test_clips_show_the_rows_whose_actions_they_bring():
                 assert row % 3 == 0 and any(mine[row : row + 9] == [tuple(a) for a in action] for mine in known)
 
 
+def test_clips_of_rates_that_do_not_divide_are_of_new_pictures(caplog):
+    """A gap of 5/4 rows: pictures at rows 0, 1, 2, 3, 5, 6, 7, 8, 10, ... From row 2 a clip would show row 3 twice."""
+    clock, squares = Clock(robot_hz="20", video_hz="16", frames=5), labelled(1)
+    fresh = np.isin(np.arange(27), clock.with_frames(22).rows)[:, None].astype(np.float32)
+    squares.episodes = [replace(e, extra={"frame_fresh": fresh}) for e in squares.episodes]
+    batches = VideoBatches(squares, range(3), range(3), clock, batch_size=6, seed=0)
+    assert all(set(starts) == set(range(0, 22, 5)) for starts in batches.starts.values())
+    short = squares.episodes[1]
+    squares.episodes[1] = replace(short, **{key: getattr(short, key)[:4] for key in ("state", "action")},
+                                  video={}, extra={"frame_fresh": fresh[:4]})  # fmt: skip
+    assert VideoBatches(squares, range(3), [1, 2], clock, batch_size=2, seed=0).labelled == [2]
+    assert "1 of 3 episodes bring no training clips" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 labelled episodes has the 6 rows"):
+        VideoBatches(squares, range(3), [1], clock, batch_size=2, seed=0)
+
+
 def test_labels_of_another_rate_are_refused():
+    with pytest.raises(ValueError, match="none of 3 episodes has the 7 rows .* with new pictures alone"):
+        VideoBatches(labelled(3), range(3), [], Clock(robot_hz="20", video_hz="10", frames=4), batch_size=2, seed=0)
     with pytest.raises(ValueError, match="no clip of 4 frames at 10 Hz shows new pictures alone"):
         Batches(labelled(3), range(3), [Clock(robot_hz="20", video_hz="10", frames=4)], batch_size=2, seed=0)

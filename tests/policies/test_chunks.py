@@ -23,6 +23,7 @@ class Recorded(Dataset):
 
     def __init__(self, *episodes: Episode, of: Embodiment | None = None) -> None:
         self.episodes, self.robot, self.root = episodes, of or robot(), Path("recorded")
+        self.has_actions = True
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -77,6 +78,22 @@ def test_dreams_are_seen_where_their_video_has_frames():
     batch = chunks.batch([(0, 2), (0, 6)])
     assert batch["future"][0, 0, 0, 0, 0] == 4  # row 5 has no picture of its own: the frame before it
     assert batch["future_known"].tolist() == [True, False]
+    assert not Chunks(Recorded(dream), horizon=STEPS, future_steps=1).batch([(0, 2)])["future_known"][0]  # the same one
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+def test_where_no_future_is_shown_alignment_has_nothing_to_learn(steps, caplog):
+    dream = replace(episode(9), meta={"frame_rows": [0, 2, 4, 6, 8]})
+    said = f"for {steps} rows after an observation no episode shows a new picture; the longest has 9 rows"
+    Chunks(Recorded(dream), horizon=STEPS, future_steps=steps)
+    assert said in caplog.text
+    video = Recorded(dream)
+    video.has_actions = False
+    with pytest.raises(ValueError, match=said):
+        Chunks(video, horizon=STEPS, future_steps=steps)
+    caplog.clear()
+    Chunks(video, horizon=STEPS, future_steps=8)
+    assert not caplog.text
 
 
 def test_idle_observations_are_bounded():

@@ -59,6 +59,12 @@ def test_each_family_trains_on_all_lengths_and_is_validated(name, dataset, tmp_p
     assert again.moved and apart(world, again, prompt()) <= 1
 
 
+def test_one_expert_alone_is_not_taught_actions(dataset, tmp_path):
+    base = zoo.world("wan22_i2v_a14b", "", pipeline=zoo.build("wan22_i2v_a14b"), expert="high")
+    with pytest.raises(ValueError, match="its expert 'high' alone, .* set stage.world_model.world.expert=both"):
+        finetune_actions(ActionWorld(world=base, width=8), [dataset], out=tmp_path, **OPTIONS)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shorter_clip_is_cut_from_the_latents_of_a_longer_one(name):
     world = zoo.world(name, "", pipeline=zoo.build(name))
