@@ -149,3 +149,10 @@ def read_column(table: pa.Table, key: str) -> np.ndarray:
             raise ValueError(f"'{key}' has rows of different widths: {sorted(map(str, widths))}")
         column = column.flatten()
     return column.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
+
+
+def precise(values: np.ndarray, feature: dict) -> np.ndarray:
+    """Fractions in the precision that `info.json` tells of their feature, which some tables of others lack."""
+    told = stored_column(feature)
+    fractions = told is not None and told.dtype.startswith("float") and values.dtype.kind == "f"
+    return values.astype(told.dtype, copy=False) if told and fractions else values

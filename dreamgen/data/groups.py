@@ -1,11 +1,14 @@
 """Episodes that begin in the same state (meta `pair`, as `collect stage.pairs=4` records them) say much of each other:
 what is held out is held out with its siblings, and actions of another episode are those of another group."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
+
+log = logging.getLogger(__name__)
 
 
 def group_of(dataset: Dataset | Joined, i: int) -> tuple[Path, str] | int:
@@ -15,10 +18,24 @@ def group_of(dataset: Dataset | Joined, i: int) -> tuple[Path, str] | int:
     return (own.root, pair) if pair else i
 
 
-def with_siblings(dataset: Dataset | Joined, chosen: Sequence[int] | set[int]) -> set[int]:
-    """Episodes `chosen`, and all that begin in the same state as one of them."""
-    groups = {group_of(dataset, i) for i in chosen}
-    return {i for i in range(len(dataset)) if group_of(dataset, i) in groups}
+def groups_of(dataset: Dataset | Joined) -> list[tuple[Path, str] | int]:
+    """See `group_of`, of each episode."""
+    return [group_of(dataset, i) for i in range(len(dataset))]
+
+
+def held_out(groups: Sequence[Hashable], count: int, order: Sequence[int]) -> set[int]:
+    """Numbers of `count` episodes to hold out, or of a few more, whose groups these are: whole groups, as `order` comes
+    to them, but never all. Of a single group none is, which is warned of."""
+    held, left = set(), set(groups)
+    if count and len(left) == 1:
+        log.warning("all %d episodes begin in one state: none is held out", len(groups))
+    for k in order:
+        if len(held) >= count or len(left) < 2:
+            break
+        if groups[k] in left:
+            left.remove(groups[k])
+            held |= {i for i, group in enumerate(groups) if group == groups[k]}
+    return held
 
 
 def others(groups: Sequence[object]) -> list[int]:

@@ -60,7 +60,7 @@ class DatasetPrompts:
     dataset: Dataset
     episodes: int | None = None
     keyframes: Sequence[float | int] = (0,)
-    commanded: bool = False
+    commanded: bool | None = None
     instructions: Sequence[str] | None = None
     every_instruction: bool = False
     repeats: int = 1
@@ -73,6 +73,8 @@ class DatasetPrompts:
 
     def __call__(self) -> list[Draft]:
         data = self.dataset
+        if self.commanded:
+            data.require_actions("prompts.commanded")
         given = self.instructions is not None  # then a dataset's own may be unknown
         own = [data.episode(i).instruction if given else data.instruction(i) for i in range(len(data))]
         texts = _require_text(list(self.instructions), "prompts") if given else list(dict.fromkeys(own))
@@ -85,7 +87,7 @@ class DatasetPrompts:
             for row in key_rows(self.keyframes, data.episode(i)):
                 begun = ORIGIN if row == 0 else ("video",)  # no simulator begins in the middle of this episode
                 frames.append({
-                    "first": partial(_recorded, data, i, row, self.commanded), "instruction": text,
+                    "first": partial(_recorded, data, i, row, bool(self.commanded)), "instruction": text,
                     "pair": f"e{data.index(i):06d}" + (f"_r{row}" if row else ""),
                     "origin": {k: v for k, v in meta.items() if k in begun}
                               | {"dataset": held, "episode": data.index(i), "row": row},

@@ -16,7 +16,7 @@ from torch import Tensor
 from dreamgen.core.manifest import fingerprint
 from dreamgen.core.seeding import rng_for
 from dreamgen.data.cache import Cache
-from dreamgen.data.groups import group_of
+from dreamgen.data.groups import groups_of, held_out
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.states import commanded_states
@@ -27,17 +27,6 @@ from dreamgen.stages.sharing import grouped
 from dreamgen.worlds.action import ActionWorld
 from dreamgen.worlds.action_frames import entries_read
 from dreamgen.worlds.autoencoder import clips_at_once
-
-
-def held_out(dataset: Dataset, count: int, seed: int) -> set[int]:
-    """`count` episodes to validate on, or a few more: those that share a first state stay together."""
-    group = [group_of(dataset, i) for i in range(len(dataset))]
-    held: set[int] = set()
-    for first in rng_for(seed, "validation").permutation(len(dataset)).tolist():
-        if len(held) >= count:
-            break
-        held |= {i for i, name in enumerate(group) if name == group[first]}
-    return held
 
 
 class Source:
@@ -53,7 +42,8 @@ class Source:
                "views": seen(dataset)}  # fmt: skip
         size = shard_size((world.clock.frames, *world.robot.canvas))
         self.cache = Cache(root, key, count=len(self.windows), size=size)
-        self.held = held_out(dataset, min(validation, len(dataset) // 5), seed)
+        groups, order = groups_of(dataset), rng_for(seed, "validation").permutation(len(dataset)).tolist()
+        self.held = held_out(groups, min(validation, len(dataset) // 5), order)
         self.read = entries_read(world.robot, maps=world.maps)
         self.states: dict[int, np.ndarray | None] = {}  # of episodes, at every hop-th row, once they are asked for
         self.shown = [shown_rows(dataset.episode(i)) for i in range(len(dataset))]

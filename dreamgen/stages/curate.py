@@ -120,7 +120,9 @@ def curate(
         left = sum(work.missing(name, group) for name in filters for group in groups)
         if left:
             return {"complete": False, "left": left}
-        with alone(out):  # shards that end together do not write twice
+        with alone(out, mine) as may_end:  # shards that end together do not write twice
+            if not may_end:
+                return {"complete": False, "left": 0}
             if is_complete(out):
                 return run.manifest()
             names, scores = work.table()

@@ -14,7 +14,7 @@ from dreamgen.engine.progress import progress
 from dreamgen.stages.sharing import Parts, grouped
 from dreamgen.worlds.redream import redream
 
-DRAWN = "drawn"  # the folder of clips as a world model draws them, while their stage runs
+DRAWN = "drawn_clips"  # the folder of clips as a world model draws them, while their stage runs
 TOKENS = 2**16  # of a batch: a single clip is doubled by its world model, so that none depends on its batch
 Asked = Callable[[int], tuple[np.ndarray, str]]
 Drawn = Callable[[Asked, Sequence[str]], list[np.ndarray]]
@@ -28,10 +28,10 @@ def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: i
     redream_up_to: each is noised to a level drawn below this and denoised again under its instruction
     (`dreamgen.worlds.redream`): so its dreams do look. Clips of another rate than the world model's pass the
     autoencoder alone: it would draw another speed. A clip depends on its number and the seed, not on its batch (in bf16
-    but for rounding); a batch is of one level as nearly as can be. It is kept in `out/drawn` once done, where a stage
-    that was killed takes it up; apart: the folder there of clips that are kept beside others. batch_size: by default 16
-    small clips, and of large ones no more than two windows of 81 frames at 480x832. The world model is on the
-    accelerator only while it draws: what is trained next may be as large.
+    but for rounding); a batch is of one level as nearly as can be. It is kept in `out/drawn_clips` once done, where a
+    stage that was killed takes it up; apart: the folder there of clips that are kept beside others. batch_size: by
+    default 16 small clips, and of large ones no more than two windows of 81 frames at 480x832. The world model is on
+    the accelerator only while it draws: what is trained next may be as large.
     """
     size = batch_size or max(1, min(16, TOKENS // getattr(world_model, "clip_tokens", 1)))
 

@@ -4,7 +4,7 @@ On one process or, started by `torchrun` or `srun`, on several: they encode toge
 """
 
 import logging
-from collections.abc import Sequence, Sized
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from dreamgen.core.manifest import Stage
 from dreamgen.core.seeding import rng_for, seed_for
 from dreamgen.data.buckets import Buckets, ClipPool, Shape
 from dreamgen.data.cache import require_known
-from dreamgen.data.groups import with_siblings
+from dreamgen.data.groups import groups_of, held_out
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import noted
 from dreamgen.engine.compiling import compile_blocks, wanted
@@ -125,12 +125,13 @@ def finetune(
         wait()
         world.place(experts=shards == 1)  # what is cut goes to the GPU block by block
         pool = ClipPool(datasets, world.clock, lengths=lengths, hop=hop, short=short, copies=copies, shift=shift)
-        held = _held_out(datasets, validation, seed)
-        held = {(i, k) for i, d in enumerate(datasets) for k in with_siblings(d, [k for j, k in held if j == i])}
+        every = [(i, k) for i, d in enumerate(datasets) for k in range(len(d))]
+        groups = [(i, group) for i, d in enumerate(datasets) for group in groups_of(d)]
+        held = {every[k] for k in _held_out(groups, validation, seed)}
         rows = np.array([k for k in range(len(pool)) if pool.episode(k) not in held])
         if not len(rows):
-            raise ValueError(f"all {sum(map(len, datasets))} episodes of {datasets[0].root} are held out for "
-                             f"validation ({validation}); hold out fewer")  # fmt: skip
+            raise ValueError(f"all episodes of {datasets[0].root} that are long enough are held out for validation "
+                             f"({validation}); hold out fewer")  # fmt: skip
         where = out / "cache" if cache is None else Path(cache)
         latents = Latents(world, pool, where, transform={"hop": hop, "copies": copies, "shift": shift if copies else 0})
         if cache is not None:
@@ -147,7 +148,7 @@ def finetune(
                              "processes or replicas, or set decoder_steps=0")  # fmt: skip
         clips = [-(-size // (count * accumulate * forks)) for size in buckets.sizes]
         drawn = round(steps * float(np.dot(buckets.share, buckets.sizes)))
-        if drawn < len(rows):
+        if 0 < drawn < len(rows):
             log.warning("%d steps draw %d clips at most, and all %d are encoded: stage.hop=%d makes about as many as "
                         "are drawn", steps, drawn, len(rows), hop * -(-len(rows) // drawn))  # fmt: skip
         if lora:  # targets that fit nowhere are told before anything is encoded
@@ -241,10 +242,10 @@ def _train_decoder(world: VideoWorld, latents: Latents, rows: np.ndarray, out: P
     model.release()
 
 
-def _held_out(datasets: Sequence[Sized], count: int, seed: int) -> set[tuple[int, int]]:
-    """Episodes (dataset, episode) for validation, drawn by the seed; at most a fifth, or one of two to nine."""
-    every = [(i, k) for i, d in enumerate(datasets) for k in range(len(d))]
-    most = max(len(every) // 5, min(1, len(every) - 1))
+def _held_out(groups: Sequence[Hashable], count: int, seed: int) -> set[int]:
+    """Numbers of the episodes for validation, by their groups (see `held_out`): at most a fifth of all, or one of two
+    to nine, and their siblings."""
+    most = max(len(groups) // 5, min(1, len(groups) - 1))
     if count > most:
-        log.info("validation: %d of %d episodes are held out, not %d: at most a fifth", most, len(every), count)
-    return {every[k] for k in rng_for(seed, "validation").permutation(len(every))[: min(count, most)]}
+        log.info("validation: %d of %d episodes are held out, not %d: at most a fifth", most, len(groups), count)
+    return held_out(groups, min(count, most), rng_for(seed, "validation").permutation(len(groups)).tolist())

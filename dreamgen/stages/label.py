@@ -153,7 +153,9 @@ def label(
                     found = Labels(value=value, spread=spread)
                     yield labelled_episode(robot, folder.read(id), found, state, known, source)
 
-        with alone(out):  # shards that end together do not write twice
+        with alone(out, mine) as may_end:  # shards that end together do not write twice
+            if not may_end:
+                return {"complete": False, "batches": len(batches), "left": 0}
             if is_complete(out):
                 return run.manifest()
             spreads, bad = _stored(parts, batches)

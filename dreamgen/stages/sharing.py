@@ -9,6 +9,7 @@ shard is called until it returns, anywhere and as often as it takes, and the res
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import struct
 import zipfile
@@ -22,6 +23,7 @@ import numpy as np
 from dreamgen.core.manifest import ALONE, replacing
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,19 @@ def grouped(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """One process at a time, on any machine that locks files of `out`; the lock falls with its process. Some network
-    file systems know no locks: there nobody waits."""
+def alone(out: Path, shard: Shard) -> Iterator[bool]:
+    """One process at a time, on any machine that locks files of `out`; the lock falls with its process. False for all
+    but the first shard on a network file system that knows no locks: there it alone may end the stage."""
     with (Path(out) / ALONE).open("w") as file:
+        mine = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
                 raise
-        yield
+            if not (mine := shard.number == 0):
+                log.warning("all is done but to join it, and %s knows no locks: call shard 0 once more", out)
+        yield mine
         (Path(out) / ALONE).unlink(missing_ok=True)
 
 

@@ -77,10 +77,11 @@ def test_the_time_of_day_survives_in_columns_of_others(v2, robot, tmp_path):
         "clock": {"dtype": "float64", "shape": [1]}, "label_spread": {"dtype": "float64", "shape": [4]}
     }  # fmt: skip
     change_info(root, features=features)
-    clock = 1.7e9 + np.arange(11) / 20
-    for i in range(3):
-        change_table(root, i, lambda t: t | {
-            "clock": clock[: len(t["action"])].tolist(), "label_spread": [[0.1] * 4] * len(t["action"])})  # fmt: skip
+    clock = 1.7e9 + np.arange(11) // 8 * 128.0
+    for i, kind in enumerate((pa.float64(), pa.float32(), pa.float64())):  # one recorder has stored it otherwise
+        change_table(root, i, lambda t, kind=kind: t | {
+            "clock": pa.array(clock[: len(t["action"])], kind), "label_spread": [[0.1] * 4] * len(t["action"])
+        })  # fmt: skip
     data = Dataset(root, robot)
     assert data.episode(0).extra["label_spread"].dtype == data.episode(0).action.dtype == np.float32
     export_dataset(data, tmp_path / "exported")
@@ -88,7 +89,7 @@ def test_the_time_of_day_survives_in_columns_of_others(v2, robot, tmp_path):
     for name in ("exported", "curated"):
         again = Dataset(tmp_path / name, robot)
         assert again.info["features"]["clock"]["dtype"] == "float64"
-        assert np.array_equal(again.extra(2)["clock"][:, 0], clock)
+        assert all(np.array_equal(again.extra(i)["clock"][:, 0], clock[: again.length(i)]) for i in range(3))
         write_dataset(tmp_path / "more" / name, (Candidates(again, None).episode(i, {}) for i in range(3)), robot)
         assert np.array_equal(Dataset(tmp_path / "more" / name, robot).extra(2)["clock"][:, 0], clock)
         assert not [f for f in inspect(tmp_path / name, robot)[0] if f.level != "note"]

@@ -167,9 +167,11 @@ def test_first_frames_within_labelled_video_are_new_pictures(tmp_path):
     assert key_rows([0, 0.45, 0.4, 0.9], given) == [0, 2, 7]
     assert key_rows([0, 0.45, 0.9], replace(given, extra={})) == [0, 4, 9]
     write_dataset(tmp_path, [given], ROBOT)
-    for commanded in (False, True):
+    for commanded in (None, True):
         (found,) = read_prompts(
             DatasetPrompts(dataset=Dataset(tmp_path, ROBOT), keyframes=[0.4], commanded=commanded)()
         )
         assert found.pair == "e000000_r2" and np.allclose(found.state, given.state[2], atol=1e-6)
         assert np.abs(found.image.astype(int) - 20).max() <= 2
+    with pytest.raises(ValueError, match="prompts.commanded reads actions"):
+        DatasetPrompts(dataset=Dataset(tmp_path, ROBOT, actions=False), keyframes=[0.4], commanded=True)()

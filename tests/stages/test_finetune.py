@@ -300,7 +300,7 @@ def test_figures_of_frames_average_to_those_of_the_video():
 
 def test_where_validation_is_asked_for_an_episode_is_held_out(caplog):
     def held(episodes: int, count: int) -> int:
-        return len(stage._held_out([range(episodes)], count, seed=3))
+        return len(stage._held_out(range(episodes), count, seed=3))
 
     caplog.set_level("INFO", logger="dreamgen.stages.finetune")
     assert [held(n, 1) for n in (2, 4, 5, 50)] == [1, 1, 1, 1] and held(50, 8) == 8 and held(4, 0) == 0
@@ -309,4 +309,4 @@ def test_where_validation_is_asked_for_an_episode_is_held_out(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "validation: 0 of 1 episodes are held out, not 1: at most a fifth",
         "validation: 2 of 12 episodes are held out, not 8: at most a fifth"]  # fmt: skip
-    assert stage._held_out([range(40)], 3, seed=3) < stage._held_out([range(40)], 8, seed=3)
+    assert stage._held_out(range(40), 3, seed=3) < stage._held_out(range(40), 8, seed=3)

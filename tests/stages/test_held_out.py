@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 
 from dreamgen.core.clock import Clock
-from dreamgen.data.groups import with_siblings
+from dreamgen.data.groups import groups_of, held_out
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.recordings import Recordings, recorded_clip
 from dreamgen.data.writer import write_dataset
-from dreamgen.stages.action_windows import held_out
 from dreamgen.stages.judge_clips import Recorded
 from dreamgen.stages.train_judge import measured, three_ways
 from dreamgen.stages.train_labeler import Split
@@ -45,19 +44,26 @@ def test_the_pairs_of_a_recording_are_its_groups(tmp_path):
     clips = Recorded([data, data], [{i: True for i in range(2, 12)}, {0: True}], "10")
     assert clips.groups == ["0 p0"] * 2 + ["0 p1"] * 4 + ["0 8", "0 9", "0 10", "0 11", "1 p0"]
     for seed in range(5):
-        assert held_out(data, 5, seed) >= {0, 1, 2, 3} or held_out(data, 5, seed).isdisjoint({0, 1, 2, 3})
-        assert 5 <= len(held_out(data, 5, seed)) <= 8 and held_out(data, 0, seed) == set()
-    assert with_siblings(data, [1, 9]) == {0, 1, 2, 3, 9} and with_siblings(data, []) == set()
+        held = held_out(groups_of(data), 5, np.random.default_rng(seed).permutation(12).tolist())
+        assert held >= {0, 1, 2, 3} or held.isdisjoint({0, 1, 2, 3})
+        assert 5 <= len(held) <= 8 and held_out(groups_of(data), 0, range(12)) == set()
+    assert held_out(groups_of(data), 5, [1, 0, 9]) == {0, 1, 2, 3, 9} and held_out(range(12), 2, [5, 3, 8]) == {5, 3}
     clock = Clock(robot_hz=ROBOT.robot_hz, video_hz=ROBOT.robot_hz, frames=2)
     split = Split.of(data, SimpleNamespace(clock=clock), 0.1, 0)
     assert split.apart in ([0, 1, 2, 3], [4, 5, 6, 7]) or len(split.apart) == 1
     assert sorted(split.training + split.apart) == list(range(12))
     both = Joined([data, Dataset(shutil.copytree(tmp_path / "data", tmp_path / "more"), ROBOT)])
-    assert with_siblings(both, [1, 9, 12 + 4]) == {0, 1, 2, 3, 9, 16, 17, 18, 19}  # its namesakes are no siblings
+    held = held_out(groups_of(both), 6, [1, 9, 12 + 4])
+    assert held == {0, 1, 2, 3, 9, 16, 17, 18, 19}  # its namesakes are no siblings
     with pytest.raises(ValueError, match="all 4 episodes of .* that are long enough begin in one state"):
         Split.of(Dataset(tmp_path / "data", ROBOT, episodes=range(4)), SimpleNamespace(clock=clock), 0.1, 0)
     assert [recorded_clip(data, i, clock)[0].pair for i in (0, 5, 9)] == ["p0", "p1", ""]
     assert Recordings(data, clock, "data").read("episode_000007").pair == "p1"
+
+
+def test_not_all_groups_are_held_out(caplog):
+    assert held_out("aabb", 4, [3, 0]) == {2, 3} and not caplog.records
+    assert held_out("aaaa", 1, [2, 0]) == set() and "all 4 episodes begin in one state" in caplog.text
 
 
 def test_a_share_of_the_first_states_is_held_out_of_a_labelers_training(tmp_path):
