@@ -174,8 +174,8 @@ def figure(card: Mapping, key: str) -> str:
         return ""
     if isinstance(value, list):
         return f"{value[0]:.2f} to {value[1]:.2f}"
-    known = key == "r" and card.get("r_low") is not None
-    return f"{value:.2f}" + (f" [{card['r_low']:.2f}, {card['r_high']:.2f}]" if known else "")
+    low, high = (card.get(f"{key}_{end}") for end in ("low", "high"))  # cards of before have that of r alone
+    return f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def sheets(
