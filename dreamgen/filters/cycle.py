@@ -2,9 +2,9 @@
 
 An action-conditioned model shows what the labels would do. Its error is measured in units of what happens at all: the
 mean square difference of the two videos over that of the dream and its own first frame held. 0 is a perfect cycle, 1
-is as far as if nothing were predicted. A clip in which nothing moves has no scale, and fails. A clip is compared over
-as much of the model's window as it fills, up to a frame that the model can end on; where it fills none, the filter
-abstains.
+is as far as if nothing were predicted. A clip in which nothing moves has no scale, and fails. A clip is compared up to
+the last frame that the model can end on; where it is longer than the model's window, the model goes on from the frames
+that it has dreamt. Where there is no such frame, the filter abstains. Longer clips, recorded ones too, err more.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Cycle(Referenced):
             if clip.video_hz != model.clock.video_hz:
                 raise ValueError(f"clip '{clip.id}' runs at {clip.video_hz} Hz, the action-conditioned model at "
                                  f"{model.clock.video_hz}; filter '{self.name}' needs one of that rate")  # fmt: skip
-            frames = (min(len(clip.video), model.clock.frames) - 1) // gaps * gaps + 1
+            frames = (len(clip.video) - 1) // gaps * gaps + 1
             if frames < 2:
                 continue
             clock = model.clock.with_frames(frames)

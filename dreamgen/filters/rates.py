@@ -44,6 +44,10 @@ class Rates:
             raise ValueError(f"a judge's rates need successes and failures, got {n} and {m}; give it episodes of both")
         return cls(tpr=float(yes[truth].mean()), tnr=float((~yes[~truth]).mean()), positives=n, negatives=m)
 
+    def behind(self, observed: np.ndarray | float) -> np.ndarray | float:
+        """Success rates behind observed ones, of any shape."""
+        return np.clip((observed + self.tnr - 1) / (self.tpr + self.tnr - 1), 0, 1)
+
     def corrected(self, successes: int, n: int) -> dict:
         """Success rate behind `successes` of `n` judged episodes: {observed, rate, low, high, n}.
 
@@ -57,7 +61,6 @@ class Rates:
                 f"to no more than 1: chance. Train it longer, or on more successes and failures."
             )
         observed = successes / n
-        rate = (observed + self.tnr - 1) / (self.tpr + self.tnr - 1)
         # Lang and Reiczigel: pseudo-counts on all three shares, then a normal interval with a shift
         size, p = n + Z**2, (successes + Z**2 / 2) / (n + Z**2)
         a, b = self.positives + 2, self.negatives + 2
@@ -68,7 +71,7 @@ class Rates:
         error = p * (1 - p) / size + (1 - middle) ** 2 * sp * (1 - sp) / b + middle**2 * se * (1 - se) / a
         half = Z * np.sqrt(error) / span
         low, high = np.clip((middle + shift - half, middle + shift + half), 0, 1)
-        rate = float(np.clip(rate, 0, 1))
+        rate = float(self.behind(observed))
         return {"observed": observed, "rate": rate, "low": float(min(low, rate)), "high": float(max(high, rate)),
                 "n": int(n)}  # fmt: skip
 

@@ -111,7 +111,7 @@ def counts(results: Mapping) -> str:
     """A step in a few words: its success, or up to three of its counts ("280 episodes, 10,080 frames"), or ""."""
     if card := results.get("correlation"):
         r = "" if card.get("r") is None else f", r {card['r']:.2f}"
-        return f"{len(card['policies'])} policies{r}"
+        return f"{card.get('k', len(card['policies']))} policies{r}"
     if "rate" in (success := results.get("success") or {}):
         return f"{success['successes']:,} of {success['n']:,} succeed"
     known = {key.removeprefix("final_"): value for key, value in results.items()}
@@ -150,11 +150,13 @@ def correlations(found: Mapping[str, Mapping]) -> list[tuple[str, str]]:
     plotted = []
     for name, results in ((n, m["results"]["correlation"]) for n, m in found.items() if m["stage"] == "correlation"):
         points = [(policy, row["real"], row["dream"]) for policy, row in results["policies"].items()]
+        k = results.get("k", len(points))
+        apart = f" (figures of the {k} that gave no data to the world model)" if k < len(points) else ""
         told = ", ".join(
             f"{CARD[key]} {results[key]:.2f}" for key in ("r", "mmrv", "bias") if results.get(key) is not None
         )
         plot = plots.scatter(points, title=name, x_name="success in the simulator", y_name="in the dream")
-        plotted.append((f"{name}: {len(points)} policies{', ' if told else ''}{told}", plot))
+        plotted.append((f"{name}: {len(points)} policies{apart}{', ' if told else ''}{told}", plot))
     return plotted
 
 
@@ -174,8 +176,8 @@ def figure(card: Mapping, key: str) -> str:
         return ""
     if isinstance(value, list):
         return f"{value[0]:.2f} to {value[1]:.2f}"
-    known = key == "r" and card.get("r_low") is not None
-    return f"{value:.2f}" + (f" [{card['r_low']:.2f}, {card['r_high']:.2f}]" if known else "")
+    low, high = (card.get(f"{key}_{end}") for end in ("low", "high"))  # cards of before have that of r alone
+    return f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def sheets(

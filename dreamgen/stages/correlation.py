@@ -15,6 +15,7 @@ import numpy as np
 
 from dreamgen.core.clip import Prompt
 from dreamgen.core.clock import Clock
+from dreamgen.core.intervals import success_interval
 from dreamgen.core.manifest import Stage, read_json, write_json
 from dreamgen.core.protocols import ActionWorldModel, Judge, Policy, Sim
 from dreamgen.core.seeding import seed_for
@@ -25,10 +26,10 @@ from dreamgen.engine.progress import progress
 from dreamgen.filters.judged import require_known
 from dreamgen.filters.rates import Rates, rates_in_dreams, rates_on
 from dreamgen.sims.rollout import Rollout, film, rollout
+from dreamgen.stages.agreement import auroc_interval
 from dreamgen.stages.blind import BLIND, first_frame, shuffled_actions
-from dreamgen.stages.label_scores import auroc
 from dreamgen.stages.open_loop import open_loop_error
-from dreamgen.stages.report_card import card
+from dreamgen.stages.report_card import DRAWS, card, draws_of
 from dreamgen.stages.served import served
 from dreamgen.video.mp4 import write_mp4
 from dreamgen.video.tiling import tile
@@ -76,9 +77,10 @@ def correlation(
 
     Writes `policies/<name>.json` ({real, probability, agreement, probe, ... per episode}), films real | dreamt, and
     `results/correlation.json`: k, r, r_low, r_high, rho, mmrv, mae, bias, regret, episode_auroc, tpr, tnr of the dream,
-    and the same of the `probe` and of each of `blind`; `corrected` by the judge's own rates, where they are of what it
+    with `_low` and `_high` of rho, mmrv, mae, bias and episode_auroc over first states (see `report_card`); the same of
+    the `probe` and of each of `blind`; `corrected` by the judge's own rates, where they are of what it
     judged here: of recordings, or of dreams of this world model in this sampling, at one look a whole episode; `seen`;
-    `policies`. Episodes on which the judge abstains count on neither side.
+    `policies`, real and dream with Wilson's interval. Episodes on which the judge abstains count on neither side.
 
     Raises ValueError: no simulator, fewer than 2 policies, an unknown name or instruction, `demos` of some policies and
     not of others, a judge or probe that knows none of the instructions, is of another robot or abstains on every
@@ -129,7 +131,7 @@ def correlation(
             rows[name] = read_json(path)
             if name in known_demos:
                 rows[name]["demos"] = float(known_demos[name])
-        results = summary(rows, probe, seen, env.threshold, own)
+        results = summary(rows, probe, seen, env.threshold, own, seed)
         write_json(run.out / "results" / "correlation.json", results)
         return run.finish(correlation=results, **noted(validation))
 
@@ -217,7 +219,7 @@ def none(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def known(values: Sequence[float | None]) -> np.ndarray:
+def known(values: Sequence[float | bool | None]) -> np.ndarray:
     return np.array([np.nan if v is None else v for v in values], np.float64)
 
 
@@ -232,34 +234,43 @@ def rates_of(name: str, key: str, row: Mapping, threshold: float) -> tuple[float
     return float(real.mean()), float((told[spoken] >= threshold).mean()), int(spoken.sum())
 
 
-def outcome(rows: Mapping[str, dict], key: str, threshold: float) -> dict:
-    """episode_auroc, tpr, tnr and abstentions of judged probabilities against reality, all episodes together."""
+def drawn_rates(rows: Mapping[str, dict], key: str, threshold: float, often: np.ndarray) -> np.ndarray:
+    """Real and judged success rates (2 d k) where first states count `often` (d n); nan where none is spoken of."""
+    told, real = np.array([known(row[key]) for row in rows.values()]), np.array([row["real"] for row in rows.values()])
+    spoken = np.isfinite(told)
+    with np.errstate(invalid="ignore"):
+        return np.stack([often @ (yes & spoken).T for yes in (real, told >= threshold)]) / (often @ spoken.T)
+
+
+def outcome(rows: Mapping[str, dict], key: str, threshold: float, seed: int) -> dict:
+    """episode_auroc with its percentile interval over first states, tpr, tnr and abstentions of judged probabilities
+    against reality, all episodes together."""
     told = np.concatenate([known(row[key]) for row in rows.values()])
     real = np.concatenate([np.array(row["real"], bool) for row in rows.values()])
     spoken = np.isfinite(told)
     yes = told >= threshold
     share = {"tpr": yes[spoken & real], "tnr": ~yes[spoken & ~real]}
-    return {"episode_auroc": auroc(told[spoken], real[spoken]), "abstained": int((~spoken).sum()),
+    states = [str(k) for row in rows.values() for k in range(len(row["real"]))]
+    area = auroc_interval(told, real, groups=states, draws=DRAWS, seed=seed)
+    return {"episode_auroc": area["auroc"], "episode_auroc_low": area["low"], "episode_auroc_high": area["high"],
+            "abstained": int((~spoken).sum()),
             **{k: float(v.mean()) if len(v) else math.nan for k, v in share.items()}}  # fmt: skip
 
 
-def compared(rows: Mapping[str, dict], probe: Judge | None, threshold: float,
-             own: Mapping[str, Rates | None]) -> dict:  # fmt: skip
+def compared(rows: Mapping[str, dict], probe: Judge | None, threshold: float, own: Mapping[str, Rates | None],
+             seed: int) -> dict:  # fmt: skip
     """Report cards of the dream, by judge and by probe, and of the blind evaluators over the policies of `rows`.
 
-    own: the rates by which what stands under a key of the rows is corrected.
+    own: the rates by which what stands under a key of the rows is corrected; intervals do not count their uncertainty.
     """
-
-    def rates(key: str, threshold: float) -> np.ndarray:
-        """Real, judged and number of episodes, each of all policies."""
-        return np.array([rates_of(name, key, row, threshold) for name, row in rows.items()]).T
+    often = draws_of(len(next(iter(rows.values()))["real"]), seed)
 
     def told(key: str, threshold: float) -> dict:
-        real, said, each = rates(key, threshold)
-        found = card(real, said) | outcome(rows, key, threshold)
+        real, said = np.array([rates_of(name, key, row, threshold)[:2] for name, row in rows.items()]).T
+        drawn = drawn_rates(rows, key, threshold, often)
+        found = card(real, said, drawn=(drawn[0], drawn[1])) | outcome(rows, key, threshold, seed)
         if by := own.get(key):
-            mended = [by.corrected(round(rate * n), int(n))["rate"] for rate, n in zip(said, each, strict=True)]
-            found["corrected"] = card(real, np.array(mended))
+            found["corrected"] = card(real, by.behind(said), drawn=(drawn[0], by.behind(drawn[1])))
         return found
 
     found = told("probability", threshold)
@@ -268,12 +279,13 @@ def compared(rows: Mapping[str, dict], probe: Judge | None, threshold: float,
     blind = {}
     for key in ("shuffled_actions", "first_frame"):
         if all(np.isfinite(known(row.get(key, []))).any() for row in rows.values()):
-            blind[key] = card(*rates(key, threshold)[:2]) | outcome(rows, key, threshold)
+            blind[key] = told(key, threshold)
     for key in ("demos", "validation"):
         if all(row.get(key) is not None for row in rows.values()):
             every = np.array([np.mean(row["real"]) for row in rows.values()])  # they speak of the policy as a whole
-            score = card(every, np.array([row[key] for row in rows.values()]), rate=False)
-            blind[key] = score | dict.fromkeys(("episode_auroc", "tpr", "tnr"))
+            score, drawn = np.array([row[key] for row in rows.values()]), drawn_rates(rows, "real", 0.5, often)[0]
+            blind[key] = card(every, score, rate=False, drawn=(drawn, np.broadcast_to(score, drawn.shape)))
+            blind[key] |= dict.fromkeys(("episode_auroc", "tpr", "tnr"))
     agreement = np.concatenate([known(row["agreement"]) for row in rows.values()])
     if np.isfinite(agreement).any():
         found["agreement"] = float(np.nanmean(agreement))
@@ -281,18 +293,21 @@ def compared(rows: Mapping[str, dict], probe: Judge | None, threshold: float,
 
 
 def summary(rows: Mapping[str, dict], probe: Judge | None, seen: Sequence[str], threshold: float,
-            own: Mapping[str, Rates | None]) -> dict:  # fmt: skip
+            own: Mapping[str, Rates | None], seed: int) -> dict:  # fmt: skip
     """The content of results/correlation.json."""
     fresh = {name: row for name, row in rows.items() if name not in seen}
     headline = fresh if len(fresh) >= 2 else rows
-    found = compared(headline, probe, threshold, own)
+    found = compared(headline, probe, threshold, own, seed)
     found["headline"] = "unseen policies" if headline is fresh else "all"
     if seen and len(seen) >= 2:
-        found["seen"] = compared({name: rows[name] for name in seen}, probe, threshold, own)
+        found["seen"] = compared({name: rows[name] for name in seen}, probe, threshold, own, seed)
     found["policies"] = {}
     for name, row in rows.items():
         real, dream, n = rates_of(name, "probability", row, threshold)
         found["policies"][name] = {"real": real, "dream": dream, "n": n, "seen": name in seen}
+        for key, rate in (("real", real), ("dream", dream)):
+            ends = success_interval(round(rate * n), n)
+            found["policies"][name] |= {f"{key}_low": ends["low"], f"{key}_high": ends["high"]}
         if by := own.get("probability"):
             found["policies"][name]["corrected"] = by.corrected(round(dream * n), n)
     return clean(found)

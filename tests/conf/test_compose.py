@@ -156,6 +156,21 @@ def test_the_evaluators_judge_is_calibrated_on_the_dreams_that_it_judges() -> No
     assert judge["steps"] == 8 and [differences(judge, other) for other in others] == ["", ""]
 
 
+def test_the_evaluators_policies_that_the_world_model_knows_are_apart() -> None:
+    def folders(node: Any) -> set[str]:
+        return {text for _, text in walk(OmegaConf.to_container(node, resolve=True)) if "/policy_" in text}
+
+    learned = load("finetune_actions", ["experiment=evaluator", "step=action_world"])[0].stage.datasets
+    novices = [one.root.rpartition("/")[2] for one in learned if "novice" in one.root]
+    known = [folders(load("collect", ["experiment=evaluator", f"step={step}"])[0].stage.policy) for step in novices]
+    for step in ("correlation", "correlation_perfect"):
+        stage = load("evaluate", ["experiment=evaluator", f"step={step}"])[0].stage
+        own = {name: folders(policy) for name, policy in stage.policies.items()}
+        assert set().union(*(own.pop(name) for name in stage.seen)) == set().union(*known)
+        assert len(own) == 24 == len(set().union(*own.values()) - set().union(*known))
+        assert step != "correlation" or set(stage.demos) == {*own, *stage.seen}
+
+
 def test_streams_of_actions_need_actions() -> None:
     """Prompts that bring none are refused by the mode; which prompts they are is no other result."""
     words = ["mode=actions", "prompts.sim=null", "prompts.dataset=${heldout}", "prompts.keyframes=[0,0.5]"]

@@ -180,11 +180,21 @@ class Chunked:
                 for past, action in zip(pasts, actions, strict=True)]  # fmt: skip
 
 
+def test_a_cycle_goes_on_beyond_the_models_window():
+    module, squares = pytest.importorskip("dreamgen.filters.cycle"), Squares(2, seed=4)
+    clips, world = [replace(clip_of(squares, 0), state=squares.episode(0).state[0])], Painter(squares)
+    world.clock = CLOCK.with_frames(5)  # of the clip's 9
+    one, true = module.Cycle(world_model=world, half=0.1), squares.episode(0).action[:16]
+    late = np.concatenate([true[:8], squares.episode(1).action[8:16]])
+    assert one.raw(clips, [labels(true)])[0] == pytest.approx(0, abs=1e-6)
+    assert one.raw(clips, [labels(late)])[0] > 0.1
+
+
 def test_a_cycle_ends_where_the_model_can_end():
     module, world = pytest.importorskip("dreamgen.filters.cycle"), Chunked()
     squares = Squares(1, seed=4)
-    whole = clip_of(squares, 0)
-    clips = [replace(whole, video=whole.video[:count]) for count in (9, 8, 7, 5, 4)]  # of 9 frames
-    found = module.Cycle(world_model=world, half=0.5).score(clips, [labels(squares.episode(0).action[:16])] * 5)
-    assert world.asked == [16, 8, 8, 8] and np.isnan(found).tolist() == [False] * 4 + [True]
-    np.testing.assert_allclose(found[:4], 1 / (1 + 2**2), rtol=1e-3)  # an error of 1: nothing is predicted
+    whole = clip_of(squares, 0, CLOCK.with_frames(13))
+    clips = [replace(whole, video=whole.video[:count]) for count in (13, 12, 9, 8, 7, 5, 4)]  # its window has 9 frames
+    found = module.Cycle(world_model=world, half=0.5).score(clips, [labels(squares.episode(0).action[:24])] * 7)
+    assert world.asked == [24, 16, 16, 8, 8, 8] and np.isnan(found).tolist() == [False] * 6 + [True]
+    np.testing.assert_allclose(found[:6], 1 / (1 + 2**2), rtol=1e-3)  # an error of 1: nothing is predicted

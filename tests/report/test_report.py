@@ -192,8 +192,10 @@ def test_trainings_are_added_up(tmp_path: Path) -> None:
 
 def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
     rows = {"good <one>": {"real": 0.9, "dream": 0.8}, "bad": {"real": 0.1, "dream": 0.4}}
-    told = {"policies": rows, "r": 1.0, "r_low": -1.0, "r_high": 1.0, "r_drop_one": [None, None], "mmrv": None,
-            "bias": 0.1, "episode_auroc": 0.87, "probe": {"r": 0.5, "tnr": 0.75},
+    rows["known"] = {"real": 0.5, "dream": 0.6, "seen": True}
+    told = {"policies": rows, "k": 2, "r": 1.0, "r_low": -1.0, "r_high": 1.0, "r_drop_one": [None, None], "mmrv": None,
+            "bias": 0.1, "bias_low": 0.02, "bias_high": 0.2, "episode_auroc": 0.87, "episode_auroc_low": None,
+            "episode_auroc_high": None, "probe": {"r": 0.5, "tnr": 0.75},
             "blind": {"first_frame": {"r": 0.25, "r_drop_one": [-0.1, 0.5]}}}  # fmt: skip
     finish(tmp_path / "compared", "correlation", correlation=told)
     finish(tmp_path / "executed", "evaluate_counterfactuals", clips=1)
@@ -205,12 +207,14 @@ def test_evaluator_and_filters_are_shown(tmp_path: Path) -> None:
     report(ROBOT, out=tmp_path / "report", folder=tmp_path, steps=["compared", "executed", "kept"],
            record={})  # fmt: skip
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "compared: 2 policies, r 1.00, bias 0.10" in page and "good &lt;one&gt;: 0.90, 0.80" in page
-    (x1, y1), (x0, y0) = ((float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', page))
+    said = "compared: 3 policies (figures of the 2 that gave no data to the world model), r 1.00, bias 0.10"
+    assert said in page and "good &lt;one&gt;: 0.90, 0.80" in page
+    (x1, y1), (x0, y0), _ = ((float(x), float(y)) for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', page))
     assert x1 < x0 and y1 > y0 and (x0 - x1) / (y1 - y0) == pytest.approx(2, abs=0.01)
     cells = re.findall(r"<tr><td>([^<]+)</td>((?:<td class=\"num\">[^<]*</td>){10})", page)
     figures = {name: re.findall(r">([^<]*)</td>", row) for name, row in cells}
-    assert figures["the dream"][:2] == ["1.00 [-1.00, 1.00]", ""] and figures["the dream"][5:8] == ["0.10", "", "0.87"]
+    assert figures["the dream"][:2] == ["1.00 [-1.00, 1.00]", ""] and figures["the dream"][5] == "0.10 [0.02, 0.20]"
+    assert figures["the dream"][6:8] == ["", "0.87"]
     assert figures["blind: first frame"][:2] == ["0.25", "-0.10 to 0.50"]
     assert figures["the dream, by the probe"][::9] == ["0.50", "0.75"]
     assert "executed: f01, dreamed, judged and executed" in page and "data:image/png;base64,iVBOSA==" in page

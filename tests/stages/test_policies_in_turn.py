@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dreamgen.core.manifest import read_json
 from dreamgen.engine import precision
 from dreamgen.policies.degraded import Noisy
 from dreamgen.stages.correlation import correlation
@@ -55,3 +56,18 @@ def test_the_films_of_a_policy_are_made_in_one_simulator(tmp_path) -> None:
         assert len(made) == len(held) and len(list((tmp_path / str(films) / "films").rglob("*.mp4"))) == 2 * films
         counts.append(len(made))
     assert counts[0] == counts[1]
+
+
+def test_policies_that_the_world_model_knows_change_nothing_for_the_others(tmp_path) -> None:
+    others = {f"p{k}": Noisy(policy=Steady(speed), size=0.4) for k, speed in enumerate((0.1, 0.3, 0.5))}
+    every, seen, found = others | {"k0": Steady(0.2), "k1": Noisy(policy=Steady(0.4), size=0.4)}, ["k0", "k1"], []
+    for name, policies in (("alone", others), ("beside", every)):
+        demos = {one: number for number, one in enumerate(policies)}
+        made = correlation(None, Column(lenient=1), Point, policies, out=tmp_path / name, demos=demos,
+                           seen=seen if policies is every else [], video_hz=5, **OPTIONS)  # fmt: skip
+        found.append(made["results"]["correlation"])
+    rows = [{one: read_json(tmp_path / name / "policies" / f"{one}.json") for one in others}
+            for name in ("alone", "beside")]  # fmt: skip
+    assert rows[0] == rows[1] and 0 < np.mean([row["real"] for row in rows[0].values()]) < 1
+    assert found[1].pop("seen")["k"] == 2 and {found[1]["policies"].pop(one)["seen"] for one in seen} == {True}
+    assert found[0] == found[1] and found[0]["mae"] > 0

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dreamgen.stages.correlation import outcome, rates_of
-from dreamgen.stages.report_card import card, drop_one, mmrv, pearson, regret, spearman
+from dreamgen.core.intervals import Z, success_interval
+from dreamgen.filters.rates import Rates
+from dreamgen.stages.correlation import drawn_rates, outcome, rates_of, summary
+from dreamgen.stages.report_card import card, draws_of, drop_one, mmrv, pearson, regret, spearman
 
 
 def numbers(*rows: list[float]) -> list[np.ndarray]:
@@ -97,6 +99,78 @@ def test_episodes_by_hand() -> None:
             "b": {"real": [True, False, True], "said": [0.3, 0.5, None]}}  # fmt: skip
     # successes .9 and .3 against failures .4, .2, .5: .9 is above all three, .3 above one; .9 is a yes, and so is .5
     found = {"episode_auroc": 4 / 6, "abstained": 1, "tpr": 1 / 2, "tnr": 2 / 3}
-    assert outcome(rows, "said", 0.5) == pytest.approx(found)
+    told = outcome(rows, "said", 0.5, seed=0)
+    assert 0 <= told.pop("episode_auroc_low") <= 4 / 6 <= told.pop("episode_auroc_high") <= 1
+    assert told == pytest.approx(found)
     assert rates_of("a", "said", rows["a"], 0.5) == pytest.approx((1 / 3, 1 / 3, 3))
     assert rates_of("b", "said", rows["b"], 0.5) == (0.5, 0.5, 2)  # the third counts on neither side
+
+
+def tried(rng: np.random.Generator, k: int, n: int) -> dict[str, dict]:
+    """k policies from n first states, some of which are easy for all; a dream tells 4 of 5 outcomes, but every policy's
+    last one is unknown."""
+    luck, rows = rng.normal(size=n), {}
+    for i, level in enumerate(np.linspace(-1.5, 1.5, k)):
+        real = level + luck + rng.normal(size=n) > 0
+        said = np.where(rng.random(n) < 0.8, real, rng.random(n) < 0.5) * 0.6 + rng.random(n) * 0.3
+        rows[f"p{i}"] = {"real": real.tolist(), "probability": [*said[:-1].tolist(), None], "agreement": [None] * n}
+        rows[f"p{i}"]["demos"] = float(i)
+    return rows
+
+
+def test_figures_of_all_draws_are_those_of_each() -> None:
+    rng = np.random.default_rng(3)
+    real, score = rng.integers(0, 6, (2, 40, 7)) / 5  # with ties
+    real[0] = 0.4
+    each = [(spearman(r, s), mmrv(r, s)) for r, s in zip(real, score, strict=True)]
+    assert np.allclose(np.transpose([spearman(real, score), mmrv(real, score)]), each, equal_nan=True)
+    assert np.isnan(each[0][0]) and each[1][0] == pytest.approx(stats.spearmanr(real[1], score[1]).statistic)
+    rows, often = tried(rng, 3, 9), draws_of(9, 5)
+    drawn = drawn_rates(rows, "probability", 0.5, often)
+    again = {name: {key: np.repeat(row[key], often[4]).tolist() for key in ("real", "probability")}
+             for name, row in rows.items()}  # fmt: skip
+    for i, name in enumerate(rows):
+        assert drawn[:, 4, i] == pytest.approx(rates_of(name, "probability", again[name], 0.5)[:2])
+
+
+def test_the_interval_of_the_bias_is_the_analytic_one() -> None:
+    rows = tried(np.random.default_rng(7), 6, 61)
+    found = summary(rows, None, [], 0.5, {}, seed=1)
+    real, said = (np.array([row[key][:-1] for row in rows.values()], float) for key in ("real", "probability"))
+    error = ((said >= 0.5) - real).mean(0)  # of each first state, all policies together
+    half = Z * error.std() / math.sqrt(60)
+    assert found["bias"] == pytest.approx(error.mean())
+    assert [found["bias_low"], found["bias_high"]] == pytest.approx([error.mean() - half, error.mean() + half],
+                                                                    abs=0.1 * half)  # fmt: skip
+    one = found["policies"]["p2"]
+    assert one["real_low"] == success_interval(int(real[2].sum()), 60)["low"] <= one["real"] <= one["real_high"]
+    assert one["dream_high"] == success_interval(int((said[2] >= 0.5).sum()), 60)["high"]
+    assert summary(rows, None, [], 0.5, {}, seed=1) == found != summary(rows, None, [], 0.5, {}, seed=2)
+
+
+def test_intervals_cover_what_many_episodes_show() -> None:
+    rng, held = np.random.default_rng(8), dict.fromkeys(("rho", "mmrv", "mae", "bias"), 0)
+    many = [rates_of(name, "probability", row, 0.5)[:2] for name, row in tried(rng, 6, 20000).items()]
+    true = card(*np.transpose(many))
+    for seed in range(20):
+        found = summary(tried(rng, 6, 41), None, [], 0.5, {}, seed=seed)
+        for key in held:
+            assert found[f"{key}_low"] <= found[key] <= found[f"{key}_high"]
+            held[key] += found[f"{key}_low"] <= true[key] <= found[f"{key}_high"]
+    assert min(held.values()) >= 16, held
+
+
+def test_a_dream_without_an_error_has_intervals_without_width() -> None:
+    rows = tried(np.random.default_rng(9), 4, 30)
+    for row in rows.values():
+        row["probability"] = row["first_frame"] = [float(real) for real in row["real"]]
+    found = summary(rows, None, [], 0.5, {"probability": Rates(tpr=1.0, tnr=1.0, positives=9, negatives=9)}, seed=0)
+    for card_ in (found, found["corrected"], found["blind"]["first_frame"]):
+        ends = [card_[f"{key}_{end}"] for key in ("rho", "mmrv", "mae", "bias") for end in ("low", "high")]
+        assert ends == pytest.approx([1, 1, 0, 0, 0, 0, 0, 0], abs=1e-12)
+    assert (found["episode_auroc_low"], found["episode_auroc_high"]) == (1, 1)
+    demos = found["blind"]["demos"]  # not a success rate; reality alone is drawn
+    assert demos["mae_low"] is demos["bias_high"] is None and demos["rho_low"] <= demos["rho"] <= demos["rho_high"]
+    one = {name: {key: value[:1] for key, value in row.items() if key != "demos"} for name, row in rows.items()}
+    alone = summary(one, None, [], 0.5, {}, seed=0)  # one first state says nothing of others
+    assert alone["mae"] == 0 and alone["mae_low"] is alone["mmrv_high"] is alone["episode_auroc_low"] is None
