@@ -135,8 +135,9 @@ def is_even(table: pa.Table, key: str, width: int) -> bool:
     return column.null_count == 0 or pa.types.is_floating(column.type)
 
 
-def read_column(table: pa.Table, key: str) -> np.ndarray:
-    """A column as (s k), all that a row holds in one line however deep its lists lie.
+def read_column(table: pa.Table, key: str, feature: dict | None = None) -> np.ndarray:
+    """A column as (s k), all that a row holds in one line however deep its lists lie. feature: what `info.json` tells
+    of it; fractions come in its precision, which some tables of others lack.
 
     ValueError if it is missing or its rows differ in width.
     """
@@ -148,11 +149,6 @@ def read_column(table: pa.Table, key: str) -> np.ndarray:
         if len(widths) != 1 or None in widths:
             raise ValueError(f"'{key}' has rows of different widths: {sorted(map(str, widths))}")
         column = column.flatten()
-    return column.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
-
-
-def precise(values: np.ndarray, feature: dict) -> np.ndarray:
-    """Fractions in the precision that `info.json` tells of their feature, which some tables of others lack."""
-    told = stored_column(feature)
-    fractions = told is not None and told.dtype.startswith("float") and values.dtype.kind == "f"
-    return values.astype(told.dtype, copy=False) if told and fractions else values
+    values = column.to_numpy(zero_copy_only=False).reshape(table.num_rows, -1)
+    told = stored_column(feature) if feature and values.dtype.kind == "f" else None
+    return values.astype(told.dtype, copy=False) if told and told.dtype.startswith("float") else values

@@ -15,17 +15,7 @@ from jaxtyping import UInt8
 
 from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment, Part
-from dreamgen.data.columns import (
-    BOOKKEEPING,
-    OWN,
-    REMEDY,
-    TRUTH,
-    check_numbers,
-    is_even,
-    precise,
-    read_column,
-    stored_column,
-)
+from dreamgen.data.columns import BOOKKEEPING, OWN, REMEDY, TRUTH, check_numbers, is_even, read_column, stored_column
 from dreamgen.data.decoders import Decoders
 from dreamgen.data.fit import absent_cameras, misfits
 from dreamgen.data.instructions import find_instruction
@@ -163,7 +153,7 @@ class Dataset:
         """All columns of numbers of episode i (s k) beside state and action: those that are held, and `others`."""
         table = self.table(i, self.others) if self.others else None
         told = self.info["features"]
-        found = self._episodes[i].extra | {key: precise(read_column(table, key), told[key]) for key in self.others}
+        found = self._episodes[i].extra | {key: read_column(table, key, told[key]) for key in self.others}
         return {key: found[key] for key in self._numeric if key in found}
 
     def entry(self, i: int) -> Entry:
