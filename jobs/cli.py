@@ -7,7 +7,8 @@ import sys
 import jobs
 from jobs.help import summary
 
-APART = {"cli", "cluster", "errors", "help", "kinds", "recipe", "running", "steps"}  # modules that are no commands
+# modules that are no commands
+APART = {"cli", "cluster", "dreams", "errors", "help", "kinds", "recipe", "running", "steps"}
 
 
 def commands() -> list[str]:

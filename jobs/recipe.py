@@ -19,7 +19,10 @@ from hydra.errors import ConfigCompositionException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from jobs.dreams import asked
 from jobs.kinds import settings
+
+SAMPLED = {"steps": "world_model.steps", "guidance": "world_model.guidance", "best_of": "best_of"}  # of a dream's stage
 
 
 @dataclass
@@ -73,19 +76,23 @@ def load(job: str, overrides: Sequence[str] = ()) -> tuple[DictConfig, list[str]
         # what is set within a group may be of one that the step chooses
         which = [word for word in overrides if (key := word.partition("=")[0].lstrip("+~")).startswith("steps.")
                  or "." not in key]  # fmt: skip
-        every = with_step(compose(job, overrides=which), job, overrides)
-        try:
-            cfg = compose(job, overrides=every)
-        except ConfigCompositionException:
-            listed = compose(job, overrides=[word for word in every if "." not in word.partition("=")[0]])
-            every = [unlisted(listed, word) for word in every]
-            cfg = compose(job, overrides=every)
+        cfg, every = composed(job, with_step(compose(job, overrides=which), job, overrides))
     GlobalHydra.instance().clear()
     unknown = sorted(set(cfg) - {f.name for f in fields(Recipe)})
     if unknown:  # `+foo=1` slips past Hydra
         known = ", ".join(f.name for f in fields(Recipe))
         raise ValueError(f"no recipe has the key{'s' * (len(unknown) > 1)} {', '.join(unknown)}; it has {known}")
     return cfg, every
+
+
+def composed(job: str, every: Sequence[str]) -> tuple[DictConfig, list[str]]:
+    """The configuration under these overrides, and they, those marked that set what no file lists."""
+    try:
+        return compose(job, overrides=[*every]), [*every]
+    except ConfigCompositionException:
+        listed = compose(job, overrides=[word for word in every if "." not in word.partition("=")[0]])
+        every = [unlisted(listed, word) for word in every]
+        return compose(job, overrides=every), every
 
 
 def unlisted(cfg: DictConfig, word: str) -> str:
@@ -107,9 +114,9 @@ def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
 
     Where the command line names no step, it is the one that the job's primary config proposes, and for a stage of
     another name, as `evaluate stage=labels`, a folder of that name. `plan` takes what it knows of the first `finetune`:
-    the settings that it has too, the world model, the robot and the dataset.
+    the settings that it has too, the world model, the robot and the dataset; and of the first `dream` (see `dreamt`).
     """
-    asked = any(word.startswith("step=") for word in overrides)
+    named = any(word.startswith("step=") for word in overrides)
     stage = next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("stage=")), job)
     name = cfg.step or (job if stage == job else f"{job}_{stage}")
     if job == "plan":  # what the recipe's fine-tuning is asked to do
@@ -117,7 +124,7 @@ def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
         known = {f"stage.{key}" for key in cfg.stage}
         own = [word for word in tuning if (key := word.lstrip("+").partition("=")[0]) in known
                or key.partition(".")[0] in ("embodiment", "world_model", "data")]  # fmt: skip
-        return [*own, *overrides, f"step={name}"]
+        return [*own, *dreamt(cfg, overrides), *overrides, f"step={name}"]
     owner, *own = shlex.split(lines(cfg)[name]) if name in cfg.steps else ["", ""]
     if owner == job:
         seeds = [
@@ -125,11 +132,25 @@ def with_step(cfg: DictConfig, job: str, overrides: Sequence[str]) -> list[str]:
         ]
         moved = [f"seed={seeds[0][0] + seeds[1][0]}"] if all(seeds) else []
         return [*own, *overrides, *moved, f"step={name}"]
-    if asked and owner:
+    if named and owner:
         raise ValueError(f"step '{name}' of recipe '{cfg.name}' is run by jobs.{owner}, not by jobs.{job}")
-    if asked and cfg.steps:
+    if named and cfg.steps:
         raise ValueError(f"recipe '{cfg.name}' has no step '{name}'; it has {', '.join(cfg.steps)}")
     return [*overrides, f"step={name}"]
+
+
+def dreamt(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """What `plan` asks of a recipe's first `dream` (of instructions, not of actions): how it is sampled, and how many
+    there are, as far as is known before."""
+    steps = [words for words in map(shlex.split, lines(cfg).values()) if words[0] == "dream"]
+    own = next((words[1:] for words in steps if not {"mode=actions", "prompts=actions"} & {*words}), None)
+    if own is None:
+        return []
+    given = [word for word in overrides if re.split("[.=]", word.lstrip("+~"))[0] not in ("stage", "step")]
+    stage = composed("dream", [*own, *given])[0].stage
+    found = {f"dreaming.{key}": OmegaConf.select(stage, where) for key, where in SAMPLED.items()}
+    found["dreams"] = asked(stage.prompts)
+    return [f"stage.{key}={value}" for key, value in found.items() if value is not None]
 
 
 def lines(cfg: DictConfig) -> dict[str, str]:

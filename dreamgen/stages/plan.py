@@ -31,6 +31,8 @@ from dreamgen.stages.validation import ROWS
 from dreamgen.worlds.layout import locate
 from dreamgen.worlds.world import LORA
 
+DREAMS = 1000  # that are counted where nobody knows how many there will be
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -117,6 +119,7 @@ def plan(
     weights: str = "bf16",
     denoising_steps: int = 50,
     guidance: float = 1.0,
+    dreaming: Mapping[str, Any] | None = None,
     gpu: str = "h100",
     gpus: int = 1,
     efficiency: float = 0.4,
@@ -136,7 +139,7 @@ def plan(
     ema: float | None = 0.995,
     validate_every: int = 250,
     samples: int = 4,
-    dreams: int = 1000,
+    dreams: int | None = None,
     seed: int = 0,
     record: dict,
 ) -> dict:
@@ -144,8 +147,10 @@ def plan(
 
     model: a folder, hub id or "tiny"; height, width: pixels of a clip, `robot`'s canvas where None. dataset: counted
     where it is there. gpu: a name of `dreamgen.engine.devices`, or "cpu" for this one; efficiency: the share of its
-    peak that is expected. guidance above 1 doubles the forwards of a dream. lora: the world model's, whose rank is
-    taken where `rank` is None; expert: of two, which are trained. The rest is as in `finetune` and `dream`.
+    peak that is expected. guidance above 1 doubles the forwards of a dream. dreaming: `steps` and `guidance` of dreams,
+    where they are others than those of validation's samples, and `best_of`. dreams: how many; where None, 1,000 are
+    counted, and the table says so. lora: the world model's, whose rank is taken where `rank` is None; expert: of two,
+    which are trained. The rest is as in `finetune` and `dream`.
 
     Raises ValueError for an unknown model, device, method, sharding or expert, a GPU in use whose peak is not known,
     clips of several lengths, sizes that the model cannot take, a batch of fewer clips than parts, a dataset whose list
@@ -191,10 +196,11 @@ def plan(
     step = batch_size * sizes.step(video, text_length, lora=adapter)
     done = batch_size * sizes.step(video, text_length, lora=adapter, checkpointing=checkpointing)
     speed = machine.bf16 * efficiency
-    dream = forward * denoising_steps * (2 if guidance > 1 else 1)
+    sampled = {"steps": denoising_steps, "guidance": guidance, "best_of": 1, **(dreaming or {})}
+    dream = forward * _forwards(**sampled)
     windows, recorded = _windows(dataset, Clock(robot_hz=robot.robot_hz, video_hz=video_hz, frames=frames), hop, short)
     windows = windows and windows * (1 + copies)
-    check = ROWS * forward + samples * dream
+    check = ROWS * forward + samples * forward * _forwards(denoising_steps, guidance)
     vae = vae_memory(found.vae, (found.channels, *latents), (frames, *canvas))
     dreaming = parameters * (2 if weights == "bf16" else 4) + vae["weights"] + vae["decode"]
     figures = {
@@ -212,9 +218,10 @@ def plan(
         "validation_gpu_hours": gpus * (-(-steps // validate_every) if validate_every else 1) * check / speed / 3600,
         "seconds_a_step": done / (speed * gpus), "train_gpu_hours": steps * done / speed / 3600,
         "dream_flops": dream, "dream_seconds": dream / speed, "dream_seconds_at_peak": dream / machine.bf16,
-        "dreams_an_hour": 3600 * speed * gpus / dream, "dream_gpu_hours": dreams * dream / speed / 3600,
+        "dreams_an_hour": 3600 * speed * gpus / dream, "dreams": dreams or DREAMS, "dreaming": sampled,
+        "dream_gpu_hours": (dreams or DREAMS) * dream / speed / 3600,
     }  # fmt: skip
-    text = table(figures, steps=steps, dreams=dreams, method=method, batch_size=batch_size, hop=hop)
+    text = table(figures, steps=steps, known=dreams is not None, method=method, batch_size=batch_size, hop=hop)
     write_json(out / "plan.json", {**figures, "config": record})
     (out / "plan.txt").write_text(text + "\n")
     return {**figures, "text": text}
@@ -229,6 +236,11 @@ def _scale(vae: Mapping[str, Any]) -> tuple[int, int]:
         halvings = 2 ** sum(vae["spatio_temporal_scaling"])
         return time or vae["patch_size_t"] * halvings, side or vae["patch_size"] * halvings
     return time or 4, side or 2 ** (len(vae.get("block_out_channels", [0] * 4)) - 1)
+
+
+def _forwards(steps: int, guidance: float, best_of: int = 1) -> int:
+    """Of a dream: two a step with guidance, for each seed of which the best is kept."""
+    return best_of * steps * (2 if guidance > 1 else 1)
 
 
 def _bytes(memory: Memory) -> dict[str, float]:
@@ -249,9 +261,9 @@ def si(value: float, unit: str) -> str:
     return f"{value / scale:.4g} {'PTGM'[[1e15, 1e12, 1e9, 1e6].index(scale)] if scale > 1 else ''}{unit}"
 
 
-def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int, hop: int) -> str:
-    """The figures as lines of text."""
-    memory, vae, gb = found["memory"], found["vae_memory"], 1e9
+def table(found: dict, *, steps: int, known: bool, method: str, batch_size: int, hop: int) -> str:
+    """The figures as lines of text. known: how many dreams there will be."""
+    memory, vae, gb, how = found["memory"], found["vae_memory"], 1e9, found["dreaming"]
     rows = [
         ("model", f"{found['model']}: {found['parameters'] / 1e9:.3g}B parameters, "
                   f"{found['trained_parameters'] / 1e6:.4g}M of them trained ({method})"),
@@ -277,9 +289,12 @@ def table(found: dict, *, steps: int, dreams: int, method: str, batch_size: int,
                      f"{found['train_gpu_hours']:.3g} GPU hours for {steps} steps"),
         ("validation", f"{found['validation_seconds']:.3g} s a time on every GPU, {found['validation_gpu_hours']:.3g} "
                        "GPU hours in all (stage.validate_every, stage.samples)"),
-        ("dreaming", f"{si(found['dream_flops'], 'FLOP')} a dream: {found['dream_seconds']:.3g} s "
+        ("dreaming", f"{si(found['dream_flops'], 'FLOP')} a dream of {how['steps']} steps"
+                     f"{', the best of ' + str(how['best_of']) if how['best_of'] > 1 else ''}: "
+                     f"{found['dream_seconds']:.3g} s "
                      f"({found['dream_seconds_at_peak']:.3g} s at peak), {found['dreams_an_hour']:.3g} an hour, "
-                     f"{found['dream_gpu_hours']:.3g} GPU hours for {dreams}"),
+                     f"{found['dream_gpu_hours']:.3g} GPU hours for {found['dreams']}"
+                     f"{'' if known else ' (stage.dreams; how many there will be is not known)'}"),
     ]  # fmt: skip
     if not found["fits"]:
         rows.append(("too large", "the step does not fit: take stage.method=lora, a larger stage.accumulate, "

@@ -65,6 +65,16 @@ def test_the_plan_of_a_recipe_is_that_of_its_fine_tuning() -> None:
     tuned = load("finetune", [*own[:2], f'steps.world="{words}"', "step=world"])[0].stage
     assert (stage.model, stage.frames, stage.dataset) == (tuned.world_model.path, 49, "other")
     assert (stage.copies, stage.denoising_steps, tuned.world_model.frames) == (3, 7, 49)
+    assert stage.dreaming == {"steps": 7, "guidance": stage.guidance, "best_of": 1} and stage.dreams is None
+
+
+def test_the_plan_of_a_recipe_is_that_of_its_dreams() -> None:
+    stage = load("plan", ["experiment=demo"])[0].stage
+    assert (stage.dreams, stage.denoising_steps, stage.dreaming.steps, stage.dreaming.best_of) == (420, 20, 12, 1)
+    words = "dream prompts.first_frames=5 stage.best_of=4 stage.filter=${filter.frozen} stage.world_model.guidance=1.5"
+    own = ['steps.demos="dream mode=actions"', f'steps.dreams="{words}"', "prompts.repeats=3", "stage.dreaming.steps=9"]
+    stage = load("plan", ["experiment=demo", *own])[0].stage
+    assert stage.dreaming == {"steps": 9, "guidance": 1.5, "best_of": 4} and stage.dreams == 5 * 3
 
 
 @pytest.mark.parametrize(
