@@ -34,7 +34,8 @@ class VideoBatches:
         found = {i: starts_of(dataset, i, clock) for i in episodes}
         self.starts = {i: starts for i, starts in found.items() if len(starts)}
         self.episodes = list(self.starts)
-        self.labelled = [i for i in self.episodes if i in set(labelled)]
+        told = set(labelled)
+        self.labelled = [i for i in self.episodes if i in told]
         for kind, given, left in (("", found, self.episodes), ("labelled ", labelled, self.labelled)):
             if len(given) and not left:
                 raise ValueError(f"none of {len(given)} {kind}episodes has the {clock.steps + 1} rows that a training "
