@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 TORCH  := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 ARGS   ?=
 
-.PHONY: demo test test-lerobot test-openpi lint setup check clean-venv
+.PHONY: demo test test-lerobot test-openpi test-ray lint setup check clean-venv
 
 demo: check
 	$(BIN)/python -m jobs.pipeline experiment=demo $(ARGS)
@@ -28,6 +28,16 @@ test-openpi: $(STAMP)
 	  echo "test-openpi is skipped, openpi-client does not install here" >&2; exit 0; }; \
 	  OPENPI_CLIENT_PYTHON=.venv-openpi/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/serve/test_openpi.py \
 	  -rs $(ARGS)
+
+# launcher=ray on clusters of this machine; Ray is large, so that it lies beside our packages and not among them
+test-ray: $(STAMP)
+	@.venv-ray/bin/python -c 'import ray' 2>/dev/null || { \
+	  $(BIN)/python -m venv --clear .venv-ray && \
+	  $(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > `.venv-ray/bin/python -c \
+	    'import site; print(site.getsitepackages()[0])'`/ours.pth && \
+	  .venv-ray/bin/python -m pip install -qq -c constraints.txt ray; } || { \
+	  echo "test-ray is skipped, ray does not install here" >&2; exit 0; }; \
+	  OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest tests/jobs/test_launchers.py tests/jobs/test_ray.py -rs $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/ty check
