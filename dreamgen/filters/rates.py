@@ -76,20 +76,27 @@ class Rates:
                 "n": int(n)}  # fmt: skip
 
 
-def threshold_for(precision: float, probability: np.ndarray, success: np.ndarray) -> tuple[float, float]:
+def threshold_for(precision: float | None, probability: np.ndarray, success: np.ndarray) -> tuple[float, float]:
     """The lowest threshold whose yes is right with at least `precision`, and the precision that it has.
 
-    probability, success: (n,). Where no threshold reaches it, the one with the highest precision, ties to the lowest.
+    None: the break-even point, where precision equals the true positive rate: as many yeses as successes, so that the
+    rate of yeses is that of successes. probability, success: (n,). Where no threshold reaches what is asked, the one
+    with the highest precision, or with the number of yeses that is nearest; ties to the lowest.
     """
     told = np.isfinite(probability)
     order = np.argsort(-probability[told], kind="stable")
     score, truth = probability[told][order], np.asarray(success, bool)[told][order]
     if not truth.any():
         raise ValueError("a threshold needs at least one success to be chosen by; give episodes of both outcomes")
-    right = truth.cumsum() / np.arange(1, len(truth) + 1)
+    count = np.arange(1, len(truth) + 1)
+    right = truth.cumsum() / count
     last = np.append(score[1:] < score[:-1], True)  # equal probabilities are told yes together
-    reach = last & (right >= precision)
-    k = np.flatnonzero(reach)[-1] if reach.any() else np.flatnonzero(last & (right == right[last].max()))[-1]
+    if precision is None:
+        wrong = np.abs(count - truth.sum())
+        good = last & (wrong == wrong[last].min())
+    elif not (good := last & (right >= precision)).any():
+        good = last & (right == right[last].max())
+    k = np.flatnonzero(good)[-1]
     below = score[k + 1] if k + 1 < len(score) else 0.0
     return float((score[k] + below) / 2), float(right[k])
 

@@ -50,12 +50,13 @@ def train_judge(
     settle: int = 6,
     video_hz: str = "10",
     held_out_share: float = 0.3,
-    least_precision: float = 0.9,
+    least_precision: float | None = None,
     swapped: float = 0.25,
     shift: int = 2,
     world_model: Any = None,
     degraded: float = 0.5,
     degraded_clips: int = 128,
+    shown_clips: int = 200,
     steps: int = 400,
     batch_size: int = 32,
     lr: float = 1e-3,
@@ -79,14 +80,16 @@ def train_judge(
     under actions; dream_clips: the stage that dreamed them.
     video_hz: rate at which clips are seen. held_out_share: of episodes; half of them calibrates, half measures;
     episodes of one dataset with the same meta `pair` share a first state and are not parted.
-    least_precision: the threshold is the lowest whose yes is right so often on the calibrating half.
+    least_precision: the threshold is the lowest whose yes is right so often on the calibrating half; None: the one of
+    as many yeses there as successes, so that rates of success are told without bias.
     swapped: share of a batch that shows a success under another instruction, which is a failure. shift: pixels by which
     training clips move. world_model: `degraded` is the share of a batch that is shown as this model draws it
     (`judge_clips.shown_by`, `degraded_clips` of the clips, once, before training). One that takes actions dreams a clip
     from its first frame; then such dreams calibrate the judge, too. Any other returns it through its autoencoder.
+    shown_clips: at most so many clips of either half are so shown.
 
     Results: held_out {auroc, low, high, n, positives, brier, ece, tpr, tnr, precision, by_instruction}, imagined or
-    decoded the same of up to 200 of these clips as the world model shows them, dreamt the same of dreams, threshold.
+    decoded the same of up to `shown_clips` of these as the model shows them, dreamt the same of dreams, threshold.
     Raises ValueError for episodes without success, too few of one outcome, a dataset of another robot, bad labels,
     dreams without a simulator to replay them.
     """
@@ -124,7 +127,7 @@ def train_judge(
                      weight_decay=weight_decay, betas=betas, clip=clip, ema=ema, precision=precision,
                      replicas=replicas, seed=seed, checkpoint_every=checkpoint_every, log_every=log_every,
                      name="train_judge")  # fmt: skip
-        known = clips.some(fitting, seed) if imagines else fitting
+        known = clips.some(fitting, seed, shown_clips) if imagines else fitting
         logits = model.logits(clips.again(shown, known) if imagines else (clips[k] for k in known))
         model.slope, model.offset = platt(logits, clips.success[known])
         model.threshold, reached = threshold_for(least_precision, model.calibrated(logits), clips.success[known])
@@ -132,7 +135,7 @@ def train_judge(
                                        [clips.groups[k] for k in apart], seed,
                                        [clips.instruction(k) for k in apart])}  # fmt: skip
         if world_model is not None:
-            some, name = clips.some(apart, seed), "imagined" if imagines else "decoded"
+            some, name = clips.some(apart, seed, shown_clips), "imagined" if imagines else "decoded"
             scores[name] = measured(model, name, model.judge(clips.again(shown, some)), clips.success[some],
                                     [clips.groups[k] for k in some], seed,
                                     [clips.instruction(k) for k in some])  # fmt: skip

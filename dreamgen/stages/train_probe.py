@@ -32,7 +32,7 @@ def train_probe(
     labels: Path | None = None,
     video_hz: str = "10",
     held_out_share: float = 0.3,
-    least_precision: float = 0.9,
+    least_precision: float | None = None,
     seed: int = 0,
     record: dict,
 ) -> dict:

@@ -237,3 +237,15 @@ def test_the_threshold_is_the_lowest_of_the_wanted_precision():
     assert reached == pytest.approx(2 / 3) and threshold < 0.6  # out of reach: the highest precision there is
     with pytest.raises(ValueError, match="at least one success"):
         threshold_for(0.9, p, np.zeros(7, bool))
+
+
+def test_the_break_even_threshold_says_yes_as_often_as_there_are_successes():
+    rng = np.random.default_rng(4)
+    y = rng.random(4001) < 0.3
+    p = 1 / (1 + np.exp(-(1.5 * rng.normal(size=4001) + 2 * y - 1.2)))
+    threshold, reached = threshold_for(None, p, y)
+    yes = p >= threshold
+    assert yes.sum() == y.sum() and reached == y[yes].mean() == yes[y].mean()  # precision is the true positive rate
+    tied, truth = np.array([0.9, 0.6, 0.6, 0.6, 0.2, np.nan]), np.array([1, 1, 0, 0, 0, 1], bool)
+    assert (tied >= threshold_for(None, tied, truth)[0]).sum() == 1  # 1 or 4 yeses of 2 successes: 1 is nearer
+    assert (p >= threshold_for(None, p, np.ones(4001, bool))[0]).all()
