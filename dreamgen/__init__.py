@@ -1,3 +1,3 @@
 """dreamgen: turn compute into robot demonstrations, stage by stage."""
 
-__version__ = "0.18.0"
+__version__ = "0.19.0"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dreamgen.core.clip import Clip, Labels
+from dreamgen.core.clip import Clip, Labels, Past, Prompt
+from dreamgen.core.kinematics import clipped
 from dreamgen.core.protocols import ActionWorldModel
-from dreamgen.filters.again import dreamt_again
 from dreamgen.filters.reference import Referenced
 
 
@@ -39,9 +39,26 @@ class Cycle(Referenced):
 
     def raw(self, clips: Sequence[Clip], labels: Sequence[Labels]) -> np.ndarray:
         """One signal."""
+        model, asked, gaps = self.world_model, {}, getattr(self.world_model, "gaps", 1)
+        for k, (clip, label) in enumerate(zip(clips, labels, strict=True)):
+            if clip.video_hz != model.clock.video_hz:
+                raise ValueError(f"clip '{clip.id}' runs at {clip.video_hz} Hz, the action-conditioned model at "
+                                 f"{model.clock.video_hz}; filter '{self.name}' needs one of that rate")  # fmt: skip
+            frames = (len(clip.video) - 1) // gaps * gaps + 1
+            if frames < 2:
+                continue
+            clock = model.clock.with_frames(frames)
+            action = clipped(model.robot, label.value[: clock.steps])
+            asked.setdefault((clock.frames, clip.video.shape[1:]), []).append((k, clip, action))
         found = np.full((len(clips), 1), np.nan)
-        for k, clip, again in dreamt_again(self.world_model, clips, labels, filter=self.name,
-                                           instruction=self.instruction):  # fmt: skip
-            seen = clip.video[1:]
-            found[k] = squared(seen, again[1:]) / max(squared(seen, clip.video[:1]), 1e-12)
+        for (frames, _), group in asked.items():
+            pasts = [Past.begin(self._prompt(clip), model.robot.action_dim) for _, clip, _ in group]
+            again = model.imagine(pasts, [action for _, _, action in group])
+            for (k, clip, _), other in zip(group, again, strict=True):
+                seen = clip.video[1:frames]
+                found[k] = squared(seen, other[: frames - 1]) / max(squared(seen, clip.video[:1]), 1e-12)
         return found
+
+    def _prompt(self, clip: Clip) -> Prompt:
+        text = clip.instruction if self.instruction else ""
+        return Prompt(id=clip.id, image=clip.video[0], instruction=text, seed=clip.seed, state=clip.state)

@@ -89,8 +89,7 @@ def curate(
     candidates = Candidates(dataset, clips, video_hz)
     parents = candidates.parents(clips) | ({"scored": scored} if scored else {}) | ({"truth": truth} if truth else {})
     parents |= {"reference": reference.root} if reference is not None else {}
-    parents |= {f"filter_{name}{n or ''}": path for name, filter in filters.items()
-                for n, path in enumerate(_made_of(filter))}  # fmt: skip
+    parents |= {f"filter_{name}": found for name, filter in filters.items() if (found := _made_of(filter))}
     if dataset is not None:
         require_free(out)
     with Stage(out, "curate", config=record, parents=parents, seed=seed, shared=True) as run:
@@ -314,6 +313,6 @@ def _mean(scores: np.ndarray) -> float | None:
     return float(told.mean()) if len(told) else None
 
 
-def _made_of(filter: Any) -> list[Path]:
-    """The folders that a filter's models were loaded from."""
-    return [part.path for part in vars(filter).values() if isinstance(getattr(part, "path", None), Path)]
+def _made_of(filter: Any) -> Path | None:
+    """The folder that a filter's model was loaded from."""
+    return next((part.path for part in vars(filter).values() if isinstance(getattr(part, "path", None), Path)), None)

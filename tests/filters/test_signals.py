@@ -11,7 +11,6 @@ import pytest
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.filters.cut import Cut
 from dreamgen.filters.frozen import Frozen, changes
-from dreamgen.filters.imagined import Imagined
 from dreamgen.filters.jerk import Jerk
 from dreamgen.filters.limits import Limits
 from dreamgen.filters.reference import Referenced
@@ -199,73 +198,3 @@ def test_a_cycle_ends_where_the_model_can_end():
     found = module.Cycle(world_model=world, half=0.5).score(clips, [labels(squares.episode(0).action[:24])] * 7)
     assert world.asked == [24, 16, 16, 8, 8, 8] and np.isnan(found).tolist() == [False] * 6 + [True]
     np.testing.assert_allclose(found[:6], 1 / (1 + 2**2), rtol=1e-3)  # an error of 1: nothing is predicted
-
-
-class Reader:
-    """Sure of a success where the square ends on the right of where it began; it knows one instruction."""
-
-    threshold = 0.5
-
-    def judge(self, clips):  # noqa: ANN001, ANN201
-        assert all(len(clip.video) == 9 and len(clip.action) == 16 for clip in clips)
-        moved = [middle(clip.video[-1]) > middle(clip.video[0]) for clip in clips]
-        return np.where([clip.instruction == "move" for clip in clips], np.array(moved, float), np.nan)
-
-
-def middle(frame: np.ndarray) -> float:
-    """The column of the square on the grey table."""
-    mass = np.abs(frame[..., 0].astype(float) - 110).sum(0)
-    return float(mass @ np.arange(len(mass)) / mass.sum())
-
-
-class Fickle(Painter):
-    """It draws what the actions do only in dreams of an even seed."""
-
-    def imagine(self, pasts, actions):  # noqa: ANN001, ANN201
-        shown = super().imagine(pasts, actions)
-        return [video if past.prompt.seed % 2 == 0 else np.repeat(past.video, len(video), 0)
-                for past, video in zip(pasts, shown, strict=True)]  # fmt: skip
-
-
-def test_where_labels_lead_is_judged_not_what_the_dream_shows():
-    squares = Squares(4, seed=4)
-    clips = [replace(clip_of(squares, k), instruction="move", state=squares.episode(k).state[0]) for k in range(4)]
-    ways = [np.concatenate([np.tile([[side, 0.0]], (16, 1)), squares.episode(k).action[:16, 2:]], 1)
-            for k, side in enumerate((0.2, -0.2, 0.2, -0.2))]  # fmt: skip
-    one = Imagined(world_model=Painter(squares), judge=Reader(), dreams=1)
-    made = [labels(way) for way in ways]
-    assert one.score(clips, made).tolist() == [1, 0, 1, 0]
-    dark = [replace(clip, video=np.concatenate([clip.video[:1], 0 * clip.video[1:]])) for clip in clips]
-    assert one.score(dark, made[1:] + made[:1]).tolist() == [0, 1, 0, 1]
-    unknown = [clips[0], replace(clips[2], instruction="jump")]
-    assert np.isnan(one.score(unknown, [made[0], made[2]])).tolist() == [False, True]
-    with pytest.raises(ValueError, match="filter 'imagined' needs one of that rate"):
-        one.score([replace(clips[0], video_hz="5")], made[:1])
-    with pytest.raises(ValueError, match="dreams is 0; expected 1 or more"):
-        Imagined(world_model=Painter(squares), judge=Reader(), dreams=0)
-
-
-def test_the_noise_of_a_model_is_averaged():
-    squares = Squares(1, seed=4)
-    clips = [replace(clip_of(squares, 0), instruction="move", state=squares.episode(0).state[0], seed=seed)
-             for seed in range(40)]  # fmt: skip
-    way = np.concatenate([np.tile([[0.2, 0.0]], (16, 1)), squares.episode(0).action[:16, 2:]], 1)
-    one, many = (Imagined(world_model=Fickle(squares), judge=Reader(), dreams=count) for count in (1, 8))
-    first, mean = one.score(clips, [labels(way)] * 40), many.score(clips, [labels(way)] * 40)
-    assert first.tolist() == [1, 0] * 20  # the first dream has the clip's own seed
-    assert set(mean * 8) <= set(range(9)) and 0.4 < mean.mean() < 0.6 and mean.std() < 0.25 < first.std()
-
-
-class Sure:
-    threshold = 0.5
-
-    def judge(self, clips):  # noqa: ANN001, ANN201
-        return np.full(len(clips), 0.75)
-
-
-def test_a_clip_too_short_for_a_dream_is_no_opinion():
-    squares = Squares(1, seed=4)
-    whole = clip_of(squares, 0, CLOCK.with_frames(13))
-    clips = [replace(whole, video=whole.video[:count]) for count in (13, 4)]
-    found = Imagined(world_model=Chunked(), judge=Sure()).score(clips, [labels(squares.episode(0).action[:24])] * 2)
-    assert found[0] == 0.75 and np.isnan(found[1])
