@@ -59,6 +59,18 @@ def bookkeeping() -> dict[str, Column]:
     return {name: Column(dtype="float32" if name == "timestamp" else "int64", width=1) for name in BOOKKEEPING}
 
 
+def entry_names(names: object) -> list[str]:
+    """The names of a feature's entries, however deep they lie: a list, {"motors": [...]} or {name: entry}."""
+    if isinstance(names, dict):
+        whole = all(isinstance(value, int) for value in names.values())
+        return (
+            sorted(names, key=names.get) if whole else [one for value in names.values() for one in entry_names(value)]
+        )
+    if isinstance(names, list):
+        return [one for value in names for one in entry_names(value)]
+    return [names] if isinstance(names, str) else []
+
+
 def robot_columns(robot: Embodiment) -> dict[str, Column]:
     """The columns that every dataset of a robot has, in their order."""
     columns = bookkeeping()

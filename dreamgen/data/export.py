@@ -8,6 +8,7 @@ mended. Statistics are of the data; those of depth cameras, which only their wri
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from dreamgen.core.clip import Episode
 from dreamgen.core.embodiment import Embodiment
 from dreamgen.core.manifest import read_json, write_json
 from dreamgen.data import groot, statistics
-from dreamgen.data.columns import BOOKKEEPING, Column, is_even, read_column, robot_columns, stored_column
+from dreamgen.data.columns import BOOKKEEPING, Column, entry_names, is_even, read_column, robot_columns, stored_column
 from dreamgen.data.files_v2 import Files as FilesV2
 from dreamgen.data.files_v3 import Files as FilesV3
 from dreamgen.data.layout import CONTRACT, Entry, cameras, is_depth, pictures, read_layout
 from dreamgen.data.ledger import Item, Ledger
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.states import known_states
 from dreamgen.data.stored_statistics import V21, StoredStatistics
 from dreamgen.data.video_rate import at_video_rate, slowed
 from dreamgen.data.writer import in_order, start, store
@@ -45,7 +47,8 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str 
     of the slower robot. horizon: rows of a chunk for which GR00T's relative statistics are computed. codec: for what
     must be encoded again.
 
-    Returns {"episodes", "frames", "encoded": videos that were encoded, "left_out": columns and cameras}.
+    Returns {"episodes", "frames", "encoded": videos that were encoded, "left_out": columns and cameras,
+    "unknown_states": episodes with states that are not known (`state_known`), which others do not see}.
     Raises ValueError for an unknown format or rate, episodes that have not one video rate, and if `out` holds anything
     of a dataset that no unfinished call wrote.
     """
@@ -73,13 +76,20 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str 
         meta, episodes = Path(out) / "meta", [source.episode(i)[0] for i in range(len(data))]
         write_json(meta / "modality.json", groot.modality(source.robot, source.cameras, source.annotations))
         write_json(meta / "stats.json", groot.stats(files.numbers()))
-        relative = groot.relative_stats(source.robot, [episode.state for episode in episodes],
+        relative = groot.relative_stats(source.robot, [known_states(episode) for episode in episodes],
                                         [episode.action for episode in episodes], horizon)  # fmt: skip
         if relative:
             write_json(meta / "relative_stats.json", relative)
 
     store(out, files, in_order(source.item, iter(range(len(data))), workers), data.skipped, flavour)
-    return {"episodes": ledger.episodes, "frames": ledger.rows, "encoded": source.encoded, "left_out": source.left_out}
+    unknown = sum(bool((data.episode(i).extra.get("state_known", np.ones(1)) == 0).any()) for i in range(len(data)))
+    if unknown:
+        log.warning("states of %d of %d episodes are not known in some rows (column state_known): '%s' holds what "
+                    "stands in for them there, and other trainers take it for states. Train them without states, or "
+                    "label with a labeler that reads states (labeler.state_weight).",
+                    unknown, len(data), data.robot.state_key)  # fmt: skip
+    return {"episodes": ledger.episodes, "frames": ledger.rows, "encoded": source.encoded, "left_out": source.left_out,
+            "unknown_states": unknown}  # fmt: skip
 
 
 def _video_hz(data: Dataset) -> str:
@@ -109,6 +119,9 @@ class _Source:
         self.depths = self._stated([key for key in self.cameras if is_depth(features[key])])
         self.cameras += [key for key in pictures(data.info) if key in views or self._is_seen(key)]
         columns = robot_columns(data.robot)
+        for key in {data.robot.state_key, data.robot.action_key} & columns.keys():  # as who reads the data knows them
+            if len(names := entry_names(features[key].get("names"))) == columns[key].width:
+                columns[key] = replace(columns[key], names=names)
         everywhere = set(data.columns(0)).intersection(*(data.columns(i) for i in range(len(data))))
         present, held = [name for name in data.columns(0) if name in everywhere], data.episode(0).extra
         self.annotations = [name for name in present if name.startswith("annotation.") and self._is_text(name)]
@@ -159,7 +172,8 @@ class _Source:
         episode, taken = self.episode(i)
         whole, table = table, table if taken is None else table.take(taken)
         rows = len(episode.action)
-        known = {robot.state_key: episode.state, robot.action_key: episode.action, **episode.extra}
+        known = {robot.action_key: episode.action, **episode.extra}
+        known |= {robot.state_key: episode.state} if robot.state else {}
         texts = {"task_index": [episode.instruction] * rows}
         for name in self.annotations:
             if name in table.column_names and name != groot.DESCRIPTION:

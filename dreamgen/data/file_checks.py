@@ -195,10 +195,11 @@ class Tables:
                 continue
             for number in table[name].unique().to_pylist():
                 text = tasks.get(number)
-                if number not in tasks:
-                    add("error", "tasks", f"'{name}' is {number}, which no task has", "add it to the tasks", index)
+                if number not in tasks:  # lerobot looks up task_index alone
+                    level = "error" if name == "task_index" else "warning"
+                    add(level, "tasks", f"'{name}' is {number}, which no task has", "add it to the tasks", index)
                 elif not isinstance(text, str) or not text.strip():
-                    add("error", "tasks", f"task {number} is {text!r}", "write the instruction", index)
+                    add("warning", "tasks", f"task {number} of '{name}' is {text!r}", "write the instruction", index)
 
 
 def check_videos(layout: Layout, robot: Embodiment, found: Findings) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dreamgen.core.embodiment import Embodiment, Part
 from dreamgen.core.manifest import read_json
-from dreamgen.data.layout import CONTRACT, Entry, cameras, pictures
+from dreamgen.data.layout import CONTRACT, Entry, cameras, is_depth, pictures
 
 MODALITY = "meta/modality.json"
 
@@ -45,6 +45,9 @@ def misfits(root: Path, info: dict, robot: Embodiment, *, actions: bool = True) 
         if view.key not in (seen := [*cameras(info), *pictures(info)]):
             yield (f"{root} has no video '{view.key}' for view '{view.name}' of embodiment '{robot.name}'; it has "
                    f"{seen}")  # fmt: skip
+        elif is_depth(features[view.key]):
+            yield (f"view '{view.name}' of embodiment '{robot.name}' is '{view.key}' of {root}, whose pictures are "
+                   f"depths; a depth camera is no view, take it out of the embodiment")  # fmt: skip
 
 
 def _parts(root: Path, kind: str, key: str, feature: dict, parts: Sequence[Part]) -> str:

@@ -52,8 +52,9 @@ def relative_stats(robot: Embodiment, states: Sequence[np.ndarray], actions: Seq
                    horizon: int) -> dict[str, dict]:  # fmt: skip
     """Per part that sets a state part by value: statistics (horizon, width) of `action[t + h] - state[t]`.
 
-    states (s d) and actions (s a) of each episode; rows without `horizon` rows after them are left out, as there.
-    Empty where no part is absolute or no episode is long enough. Rotations are left out: they have no difference.
+    states (s d; nan where not known) and actions (s a) of each episode; rows without `horizon` rows after them are left
+    out, as there, and those whose state is not known. Empty where no part is absolute or no episode is long enough.
+    Rotations are left out: they have no difference.
     """
     where, found = {part.name: part.slice for part in robot.state}, {}
     usable = [(state, action) for state, action in zip(states, actions, strict=True) if len(action) >= horizon]
@@ -64,6 +65,9 @@ def relative_stats(robot: Embodiment, states: Sequence[np.ndarray], actions: Seq
         for h in range(horizon):
             moved = [action[h : len(action) - horizon + 1 + h, part.slice]
                      - state[: len(state) - horizon + 1, where[part.moves]] for state, action in usable]  # fmt: skip
-            rows.append(statistics.of_numbers(np.concatenate(moved)))
-        found[part.name] = {key: [row[key] for row in rows] for key in STATS}
+            rows.append(np.concatenate(moved))
+        told = np.isfinite(rows[0]).all(1)
+        if told.any():
+            stats = [statistics.of_numbers(row[told]) for row in rows]
+            found[part.name] = {key: [one[key] for one in stats] for key in STATS}
     return found

@@ -23,12 +23,16 @@ def find_instruction(entry: Entry, table: pa.Table, tasks: Mapping[int, object],
             text = tasks.get(found[0])
             if len(found) > 1:
                 note(f"'{key}' names several instructions in one episode; took the first")
-            if text is not None:
+            if _told(text):
                 break
-    if text is None and entry.tasks:
-        text = entry.tasks[0]
+    if not _told(text) and entry.tasks:
+        text = next((task for task in entry.tasks if _told(task)), text)
     text = check_instruction(text)
     others = sorted({str(task).strip() for task in entry.tasks} - {text})
     if others:
         note(f"the episode list also names {', '.join(map(repr, others))} as a task; it is no instruction")
     return text
+
+
+def _told(text: object) -> bool:
+    return isinstance(text, str) and bool(text.strip())

@@ -9,6 +9,7 @@ from dreamgen.core.clock import Clock
 from dreamgen.data.joined import Joined
 from dreamgen.data.lerobot import Dataset
 from dreamgen.data.prompts import ORIGIN
+from dreamgen.data.video_rate import shown_rows
 
 
 def whole_clock(dataset: Dataset | Joined, index: int, clock: Clock) -> Clock:
@@ -26,9 +27,15 @@ def recorded_clip(dataset: Dataset | Joined, index: int, clock: Clock, *,
                   unseen: bool = False) -> tuple[Clip, np.ndarray]:  # fmt: skip
     """All of episode `index` at the video rate of `clock`, and the actions (s a) that the clip spans.
 
-    unseen: without its pictures, none of which is decoded. Raises ValueError for an episode too short for two frames.
+    unseen: without its pictures, none of which is decoded. Raises ValueError for an episode too short for two frames,
+    and for labelled video at another rate than that of its new pictures: in repeated ones nothing would seem to move.
     """
     episode, whole = dataset.episode(index), whole_clock(dataset, index, clock)
+    if (shown_rows(episode)[whole.rows] != whole.rows).any():
+        raise ValueError(f"episode {dataset.index(index)} of {dataset.root} has new pictures at "
+                         f"{episode.meta.get('video_hz', 'no one rate')} Hz and repeats them between (column "
+                         f"frame_fresh); at {clock.video_hz} Hz some frames would show the one before. Read it with a "
+                         f"model of that rate or of a part of it, or leave it out")  # fmt: skip
     video = np.zeros((0, *dataset.robot.canvas, 3), np.uint8) if unseen else dataset.canvas(index, whole.rows)
     clip = Clip(id=_id(dataset, index), video=video, video_hz=whole.video_hz, instruction=episode.instruction,
                 pair=episode.meta.get("pair") or "", state=dataset.first_state(index),

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from dreamgen.core import rotations
 from dreamgen.core.manifest import Stage, read_json
 from dreamgen.core.part import ROTATIONS, Part
-from dreamgen.data.columns import read_column
+from dreamgen.data.columns import entry_names, read_column
 from dreamgen.data.fit import MODALITY
-from dreamgen.data.layout import CONTRACT, Layout, cameras, locate, pictures, read_layout
+from dreamgen.data.layout import CONTRACT, Layout, cameras, is_depth, locate, pictures, read_layout
 from dreamgen.stages.rotation_names import GROOT, rotation_at
 
 STATE, ACTION = "observation.state", "action"
@@ -80,6 +80,9 @@ def _drafted(layout: Layout, name: str) -> Iterator[str]:
     yield "# Delete cameras that nothing is to see by."
     yield "views:"
     yield from _views(layout)
+    for key, feature in features.items():
+        if is_depth(feature):
+            yield f"# '{key}' shows depths: it is no view."
     states, actions = (_values(layout, key) for key in (STATE, ACTION))
     moved = {part["name"]: part for part in _parts(layout, "state", STATE)} if STATE in features else {}
     yield "# unit: rad, deg or m, where it has one; limits: the lowest and highest value, where they are known."
@@ -97,10 +100,11 @@ def _drafted(layout: Layout, name: str) -> Iterator[str]:
 
 
 def _seen(layout: Layout) -> list[str]:
-    """Cameras of which a video is on disk, more may be listed, and those whose pictures lie in the tables."""
+    """Cameras of which a video is on disk, more may be listed, and those whose pictures lie in the tables; not those of
+    depths."""
     videos = [key for key in cameras(layout.info)
               if any(key in entry.videos and entry.videos[key][0].is_file() for entry in layout.entries)]  # fmt: skip
-    return videos + pictures(layout.info)
+    return [key for key in videos + pictures(layout.info) if not is_depth(layout.info["features"][key])]
 
 
 def _views(layout: Layout) -> Iterator[str]:
@@ -218,13 +222,16 @@ def _parts(layout: Layout, kind: str, key: str) -> list[dict[str, Any]]:
     width = (list(feature.get("shape", [])) or [1])[0]
     given = [(name, part) for name, part in _modality(layout, kind).items() if part.get("original_key", key) == key]
     given.sort(key=lambda row: row[1]["start"])
-    edges = [0, *(part["end"] for _, part in given)]
-    if given and edges[-1] == width and [part["start"] for _, part in given] == edges[:-1]:
-        return [{"name": name, "start": part["start"], "stop": part["end"]}
+    starts, ends = [part["start"] for _, part in given], [part["end"] for _, part in given]
+    if given and all(stop <= start for stop, start in zip([0, *ends], [*starts, width], strict=True)):
+        told = [{"name": name, "start": part["start"], "stop": part["end"]}
                 | ({"kind": "delta"} if kind == "action" and part.get("absolute") is False else {})
                 | _rotation(layout, key, *GROOT.get(part.get("rotation_type"), ("", "")), part["start"], part["end"])
                 for name, part in given]  # fmt: skip
-    names = _names(feature.get("names"))
+        told += [{"name": f"rest_{start}", "start": start, "stop": stop}  # which modality.json does not name
+                 for start, stop in zip([0, *ends], [*starts, width], strict=True) if start < stop]  # fmt: skip
+        return sorted(told, key=lambda part: part["start"])
+    names = entry_names(feature.get("names"))
     if len(names) != width:
         return [{"name": "joints", "start": 0, "stop": width}]
     parts, start = [], 0
@@ -252,16 +259,6 @@ def _rotation(layout: Layout, key: str, rotation: str, ask: str, start: int, sto
         return {}
     unit = {"unit": "deg" if np.abs(values).max() > 2 * np.pi + 0.1 else "rad"} if wide == 3 else {}
     return {"rotation": rotation, **unit, "ask": ask}
-
-
-def _names(names: Any) -> list[str]:
-    """The names of a feature's entries, however deep they lie: a list, {"motors": [...]} or {name: entry}."""
-    if isinstance(names, dict):
-        whole = all(isinstance(value, int) for value in names.values())
-        return sorted(names, key=names.get) if whole else [found for value in names.values() for found in _names(value)]
-    if isinstance(names, list):
-        return [found for value in names for found in _names(value)]
-    return [names] if isinstance(names, str) else []
 
 
 def _stem(name: str) -> str:
