@@ -4,7 +4,8 @@
     quantile   offset = (q99 + q01) / 2, scale = (q99 - q01) / 2: most values land in [-1, 1], nothing is cut off
 
 The two commands of a binary part with limits become -1 and 1, one without limits stays as it is, whatever the values.
-Entries that do not vary keep their scale (1). The two vectors are buffers, so they lie inside the checkpoint.
+An entry that does not vary has the scale 0: z = x - offset, and back comes the offset, whatever a network says of it.
+The two vectors are buffers, so they lie inside the checkpoint.
 
 A rotation has many tellings (angles wrap, quaternions have two signs). Networks see the one whose entries are nearest
 to the offset, which does not jump where most rotations lie; back come angles within half a turn and unit quaternions,
@@ -83,7 +84,7 @@ class Normaliser(nn.Module):
             if part.kind == "binary":
                 low, high = part.limits or (-1.0, 1.0)
                 offset[part.slice], scale[part.slice] = (low + high) / 2, (high - low) / 2
-        scale = np.where(scale < floor, 1.0, scale)
+        scale = np.where(scale < floor, 0.0, scale)
         self = cls(values.shape[1], parts)
         self.offset.copy_(torch.from_numpy(offset))
         self.scale.copy_(torch.from_numpy(scale))
@@ -93,7 +94,7 @@ class Normaliser(nn.Module):
         """Units of the embodiment to unit size; numpy to numpy, torch to torch."""
         offset, scale = self._like(values)
         values = self._each(values, lambda part, told: rotations.nearest(part, told, offset[part.slice]))
-        return (values - offset) / scale
+        return (values - offset) / (scale + (scale == 0))
 
     def denormalise(self, values: Values) -> Values:
         """Unit size to units of the embodiment; numpy to numpy, torch to torch."""

@@ -28,6 +28,9 @@ from dreamgen.engine.state import STATE, Ema, clear_state, load_best, read_losse
 
 __all__ = ["Ema", "clear_state", "read_losses", "schedule", "train"]
 
+KEEP_SECONDS = 900.0  # a state at least so often
+SPARE = 20.0  # and at most a twentieth of the time for keeping such
+
 
 def train(
     model: nn.Module,
@@ -76,6 +79,8 @@ def train(
     patience: validations without a lower loss after which to stop, with the best weights; 0 never stops.
     tracker, flops: see `dreamgen.engine.journal`.
     out: `losses.jsonl`, `<name>.log` and the resumable state `training/` (delete it once the weights are saved).
+    checkpoint_every: steps after which the state is kept; where these take long it is kept every quarter of an hour,
+        too, or every twentyfold of what keeping takes.
     validate: called with the averaged weights every `validate_every` steps and at the end; its figures are logged.
 
     Returns the last mean loss, the last validation figures, steps, seconds, the share of time spent on data.
@@ -106,6 +111,7 @@ def train(
                      steps)  # fmt: skip
     figures: dict[str, float] = {}
     begun, stopped, kept = time.time(), start, start or None
+    next_keep = time.monotonic() + KEEP_SECONDS
 
     def check(step: int) -> dict[str, float]:
         """Figures of the averaged weights, the same for all processes; the best weights are kept."""
@@ -186,10 +192,12 @@ def train(
             if stopped % log_every == 0 or due:
                 figures = check(stopped) if due else figures
                 journal.write(step, figures if due else {})
-            if stopped % checkpoint_every == 0 and stopped < steps:
+            if (stopped % checkpoint_every == 0 or agreed(time.monotonic() >= next_keep)) and stopped < steps:
+                saving = time.monotonic()
                 journal.keep()
                 save(state, stopped, model, average, movers, write=team.main)
-                kept = stopped
+                kept, took = stopped, time.monotonic() - saving
+                next_keep = time.monotonic() + max(KEEP_SECONDS, SPARE * took)
     if start == stopped:
         figures = check(stopped)
     elif kept != stopped:  # one that is there is not written again: a kill would leave it in pieces

@@ -164,9 +164,9 @@ class Chunks:
         return places
 
     def _measures(self) -> list[float | np.ndarray]:
-        """What each action part is measured by: its limit where it is a delta that has one, half the way between
-        its commands where it is binary, else the standard deviation of each entry, of a rotation that of its angle from
-        their mean."""
+        """What each action part is measured by: its larger limit where it is a delta that has some (in radians, if it
+        is a rotation), half the way between its commands where it is binary, else the standard deviation of each entry,
+        of a rotation that of its angle from their mean."""
         known = [e.action for e in map(self.dataset.episode, self._frames) if e.meta.get("action_known") is not False]
         std = np.nanstd(np.concatenate(known), 0, dtype=np.float64) if known else np.ones(self.dataset.robot.action_dim)
         std = np.maximum(std, np.finfo(np.float32).tiny)  # an entry that never changes stands still only at 0
@@ -178,9 +178,9 @@ class Chunks:
                 told = told[np.isfinite(told).all(1)]
                 off = rotations.vectors(part, told, rotations.mean(rotations.read(part, told)))
                 spread = np.sqrt((off**2).sum(1).mean()) + 1e-9
-            limited = part.kind == "delta" and part.limits is not None
+            limited = part.kind == "delta" and part.limits is not None and not (part.rotation and part.width > 3)
             half = (part.limits[1] - part.limits[0]) / 2 if part.kind == "binary" else spread
-            found.append(part.limits[1] if limited else half)
+            found.append(max(map(abs, part.limits)) if limited else half)
         return found
 
     def _idle(self, episode: int, row: int, measures: Sequence[float | np.ndarray]) -> bool:

@@ -208,7 +208,8 @@ class Feed:
             chosen = [k for k in members if k < count] or members
             looked += [k for k in chosen if kinds[k] != "latent"]
             if fit is None or space in [self.model.spaces.of(body) for body in fit]:
-                self._fit_robot([self.chunks[k] for k in chosen], bodies[chosen[0]])
+                rest = [k for k in members if k not in chosen]
+                self._fit_robot(*([self.chunks[k] for k in some] for some in (chosen, rest)), bodies[chosen[0]])
         if fit is None and hasattr(self.model.encoder, "fit"):
             pictures: dict[int, list[np.ndarray]] = {}  # by their number of views
             for k in looked:
@@ -216,11 +217,16 @@ class Feed:
                 pictures.setdefault(some.shape[1], []).append(some)
             self.model.fit_encoder(*map(np.concatenate, pictures.values()))
 
-    def _fit_robot(self, chosen: Sequence[Chunks], body: int) -> None:
+    def _fit_robot(self, chosen: Sequence[Chunks], rest: Sequence[Chunks], body: int) -> None:
         needs = self.model.spaces.of(body).needs_state
-        self.model.fit(np.concatenate([chunks.states() for chunks in chosen]),
-                       np.concatenate([chunks.whole() for chunks in chosen]), body=body,
-                       start=np.concatenate([chunks.starts() for chunks in chosen]) if needs else None)  # fmt: skip
+
+        def whole(some: Sequence[Chunks]) -> tuple[np.ndarray, np.ndarray | None]:
+            starts = np.concatenate([chunks.starts() for chunks in some]) if needs else None
+            return np.concatenate([chunks.whole() for chunks in some]), starts
+
+        action, start = whole(chosen)
+        self.model.fit(np.concatenate([chunks.states() for chunks in chosen]), action, start=start, body=body,
+                       others=whole(rest) if rest else None)  # fmt: skip
 
     def cache(self, folder: Path) -> bool:
         """Compute a frozen encoder's features once, in `folder`; False where the pictures' features change."""

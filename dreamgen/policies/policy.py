@@ -146,10 +146,11 @@ class FlowPolicy(Acting):
         self.future_steps = (align_horizon or horizon) if self.flare else None
 
     def fit(self, state: Float32[np.ndarray, "n d"], action: Float32[np.ndarray, "m h a"], *,
-            start: Float32[np.ndarray, "m d"] | None = None, body: int = 0) -> None:  # fmt: skip
+            start: Float32[np.ndarray, "m d"] | None = None, body: int = 0,
+            others: tuple[np.ndarray, np.ndarray | None] | None = None) -> None:  # fmt: skip
         """Statistics of a body's robot from recorded rows and whole chunks, in units, with the states at which these
         start (see `Space.fit`)."""
-        self.spaces.of(body).fit(state, action, start)
+        self.spaces.of(body).fit(state, action, start, others=others)
 
     def fit_encoder(self, *pictures: UInt8[np.ndarray, "_ _ _ _ 3"]) -> None:
         """An encoder that is fitted to pictures takes what it needs from some (p v y x 3), of each number of views."""

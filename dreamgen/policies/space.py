@@ -30,6 +30,7 @@ from dreamgen.core.kinematics import along, command
 from dreamgen.data.normaliser import Normaliser
 
 FRAMES = ("recorded", "relative", "absolute")
+FLOOR = 1e-5  # of an entry, in units: what changes by less stands still
 
 
 class Space:
@@ -78,19 +79,17 @@ class Space:
         state: Float32[np.ndarray, "n d"],
         action: Float32[np.ndarray, "m h a"],
         start: Float32[np.ndarray, "m d"] | None = None,
+        *,
+        others: tuple[Float32[np.ndarray, "k h a"], Float32[np.ndarray, "k d"] | None] | None = None,
     ) -> None:
         """Take statistics from recorded rows and whole chunks, in units, with the states at which these start. Each
         step of a chunk has its own. Rows that hold NaN are left out, chunks where it stands in what they need; where no
-        state is known its numbers, which are never read, stay as they are."""
+        state is known its numbers, which are never read, stay as they are. others: chunks and starts of other data that
+        are learned: an entry that stands still in the first and moves in these is free to move."""
         state = state[np.isfinite(state).all(1)]
         if self.robot.state_dim and len(state):
             self._set(self.state, state, self.robot.state)
-        if self.needs_state:
-            if start is None:
-                raise ValueError("chunks in this frame need the states at which they start: fit(state, action, start)")
-            known = np.isfinite(start[:, self.relative_to]).all(1)
-            action, start = action[known], start[known]
-        moved = self._told(torch.from_numpy(action), None if start is None else torch.from_numpy(start))
+        moved = self._moved(action, start)
         first = np.zeros(self.robot.action_dim)
         for part in self.turns:
             first[part.slice] = rotations.middle(part, moved[:, 0, part.slice].numpy())
@@ -99,10 +98,23 @@ class Space:
         parts = [replace(part, start=part.start + k * width, stop=part.stop + k * width)
                  for k in range(self.horizon) for part in parts]  # fmt: skip
         self._set(self.action, moved.flatten(1).numpy(), parts)
+        if others is not None and len(others[0]):
+            elsewhere = self._straight(self._moved(*others), torch.from_numpy(first)).flatten(1)
+            free = (self.action.normalise(elsewhere).abs() > FLOOR).any(0) & (self.action.scale == 0)
+            self.action.scale.masked_fill_(free, 1.0)
+
+    def _moved(self, action: np.ndarray, start: np.ndarray | None) -> Tensor:
+        """Chunks in the frame, still in units; those whose start is not known are left out."""
+        if self.needs_state:
+            if start is None:
+                raise ValueError("chunks in this frame need the states at which they start: fit(state, action, start)")
+            known = np.isfinite(start[:, self.relative_to]).all(1)
+            action, start = action[known], start[known]
+        return self._told(torch.from_numpy(action), None if start is None else torch.from_numpy(start))
 
     @staticmethod
     def _set(module: nn.Module, values: np.ndarray, parts: Sequence[Part]) -> None:
-        module.load_state_dict(Normaliser.fit(values, parts).state_dict())
+        module.load_state_dict(Normaliser.fit(values, parts, floor=FLOOR).state_dict())
 
     def _told(self, action: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None) -> Float[Tensor, "b h a"]:
         """Actions in the frame, still in units."""

@@ -88,5 +88,7 @@ def _figures(error: np.ndarray, control: np.ndarray) -> dict[str, float]:
 
 
 def _scores(error: np.ndarray, control: np.ndarray) -> dict:
-    steps = {"mae": np.nanmean(error, (0, 2)).tolist(), "mse": np.nanmean(error**2, (0, 2)).tolist()}
+    """Figures of a part, and of each step of the chunk, None where all episodes are shorter."""
+    steps = {name: [float(np.nanmean(step**power)) if np.isfinite(step).any() else None
+                    for step in error.swapaxes(0, 1)] for name, power in (("mae", 1), ("mse", 2))}  # fmt: skip
     return {**_figures(error, control), "by_horizon": steps}

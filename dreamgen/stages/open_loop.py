@@ -9,18 +9,22 @@ from dreamgen.data.lerobot import Dataset
 from dreamgen.data.states import known_states
 from dreamgen.stages.label_scores import errors, middle
 
+STILL = 1e-5  # what varies by less
+
 
 def open_loop_error(policy: Policy, dataset: Dataset, *, every: int = 4, batch_size: int = 32, seed: int = 0) -> float:
     """Mean square difference from the recorded actions that follow every `every`-th row, in units of each entry's
-    standard deviation, of rotations the angle in units of that from their mean; steps past an episode's end do not
-    count. ValueError for a dataset of another robot."""
+    standard deviation, of rotations the angle in units of that from their mean, of what stands still in its own units;
+    steps past an episode's end do not count. ValueError for a dataset of another robot."""
     policy.robot.require(dataset.robot.contract(), f"the dataset {dataset.root}")
     actions = dataset.actions()
-    scale = np.maximum(actions.std(0), 1e-6)
+    scale = actions.std(0, dtype=np.float64)
+    scale = np.where(scale < STILL, 1, scale)
     turns = [part for part in policy.robot.action if part.rotation]
     plain = np.array([not part.rotation for part in policy.robot.action for _ in range(part.width)])
-    size = {part.name: max(np.sqrt((errors(part, middle(part, own), own) ** 2).mean()), 1e-6)
-            for part in turns for own in [actions[:, part.slice]]}  # fmt: skip
+    spread = {part.name: np.sqrt((errors(part, middle(part, own), own) ** 2).mean())
+              for part in turns for own in [actions[:, part.slice]]}  # fmt: skip
+    size = {name: 1 if value < STILL else value for name, value in spread.items()}
     places = [(i, row) for i in range(len(dataset)) for row in range(0, dataset.length(i), every)]
     total, count = 0.0, 0
     for start in range(0, len(places), batch_size):

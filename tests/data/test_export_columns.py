@@ -1,13 +1,16 @@
 """Columns and videos of other programs that are not in all episodes what they are in the first."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dreamgen.core.clip import Episode
 from dreamgen.data.export import export_dataset
 from dreamgen.data.lerobot import Dataset
+from dreamgen.data.writer import write_dataset
 from tests.data.v2_files import change_info, change_table
 
 
@@ -66,3 +69,43 @@ def test_a_video_that_cannot_be_decoded_is_named(v2, robot, tmp_path, rate):
     with pytest.raises(ValueError, match=words):
         export_dataset(Dataset(root, robot), tmp_path / "out", rate=rate)
     assert export_dataset(Dataset(root, robot, episodes=[0, 2]), tmp_path / "out", rate=rate)["episodes"] == 2
+
+
+@pytest.mark.parametrize("names", [["x.pos", "y.pos", "z.pos", "gripper.pos"], {"motors": ["x", "y", "z", "gripper"]}])
+def test_entries_keep_the_names_that_others_know_them_by(v2, robot, tmp_path, names):
+    root, _ = v2
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    features["action"]["names"] = names
+    features["observation.state"]["names"] = ["too", "few"]
+    change_info(root, features=features)
+    export_dataset(Dataset(root, robot), tmp_path / "out")
+    found = json.loads((tmp_path / "out/meta/info.json").read_text())["features"]
+    assert found["action"]["names"] == (names if isinstance(names, list) else names["motors"])
+    assert found["observation.state"]["names"] == ["pose_0", "pose_1", "pose_2", "grip_0", "grip_1"]
+
+
+def test_states_that_the_robot_does_not_read_come_along(v2, robot, tmp_path):
+    root, episodes = v2
+    blind = replace(robot, state=(), action=tuple(replace(part, moves=None) for part in robot.action))
+    assert export_dataset(Dataset(root, blind), tmp_path / "out")["left_out"] == []
+    np.testing.assert_array_equal(Dataset(tmp_path / "out", robot).episode(2).state, episodes[2].state)
+
+
+def test_states_that_nobody_knows_are_told(make_episode, robot, tmp_path, caplog):
+    """Zeros stand in for them, which no statistic of what commands do to states may count."""
+
+    def told(i: int) -> Episode:
+        episode = make_episode(i, rows=12)
+        known = np.ones((12, 5), np.float32)
+        known[:6] = i != 1
+        return replace(episode, state=np.where(known != 0, episode.state, 0), extra={"state_known": known})
+
+    robot = replace(robot, action=(replace(robot.action[0], kind="absolute", scale=1.0), robot.action[1]))
+    write_dataset(tmp_path / "data", map(told, range(3)), robot)
+    done = export_dataset(Dataset(tmp_path / "data", robot), tmp_path / "out", format="groot", horizon=4)
+    assert done["unknown_states"] == 1 and "states of 1 of 3 episodes are not known in some rows" in caplog.text
+    lists = [(told(i).state[:9], told(i).action[:9]) for i in range(3)]
+    moved = np.concatenate([action[6 * (i == 1) :, :3] - state[6 * (i == 1) :, :3]
+                            for i, (state, action) in enumerate(lists)])  # fmt: skip
+    stats = json.loads((tmp_path / "out/meta/relative_stats.json").read_text())["move"]
+    np.testing.assert_allclose(stats["mean"][0], moved.mean(0), rtol=1e-5)

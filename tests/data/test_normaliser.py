@@ -54,6 +54,7 @@ def test_the_two_commands_of_a_binary_part_are_minus_one_and_one(rule, limits):
 def test_constant_entries_are_safe():
     n = Normaliser.fit(np.full((6, 2), -2.1, np.float32))
     assert np.allclose(n.normalise(np.array([-2.1, -1.1])), [0, 1], atol=1e-6)
+    assert n.denormalise(np.array([0.3, -40.0], np.float32)).tolist() == [np.float32(-2.1)] * 2  # it stands still
 
 
 def test_quantiles_of_an_entry_mostly_at_rest():

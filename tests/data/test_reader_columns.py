@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from dreamgen.core.clip import Episode, read_prompts
 from dreamgen.core.clock import Clock
@@ -114,3 +115,29 @@ def test_states_that_nobody_knows_are_not_where_an_episode_begins(tmp_path, robo
     assert [Candidates(data, None).clip(i).state.size for i in range(3)] == [5, 0, 0]
     clock = Clock(robot_hz="20", video_hz="10", frames=2)
     assert [recorded_clip(data, i, clock)[0].state.size for i in range(3)] == [5, 0, 0]
+
+
+def test_an_annotation_that_says_nothing_leaves_the_word_to_the_tasks(v2, robot):
+    root, episodes = v2
+    lines = (root / "meta/tasks.jsonl").read_text() + json.dumps({"task_index": 3, "task": ""}) + "\n"
+    (root / "meta/tasks.jsonl").write_text(lines)
+    key = "annotation.human.action.task_description"
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    change_info(root, features=features | {key: {"dtype": "int64", "shape": [1]}})
+    for i in range(3):
+        change_table(root, i, lambda t: t | {key: [3] * len(t["action"])})
+    assert [Dataset(root, robot).instruction(i) for i in range(3)] == [e.instruction for e in episodes]
+    tasks = [f for f in inspect(root, robot)[0] if f.check == "tasks"]
+    assert tasks and {f.level for f in tasks} == {"warning"}  # nothing reads the empty text
+
+
+def test_repeated_pictures_are_not_read_as_rest(tmp_path, robot, make_episode):
+    """Labelled video of 5 Hz in rows of 20 Hz: at 10 Hz every second frame would show the one before."""
+    fresh = (np.arange(13) % 4 == 0).astype(np.float32)[:, None]
+    write_dataset(tmp_path, [make_episode(0, rows=13, extra={"frame_fresh": fresh}, meta={"video_hz": "5"})], robot)
+    data = Dataset(tmp_path, robot)
+    for rate, frames in (("5", 4), ("5/2", 2)):
+        assert len(recorded_clip(data, 0, Clock(robot_hz="20", video_hz=rate, frames=2))[0].video) == frames
+    words = "episode 0 of .* has new pictures at 5 Hz and repeats them between .*; at 10 Hz"
+    with pytest.raises(ValueError, match=words):
+        recorded_clip(data, 0, Clock(robot_hz="20", video_hz="10", frames=2))

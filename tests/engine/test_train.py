@@ -68,6 +68,24 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, muon_lr):
     assert [row["step"] for row in later] == [0, 1, 2, 3, 4] and result["loss"] == second["loss"]
 
 
+def test_a_state_is_kept_where_steps_take_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("dreamgen.engine.train.KEEP_SECONDS", 0.0)
+    monkeypatch.setattr("dreamgen.engine.train.SPARE", 0.0)
+    whole, _ = run(tmp_path / "whole", 5, checkpoint_every=500)
+    cut = []
+
+    def dies(step):
+        cut.append(step)
+        if step == 3 and cut.count(3) == 1:
+            raise KeyboardInterrupt
+        return batch_at(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", 5, dies, checkpoint_every=500)
+    again, _ = run(tmp_path / "cut", 5, dies, checkpoint_every=500)
+    assert cut.count(0) == 1 and all(map(torch.equal, whole.parameters(), again.parameters()))
+
+
 @pytest.mark.parametrize("rows", [5, 4])
 def test_replicas_give_the_gradient_of_the_whole_batch(tmp_path, monkeypatch, rows):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # without noise a batch in two parts is the same batch

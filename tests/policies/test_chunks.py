@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from dreamgen.core import rotations
 from dreamgen.core.clip import Episode
@@ -268,3 +269,16 @@ def test_episodes_shorter_than_the_horizon_are_left_out_and_counted(caplog):
         Chunks(recorded(), horizon=14)
     with pytest.raises(ValueError, match="past_end is 'pad'"):
         Chunks(recorded(), horizon=STEPS, past_end="pad")
+
+
+def test_limits_of_the_entries_of_a_rotation_are_no_angles():
+    """A hand that turns by .05 rad a step, told as rot6d, whose entries lie in [-1, 1]; and limits on one side."""
+    turn = Part(name="turn", start=0, stop=6, kind="delta", rotation="rot6d", limits=(-1.0, 1.0))
+    hand = Part(name="hand", start=6, stop=A, kind="delta", limits=(-0.2, 0.01))
+    half = Rotation.from_rotvec(np.outer(0.02 * (np.arange(20) > 9), [0, 0, 1])).as_matrix()
+    action = np.concatenate([half[:, :, 0], half[:, :, 1], np.zeros((20, A - 6))], 1).astype(np.float32)
+    data = Recorded(replace(episode(20), action=action), of=robot(action=(turn, hand)))
+    assert [row for _, row in Chunks(data, horizon=4, keep_idle=0)] == list(range(7, 20))
+    action[:, :6], action[12:, 6] = [1, 0, 0, 0, 1, 0], -0.009  # less than a twentieth of .2
+    with pytest.raises(ValueError, match="in none of the 20 observations of .* anything moves"):
+        Chunks(Recorded(replace(episode(20), action=action), of=robot(action=(turn, hand))), horizon=4, keep_idle=0)

@@ -229,3 +229,22 @@ def test_a_policy_of_rotations_acts_and_comes_back(tmp_path):
     assert chunk.shape == (B, STEPS, 4) and np.linalg.norm(chunk[..., 1:], axis=-1).max() <= 2 * np.pi + 1e-4
     made.save(tmp_path)
     np.testing.assert_array_equal(FlowPolicy.load(tmp_path).act(seen, range(B)), chunk)
+
+
+@pytest.mark.parametrize("frame", ["recorded", "relative", "absolute"])
+def test_what_the_data_hold_still_stands_still(frame):
+    model, rng = framed(frame), np.random.default_rng(3)
+    action, start = rng.normal(size=(40, STEPS, 7)).astype(np.float32), rng.normal(size=(40, 3)).astype(np.float32)
+    action[..., 3], action[..., 5:] = 0.25, 1.0  # half of the spin is parked, the lamp stays on
+    x, state = torch.from_numpy(rng.normal(size=(4, STEPS, 7)).astype(np.float32)), torch.from_numpy(start[:4])
+    model.fit(start, action, start=start)
+    found = model.space.unchunk(x, state)
+    assert (found[..., 3] == 0.25).all() and (found[..., 2].std(0) > 0.1).all()
+    assert (found[..., 5:].std((0, 1)) > 0.1).all()  # a lamp has its commands, whatever the data show
+    told = model.space.chunk(torch.from_numpy(action), torch.from_numpy(start))
+    assert (told[..., 3] == 0).all()
+    elsewhere = action[:3].copy()
+    elsewhere[0, 2, 3] = 0.5  # dreams that move it
+    model.fit(start, action, start=start, others=(elsewhere, start[:3]))
+    found = model.space.unchunk(x, state)
+    assert (found[:, 2, 3].std(0) > 0.1).all() and (found[:, 1, 3] == 0.25).all()

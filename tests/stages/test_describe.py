@@ -1,6 +1,7 @@
 """A drafted embodiment loads as one, opens the dataset that it was drafted from, and says what it guessed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,22 @@ def test_many_cameras_share_a_canvas(tmp_path, count, grid, canvas, untyped):  #
     (tmp_path / "d" / CONTRACT).unlink()
     drafted = made(describe(str(tmp_path / "d"), out=tmp_path / "out", record={})["results"]["text"])
     assert drafted.grid == grid and drafted.canvas == canvas
+
+
+def test_entries_that_modality_leaves_out_and_depths(recorded: Path, tmp_path: Path, untyped) -> None:  # noqa: F811
+    root = recorded / "v2"
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["observation.images.wrist"]["info"] = {"video.is_depth_map": True}
+    (root / "meta/info.json").write_text(json.dumps(info))
+    (root / "meta/modality.json").write_text(json.dumps({
+        "state": {"elbow": {"start": 1, "end": 2}}, "action": {"arm": {"start": 0, "end": 2}},
+        "video": {"front": {"original_key": "observation.images.front"}}}))  # fmt: skip
+    text = describe(str(root), out=tmp_path / "out", record={})["results"]["text"]
+    robot = made(text)
+    assert [(p.name, p.start, p.stop) for p in robot.state] == [("rest_0", 0, 1), ("elbow", 1, 2), ("rest_2", 2, 3)]
+    assert [(p.name, p.start, p.stop) for p in robot.action] == [("arm", 0, 2), ("rest_2", 2, 3)]
+    assert [view.name for view in robot.views] == ["front"]
+    assert "# 'observation.images.wrist' shows depths: it is no view." in text
+    assert len(Dataset(root, robot)) == 2
+    with pytest.raises(ValueError, match="view 'wrist' of embodiment 'so100' is .* whose pictures are depths"):
+        Dataset(root, replace(arm(), state=robot.state, action=robot.action))
