@@ -89,13 +89,27 @@ def _turned(part: Part, moved: Part, first: np.ndarray, entry: np.ndarray) -> np
     return rotations.continued(moved, told, first) if moved.width == 4 else told  # the sign goes on
 
 
+def inside(part: Part, values: np.ndarray) -> np.ndarray:
+    """Entries (... k) as the part's limits have them: angles of an absolute rotation that lie beyond them are told by
+    those nearest to their middle, the same rotation. What lies beyond them still is for the caller to clip."""
+    if part.limits is None or (part.kind, part.width) != ("absolute", 3) or not part.rotation:
+        return values
+    low, high = part.limits
+    beyond, middle, turn = (values < low) | (values > high), (low + high) / 2, rotations.TURN / part.radians
+    if part.rotation == "axis_angle":
+        beyond, near = beyond.any(-1, keepdims=True), rotations.nearest(part, values, np.full(3, middle))
+    else:  # each angle by itself: not by way of the pole, where all three jump
+        near = values + turn * np.round((middle - values) / turn)
+    return np.where(beyond, near, values).astype(values.dtype)
+
+
 def command(robot: Embodiment, action: Float32[np.ndarray, "*s a"]) -> Float32[np.ndarray, "*s a"]:
     """Inside the limits of `robot`; binary entries become the nearer of their two values."""
     action = action.copy()
     for part in robot.action:
         if part.limits is not None:
             low, high = part.limits
-            entry = action[..., part.slice]
+            entry = inside(part, action[..., part.slice])
             binary = np.where(entry > (low + high) / 2, high, low)
             action[..., part.slice] = binary if part.kind == "binary" else entry.clip(low, high)
     return action
@@ -106,16 +120,17 @@ def clipped(robot: Embodiment, action: Float[np.ndarray, "*s a"]) -> Float32[np.
     made = np.array(action, np.float32)
     for part in robot.action:
         if part.limits is not None:
-            made[..., part.slice] = made[..., part.slice].clip(*part.limits)
+            made[..., part.slice] = inside(part, made[..., part.slice]).clip(*part.limits)
     return made
 
 
 def within(robot: Embodiment, action: Float[np.ndarray, "*s a"], where: str, *, slack: float = 1e-3) -> np.ndarray:
-    """`action`, if it has the robot's width, is finite and stays inside the limits of its parts.
+    """`action`, if it has the robot's width, is finite and stays inside the limits of its parts; angles of absolute
+    rotations as the limits have them.
 
     Raises ValueError that names the part, the entry and its limits.
     """
-    action = np.asarray(action, np.float32)
+    action = np.array(action, np.float32)
     if action.shape[-1] != robot.action_dim:
         raise ValueError(f"{where}: actions are {action.shape[-1]} wide; robot '{robot.name}' has {robot.action_dim}")
     if not np.isfinite(action).all():
@@ -124,7 +139,8 @@ def within(robot: Embodiment, action: Float[np.ndarray, "*s a"], where: str, *, 
         if part.limits is None:
             continue
         low, high = part.limits
-        entry, room = action[..., part.slice], slack * (high - low)
+        action[..., part.slice] = entry = inside(part, action[..., part.slice])
+        room = slack * (high - low)
         if entry.size and (entry.min() < low - room or entry.max() > high + room):
             worst = entry.min() if low - entry.min() > entry.max() - high else entry.max()
             raise ValueError(f"{where}: action part '{part.name}' is {worst:.3g}; embodiment '{robot.name}' allows "

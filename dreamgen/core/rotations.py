@@ -145,7 +145,7 @@ def _whole(q: Tensor) -> Tensor:
     return _unit(torch.where(none, q.new_tensor([1.0, 0.0, 0.0, 0.0]), q))
 
 
-def _tell(part: Part, q: Tensor) -> Tensor:
+def _tell(part: Part, q: Tensor, *, signed: bool = False) -> Tensor:  # signed: q as it is, else of w >= 0
     match part.rotation:
         case "axis_angle":
             told = _log(q)
@@ -158,7 +158,7 @@ def _tell(part: Part, q: Tensor) -> Tensor:
         case "rot6d_columns":
             told = _matrix(q)[..., :, :2].mT.flatten(-2)
         case _:
-            q = torch.where(q[..., :1] < 0, -q, q)
+            q = q if signed else torch.where(q[..., :1] < 0, -q, q)
             told = q if part.rotation == "quaternion_wxyz" else q.roll(-1, -1)
     return told / part.radians
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, Part
-from dreamgen.core.kinematics import commands
+from dreamgen.core.kinematics import commands, inside
 
 
 def bounds(part: Part) -> tuple[float, float]:
@@ -31,6 +31,7 @@ def disturbed(part: Part, values: np.ndarray, by: np.ndarray) -> np.ndarray:
     if part.rotation:
         turn = rotations.exp(by * part.radians)
         values = rotations.entries(part, rotations.turned(part, rotations.read(part, values), turn), values)
+        values = inside(part, values)
     else:
         values = values + by
     return values.clip(*bounds(part))
@@ -117,7 +118,7 @@ def resting(robot: Embodiment, state: np.ndarray, steps: int) -> np.ndarray:
         elif part.rotation:
             held = part.kind == "absolute" and moved is not None
             kept = rotations.tell(part, rotations.read(moved, now)) if held else np.array(part.rest)
-            made[:, part.slice] = np.clip(kept, low, high)
+            made[:, part.slice] = np.clip(inside(part, kept), low, high)
         else:
             held = now / part.scale if part.kind == "absolute" and now is not None else 0
             made[:, part.slice] = np.clip(held, low, high)

@@ -6,6 +6,7 @@ import numpy as np
 
 from dreamgen.core.clip import Clip, Labels
 from dreamgen.core.embodiment import Embodiment
+from dreamgen.core.kinematics import inside
 from dreamgen.filters.reference import Referenced
 
 
@@ -31,6 +32,6 @@ class Limits(Referenced):
         for k, part in enumerate(self.parts):
             low, high = part.limits
             for row, label in enumerate(labels):
-                value = label.value[:, part.slice].astype(np.float64)
+                value = inside(part, label.value[:, part.slice].astype(np.float64))
                 found[row, k] = np.maximum(np.maximum(value - high, low - value), 0).mean() * 2 / (high - low)
         return found

@@ -125,7 +125,7 @@ class Space:
             for state, sign in self._shifts(part):
                 now = rotations.read(state, self._start(start)[:, None, state.slice]).expand_as(turn)
                 turn = rotations.turned(part, now, turn) if sign > 0 else rotations.between(part, now, turn)
-            action[..., part.slice] = rotations.tell(part, turn).to(action)
+            action[..., part.slice] = rotations.tell(part, turn, signed=part not in self.summed).to(action)
         for part in self.summed:
             if not part.rotation:
                 action[..., part.slice] = along(self.robot, part, given).cumsum(1)
@@ -162,7 +162,9 @@ class Space:
         return self.action.normalise(told.flatten(1)).view_as(action)
 
     def unchunk(self, x: Float[Tensor, "b h a"], start: Float[Tensor, "b d"] | None = None) -> Float[Tensor, "b h a"]:
-        """The inverse of `chunk`; angles come back within half a turn, quaternions and matrices whole."""
+        """The inverse of `chunk`; angles come back within half a turn, quaternions and matrices whole.
+        Quaternions go on with the sign of the data, those relative to a state with its; turns out of a sum have w >= 0.
+        """
         action = self.action.denormalise(x.flatten(1)).view_as(x)
         for part, state, sign in self.shifts:
             if not part.rotation:
@@ -180,7 +182,7 @@ class Space:
                 turn = rotations.between(part, now, turn) if sign > 0 else rotations.turned(part, now, turn)
             if part in self.summed:
                 turn = torch.cat([turn[:, :1], rotations.between(part, turn[:, :-1], turn[:, 1:])], 1)
-            action[..., part.slice] = rotations.tell(part, turn).to(action)
+            action[..., part.slice] = rotations.tell(part, turn, signed=part not in self.summed).to(action)
         for part in self.summed:  # along the hand's axes at each step again
             action[..., part.slice] = along(self.robot, part, action, back=True)
         return action

@@ -8,8 +8,8 @@ from scipy.spatial.transform import Rotation
 
 from dreamgen.core import rotations
 from dreamgen.core.embodiment import Embodiment, View
-from dreamgen.core.kinematics import follow
-from dreamgen.core.part import ROTATIONS, Part
+from dreamgen.core.kinematics import clipped, command, follow, within
+from dreamgen.core.part import ANGLES, ROTATIONS, Part
 from tests.core.test_rotations import part, quaternions, told
 
 VIEW = View(name="eye", key="eye", height=8, width=8)
@@ -119,3 +119,32 @@ def test_a_contract_that_does_not_tell_of_rotations_still_fits(caplog):
             here.require(there, "the labeler there", learned=True)
     with pytest.raises(ValueError, match="state 'wrist': .*rotation here 'quaternion_wxyz', saved 'quaternion_xyzw'"):
         robot("quaternion_wxyz", "axis_angle", kind="delta", frame="tool").require(saved, "the dataset there")
+
+
+@pytest.mark.parametrize("unit", ["deg", "rad"])
+@pytest.mark.parametrize("kind", ["euler_xyz", "euler_xyz_intrinsic", "axis_angle"])
+def test_limits_are_those_of_a_rotation_however_it_is_told(kind, unit):
+    """A hand that points down, of a robot that reports angles up to a whole turn."""
+    rng, size = np.random.default_rng(5), ANGLES[unit]
+    wanted = rng.uniform(0.4, 1.2, (2, 9, 3)) + [2.8, 0.2, 0.2] if kind == "axis_angle" else (
+        rng.uniform([2.8, -1.2, 3.3], [3.5, 1.2, 6.2], (2, 9, 3)) % (2 * np.pi))  # fmt: skip
+    arm = robot(kind, kind, unit=unit, scale=1.0 if unit == "rad" else size, limits=(0, 2 * np.pi / size))
+    wanted, turn = (wanted / size).astype(np.float32), arm.action[0]
+    told = rotations.tell(turn, rotations.read(turn, wanted)).astype(np.float32)
+    assert (told < 0).any()
+    for found in (command(arm, told), clipped(arm, told), within(arm, told, "here")):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    for same in (command(arm, wanted), clipped(arm, wanted), within(arm, wanted, "here")):
+        np.testing.assert_array_equal(same, wanted)
+
+
+def test_what_no_telling_brings_inside_the_limits_is_clipped():
+    narrow = robot("euler_xyz", "euler_xyz", unit="deg", scale=np.pi / 180, limits=(-90, 200))
+    action = np.array([[-100, 0, 210], [-160, 195, -95], [-170, -80, 560]], np.float32)
+    want = [[-90, 0, 200], [200, 195, -90], [190, -80, 200]]
+    np.testing.assert_allclose(command(narrow, action), want, atol=1e-4)
+    assert action[0, 0] == -100
+    with pytest.raises(ValueError, match="here: action part 'turn' is 210; .* allows -90 to 200"):
+        within(narrow, action[:1], "here")
+    steps = replace(narrow, action=(replace(narrow.action[0], kind="delta"),))  # a step says which way it goes
+    np.testing.assert_array_equal(command(steps, action), action.clip(-90, 200))

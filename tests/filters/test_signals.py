@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dreamgen.core.clip import Clip, Labels
+from dreamgen.core.part import Part
 from dreamgen.filters.cut import Cut
 from dreamgen.filters.frozen import Frozen, changes
 from dreamgen.filters.jerk import Jerk
@@ -82,6 +83,12 @@ def test_limits_count_the_excess_alone():
     free = replace(ROBOT, action=tuple(replace(part, limits=None, kind="absolute") for part in ROBOT.action))
     with pytest.raises(ValueError, match="states no limits"):
         Limits(robot=free)
+
+
+def test_limits_are_kept_by_a_rotation_however_it_is_told():
+    wrist = Part(name="wrist", start=0, stop=3, rotation="euler_xyz", unit="deg", scale=np.pi / 180, limits=(0, 350))
+    arm, value = replace(ROBOT, action=(wrist,)), np.array([[-160, 10, -90], [200, 10, -5]])
+    np.testing.assert_allclose(Limits(robot=arm).raw([clip()], [labels(value)]), [[5 / 6 / 175]], rtol=1e-5)
 
 
 def test_jerk_of_polynomials_and_switches():

@@ -248,3 +248,38 @@ def test_what_the_data_hold_still_stands_still(frame):
     model.fit(start, action, start=start, others=(elsewhere, start[:3]))
     found = model.space.unchunk(x, state)
     assert (found[:, 2, 3].std(0) > 0.1).all() and (found[:, 1, 3] == 0.25).all()
+
+
+@pytest.mark.parametrize("frame", ["recorded", "relative"])
+@pytest.mark.parametrize("state", ["quaternion_wxyz", "quaternion_xyzw"])
+@pytest.mark.parametrize("kind", ["quaternion_wxyz", "quaternion_xyzw"])
+@pytest.mark.parametrize("middle", [0.0, -0.8])
+def test_a_quaternion_keeps_the_sign_of_the_data(kind, state, frame, middle):
+    """Of a hand that points down, whose w crosses 0 within a chunk, and of one whose w is mostly negative."""
+    body, n = turning(kind, "absolute", "base", state), 23
+    drift = np.linspace(-0.3, 0.3, STEPS) + np.random.default_rng(0).normal(0, 0.05, (n, STEPS))
+    q = rotations.exp(np.stack([np.pi - 2 * np.arcsin(middle) + drift, 0.1 + 0 * drift, 0 * drift], -1))
+    assert (q[..., 0] < 0).any(1).all() and ((q[..., 0] < 0).all() or middle == 0)
+    action, begun = (q if each.rotation == "quaternion_wxyz" else np.roll(q, -1, -1)
+                     for each in (body.action[1], body.state[0]))  # fmt: skip
+    action = torch.from_numpy(np.concatenate([np.ones((n, STEPS, 1)), action], -1)).float()
+    begun = torch.from_numpy(np.concatenate([begun[:, 0], np.zeros((n, 1))], -1)).float()
+    space = Space(body, horizon=STEPS, cumulative=True, frame=frame, state=Normaliser(body.state_dim),
+                  action=Normaliser(STEPS * body.action_dim))  # fmt: skip
+    space.fit(begun.numpy(), action.numpy(), begun.numpy())
+    torch.testing.assert_close(space.unchunk(space.chunk(action, begun), begun), action, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frame", ["recorded", "relative", "absolute"])
+def test_turns_told_by_quaternions_come_back_short(frame):
+    """Whatever the sign of the hand's rotation."""
+    body, n = turning("quaternion_xyzw", "delta", "tool", "quaternion_xyzw"), 23
+    rng = np.random.default_rng(0)
+    steps = rotations.tell(body.action[1], rotations.exp(rng.normal(0, 0.2, (n, STEPS, 3))))
+    action = torch.from_numpy(np.concatenate([np.ones((n, STEPS, 1)), steps], -1)).float()
+    hand = rotations.exp(rng.normal(0, 0.1, (n, 3)) + [np.pi, 0, 0]) * rng.choice([-1, 1], (n, 1))
+    begun = torch.from_numpy(np.concatenate([np.roll(hand, -1, -1), np.zeros((n, 1))], -1)).float()
+    space = Space(body, horizon=STEPS, cumulative=True, frame=frame, state=Normaliser(body.state_dim),
+                  action=Normaliser(STEPS * body.action_dim))  # fmt: skip
+    space.fit(begun.numpy(), action.numpy(), begun.numpy())
+    torch.testing.assert_close(space.unchunk(space.chunk(action, begun), begun), action, atol=1e-5, rtol=1e-4)

@@ -76,6 +76,22 @@ def test_other_streams_are_rotations_still(rotation, kind):
             assert apart(arm, mirrored(arm, action, entries), seen) < 1e-5
 
 
+@pytest.mark.parametrize("rotation", ["axis_angle", "euler_xyz"])
+def test_other_streams_keep_limits_beyond_half_a_turn(rotation):
+    """Of a hand that points down, told from 0 to a whole turn."""
+    arm = robot(rotation, "absolute")
+    arm = replace(arm, action=(replace(arm.action[0], limits=(0, 2 * np.pi)), arm.action[1]))
+    entries = np.linspace([3.3, 0.3, 0.4], [3.6, 0.6, 0.9], STEPS)
+    action, part = np.concatenate([entries, np.zeros((STEPS, 1))], 1).astype(np.float32), arm.action[0]
+    turns = Rotation.from_quat(np.roll(rotations.read(part, entries), -1, -1))
+    found = noisy(arm, action, 0.01, np.random.default_rng(1))
+    noise = 0.01 * np.pi * np.random.default_rng(1).normal(size=(STEPS, 3))
+    assert apart(arm, found, Rotation.from_rotvec(noise) * turns) < 1e-5
+    assert found[:, :3].min() >= 0 and np.abs(found - action).max() < 0.5
+    state = np.roll(turns[0].as_quat(canonical=True), 1).astype(np.float32)
+    np.testing.assert_allclose(resting(arm, state, 2), action[[0, 0]], atol=1e-5)
+
+
 @pytest.mark.parametrize("frame", ["base", "tool"])
 @pytest.mark.parametrize("rotation", ["axis_angle", "quaternion_xyzw", "euler_xyz"])
 def test_gaps_are_composed(rotation, frame):
