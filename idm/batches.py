@@ -17,8 +17,8 @@ from dreamgen.data.motion import motion_of, weights
 from dreamgen.data.video_rate import shown_rows
 
 log = logging.getLogger(__name__)
-Asked = Callable[[int], tuple[np.ndarray, str]]
-Degrade = Callable[[Asked, Sequence[str]], Sequence[np.ndarray]]
+Asked = Callable[[int], np.ndarray]
+Degrade = Callable[[Asked, Sequence[str], Sequence[str]], Sequence[np.ndarray]]
 
 
 @runtime_checkable
@@ -55,9 +55,10 @@ class Batches:
     rest: share of the clips drawn uniformly; the others are drawn by how much moves in them, as robots often wait.
     first: share of the clips that begin where their episode does, as those that will be labelled: no frame shows what
     came before.
-    degrade: of clips 0 <= n < count, which it asks for by number, uint8 (t H W 3) and an instruction, the same as a
-    world model would draw them. It is called once, for at most `degraded_clips` clips of `degrade_frames` frames, as
-    many as it can take, whose results are kept: with probability `degraded` a training clip is a part of one of them.
+    degrade: of clips 0 <= n < count, uint8 (t H W 3), which it asks for by number, of their rates and instructions, the
+    same clips as a world model would draw them. It is called once, for at most `degraded_clips` clips of
+    `degrade_frames` frames, as many as it can take, whose results are kept: with probability `degraded` a training clip
+    is a part of one of them.
 
     Calling gives a dict: video (b f H W 3) uint8, action (b s a), state (b f d), rows (f,), spacing (): robot steps a
     gap. All clips of one batch share one clock.
@@ -139,8 +140,9 @@ class Batches:
                              f"{frames} frames for the world model span; record longer ones, or set "
                              f"stage.world_model=null")  # fmt: skip
         videos = degrade(
-            lambda n: (self.dataset.canvas(*places[n][:2]), self.rows[places[n][0]].instruction),
+            lambda n: self.dataset.canvas(*places[n][:2]),
             [clock.video_hz for _, _, clock in places],
+            [self.rows[index].instruction for index, _, _ in places],
         )
         return [(index, rows, video, clock) for (index, rows, clock), video in zip(places, videos, strict=True)]
 

@@ -16,14 +16,14 @@ from dreamgen.worlds.redream import redream
 
 DRAWN = "drawn_clips"  # the folder of clips as a world model draws them, while their stage runs
 TOKENS = 2**16  # of a batch: a single clip is doubled by its world model, so that none depends on its batch
-Asked = Callable[[int], tuple[np.ndarray, str]]
-Drawn = Callable[[Asked, Sequence[str]], list[np.ndarray]]
+Asked = Callable[[int], np.ndarray]
+Drawn = Callable[[Asked, Sequence[str], Sequence[str]], list[np.ndarray]]
 
 
 def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: int = 0,
              batch_size: int | None = None, apart: str = "") -> Drawn:  # fmt: skip
-    """A function of clips, which it asks for by number, video uint8 (t H W 3) and instruction, and of their rates (Hz),
-    to the videos as the world model draws them: through its autoencoder, so its dreams look at best.
+    """A function of clips, uint8 (t H W 3), which it asks for by number, of their rates (Hz) and their instructions, to
+    the videos as the world model draws them: through its autoencoder, so its dreams look at best.
 
     redream_up_to: each is noised to a level drawn below this and denoised again under its instruction
     (`dreamgen.worlds.redream`): so its dreams do look. Clips of another rate than the world model's pass the
@@ -35,7 +35,7 @@ def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: i
     """
     size = batch_size or max(1, min(16, TOKENS // getattr(world_model, "clip_tokens", 1)))
 
-    def drawn(asked: Asked, rates: Sequence[str]) -> list[np.ndarray]:
+    def drawn(asked: Asked, rates: Sequence[str], instructions: Sequence[str]) -> list[np.ndarray]:
         count = len(rates)
         draws = [rng_for(seed, "redream", n) for n in range(count)]
         levels = [redream_up_to * draw.random() for draw in draws]
@@ -47,15 +47,17 @@ def drawn_by(world_model: Any, out: Path, *, redream_up_to: float = 0.0, seed: i
         parts = Parts(Path(out) / DRAWN / apart)
         stored = parts.stored()
         left = [number for number in range(len(batches)) if number not in stored]
+        texts = [instructions[n] for number in left for n in batches[number] if levels[n] > 0]
+        if texts and hasattr(world_model, "read"):  # before the transformer takes the text encoder's place
+            world_model.read(list(dict.fromkeys(texts)))
         if left:
             place(world_model)
         for number in progress(left, len(left), "draw clips as the world model would", out, unit="batch"):
             mine = batches[number]
-            clips = [asked(n) for n in mine]
-            video, texts = torch.from_numpy(np.stack([clip for clip, _ in clips])), [text for _, text in clips]
+            video = torch.from_numpy(np.stack([asked(n) for n in mine]))
             if redream_up_to:
                 own = [levels[n] for n in mine], [seeds[n] for n in mine]
-                video = redream(world_model, video, texts, levels=own[0], seeds=own[1])
+                video = redream(world_model, video, [instructions[n] for n in mine], levels=own[0], seeds=own[1])
             else:
                 video = world_model.decode(world_model.encode(video))
             parts.write(number, {str(n): one for n, one in zip(mine, video.cpu().numpy(), strict=True)})

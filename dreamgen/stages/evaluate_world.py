@@ -84,6 +84,8 @@ def evaluate_world(
             opened.callback(world.close)
             for i in [i for i in chosen if recorded_in(world, dataset, i)][:1]:
                 begin_as(world, dataset, i)
+        if hasattr(world_model, "read"):  # before the transformer takes the text encoder's place
+            world_model.read(list(dict.fromkeys(dataset.episode(i).instruction for i in chosen)))
         place(world_model, locator)
         real = np.stack([dataset.canvas(i, rows) for i in chosen])
         begun = time.perf_counter()

@@ -31,6 +31,7 @@ from dreamgen.stages.latents import Latents
 from dreamgen.stages.memory import require_memory
 from dreamgen.stages.validation import Validation
 from dreamgen.worlds.autoencoder import Autoencoding
+from dreamgen.worlds.sampler import enough
 from dreamgen.worlds.world import VideoWorld
 
 log = logging.getLogger(__name__)
@@ -157,8 +158,10 @@ def finetune(
         latents.build(out, rank=process, count=count, replicas=replicas)
         embedded, which = latents.texts(where, base=base, first=process == 0)
         if decoder_steps:
-            _train_decoder(world, latents, rows, out / "decoder", steps=decoder_steps, lr=decoder_lr,
-                           replicas=replicas, seed=seed)  # fmt: skip
+            less = "stage.decoder_steps=0, fewer frames (world_model.frames or stage.lengths), or smaller views"
+            with enough(f"training the VAE's decoder, {DECODER_ROWS} clips a step", less):
+                _train_decoder(world, latents, rows, out / "decoder", steps=decoder_steps, lr=decoder_lr,
+                               replicas=replicas, seed=seed)  # fmt: skip
         text = embedded.length
         require_memory(world.trained().values(), sizes,
                        [(n, video[s]) for n, s in zip(clips, buckets.shapes, strict=True)], text, held=world.weights,

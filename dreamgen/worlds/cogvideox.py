@@ -37,6 +37,12 @@ class CogVideoXLayout(Layout):
                 f" positions, for {size[0]}x{size[1]} with {config.sample_frames} frames alone"
             )
 
+    def require_backend(self, name: str) -> None:
+        """Its attention asks torch alone."""
+        if name.lower() != "native":
+            raise ValueError(f"attention_backend is '{name}', but {type(self.pipe.transformer).__name__} computes its "
+                             "attention by torch, whatever is set; expected native, or null")  # fmt: skip
+
     @property
     def channels(self) -> int:
         return self.pipe.vae.config.latent_channels

@@ -18,6 +18,7 @@ from dreamgen.worlds.wan import WanLayout
 from dreamgen.worlds.world import VideoWorld
 
 EXPERTS = {"both": ("transformer", "transformer_2"), "high": ("transformer",), "low": ("transformer_2",)}
+CUT = 512  # tokens of a text behind those of a picture, as diffusers' WanAttnProcessor cuts them
 
 
 def pack(parts: list[Tensor], like: Tensor) -> Float[Tensor, "b k t h w"]:
@@ -62,6 +63,10 @@ class ConcatWorld(VideoWorld):
             raise ValueError(f"{self.path} is a {type(self.pipe).__name__} whose transformer takes {config.in_channels}"
                              f" channels; expected {wanted} (noise, mask, condition). A Wan2.2-TI2V is conditioned by "
                              "a clean prefix: choose world_model=wan22_ti2v_5b.")  # fmt: skip
+        if config.get("added_kv_proj_dim") is not None and self.text_length != CUT:
+            raise ValueError(f"text_length is {self.text_length}, but {self.path} attends to a picture, whose tokens "
+                             f"its transformer tells from a text's by that these are {CUT}: it would take the ones for "
+                             f"the others. Set text_length={CUT} (world_model.text_length)")  # fmt: skip
         super()._check()
 
     @property

@@ -141,6 +141,9 @@ class Layout:
             raise ValueError(f"frames is {frames}; {path} takes 1 + a multiple of {time}, for instance {near} or "
                              f"{near + time}")  # fmt: skip
 
+    def require_backend(self, name: str) -> None:
+        """Raise ValueError for one of diffusers' attention backends that the transformers do not take."""
+
     @property
     def channels(self) -> int:
         return self.pipe.vae.config.z_dim

@@ -15,6 +15,8 @@ from dreamgen.worlds.flow import Flow
 from dreamgen.worlds.layout import Layout
 from dreamgen.worlds.prefix import PrefixWorld
 
+UNMASKED = ("flash", "sage", "aiter", "native_flash", "native_xla")  # what names of backends begin with; "_" before
+
 
 class LtxLayout(Layout):
     pipeline = LTXImageToVideoPipeline
@@ -35,6 +37,13 @@ class LtxLayout(Layout):
     @property
     def channels(self) -> int:
         return self.pipe.vae.config.latent_channels
+
+    def require_backend(self, name: str) -> None:
+        """Its attention to text has a mask."""
+        if name.lower().strip("_").startswith(UNMASKED):
+            raise ValueError(f"attention_backend is '{name}', which takes no mask such as that of a prompt's end, by "
+                             f"which {type(self.pipe.transformer).__name__} attends to texts; expected native, or "
+                             "null")  # fmt: skip
 
     def moments(self) -> tuple[Tensor, Tensor]:
         vae = self.pipe.vae

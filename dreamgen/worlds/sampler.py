@@ -20,6 +20,8 @@ from dreamgen.worlds.layout import Layout
 
 MODES = ("auto", "batched", "two_pass")
 UNNAMED = (FasterCacheConfig, PyramidAttentionBroadcastConfig)  # keep one state for all predictions of a step
+TORCHS = ("native", "_native")  # what backends of torch's own attention begin with
+NORMS = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")  # of queries and keys
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -30,8 +32,9 @@ class Sampler:
     attention backends (native, flash, sage, ...). cache: a diffusers cache configuration. compile: the repeated blocks,
     at the first step (see `dreamgen.engine.compiling`). shape: of a window's latents, (c t h w); steps: of denoising.
 
-    Raises ValueError for an unknown mode or backend, for an interval that is none, holds no step, stands beside a
-    cache, or bounds guidance that there is not, for a cache on a model that takes none, and as `require_cache` does.
+    Raises ValueError for an unknown mode, for a backend that is unknown or not for this model, for an interval that is
+    none, holds no step, stands beside a cache, or bounds guidance that there is not, for a cache on a model that takes
+    none, and as `require_cache` does.
     """
 
     def __init__(self, layout: Layout, *, shape: Sequence[int], steps: int, mode: str, guidance: float,
@@ -60,6 +63,8 @@ class Sampler:
         if isinstance(cache, FasterCacheConfig):  # Wan2.1's view of the picture is a row each as well
             named = FasterCacheConfig._unconditional_conditional_input_kwargs_identifiers
             cache._unconditional_conditional_input_kwargs_identifiers = (*named, "encoder_hidden_states_image")
+        if backend is not None:
+            layout.require_backend(backend)
         if backend is None and best_device().type == "cpu":
             backend = "_native_math"  # the fused backward pass is three times slower there at these lengths
         for module in layout.experts.values():
@@ -69,6 +74,8 @@ class Sampler:
                 except (ValueError, RuntimeError, ImportError) as error:
                     raise ValueError(f"attention_backend is '{backend}', as is kept with a fine-tuned world model: "
                                      f"{error}; attention_backend=native is torch's own") from error  # fmt: skip
+                if not backend.lower().startswith(TORCHS):
+                    _keep_dtype(module)
             if cache is not None:
                 self._cache(module)
             if wanted(compile):
@@ -162,6 +169,20 @@ def require_cache(cache: Any, *, mode: str, steps: int, guidance: float, experts
     if counted != steps:
         raise ValueError(f"step_cache.num_inference_steps is {counted}, steps is {steps}; a {name} goes by the number "
                          "of each step: set them alike")  # fmt: skip
+
+
+def _keep_dtype(transformer: nn.Module) -> None:
+    """Let queries and keys leave their norms in the dtype of the values.
+
+    Autocast on CUDA makes them fp32, which torch's own attention casts back and the kernels of others refuse.
+    """
+    for name, module in transformer.named_modules():
+        if name.rpartition(".")[2] in NORMS:
+            module.register_forward_hook(_as_given)
+
+
+def _as_given(module: nn.Module, given: tuple[Tensor], found: Tensor) -> Tensor:
+    return found.to(given[0].dtype)
 
 
 def row_bytes(layout: Layout, cells: Any, frames: int, text: int) -> int:

@@ -33,9 +33,9 @@ def test_clips_show_the_rows_whose_actions_they_bring():
 
     asked = []
 
-    def degrade(ask, rates):
-        asked.extend(ask(n)[0][:, 0, 0, 0] for n in range(len(rates)))
-        return [ask(n)[0] for n in range(len(rates))]
+    def degrade(ask, rates, texts):
+        asked.extend(ask(n)[:, 0, 0, 0] for n in range(len(rates)))
+        return [ask(n) for n in range(len(rates))]
 
     flow = Batches(squares, range(3), [clock], batch_size=6, seed=0, degrade=degrade, degraded_clips=5,
                    degrade_frames=5)  # fmt: skip

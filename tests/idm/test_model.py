@@ -194,7 +194,7 @@ def test_batches_are_functions_of_the_step_and_of_recorded_rows(squares):
         found = np.mean([any(np.array_equal(action, opening) for opening in openings) for action in actions])
         assert abs(found - share) < 0.1
     dark = make(
-        degrade=lambda asked, rates: [asked(n)[0] // 2 for n in range(len(rates))],
+        degrade=lambda asked, rates, texts: [asked(n) // 2 for n in range(len(rates))],
         degraded=1.0,
         degraded_clips=4,
         degrade_frames=9,
@@ -246,7 +246,7 @@ def test_errors_name_the_clip_and_the_remedy(squares):
     with pytest.raises(ValueError, match="expected robot steps a frame"):
         small(spacings=["2", "fast"])
     with pytest.raises(ValueError, match="none of 2 episodes of robot 'square' has the 33 rows that 17 frames for the"):
-        model.batches(squares, [0, 1], batch_size=1, seed=0, degrade=lambda asked, rates: [], degrade_frames=17)
+        model.batches(squares, [0, 1], batch_size=1, seed=0, degrade=lambda asked, rates, texts: [], degrade_frames=17)
 
 
 def test_a_spacing_is_known_however_it_is_written(squares):

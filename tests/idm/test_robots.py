@@ -72,8 +72,8 @@ def test_training_clips_show_the_windows_of_every_phase(caplog, hz, spacings, wa
     for clock in model.clocks:
         asked, trained = (Windows.of(clock.with_frames(n), 3).at for n in (60, clock.frames))
         assert {tuple(at) for at in asked} == {tuple(at) for at in trained}
-    batches = model.batches(Small(2), range(2), batch_size=2, seed=0, degrade=lambda asked, rates:
-                            [asked(n)[0] for n in range(len(rates))], degrade_frames=model.clip_frames)  # fmt: skip
+    batches = model.batches(Small(2), range(2), batch_size=2, seed=0, degrade=lambda asked, rates, texts:
+                            [asked(n) for n in range(len(rates))], degrade_frames=model.clip_frames)  # fmt: skip
     assert {batches(step)["video"].shape[1] for step in range(12)} == set(wanted)
     assert ("training clips have up to" in caplog.text) == (max(wanted) > 4)
 
@@ -119,7 +119,7 @@ def test_clips_of_each_robot_can_be_drawn_again(worlds):
     model, asked = small(), []
 
     def darker(name: str):  # noqa: ANN202
-        return lambda get, rates: [asked.append(name) or get(n)[0] // 2 for n in range(len(rates))]
+        return lambda get, rates, texts: [asked.append(name) or get(n) // 2 for n in range(len(rates))]
 
     how = dict(degrade=darker("own"), degraded=1.0, degraded_clips=3, degrade_frames=9, batch_size=2, seed=5)
     made = model.batches(worlds[0], range(4), others=[(worlds[1], range(4), darker("other"))], **how)
@@ -140,9 +140,9 @@ def test_clips_that_are_drawn_again_are_spread_over_the_episodes(count, wanted):
     data, asked = Small(6), []
     data.episodes = [replace(episode, instruction=str(i)) for i, episode in enumerate(data.episodes)]
 
-    def degrade(get, rates):  # noqa: ANN001, ANN202
-        asked.extend(int(get(n)[1]) for n in range(len(rates)))
-        return [get(n)[0] for n in range(len(rates))]
+    def degrade(get, rates, texts):  # noqa: ANN001, ANN202
+        asked.extend(map(int, texts))
+        return [get(n) for n in range(len(rates))]
 
     Batches(data, range(6), [VIDEO], batch_size=1, seed=0, degrade=degrade, degraded_clips=count, degrade_frames=9)
     assert asked == wanted
@@ -154,13 +154,13 @@ def test_an_episode_that_is_too_short_for_one_spacing_is_seen_at_the_others(capl
     data.episodes[1] = replace(e, state=e.state[:8], action=e.action[:8], video={"top": e.video["top"][:8]})
     model = small((SMALL,), spacings=["1", "2"])  # of clips of 5 and of 9 rows
     made = model.batches(data, range(3), batch_size=3, seed=0, degraded_clips=6, degrade_frames=5, degraded=0.3,
-                         degrade=lambda get, rates: [get(n)[0] for n in range(len(rates))])  # fmt: skip
+                         degrade=lambda get, rates, texts: [get(n) for n in range(len(rates))])  # fmt: skip
     near, far = (set(made.starts[clock][0][:, 0].tolist()) for clock in made.clocks)
     assert (near, far, made.episodes) == ({0, 1, 2}, {0, 2}, [0, 1, 2])
     assert [(index, int(clock.stride)) for index, _, _, clock in made.dreamlike] == [
         (0, 1), (2, 2), (2, 1), (2, 2), (1, 1), (2, 2)]  # fmt: skip
     longer = Batches(data, range(3), made.clocks[:1], batch_size=3, seed=0, degraded_clips=6, degrade_frames=9,
-                     degrade=lambda get, rates: [get(n)[0] for n in range(len(rates))])  # fmt: skip
+                     degrade=lambda get, rates, texts: [get(n) for n in range(len(rates))])  # fmt: skip
     assert [index for index, *_ in longer.dreamlike] == [0, 2, 0, 2, 0, 2]  # those that show as much, and as many clips
     assert "1 of 3 episodes of robot 'square' bring no training clips at 10 Hz: they are shorter than" in caplog.text
     assert {made(step)["video"].shape for step in range(9)} == {(3, 5, 16, 24, 3)}

@@ -197,7 +197,10 @@ def test_it_trains_saves_and_dreams_on(make, dataset, tmp_path):
                     action=episode.action[:24])  # fmt: skip
     assert world.dream([prompt])[0].video.shape == (13, 32, 48, 3)
     assert finetune_actions(make(), [dataset, dataset], out=tmp_path, shares=[1, 2], **options)["id"] == done["id"]
+    told, read, place = [], world.read, world.place
+    world.read, world.place = lambda texts: told.append(texts) or read(texts), lambda: told.append("placed") or place()
     found = evaluate_world(world, dataset, out=tmp_path / "world", episodes=2, films=0, record={})["results"]
+    assert set(told[0]) <= set(TEXTS) and told[1:] == ["placed"]
     assert found["frames"] == 13 and found["drift"]["1s"]["psnr"] > 0 and found["listening"]["pixels"] > 0
 
 

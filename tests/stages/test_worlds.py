@@ -91,6 +91,16 @@ def test_a_decoder_learns_from_as_many_clips_whatever_shares_them(make, dataset,
     assert sizes == [4, 4, 4]
 
 
+def test_a_decoder_that_does_not_fit_names_settings_of_its_own(make, dataset, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("dreamgen.worlds.autoencoder.Autoencoding.loss", full)
+    less = r"decoder, 4 clips a step. Try stage.decoder_steps=0, fewer frames .*smaller views. \(CUDA out of memory\)$"
+    with pytest.raises(ValueError, match=f"out of memory training the VAE's {less}"):
+        finetune(make(), dataset, out=tmp_path, decoder_steps=2, **OPTIONS)
+
+
 def test_finetune_killed_and_continued_saves_the_same(make, dataset, tmp_path, monkeypatch):
     finetune(make(), dataset, out=tmp_path / "whole", copies=1, **OPTIONS)
     calls = []

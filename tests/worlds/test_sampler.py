@@ -242,6 +242,8 @@ def test_bad_requests_are_named_before_the_first_step(make, folder, tmp_path, mo
         LtxWorld(robot=zoo.robot(), path=str(folder))
     with pytest.raises(ValueError, match="wan22_ti2v_5b"):
         zoo.world("wan21_i2v_14b", folder)
+    with pytest.raises(ValueError, match="text_length is 256, .*by that these are 512: .*Set text_length=512"):
+        zoo.world("wan21_i2v_14b", "", pipeline=zoo.build("wan21_i2v_14b"), text_length=256)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SkyReelsPipeline"}))
     with pytest.raises(ValueError, match="SkyReelsPipeline; this world model takes"):
         make(path=str(tmp_path))

@@ -60,8 +60,8 @@ def robot(height: int = 16, width: int = 32, views: tuple[str, ...] = ("front",)
 
 
 def length(name: str) -> int:
-    """Tokens of a prompt; Predict2.5 reads it in a chat."""
-    return 85 if name == "cosmos_predict25_2b" else LENGTH
+    """Tokens of a prompt; Predict2.5 reads it in a chat, Wan2.1 knows a picture's tokens by their number."""
+    return {"cosmos_predict25_2b": 85, "wan21_i2v_14b": 512}.get(name, LENGTH)
 
 
 def sizes(name: str) -> tuple[int, int]:
