@@ -71,19 +71,18 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, muon_lr):
 def test_a_state_is_kept_where_steps_take_long(tmp_path, monkeypatch):
     monkeypatch.setattr("dreamgen.engine.train.KEEP_SECONDS", 0.0)
     monkeypatch.setattr("dreamgen.engine.train.SPARE", 0.0)
-    whole, _ = run(tmp_path / "whole", 5, checkpoint_every=500)
-    cut = []
+    asked = []
 
     def dies(step):
-        cut.append(step)
-        if step == 3 and cut.count(3) == 1:
+        asked.append(step)
+        if asked.count(3) == 1 and step == 3:
             raise KeyboardInterrupt
         return batch_at(step)
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "cut", 5, dies, checkpoint_every=500)
-    again, _ = run(tmp_path / "cut", 5, dies, checkpoint_every=500)
-    assert cut.count(0) == 1 and all(map(torch.equal, whole.parameters(), again.parameters()))
+        run(tmp_path, 5, dies, checkpoint_every=500)
+    run(tmp_path, 5, dies, checkpoint_every=500)
+    assert asked.count(0) == 1
 
 
 @pytest.mark.parametrize("rows", [5, 4])
