@@ -68,23 +68,6 @@ def test_a_run_that_is_killed_ends_in_the_same_bits(tmp_path, muon_lr):
     assert [row["step"] for row in later] == [0, 1, 2, 3, 4] and result["loss"] == second["loss"]
 
 
-def test_a_state_is_kept_where_steps_take_long(tmp_path, monkeypatch):
-    monkeypatch.setattr("dreamgen.engine.train.KEEP_SECONDS", 0.0)
-    monkeypatch.setattr("dreamgen.engine.train.SPARE", 0.0)
-    asked = []
-
-    def dies(step):
-        asked.append(step)
-        if asked.count(3) == 1 and step == 3:
-            raise KeyboardInterrupt
-        return batch_at(step)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, 5, dies, checkpoint_every=500)
-    run(tmp_path, 5, dies, checkpoint_every=500)
-    assert asked.count(0) == 1
-
-
 @pytest.mark.parametrize("rows", [5, 4])
 def test_replicas_give_the_gradient_of_the_whole_batch(tmp_path, monkeypatch, rows):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)  # without noise a batch in two parts is the same batch
