@@ -182,12 +182,13 @@ class Tables:
 
     def _tasks(self, entry: Entry, table: pa.Table) -> None:
         """The instruction, and every text that a row names."""
-        index, tasks, add = entry.index, self.layout.tasks, self.found.add
+        index, tasks, add, empty = entry.index, self.layout.tasks, self.found.add, "warning"
         try:
             find_instruction(entry, table, tasks, lambda text: add("note", "tasks", text, "see that the instruction is "
                                                                    "the right one", index))  # fmt: skip
         except ValueError as error:
             add("error", "tasks", str(error), "write the instruction into the tasks", index)
+            empty = "error"
         for name in table.column_names:
             if not (name == "task_index" or name.startswith("annotation.")) or not pa.types.is_integer(
                 table[name].type
@@ -199,7 +200,7 @@ class Tables:
                     level = "error" if name == "task_index" else "warning"
                     add(level, "tasks", f"'{name}' is {number}, which no task has", "add it to the tasks", index)
                 elif not isinstance(text, str) or not text.strip():
-                    add("warning", "tasks", f"task {number} of '{name}' is {text!r}", "write the instruction", index)
+                    add(empty, "tasks", f"task {number} is {text!r}", "write the instruction", index)
 
 
 def check_videos(layout: Layout, robot: Embodiment, found: Findings) -> None:

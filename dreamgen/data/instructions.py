@@ -9,30 +9,28 @@ from dreamgen.data.layout import Entry
 
 
 def find_instruction(entry: Entry, table: pa.Table, tasks: Mapping[int, object], note: Callable[[str], None]) -> str:
-    """The task that an annotation of the description names, else task_index, else the episode's first task.
+    """The task that an annotation of the description names and that is not empty, else that of task_index, else the
+    episode's first task.
 
     table: the rows of the episode; tasks: texts by index; note: is told what was passed over.
 
-    Raises ValueError if nothing of these is text that is not empty.
+    Raises ValueError if that is no text, or empty.
     """
     keys = [key for key in table.column_names if key.startswith("annotation.") and key.endswith("task_description")]
     text = None
     for key in [*keys, "task_index"]:
         if key in table.column_names and pa.types.is_integer(table[key].type):
             found = table[key].unique().to_pylist()
-            text = tasks.get(found[0])
+            named = tasks.get(found[0])
             if len(found) > 1:
                 note(f"'{key}' names several instructions in one episode; took the first")
-            if _told(text):
+            if named is not None and (key == "task_index" or str(named).strip()):  # an empty annotation says nothing
+                text = named
                 break
-    if not _told(text) and entry.tasks:
-        text = next((task for task in entry.tasks if _told(task)), text)
+    if text is None and entry.tasks:
+        text = entry.tasks[0]
     text = check_instruction(text)
     others = sorted({str(task).strip() for task in entry.tasks} - {text})
     if others:
         note(f"the episode list also names {', '.join(map(repr, others))} as a task; it is no instruction")
     return text
-
-
-def _told(text: object) -> bool:
-    return isinstance(text, str) and bool(text.strip())

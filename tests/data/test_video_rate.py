@@ -123,7 +123,7 @@ def test_export(tmp_path, format):
     write_dataset(tmp_path / "labels", episodes, ROBOT)
     source = Dataset(tmp_path / "labels", ROBOT)
     done = export_dataset(source, tmp_path / "out", format=format, rate="video")
-    assert done == {"episodes": 2, "frames": 4 + 6, "encoded": 2, "left_out": []}
+    assert done == {"episodes": 2, "frames": 4 + 6, "encoded": 2, "left_out": [], "unknown_states": 0}
     with pytest.raises(ValueError, match="robot_hz: here 10, saved 5"):
         Dataset(tmp_path / "out", ROBOT)
     data = Dataset(tmp_path / "out", slowed(ROBOT, "5"))
