@@ -82,7 +82,8 @@ def export_dataset(data: Dataset, out: Path, *, format: str = "v3.0", rate: str 
             write_json(meta / "relative_stats.json", relative)
 
     store(out, files, in_order(source.item, iter(range(len(data))), workers), data.skipped, flavour)
-    unknown = sum(bool((data.episode(i).extra.get("state_known", np.ones(1)) == 0).any()) for i in range(len(data)))
+    told = range(len(data)) if "state_known" in source.columns else ()
+    unknown = sum(bool((data.episode(i).extra.get("state_known", np.ones(1)) == 0).any()) for i in told)
     if unknown:
         log.warning("states of %d of %d episodes are not known in some rows (column state_known): '%s' holds what "
                     "stands in for them there, and other trainers take it for states. Train them without states, or "
